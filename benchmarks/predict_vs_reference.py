@@ -1,0 +1,195 @@
+"""One call of ``predict``, this runtime against SAM 3's own predictor, in one process.
+
+Both get the same decoder weights (synthetic, of the published decoder's size) and the same
+features of one image, and answer the same prompts in turn, so that drift of the machine hits both
+alike. Needs ``pip install sam3==0.1.4 psutil decord scikit-image onnxruntime`` and the exported
+small model of the tests; run from the repository's root:
+
+    PYTHONPATH=runtime python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT \\
+        --output benchmarks/results/NAME/predict_vs_reference.json
+
+BUNDLE is an export of CHECKPOINT, a ``sam3.pt``-style file. The reference asks for CUDA in
+places; on a machine without it, its tensors are made on the CPU instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnxruntime
+import torch
+
+import sam3rt
+from sam3rt.transforms import ImageGeometry
+
+HEIGHT, WIDTH = 1080, 1920
+PROMPTS: dict[str, dict[str, Any]] = {
+    "one click": {"point_coords": [[900.0, 500.0]], "point_labels": [1]},
+    "one click, single mask": {
+        "point_coords": [[900.0, 500.0]],
+        "point_labels": [1],
+        "multimask_output": False,
+    },
+    "one box": {"box": [500.0, 200.0, 1500.0, 900.0], "multimask_output": False},
+    "five clicks": {
+        "point_coords": [[900.0, 500.0], [300.0, 200.0], [1500, 800], [60, 900], [1000, 100]],
+        "point_labels": [1, 0, 1, 0, 1],
+    },
+    "four boxes": {
+        "box": [
+            [500.0, 200.0, 1500.0, 900.0],
+            [100.0, 100.0, 700.0, 600.0],
+            [900.0, 300.0, 1900.0, 1000.0],
+            [300.0, 300.0, 600.0, 500.0],
+        ],
+        "multimask_output": False,
+    },
+}
+
+
+@contextlib.contextmanager
+def factories_on_the_cpu() -> Iterator[None]:
+    """Let code that says ``device="cuda"`` make its tensors on the CPU."""
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if str(options.get("device", "")).startswith("cuda"):
+                options["device"] = "cpu"
+            return function(*arguments, **options)
+
+        return call
+
+    names = ("zeros", "ones", "empty", "arange", "tensor", "full", "rand", "randn", "linspace")
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            for name in names:
+                stack.enter_context(mock.patch.object(torch, name, wrapped(getattr(torch, name))))
+        yield
+
+
+def reference_predictor(checkpoint: Path, embedding: sam3rt.ImageEmbedding) -> Any:
+    """The reference's predictor with the checkpoint's decoder and the given features."""
+    with factories_on_the_cpu():
+        from sam3.model.sam1_task_predictor import SAM3InteractiveImagePredictor
+        from sam3.model_builder import build_tracker
+
+        tracker = build_tracker(apply_temporal_disambiguation=False, with_backbone=False)
+    weights = torch.load(checkpoint, weights_only=True)
+    prefix = "tracker."
+    own = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+    tracker.load_state_dict(own, strict=False)
+    tracker.float().eval()
+    predictor = SAM3InteractiveImagePredictor(tracker)
+    maps = [torch.from_numpy(array) for array in embedding.numpy().values()]
+    predictor._features = {"image_embed": maps[-1], "high_res_feats": maps[:-1]}
+    predictor._orig_hw = [embedding.original_size]
+    predictor._is_image_set = True
+    return predictor
+
+
+def measure(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
+    """Call each in turn, ``repetitions`` times; milliseconds."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "median_ms": round(statistics.median(values), 2),
+            "p95_ms": round(float(np.percentile(values, 95)), 2),
+            "min_ms": round(min(values), 2),
+        }
+        for name, values in times.items()
+    }
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = sam3rt.load_model(options.bundle, threads=options.threads, device="cpu")
+    rng = np.random.default_rng(0)
+    embedding = model.encode(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    assert embedding.geometry == ImageGeometry((HEIGHT, WIDTH), model.manifest.image.size)
+
+    rows = []
+    for holes in (0.0, 256.0):
+        ours = sam3rt.SAM3InteractiveImagePredictor(model, max_hole_area=holes)
+        ours.set_embedding(embedding)
+        theirs = reference_predictor(options.checkpoint, embedding)
+        theirs._transforms.max_hole_area = holes
+        for name, prompts in PROMPTS.items():
+            arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in prompts.items()}
+            result, expected = ours.predict(**arrays), theirs.predict(**arrays)
+            differing = float((result[0] != expected[0]).mean())
+            logits = float(np.abs(result[2] - expected[2]).max())
+            times = measure(
+                {
+                    "sam3rt": partial(ours.predict, **arrays),
+                    "reference": partial(theirs.predict, **arrays),
+                },
+                options.repetitions,
+            )
+            rows.append(
+                {
+                    "prompt": name,
+                    "max_hole_area": holes,
+                    **times,
+                    "ratio": round(
+                        times["reference"]["median_ms"] / times["sam3rt"]["median_ms"], 2
+                    ),
+                    "differing_mask_pixels": differing,
+                    "largest_logit_difference": logits,
+                }
+            )
+            print(json.dumps(rows[-1]))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "what": f"predict at {WIDTH}x{HEIGHT}, features given, {options.threads} threads",
+            "command": "python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT "
+            f"--threads {options.threads} --repetitions {options.repetitions}",
+            "machine": {"processor": cpu_name(), "platform": platform.platform()},
+            "versions": {
+                "sam3rt": sam3rt.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's name and the cores this process may use."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The names of one parameter in Meta's ``sam3.pt`` and in transformers' ``Sam3TrackerModel``.
+
+``sam3.pt`` names are the canonical ones here. A rule is a pair of patterns in which ``{}``
+stands for a layer number, or a run of names that both sides share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+TRUNK = "detector.backbone.vision_backbone.trunk."
+NECK = "detector.backbone.vision_backbone.sam2_convs."
+PROMPT = "tracker.sam_prompt_encoder."
+DECODER = "tracker.sam_mask_decoder."
+NO_MEMORY = "tracker.no_mem_embed"
+
+_HF_TRUNK = "vision_encoder.backbone."
+_HF_NECK = "vision_encoder.neck.fpn_layers."
+
+_WEIGHT_BIAS = ("weight", "bias")
+
+
+def _both(canonical: str, hf: str) -> list[tuple[str, str]]:
+    return [(f"{canonical}.{leaf}", f"{hf}.{leaf}") for leaf in _WEIGHT_BIAS]
+
+
+def _attention(canonical: str, hf: str) -> list[tuple[str, str]]:
+    rules = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rules += _both(f"{canonical}.{name}", f"{hf}.{name}")
+    return rules + _both(f"{canonical}.out_proj", f"{hf}.o_proj")
+
+
+def _head(canonical: str, hf: str) -> list[tuple[str, str]]:
+    rules = _both(f"{canonical}.layers.0", f"{hf}.proj_in")
+    rules += _both(f"{canonical}.layers.1", f"{hf}.layers.0")
+    return rules + _both(f"{canonical}.layers.2", f"{hf}.proj_out")
+
+
+def _rules() -> list[tuple[str, str]]:
+    rules = [
+        (
+            TRUNK + "patch_embed.proj.weight",
+            _HF_TRUNK + "embeddings.patch_embeddings.projection.weight",
+        ),
+        (NO_MEMORY, "no_memory_embedding"),
+        (PROMPT + "not_a_point_embed.weight", "prompt_encoder.not_a_point_embed.weight"),
+        (PROMPT + "no_mask_embed.weight", "prompt_encoder.no_mask_embed.weight"),
+    ]
+    rules += _both(TRUNK + "ln_pre", _HF_TRUNK + "layer_norm")
+    block, hf_block = TRUNK + "blocks.{}.", _HF_TRUNK + "layers.{}."
+    for name, hf_name in (
+        ("norm1", "layer_norm1"),
+        ("norm2", "layer_norm2"),
+        ("attn.proj", "attention.o_proj"),
+        ("mlp.fc1", "mlp.fc1"),
+        ("mlp.fc2", "mlp.fc2"),
+    ):
+        rules += _both(block + name, hf_block + hf_name)
+    for level, name, hf_name in (
+        ("0", "dconv_2x2_0", "scale_layers.0"),
+        ("0", "dconv_2x2_1", "scale_layers.2"),
+        ("1", "dconv_2x2", "scale_layers.0"),
+    ):
+        rules += _both(f"{NECK}{level}.{name}", f"{_HF_NECK}{level}.{hf_name}")
+    rules += _both(NECK + "{}.conv_1x1", _HF_NECK + "{}.proj1")
+    rules += _both(NECK + "{}.conv_3x3", _HF_NECK + "{}.proj2")
+    for number, hf_name in (
+        ("0", "conv1"),
+        ("1", "layer_norm1"),
+        ("3", "conv2"),
+        ("4", "layer_norm2"),
+        ("6", "conv3"),
+    ):
+        rules += _both(f"{PROMPT}mask_downscaling.{number}", f"prompt_encoder.mask_embed.{hf_name}")
+    hf_decoder = "mask_decoder."
+    layer, hf_layer = DECODER + "transformer.layers.{}.", hf_decoder + "transformer.layers.{}."
+    for which in range(1, 5):
+        rules += _both(f"{layer}norm{which}", f"{hf_layer}layer_norm{which}")
+    rules += _both(layer + "mlp.lin1", hf_layer + "mlp.proj_in")
+    rules += _both(layer + "mlp.lin2", hf_layer + "mlp.proj_out")
+    for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+        rules += _attention(layer + name, hf_layer + name)
+    final = "transformer.final_attn_token_to_image"
+    rules += _attention(DECODER + final, hf_decoder + final)
+    rules += _both(
+        DECODER + "transformer.norm_final_attn", hf_decoder + "transformer.layer_norm_final_attn"
+    )
+    for number, hf_name in (
+        ("0", "upscale_conv1"),
+        ("1", "upscale_layer_norm"),
+        ("3", "upscale_conv2"),
+    ):
+        rules += _both(f"{DECODER}output_upscaling.{number}", hf_decoder + hf_name)
+    rules += _head(
+        DECODER + "output_hypernetworks_mlps.{}", hf_decoder + "output_hypernetworks_mlps.{}"
+    )
+    for head in ("iou_prediction_head", "pred_obj_score_head"):
+        rules += _head(DECODER + head, hf_decoder + head)
+    for name in ("conv_s0", "conv_s1"):
+        rules += _both(DECODER + name, hf_decoder + name)
+    for name in ("iou_token", "mask_tokens", "obj_score_token"):
+        rules.append((f"{DECODER}{name}.weight", f"{hf_decoder}{name}.weight"))
+    return rules
+
+
+RULES = tuple(_rules())
+
+_POS = TRUNK + "pos_embed"
+_HF_POS = _HF_TRUNK + "embeddings.position_embeddings"
+_GAUSS = PROMPT + "pe_layer.positional_encoding_gaussian_matrix"
+_HF_GAUSS = (
+    "prompt_encoder.shared_embedding.positional_embedding",
+    "shared_image_embedding.positional_embedding",
+)
+_HF_POINTS = "prompt_encoder.point_embed.weight"
+_POINTS = 4
+
+
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename canonical tensors for ``Sam3TrackerModel.load_state_dict``.
+
+    Tensors the interactive predictor does not use are left out. No tensor is copied but the
+    four stacked point embeddings.
+    """
+    renamed = dict(_rename(tensors, RULES))
+    for name, tensor in tensors.items():
+        match = re.fullmatch(re.escape(TRUNK) + r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
+        if match:
+            block, leaf = match.groups()
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{_HF_TRUNK}layers.{block}.attention.{part}_proj.{leaf}"] = chunk
+    renamed[_HF_POS] = tensors[_POS][:, 1:]
+    for name in _HF_GAUSS:
+        renamed[name] = tensors[_GAUSS]
+    renamed[_HF_POINTS] = torch.cat(
+        [tensors[f"{PROMPT}point_embeddings.{i}.weight"] for i in range(_POINTS)]
+    )
+    return renamed
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a ``Sam3TrackerModel``'s state to canonical names; the inverse of the above.
+
+    The class-token position that transformers drops comes back as zeros; nothing reads it.
+    """
+    renamed = dict(_rename(state, [(hf, canonical) for canonical, hf in RULES]))
+    pattern = re.escape(_HF_TRUNK) + r"layers\.(\d+)\.attention\.q_proj\.(weight|bias)"
+    for name in state:
+        match = re.fullmatch(pattern, name)
+        if match:
+            block, leaf = match.groups()
+            parts = [
+                state[f"{_HF_TRUNK}layers.{block}.attention.{part}_proj.{leaf}"] for part in "qkv"
+            ]
+            renamed[f"{TRUNK}blocks.{block}.attn.qkv.{leaf}"] = torch.cat(parts)
+    positions = state[_HF_POS]
+    renamed[_POS] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    renamed[_GAUSS] = state[_HF_GAUSS[0]]
+    for index, row in enumerate(state[_HF_POINTS].split(1)):
+        renamed[f"{PROMPT}point_embeddings.{index}.weight"] = row
+    return renamed
+
+
+def from_reference_tracker(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state of the reference's own tracker, built with its backbone."""
+    renamed = {}
+    for name, tensor in state.items():
+        prefix = "detector." if name.startswith("backbone.") else "tracker."
+        renamed[prefix + name] = tensor
+    return renamed
+
+
+def _rename(
+    tensors: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]
+) -> Iterable[tuple[str, Tensor]]:
+    compiled = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)")), new) for old, new in rules]
+    for name, tensor in tensors.items():
+        for pattern, new in compiled:
+            match = pattern.fullmatch(name)
+            if match:
+                yield new.format(*match.groups()), tensor
+                break

@@ -1,0 +1,69 @@
+"""Names, types and axes of the two graphs' tensors.
+
+Names follow the common exchange format (``onnx-community/sam3-tracker-ONNX``) wherever they
+mean the same. Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0),
+``num_masks`` 1 or P.
+"""
+
+from __future__ import annotations
+
+from sam3rt.bundle import TensorSpec
+
+from .graphs.sam_decoder import DecoderArchitecture
+
+ENCODER_INPUT = "pixel_values"
+MASK_PROMPT_AXIS = "num_masks"
+
+
+def feature_name(level: int) -> str:
+    """Name of a feature map, finest first."""
+    return f"image_embeddings.{level}"
+
+
+def encoder_inputs(image_size: int) -> tuple[TensorSpec, ...]:
+    """Normalized RGB pixels."""
+    return (TensorSpec(ENCODER_INPUT, "float32", ("batch", 3, image_size, image_size)),)
+
+
+def encoder_outputs(shapes: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
+    """The feature maps, each (channels, height, width)."""
+    return tuple(
+        TensorSpec(feature_name(level), "float32", ("batch", *shape))
+        for level, shape in enumerate(shapes)
+    )
+
+
+def decoder_inputs(
+    architecture: DecoderArchitecture, shapes: list[tuple[int, int, int]]
+) -> tuple[TensorSpec, ...]:
+    """One image's features, labelled points in input pixels, a mask prompt and whether it counts.
+
+    ``has_input_masks`` is 0 or 1; at 0 the content of ``input_masks`` does not matter, and one
+    zero mask serves all objects.
+    """
+    side = 4 * architecture.grid
+    features = tuple(
+        TensorSpec(feature_name(level), "float32", (1, *shape))
+        for level, shape in enumerate(shapes)
+    )
+    return (
+        *features,
+        TensorSpec("input_points", "float32", (1, "num_objects", "num_points", 2)),
+        TensorSpec("input_labels", "int64", (1, "num_objects", "num_points")),
+        TensorSpec("input_masks", "float32", (1, MASK_PROMPT_AXIS, side, side)),
+        TensorSpec("has_input_masks", "float32", (1,)),
+    )
+
+
+def decoder_outputs(architecture: DecoderArchitecture, multimask: int) -> tuple[TensorSpec, ...]:
+    """Three masks and the single mask per object, unclamped logits, with predicted IoUs."""
+    side = 4 * architecture.grid
+    outputs: tuple[TensorSpec, ...] = (
+        TensorSpec("pred_masks", "float32", (1, "num_objects", multimask, side, side)),
+        TensorSpec("iou_scores", "float32", (1, "num_objects", multimask)),
+        TensorSpec("single_pred_masks", "float32", (1, "num_objects", 1, side, side)),
+        TensorSpec("single_iou_scores", "float32", (1, "num_objects", 1)),
+    )
+    if architecture.object_score:
+        outputs += (TensorSpec("object_score_logits", "float32", (1, "num_objects", 1)),)
+    return outputs

@@ -1,0 +1,343 @@
+"""From a checkpoint to a bundle that has been compared with the checkpoint's own model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.export import Dim
+
+import sam3rt
+from sam3rt.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    NO_FINGERPRINT,
+    Bundle,
+    FileEntry,
+    Manifest,
+    ParityLimits,
+    ParitySpec,
+    SourceSpec,
+    file_entry,
+    open_bundle,
+    write_manifest,
+)
+from sam3rt.model import load_model
+from sam3rt.parity import ExpectedCase, Measurement, ParityRecord, verify_model
+from sam3rt.transforms import preprocess
+
+from . import contracts
+from .errors import ExportError, SelfCheckError
+from .memory import release
+from .parity_inputs import cases_for, default_images
+from .source import ExportSource
+from .sources import open_source
+from .tracing import TraceRequest, trace_to_file
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+# FP32 graphs differ from PyTorch by summation order alone: measured 2e-5 (features) and 6e-5
+# (logits) of the largest value at full size. FP16-stored weights are each off by 2^-11.
+LIMITS = {
+    "float32": ParityLimits(
+        feature_error=5e-4,
+        feature_cosine=0.999999,
+        logit_error=1e-3,
+        iou_error=1e-3,
+        mask_iou=0.998,
+    ),
+    "float16": ParityLimits(
+        feature_error=2e-2, feature_cosine=0.9999, logit_error=2e-2, iou_error=5e-3, mask_iou=0.99
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        name: name of the bundle; the source's own by default.
+        weights: type weights are stored in. Computation is FP32 either way.
+        parity_images: uint8 [H, W, 3] images for the parity record; drawn ones by default.
+        license: overrides the source's licence name.
+        license_path: text of the licence, copied into the bundle.
+        overwrite: replace an existing bundle.
+    """
+
+    name: str | None = None
+    weights: Literal["float32", "float16"] = "float32"
+    parity_images: Sequence[NDArray[np.uint8]] = ()
+    license: str | None = None
+    license_path: Path | None = None
+    overwrite: bool = False
+
+
+def export_bundle(
+    checkpoint: Any,
+    output: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model to a bundle folder, which appears whole or not at all.
+
+    Args:
+        checkpoint: see :func:`sam3rt_export.sources.open_source`.
+        output: the bundle folder to make.
+        options: how; the defaults suit SAM 3.
+        progress: called with a line at each stage.
+
+    Returns:
+        The finished bundle.
+
+    Raises:
+        ExportError: the checkpoint, the output or a graph will not do, or the graphs do not
+            reproduce the model; nothing is written then.
+    """
+    options = options or ExportOptions()
+    say = _timed(progress)
+    target = Path(output)
+    if target.exists() and not options.overwrite:
+        raise ExportError(f"output: {target} exists; remove it or ask to overwrite it")
+    with _staging(target) as folder:
+        record, limits = _write_files(checkpoint, folder, options, say)
+        # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
+        release()
+        say("comparing the graphs in ONNX Runtime with PyTorch")
+        self_check(folder, record, limits)
+        _publish(folder, target)
+    say(f"wrote {target}")
+    return open_bundle(target, check_files=False)
+
+
+def _write_files(
+    checkpoint: Any, folder: Path, options: ExportOptions, say: Progress
+) -> tuple[ParityRecord, ParityLimits]:
+    """Write every file of the bundle into an empty folder."""
+    say("reading the checkpoint")
+    source = open_source(checkpoint)
+    images = list(options.parity_images) or default_images()
+    record = _run_oracle(source, images, say)
+    record.save(folder / "parity.npz")
+    export_id = _export_id(source, options)
+    say("tracing the encoder")
+    encoder = trace_to_file(_encoder_request(source, options, export_id), folder / "encoder.onnx")
+    say(f"traced the encoder: {encoder.nodes} nodes")
+    release()
+    decoder = trace_to_file(_decoder_request(source, options, export_id), folder / "decoder.onnx")
+    say(f"traced the decoder: {decoder.nodes} nodes")
+    for graph in (encoder, decoder):
+        onnx.checker.check_model(str(folder / graph.model.file))
+    manifest = Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        fingerprint=NO_FINGERPRINT,
+        export_id=export_id,
+        name=options.name or source.name,
+        model_type=source.model_type,
+        weights=options.weights,
+        source=_source_spec(source, folder, options),
+        image=source.image,
+        prompts=source.prompts,
+        masks=source.masks,
+        encoder=encoder,
+        decoder=decoder,
+        parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
+        producer={
+            "sam3rt": sam3rt.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            **source.versions,
+        },
+    )
+    write_manifest(folder, manifest)
+    return record, manifest.parity.limits
+
+
+def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list[Measurement]:
+    """Run a finished bundle in ONNX Runtime and hold every output to the oracle's.
+
+    Returns:
+        All measurements.
+
+    Raises:
+        SelfCheckError: listing what differs by how much.
+    """
+    model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
+    measurements = list(verify_model(model, record, limits))
+    wrong = [m for m in measurements if not m.passed]
+    if wrong:
+        lines = "\n".join(
+            f"  {m.subject}: {m.metric} {m.value:.3g}, allowed {m.limit:.3g}" for m in wrong
+        )
+        raise SelfCheckError(f"the exported graphs do not reproduce the model:\n{lines}")
+    for m in measurements:
+        _LOG.info("%s: %s %.3g (limit %.3g)", m.subject, m.metric, m.value, m.limit)
+    return measurements
+
+
+def _run_oracle(
+    source: ExportSource, images: list[NDArray[np.uint8]], say: Progress
+) -> ParityRecord:
+    """The reference outputs for the parity inputs."""
+    features = []
+    for index, image in enumerate(images):
+        say(f"running the PyTorch model on parity image {index + 1} of {len(images)}")
+        pixels, _ = preprocess(source.image, image)
+        features.append(source.oracle.encode(torch.from_numpy(pixels)))
+    expected = []
+    for case in cases_for(images, source.image, source.prompts):
+        prompts = case.prompts
+        masks = None if prompts.masks is None else torch.from_numpy(prompts.masks)
+        said = source.oracle.decode(
+            features[case.image],
+            torch.from_numpy(prompts.points),
+            torch.from_numpy(prompts.labels),
+            masks,
+        )
+        score = None if said.object_score is None else said.object_score.numpy()
+        expected.append((case, ExpectedCase(said.logits.numpy(), said.iou.numpy(), score)))
+    maps = [tuple(level.numpy() for level in levels) for levels in features]
+    return ParityRecord.build(images, maps, expected)
+
+
+def _encoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:
+    height, width = source.image.size
+    return TraceRequest(
+        module=source.encoder,
+        # Two images: a batch of one would be traced as a constant.
+        arguments=(torch.zeros(2, 3, height, width),),
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+        inputs=contracts.encoder_inputs(height),
+        outputs=contracts.encoder_outputs(source.feature_shapes),
+        weights=options.weights,
+        metadata=_metadata(export_id, "encoder"),
+    )
+
+
+def _decoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:
+    architecture = source.decoder.architecture
+    levels = len(source.feature_shapes)
+    objects_points = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    features: tuple[Tensor, ...] = tuple(torch.zeros(1, *s) for s in source.feature_shapes)
+    side = 4 * architecture.grid
+    return TraceRequest(
+        module=source.decoder,
+        # Counts that differ from each other and from every fixed size. The tracer ties the number
+        # of masks to the number of objects; the graph itself does not, see size_free_inputs.
+        arguments=(
+            features,
+            torch.zeros(1, 3, 5, 2),
+            torch.ones(1, 3, 5, dtype=torch.int64),
+            torch.zeros(1, 3, side, side),
+            torch.zeros(1),
+        ),
+        dynamic_shapes=(
+            (None,) * levels,
+            objects_points,
+            objects_points,
+            {1: Dim.DYNAMIC},
+            None,
+        ),
+        inputs=contracts.decoder_inputs(architecture, source.feature_shapes),
+        outputs=contracts.decoder_outputs(architecture, source.masks.multimask),
+        weights=options.weights,
+        metadata=_metadata(export_id, "decoder"),
+        size_free_inputs=("input_masks",),
+    )
+
+
+def _metadata(export_id: str, role: str) -> dict[str, str]:
+    return {"sam3rt.export_id": export_id, "sam3rt.role": role}
+
+
+def _export_id(source: ExportSource, options: ExportOptions) -> str:
+    """A digest of the weights and everything else that shapes the graphs.
+
+    Two exports of the same model by the same software share it, and their graphs fit together.
+    """
+    digest = hashlib.sha256()
+    versions = (sam3rt.__version__, torch.__version__, onnx.__version__, options.weights)
+    digest.update(repr((source.model_type, source.image, source.prompts, versions)).encode())
+    for module in (source.encoder, source.decoder):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> SourceSpec:
+    license_path = options.license_path or source.license_path
+    entry: FileEntry | None = None
+    if license_path is not None:
+        try:
+            shutil.copyfile(license_path, folder / "LICENSE")
+        except OSError as error:
+            raise ExportError(f"license_path: cannot be read: {error}") from error
+        entry = file_entry(folder / "LICENSE")
+    return SourceSpec(
+        kind=source.kind,
+        reference=source.reference,
+        sha256=source.sha256,
+        license=options.license or source.license,
+        license_file=entry,
+    )
+
+
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, gone when the block is left by an exception."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"output: {target.parent} is not writable: {error}") from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+    except OSError as error:
+        raise ExportError(f"output: writing failed: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Put a finished folder in the target's place."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    # A folder that is not empty cannot be replaced by one rename. Between the two the target is
+    # absent, never half written.
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _timed(progress: Progress | None) -> Progress:
+    """Progress lines with the seconds since the start."""
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        _LOG.info(text)
+        if progress is not None:
+            progress(f"[{time.monotonic() - start:6.1f} s] {text}")
+
+    return say

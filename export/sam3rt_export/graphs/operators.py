@@ -1,0 +1,55 @@
+"""Operators written the way ONNX Runtime and TensorRT recognize them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU, ``x/2 (1 + erf(x / sqrt 2))``, in the order ONNX Runtime fuses to one kernel.
+
+    ONNX's own Gelu operator came with opset 20; these graphs stay at an opset that every
+    TensorRT from 10.3 on reads.
+    """
+    return x * (torch.erf(x / math.sqrt(2.0)) + 1.0) * 0.5
+
+
+def regroup(x: Tensor, *shape: int) -> Tensor:
+    """``x.reshape(shape)`` that stays as written in the exported graph.
+
+    The tracer turns the reshape of a permuted tensor into one with every size spelled out, and
+    computes sizes it does not know from whichever input has them. ``view`` keeps the -1.
+    """
+    return x.contiguous().view(shape)
+
+
+def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> nn.LayerNorm:
+    """A normalization over the last axis that holds the given tensors without copying them."""
+    module = nn.LayerNorm(weight.shape[0], eps=eps, device="meta")
+    module.weight = nn.Parameter(weight)
+    module.bias = nn.Parameter(bias)
+    return module
+
+
+def conv3x3(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A same-size 3x3 convolution that holds the given tensors without copying them."""
+    outputs, inputs = weight.shape[:2]
+    module = nn.Conv2d(inputs, outputs, 3, padding=1, device="meta")
+    module.weight = nn.Parameter(weight)
+    module.bias = nn.Parameter(bias)
+    return module
+
+
+class Linear(nn.Module):
+    """``x @ matrix + bias``; the matrix is [inputs, outputs] and may have batch axes."""
+
+    def __init__(self, matrix: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix.float())
+        self.bias = nn.Parameter(bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.matrix) + self.bias

@@ -1,0 +1,254 @@
+"""SAM 3's image encoder as a graph that ONNX runtimes and TensorRT take well.
+
+The arithmetic is that of the reference (``detector.backbone.vision_backbone`` with the
+tracker's ``sam2_convs`` neck), rearranged without changing a result:
+
+* Tokens stay in window order from the patch embedding to the neck. Attention does not care
+  about the order of its tokens as long as the position tables share it, so windowed blocks
+  need a reshape where the reference partitions and unpartitions.
+* Q, K and V are one matrix product; the softmax scale is part of Q's weights.
+* RoPE is real-valued, on (real, imaginary) halves.
+* The neck's linear chains are folded (:mod:`.folding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Sam3Architecture
+from . import folding
+from .operators import Linear, conv3x3, gelu, layer_norm, regroup
+
+TRUNK = "detector.backbone.vision_backbone.trunk."
+NECK = "detector.backbone.vision_backbone.sam2_convs."
+
+
+def window_order(grid: int, window: int) -> Tensor:
+    """Row-major token indices of a ``grid`` x ``grid`` map, listed window by window.
+
+    Returns:
+        int64 [grid*grid].
+    """
+    index = torch.arange(grid * grid).reshape(grid // window, window, grid // window, window)
+    return index.permute(0, 2, 1, 3).reshape(-1)
+
+
+def axial_rope(side: int, head_dim: int, theta: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of SAM 3's two-dimensional rotary embedding.
+
+    The first half of a head's complex channels turns with x, the second with y
+    (``compute_axial_cis`` of the reference).
+
+    Args:
+        side: the attention map is ``side`` x ``side`` tokens, row by row.
+        head_dim: channels per head.
+        theta: the frequency base, 10000 in SAM 3.
+        scale: factor on the positions; global blocks are squeezed to the window's range.
+
+    Returns:
+        Two float32 [side*side, head_dim // 2].
+    """
+    frequencies = 1.0 / (
+        theta ** (torch.arange(0, head_dim, 4)[: head_dim // 4].float() / head_dim)
+    )
+    position = torch.arange(side * side)
+    x = (position % side).float() * scale
+    y = torch.div(position, side, rounding_mode="floor").float() * scale
+    angle = torch.cat([torch.outer(x, frequencies), torch.outer(y, frequencies)], dim=-1)
+    return torch.cos(angle), torch.sin(angle)
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head attention over groups of ``tokens`` tokens with rotary positions."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        prefix: str,
+        heads: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        super().__init__()
+        weight, bias = tensors[prefix + "qkv.weight"], tensors[prefix + "qkv.bias"]
+        self.width = weight.shape[1]
+        self.heads = heads
+        self.head_dim = self.width // heads
+        self.tokens = cos.shape[0]
+        scale = self.head_dim**-0.5
+        q, k, v = weight.chunk(3)
+        q_bias, k_bias, v_bias = bias.chunk(3)
+
+        def halves(rows: Tensor) -> Tensor:
+            return folding.rope_halves(rows, self.head_dim)
+
+        self.qkv = Linear(
+            torch.cat([halves(q) * scale, halves(k), v]).T,
+            torch.cat([halves(q_bias) * scale, halves(k_bias), v_bias]),
+        )
+        self.out = linear(tensors, prefix + "proj")
+        self.register_buffer("cos", cos[:, None].contiguous(), persistent=False)
+        self.register_buffer("sin", sin[:, None].contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, T, C] with T a multiple of ``tokens``, to the same shape."""
+        total = x.shape[1]
+        qk, v = regroup(self.qkv(x), -1, self.tokens, 3 * self.heads, self.head_dim).split(
+            [2 * self.heads, self.heads], dim=2
+        )
+        real, imaginary = qk.split(self.head_dim // 2, dim=3)
+        qk = torch.cat(
+            [
+                real * self.cos - imaginary * self.sin,
+                real * self.sin + imaginary * self.cos,
+            ],
+            dim=3,
+        )
+        q, k = qk.split(self.heads, dim=2)
+        scores = torch.matmul(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1))
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), v.permute(0, 2, 1, 3))
+        mixed = regroup(mixed.permute(0, 2, 1, 3), -1, total, self.width)
+        return self.out(mixed)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block of the ViT."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], prefix: str, attention: RotaryAttention, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(tensors, prefix + "norm1.", eps)
+        self.attention = attention
+        self.norm2 = norm(tensors, prefix + "norm2.", eps)
+        self.fc1 = linear(tensors, prefix + "mlp.fc1")
+        self.fc2 = linear(tensors, prefix + "mlp.fc2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
+
+
+def norm(tensors: Mapping[str, Tensor], prefix: str, eps: float) -> nn.LayerNorm:
+    """The normalization whose parameters are ``prefix + weight`` and ``prefix + bias``."""
+    return layer_norm(tensors[prefix + "weight"], tensors[prefix + "bias"], eps)
+
+
+def linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
+    """The linear layer ``name``, its weight transposed without copying."""
+    return Linear(tensors[name + ".weight"].T, tensors[name + ".bias"])
+
+
+class Sam3EncoderGraph(nn.Module):
+    """Normalized pixels to the three feature maps the decoder reads.
+
+    ``no_mem_embed`` and the decoder's ``conv_s0``/``conv_s1`` are already applied, as the
+    reference predictor does once per image.
+    """
+
+    def __init__(self, architecture: Sam3Architecture, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        arch = architecture
+        self.grid, self.window, self.width = arch.grid, arch.window, arch.embed_dim
+        order = window_order(arch.grid, arch.window)
+
+        self.patch = nn.Conv2d(
+            3, arch.embed_dim, arch.patch_size, stride=arch.patch_size, bias=False, device="meta"
+        )
+        self.patch.weight = nn.Parameter(tensors[TRUNK + "patch_embed.proj.weight"])
+        self.positions: Tensor
+        self.register_buffer(
+            "positions", self._tiled_positions(arch, tensors)[order][None], persistent=False
+        )
+        self.norm = norm(tensors, TRUNK + "ln_pre.", arch.layer_norm_eps)
+
+        windowed = axial_rope(arch.window, arch.head_dim, arch.rope_theta, 1.0)
+        everywhere = axial_rope(arch.grid, arch.head_dim, arch.rope_theta, arch.window / arch.grid)
+        everywhere = (everywhere[0][order], everywhere[1][order])
+        self.blocks = nn.ModuleList()
+        for index in range(arch.depth):
+            prefix = f"{TRUNK}blocks.{index}."
+            tables = everywhere if index in arch.global_blocks else windowed
+            attention = RotaryAttention(tensors, prefix + "attn.", arch.num_heads, *tables)
+            self.blocks.append(Block(tensors, prefix, attention, arch.layer_norm_eps))
+
+        self._build_neck(tensors)
+
+    @staticmethod
+    def _tiled_positions(arch: Sam3Architecture, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Absolute positions of the pretraining grid, repeated (not interpolated) over ours."""
+        table = tensors[TRUNK + "pos_embed"][0, 1:]
+        side = round(table.shape[0] ** 0.5)
+        repeats = -(-arch.grid // side)
+        tiled = table.reshape(side, side, -1).tile(repeats, repeats, 1)
+        return tiled[: arch.grid, : arch.grid].reshape(arch.grid**2, -1)
+
+    def _build_neck(self, tensors: Mapping[str, Tensor]) -> None:
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            return tensors[name + ".weight"], tensors[name + ".bias"]
+
+        # Transposed convolutions act on channels-last maps: one matrix product per cell.
+        self.up0 = Linear(*folding.transposed_2x2_as_matrix(*pair(NECK + "0.dconv_2x2_0")))
+        self.up0_second = Linear(
+            *folding.transposed_2x2_as_matrix(
+                *folding.pointwise_after_transposed(
+                    *pair(NECK + "0.dconv_2x2_1"), *pair(NECK + "0.conv_1x1")
+                )
+            )
+        )
+        decoder = "tracker.sam_mask_decoder."
+        self.out0 = conv3x3(
+            *folding.pointwise_after_conv(*pair(NECK + "0.conv_3x3"), *pair(decoder + "conv_s0"))
+        )
+        self.up1 = Linear(
+            *folding.transposed_2x2_as_matrix(
+                *folding.pointwise_after_transposed(
+                    *pair(NECK + "1.dconv_2x2"), *pair(NECK + "1.conv_1x1")
+                )
+            )
+        )
+        self.out1 = conv3x3(
+            *folding.pointwise_after_conv(*pair(NECK + "1.conv_3x3"), *pair(decoder + "conv_s1"))
+        )
+        weight, bias = pair(NECK + "2.conv_1x1")
+        self.project2 = Linear(weight.flatten(1).T, bias)
+        weight, bias = pair(NECK + "2.conv_3x3")
+        self.out2 = conv3x3(weight, bias + tensors["tracker.no_mem_embed"].flatten())
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 [B, 3, S, S] to float32 [B, 32, 4G, 4G], [B, 64, 2G, 2G], [B, 256, G, G].
+
+        The channel counts are SAM 3's; G is the token grid, S / patch size.
+        """
+        grid, window, count = self.grid, self.window, self.grid // self.window
+        x = self.patch(pixel_values)
+        x = regroup(x, -1, self.width, count, window, count, window)
+        x = regroup(x.permute(0, 2, 4, 3, 5, 1), -1, grid * grid, self.width)
+        x = self.norm(x + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        x = regroup(x, -1, count, count, window, window, self.width)
+        x = regroup(x.permute(0, 1, 3, 2, 4, 5), -1, grid * grid, self.width)
+        return self._level0(x), self._level1(x), self._level2(x)
+
+    def _level0(self, x: Tensor) -> Tensor:
+        grid = self.grid
+        y = regroup(gelu(self.up0(x)), -1, grid * grid * 4, self.up0_second.matrix.shape[0])
+        y = regroup(self.up0_second(y), -1, grid, grid, 2, 2, 2, 2, self.out0.in_channels)
+        y = y.permute(0, 7, 1, 3, 5, 2, 4, 6)
+        return self.out0(regroup(y, -1, self.out0.in_channels, 4 * grid, 4 * grid))
+
+    def _level1(self, x: Tensor) -> Tensor:
+        grid = self.grid
+        y = regroup(self.up1(x), -1, grid, grid, 2, 2, self.out1.in_channels)
+        y = y.permute(0, 5, 1, 3, 2, 4)
+        return self.out1(regroup(y, -1, self.out1.in_channels, 2 * grid, 2 * grid))
+
+    def _level2(self, x: Tensor) -> Tensor:
+        grid = self.grid
+        y = self.project2(x)
+        y = regroup(y, -1, grid, grid, self.out2.in_channels).permute(0, 3, 1, 2)
+        return self.out2(y)

@@ -1,0 +1,463 @@
+"""SAM's prompt encoder and mask decoder as one graph, for SAM 3 and MobileSAM alike.
+
+One pass yields the three masks and the single mask. The arithmetic is the reference's; the
+cross-attentions are rearranged, because there are thousands of image tokens and about ten
+prompt tokens:
+
+* A head's projections of the image are applied to its few queries, or to what its few
+  weights mixed, so the image tokens are never projected: per layer four products of
+  [tokens x heads, 256] with the image replace four of [image tokens, 256 x 128], which
+  halves the work at one click. Biases that shift all scores of one softmax row alike are
+  dropped, since the softmax cannot see them.
+* Transposed convolutions are matrix products, with channels last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import folding
+from .operators import Linear, gelu, layer_norm, regroup
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderArchitecture:
+    """Sizes and rules of a SAM decoder.
+
+    Attributes:
+        image_size: side of the encoder's square input, pixels; prompt coordinates are in it.
+        grid: side of the image embedding, tokens.
+        heads: attention heads.
+        object_score: whether there is an object score token (SAM 2 and 3).
+        high_resolution: whether the two high-resolution maps are added (SAM 2 and 3).
+        single_mask: ``"stability"`` (SAM 2 and 3) or ``"token0"`` (SAM 1, MobileSAM).
+        sigmoid_iou: whether the IoU head ends in a sigmoid (SAM 2 and 3).
+        stability_delta: logit offset of the stability score.
+        stability_threshold: stability from which token 0 is trusted.
+    """
+
+    image_size: int
+    grid: int
+    heads: int = 8
+    object_score: bool = True
+    high_resolution: bool = True
+    single_mask: str = "stability"
+    sigmoid_iou: bool = True
+    stability_delta: float = 0.05
+    stability_threshold: float = 0.98
+
+
+class Attention(nn.Module):
+    """The projections of one reference attention, and how to split them by head."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int) -> None:
+        super().__init__()
+
+        def get(name: str) -> tuple[Tensor, Tensor]:
+            return tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"]
+
+        self.heads = heads
+        self.inner = get("q_proj")[0].shape[0]
+        self.head_dim = self.inner // heads
+        self.scale = 1.0 / math.sqrt(self.head_dim)
+        out, out_bias = get("out_proj")
+        self._build(get("q_proj"), get("k_proj"), get("v_proj"), (out, out_bias))
+
+    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
+        raise NotImplementedError
+
+    def per_head(self, x: Tensor, tokens: int) -> Tensor:
+        """[P, T, heads * d] to [P, heads, T, d]."""
+        return regroup(x, -1, tokens, self.heads, self.head_dim).permute(0, 2, 1, 3)
+
+    def merge_heads(self, x: Tensor, tokens: int) -> Tensor:
+        """[P, heads, T, d] to [P, T, heads * d]."""
+        return regroup(x.permute(0, 2, 1, 3), -1, tokens, self.inner)
+
+    def head_rows(self, weight: Tensor) -> nn.Parameter:
+        """A projection's weight [heads * d, C] as one matrix per head, [heads, d, C]."""
+        return nn.Parameter(weight.reshape(self.heads, self.head_dim, -1).contiguous())
+
+
+class SelfAttention(Attention):
+    """Attention among the prompt tokens, in its plain form."""
+
+    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
+        self.q = Linear(q[0].T * self.scale, q[1] * self.scale)
+        self.k = Linear(k[0].T, k[1])
+        self.v = Linear(v[0].T, v[1])
+        self.out = Linear(out[0].T, out[1])
+
+    def forward(self, query_key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        q = self.per_head(self.q(query_key), tokens)
+        k = self.per_head(self.k(query_key), tokens)
+        v = self.per_head(self.v(value), tokens)
+        weights = torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1)
+        return self.out(self.merge_heads(torch.matmul(weights, v), tokens))
+
+
+class TokenToImage(Attention):
+    """Prompt tokens attend to image tokens, with the image left unprojected.
+
+    Head h scores token t against image token x as ``q . (Wk x + bk)`` with ``q = Wq t + bq``. That
+    is ``(Wk^T q) . x`` plus ``q . bk``, which is the same for every x, so the softmax does not see
+    it. The weights mix the image tokens themselves; Wv follows, and its bias, as weights of a row
+    sum to one.
+    """
+
+    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
+        self.width = k[0].shape[1]
+        self.q = Linear(q[0].T * self.scale, q[1] * self.scale)
+        self.k = self.head_rows(k[0])
+        self.v = nn.Parameter(self.head_rows(v[0]).transpose(1, 2).contiguous())
+        self.v_bias = nn.Parameter(v[1])
+        self.out = Linear(out[0].T, out[1])
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        """query [P, T, C], key and value [P or 1, X, C], to [P, T, C]."""
+        rows = self.heads * tokens
+        query = torch.matmul(self.per_head(self.q(query), tokens), self.k)
+        scores = torch.matmul(regroup(query, -1, rows, self.width), key.transpose(1, 2))
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
+        mixed = torch.matmul(regroup(mixed, -1, self.heads, tokens, self.width), self.v)
+        return self.out(self.merge_heads(mixed, tokens) + self.v_bias)
+
+
+class ImageToToken(Attention):
+    """Image tokens attend to prompt tokens, with the image left unprojected.
+
+    Mirrors :class:`TokenToImage`: ``(Wq x + bq) . k`` with ``k = Wk t`` is ``x . (Wq^T k)`` plus
+    ``bq . k``, which differs between the tokens of a softmax row and stays; bk drops out.
+    """
+
+    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
+        self.width = q[0].shape[1]
+        self.k = nn.Parameter((k[0].T * self.scale).contiguous())
+        self.q = self.head_rows(q[0])
+        self.q_bias = nn.Parameter(q[1].reshape(self.heads, self.head_dim, 1))
+        self.v = Linear(v[0].T, v[1])
+        self.out = self.head_rows(out[0].T)
+        self.out_bias = nn.Parameter(out[1])
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        """query [P or 1, X, C], key and value [P, T, C], to [P, X, C]."""
+        columns, image_tokens = self.heads * tokens, query.shape[1]
+        key = self.per_head(torch.matmul(key, self.k), tokens)
+        offset = regroup(torch.matmul(key, self.q_bias), -1, 1, columns)
+        key = regroup(torch.matmul(key, self.q), -1, columns, self.width)
+        value = torch.matmul(self.per_head(self.v(value), tokens), self.out)
+        scores = torch.matmul(query, key.transpose(1, 2)) + offset
+        weights = torch.softmax(regroup(scores, -1, image_tokens, self.heads, tokens), dim=-1)
+        weights = regroup(weights, -1, image_tokens, columns)
+        mixed = torch.matmul(weights, regroup(value, -1, columns, self.width))
+        return mixed + self.out_bias
+
+
+class TwoWayBlock(nn.Module):
+    """Self-attention, tokens to image, MLP, image to tokens."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.self_attention = SelfAttention(tensors, prefix + "self_attn.", heads)
+        self.token_to_image = TokenToImage(tensors, prefix + "cross_attn_token_to_image.", heads)
+        self.image_to_token = ImageToToken(tensors, prefix + "cross_attn_image_to_token.", heads)
+        self.mlp = mlp(tensors, [prefix + "mlp.lin1", prefix + "mlp.lin2"])
+        self.norms = nn.ModuleList(norm(tensors, f"{prefix}norm{i}.", 1e-5) for i in range(1, 5))
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.first:
+            queries = self.self_attention(queries, queries, tokens)
+        else:
+            queries = queries + self.self_attention(queries + query_pe, queries, tokens)
+        queries = self.norms[0](queries)
+        placed = keys + key_pe
+        queries = self.norms[1](
+            queries + self.token_to_image(queries + query_pe, placed, keys, tokens)
+        )
+        queries = self.norms[2](queries + self.mlp(queries))
+        keys = self.norms[3](
+            keys + self.image_to_token(placed, queries + query_pe, queries, tokens)
+        )
+        return queries, keys
+
+
+def norm(tensors: Mapping[str, Tensor], prefix: str, eps: float) -> nn.LayerNorm:
+    """The normalization whose parameters are ``prefix + weight`` and ``prefix + bias``."""
+    return layer_norm(tensors[prefix + "weight"], tensors[prefix + "bias"], eps)
+
+
+def mlp(tensors: Mapping[str, Tensor], names: list[str]) -> nn.Sequential:
+    """Linear layers with ReLU between them, holding the tensors under ``names``."""
+    layers: list[nn.Module] = []
+    for name in names:
+        if layers:
+            layers.append(nn.ReLU())
+        layers.append(Linear(tensors[name + ".weight"].T, tensors[name + ".bias"]))
+    return nn.Sequential(*layers)
+
+
+class FourierPositions(nn.Module):
+    """The random Fourier features that encode coordinates in [0, 1]."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        # 2 pi (2 c - 1) as in the reference's pe_layer; the factor joins the constant matrix.
+        self.matrix = nn.Parameter((2.0 * math.pi * matrix.double()).float())
+
+    def forward(self, unit: Tensor) -> Tensor:
+        angle = torch.matmul(2.0 * unit - 1.0, self.matrix)
+        return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
+
+
+def cell_centres(side: int) -> Tensor:
+    """Centres of the cells of a ``side`` x ``side`` grid over [0, 1], (x, y), [side^2, 2]."""
+    centre = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    return torch.stack([x, y], dim=-1).reshape(-1, 2)
+
+
+class MaskPrompt(nn.Module):
+    """A mask prompt, or its absence, to one embedding per image token."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        down = prefix + "mask_downscaling."
+        self.first = self._patch_conv(tensors, down + "0")
+        self.first_norm = norm(tensors, down + "1.", 1e-6)
+        self.second = self._patch_conv(tensors, down + "3")
+        self.second_norm = norm(tensors, down + "4.", 1e-6)
+        weight = tensors[down + "6.weight"]
+        self.project = nn.Parameter(weight.flatten(1).T.contiguous())
+        self.project_bias = nn.Parameter(tensors[down + "6.bias"])
+        self.absent = nn.Parameter(tensors[prefix + "no_mask_embed.weight"].flatten())
+
+    @staticmethod
+    def _patch_conv(tensors: Mapping[str, Tensor], name: str) -> Linear:
+        """A 2x2 convolution with stride 2 as a product with the (row, column, channel) cell."""
+        weight = tensors[name + ".weight"]
+        matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+        return Linear(matrix, tensors[name + ".bias"])
+
+    def forward(self, masks: Tensor, present: Tensor) -> Tensor:
+        """masks [1, M, 4G, 4G] and a flag [1], to [M, G*G, C]."""
+        g = self.grid
+        x = regroup(masks, -1, g, 2, 2, g, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
+        x = regroup(x, -1, 4 * g * g, 4)
+        x = gelu(self.first_norm(self.first(x)))
+        x = regroup(x, -1, g * g, 4 * self.first.bias.shape[0])
+        x = gelu(self.second_norm(self.second(x)))
+        # The choice is made on the 16 channels before the projection, which is 16 times less.
+        given = (present > 0.5).to(x.dtype)
+        offset = self.project_bias * given + self.absent * (1.0 - given)
+        return torch.matmul(x * given, self.project) + offset
+
+
+class SamDecoderGraph(nn.Module):
+    """Features of one image and prompts to masks, in one pass.
+
+    ``tensors`` use SAM's own names below ``prompt_prefix`` and ``decoder_prefix``.
+    """
+
+    def __init__(
+        self,
+        architecture: DecoderArchitecture,
+        tensors: Mapping[str, Tensor],
+        prompt_prefix: str,
+        decoder_prefix: str,
+    ) -> None:
+        super().__init__()
+        arch = self.architecture = architecture
+        self._build_prompts(tensors, prompt_prefix)
+        d = decoder_prefix
+        tokens = [tensors[d + "iou_token.weight"], tensors[d + "mask_tokens.weight"]]
+        if arch.object_score:
+            tokens.insert(0, tensors[d + "obj_score_token.weight"])
+        self.output_tokens = nn.Parameter(torch.cat(tokens)[None])
+        self.masks = tensors[d + "mask_tokens.weight"].shape[0]
+
+        layers = count_children(tensors, d + "transformer.layers.")
+        self.blocks = nn.ModuleList(
+            TwoWayBlock(tensors, f"{d}transformer.layers.{i}.", arch.heads, first=i == 0)
+            for i in range(layers)
+        )
+        self.final = TokenToImage(tensors, d + "transformer.final_attn_token_to_image.", arch.heads)
+        self.final_norm = norm(tensors, d + "transformer.norm_final_attn.", 1e-5)
+
+        self.up1 = Linear(
+            *folding.transposed_2x2_as_matrix(
+                tensors[d + "output_upscaling.0.weight"], tensors[d + "output_upscaling.0.bias"]
+            )
+        )
+        self.up1_norm = norm(tensors, d + "output_upscaling.1.", 1e-6)
+        self.up2 = Linear(
+            *folding.transposed_2x2_as_matrix(
+                tensors[d + "output_upscaling.3.weight"], tensors[d + "output_upscaling.3.bias"]
+            )
+        )
+
+        self.hyper = self._stacked_hypernetworks(tensors, d)
+        self.iou_head = mlp(tensors, self._head_names(tensors, d + "iou_prediction_head."))
+        if arch.object_score:
+            self.object_head = mlp(tensors, self._head_names(tensors, d + "pred_obj_score_head."))
+
+    def _build_prompts(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self.positions = FourierPositions(
+            tensors[prefix + "pe_layer.positional_encoding_gaussian_matrix"]
+        )
+        # The image's positions are computed in the graph: runtimes do it once, when they load,
+        # and the file stays free of a table of several megabytes.
+        self.register_buffer(
+            "centres", cell_centres(self.architecture.grid)[None], persistent=False
+        )
+        rows = [tensors[prefix + "not_a_point_embed.weight"]]
+        rows += [tensors[f"{prefix}point_embeddings.{i}.weight"] for i in range(4)]
+        self.label_table = nn.Parameter(torch.cat(rows))
+        self.mask_prompt = MaskPrompt(tensors, prefix, self.architecture.grid)
+
+    @staticmethod
+    def _head_names(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+        count = count_children(tensors, prefix + "layers.")
+        return [f"{prefix}layers.{i}" for i in range(count)]
+
+    def _stacked_hypernetworks(self, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
+        """The masks' separate MLPs side by side, as batched products."""
+        names = [
+            self._head_names(tensors, f"{prefix}output_hypernetworks_mlps.{i}.")
+            for i in range(self.masks)
+        ]
+        layers: list[nn.Module] = []
+        for same_layer in zip(*names, strict=True):
+            if layers:
+                layers.append(nn.ReLU())
+            layers.append(
+                Linear(
+                    torch.stack([tensors[n + ".weight"].T for n in same_layer]),
+                    torch.stack([tensors[n + ".bias"] for n in same_layer])[:, None],
+                )
+            )
+        return nn.Sequential(*layers)
+
+    def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
+        """points [P, N, 2] in input pixels, labels [P, N] in -1..3, to [P, N, C].
+
+        Label -1 is the "not a point" embedding, whatever the coordinates.
+        """
+        unit = (points + 0.5) / self.architecture.image_size
+        is_point = (labels >= 0).to(points.dtype)[..., None]
+        return self.positions(unit) * is_point + nn.functional.embedding(
+            labels + 1, self.label_table
+        )
+
+    def forward(
+        self,
+        image_embeddings: tuple[Tensor, ...],
+        input_points: Tensor,
+        input_labels: Tensor,
+        input_masks: Tensor,
+        has_input_masks: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See :mod:`sam3rt_export.contracts` for names, shapes and meanings."""
+        arch = self.architecture
+        points, labels = input_points[0], input_labels[0]
+        prompt = self.embed_points(points, labels)
+        # One zero per object spreads the output tokens over the objects. An expand would need the
+        # number of objects as a value; the tracer would take it from whichever input has it,
+        # the mask prompts included, of which there may be one for all objects.
+        zero = (labels.sum(dim=1) * 0).to(prompt.dtype)[:, None, None]
+        query_pe = torch.cat([self.output_tokens + zero, prompt], dim=1)
+        tokens = query_pe.shape[1]
+
+        image = image_embeddings[-1].flatten(2).transpose(1, 2)
+        keys = image + self.mask_prompt(input_masks, has_input_masks)
+        image_pe = self.positions(self.centres)
+        queries = query_pe
+        for block in self.blocks:
+            queries, keys = block(queries, keys, query_pe, image_pe, tokens)
+        placed = keys + image_pe
+        queries = self.final_norm(queries + self.final(queries + query_pe, placed, keys, tokens))
+
+        first = int(arch.object_score)
+        iou = self.iou_head(queries[:, first])
+        if arch.sigmoid_iou:
+            iou = torch.sigmoid(iou)
+        mask_tokens = queries[:, first + 1 : first + 1 + self.masks]
+        masks = self.upscale(keys, mask_tokens, image_embeddings[:-1])
+        single, single_iou = self.select_single(masks, iou)
+        results = [masks[None, :, 1:], iou[None, :, 1:], single[None], single_iou[None]]
+        if arch.object_score:
+            results.append(self.object_head(queries[:, 0])[None])
+        return tuple(results)
+
+    def upscale(self, keys: Tensor, mask_tokens: Tensor, details: tuple[Tensor, ...]) -> Tensor:
+        """Image tokens to mask logits, [P, masks, 4G, 4G].
+
+        Channels stay last until the masks themselves: interleaving the cells then moves whole
+        runs of channels, and the high-resolution maps need one plain transpose each.
+        """
+        g = self.architecture.grid
+        y = self._interleave(self.up1(keys), g)
+        if self.architecture.high_resolution:
+            y = y + details[1].flatten(2).transpose(1, 2)
+        y = self._interleave(self.up2(gelu(self.up1_norm(y))), 2 * g)
+        if self.architecture.high_resolution:
+            y = y + details[0].flatten(2).transpose(1, 2)
+        y = gelu(y)
+        hyper = self.hyper(mask_tokens[:, :, None])[:, :, 0]
+        logits = torch.matmul(hyper, y.transpose(1, 2))
+        return regroup(logits, -1, self.masks, 4 * g, 4 * g)
+
+    @staticmethod
+    def _interleave(cells: Tensor, side: int) -> Tensor:
+        """[P, side^2, (row, column, channel) of a 2x2 cell] to [P, (2 side)^2, channel]."""
+        channels = cells.shape[-1] // 4
+        y = regroup(cells, -1, side, side, 2, 2 * channels).permute(0, 1, 3, 2, 4)
+        return regroup(y, -1, 4 * side * side, channels)
+
+    def select_single(self, masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask of a single-mask call, [P, 1, 4G, 4G], and its IoU, [P, 1].
+
+        Token 0, unless its stability score is low: then the token-1..3 mask with the best
+        predicted IoU (``_dynamic_multimask_via_stability`` of the reference). The choice is a
+        chain of selects, since a gather by batch index would need data-dependent indices.
+        """
+        arch = self.architecture
+        chosen, chosen_iou = masks[:, :1], iou[:, :1]
+        if arch.single_mask == "token0":
+            return chosen, chosen_iou
+        inner = (chosen > arch.stability_delta).float().sum(dim=(2, 3))
+        outer = (chosen > -arch.stability_delta).float().sum(dim=(2, 3))
+        # max(outer, 1): where outer is 0 so is inner, and the score is defined as 1.
+        score = torch.where(outer > 0.5, inner / torch.clamp(outer, min=1.0), 1.0)
+        stable = score >= arch.stability_threshold
+        best = torch.argmax(iou[:, 1:], dim=1, keepdim=True)
+        other, other_iou = masks[:, 1:2], iou[:, 1:2]
+        for index in range(1, self.masks - 1):
+            hit = best == index
+            other = torch.where(hit[:, :, None, None], masks[:, index + 1 : index + 2], other)
+            other_iou = torch.where(hit, iou[:, index + 1 : index + 2], other_iou)
+        return (
+            torch.where(stable[:, :, None, None], chosen, other),
+            torch.where(stable, chosen_iou, other_iou),
+        )
+
+
+def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many consecutive integers 0, 1, ... follow ``prefix`` in the tensor names."""
+    found = {
+        int(name[len(prefix) :].split(".", 1)[0]) for name in tensors if name.startswith(prefix)
+    }
+    count = len(found)
+    if found != set(range(count)):
+        raise KeyError(f"tensor names under {prefix!r} are not numbered 0..{count - 1}")
+    return count

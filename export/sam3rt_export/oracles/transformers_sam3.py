@@ -1,0 +1,144 @@
+"""SAM 3 from transformers' parts, put together as the reference predictor does.
+
+``Sam3TrackerModel``'s own ``forward`` and ``get_image_embeddings`` add the no-memory embedding
+to a level that is then dropped, which ruins every mask; its parts are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Sam3TrackerConfig
+from transformers.initialization import no_init_weights
+from transformers.models.sam3_tracker.modeling_sam3_tracker import Sam3TrackerModel
+
+from ..architecture import Sam3Architecture
+from ..checkpoint_keys import to_transformers
+from ..errors import CheckpointError
+from ..source import OracleMasks
+
+__all__ = ["Sam3TrackerModel", "TransformersOracle", "build_tracker_model"]
+
+# Finest first; the fourth level of SAM 3's neck does not reach the interactive predictor.
+_LEVELS = 3
+
+
+def build_tracker_model(architecture: Sam3Architecture, tensors: Mapping[str, Tensor]) -> Any:
+    """A ``Sam3TrackerModel`` that shares the given tensors (``sam3.pt`` naming).
+
+    Raises:
+        CheckpointError: a parameter is missing or has the wrong shape.
+    """
+    arch = architecture
+    grid = arch.grid
+    config = Sam3TrackerConfig(
+        vision_config={
+            "model_type": "sam3_vision_model",
+            "fpn_hidden_size": arch.fpn_dim,
+            "scale_factors": [4.0, 2.0, 1.0, 0.5],
+            "backbone_feature_sizes": [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2],
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": arch.embed_dim,
+                "intermediate_size": arch.mlp_dim,
+                "num_hidden_layers": arch.depth,
+                "num_attention_heads": arch.num_heads,
+                "image_size": arch.image_size,
+                "patch_size": arch.patch_size,
+                "window_size": arch.window,
+                "global_attn_indexes": list(arch.global_blocks),
+                "pretrain_image_size": arch.pretrain_grid * arch.patch_size,
+                "layer_norm_eps": arch.layer_norm_eps,
+            },
+        },
+        prompt_encoder_config={
+            "hidden_size": arch.fpn_dim,
+            "image_size": arch.image_size,
+            "patch_size": arch.patch_size,
+            "mask_input_channels": arch.mask_channels,
+        },
+        mask_decoder_config={
+            "hidden_size": arch.fpn_dim,
+            "mlp_dim": arch.decoder_mlp_dim,
+            "num_attention_heads": arch.decoder_heads,
+        },
+    )
+    with no_init_weights():
+        model = Sam3TrackerModel(config)
+    try:
+        report = model.load_state_dict(to_transformers(tensors), strict=False, assign=True)
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"tensors do not fit the architecture: {error}") from error
+    # The neck's coarsest level is unused, and absent from some checkpoints.
+    missing = [k for k in report.missing_keys if "neck.fpn_layers.3." not in k]
+    if missing:
+        raise CheckpointError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
+    return model.eval()
+
+
+class TransformersOracle:
+    """Implements :class:`~sam3rt_export.source.Oracle`.
+
+    Args:
+        model: a ``Sam3TrackerModel`` in FP32.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """float32 [1, 3, S, S] to three feature maps, finest first."""
+        vision, decoder = self._model.vision_encoder, self._model.mask_decoder
+        tokens = vision.backbone(pixels).last_hidden_state
+        side = round(tokens.shape[1] ** 0.5)
+        x = tokens.reshape(len(tokens), side, side, -1).permute(0, 3, 1, 2)
+        maps = [vision.neck.fpn_layers[level](x) for level in range(_LEVELS)]
+        no_memory = self._model.no_memory_embedding.reshape(1, -1, 1, 1)
+        return decoder.conv_s0(maps[0]), decoder.conv_s1(maps[1]), maps[2] + no_memory
+
+    @torch.no_grad()
+    def decode(
+        self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
+    ) -> OracleMasks:
+        """See :class:`~sam3rt_export.source.Oracle`. Objects are decoded one by one."""
+        parts = [
+            self._decode_one(
+                features,
+                points[i : i + 1],
+                labels[i : i + 1],
+                None if masks is None else masks[i % len(masks)],
+            )
+            for i in range(len(points))
+        ]
+        logits, iou, score = (torch.cat(values) for values in zip(*parts, strict=True))
+        return OracleMasks(logits, iou, score[:, 0])
+
+    def _decode_one(
+        self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prompt_encoder = self._model.prompt_encoder
+        sparse = prompt_encoder._embed_points(points[None], labels[None], pad=False)
+        grid = features[-1].shape[-1]
+        if mask is None:
+            dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+            dense = dense.expand(1, -1, grid, grid)
+        else:
+            dense = prompt_encoder.mask_embed(mask[None, None])
+        parts = []
+        for multimask in (True, False):
+            logits, iou, _, score = self._model.mask_decoder(
+                image_embeddings=features[-1],
+                image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask,
+                high_resolution_features=list(features[:-1]),
+            )
+            parts.append((logits[0], iou[0]))
+        logits = torch.cat([part[0] for part in parts], dim=1)
+        iou = torch.cat([part[1] for part in parts], dim=1)
+        return logits, iou, score[0]

@@ -1,0 +1,134 @@
+"""Read a SAM 3's sizes off the shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .architecture import Sam3Architecture
+from .checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
+from .errors import CheckpointError
+from .graphs.sam3_encoder import axial_rope
+
+# The reference builds its ViT with nn.LayerNorm at eps=1e-5 (sam3/model/vitdet.py); no tensor
+# says so. transformers' default of 1e-6 is visibly further from the reference's outputs.
+REFERENCE_LAYER_NORM_EPS = 1e-5
+
+# Of 576 and more table rows; a table from another formula is off by whole radians.
+_ROPE_TOLERANCE = 1e-3
+
+
+def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
+    """Work out the architecture of tensors in ``sam3.pt`` naming.
+
+    The rotary tables stored with each block tell windowed blocks from global ones: a table has
+    one row per token that attends together, and half a head's channels as columns.
+
+    Raises:
+        CheckpointError: a needed tensor is missing or the shapes contradict each other.
+    """
+    patch = _tensor(tensors, TRUNK + "patch_embed.proj.weight")
+    embed_dim, _, patch_size, _ = _shape(patch, TRUNK + "patch_embed.proj.weight", 4)
+    depth = _depth(tensors)
+    tables = [_tensor(tensors, f"{TRUNK}blocks.{i}.attn.freqs_cis") for i in range(depth)]
+    sides = [
+        _square_root(table.shape[0], f"blocks.{i}.attn.freqs_cis") for i, table in enumerate(tables)
+    ]
+    grid, window = max(sides), min(sides)
+    if set(sides) - {grid, window}:
+        raise CheckpointError(f"attention maps of more than two sizes: {sorted(set(sides))}")
+    head_dim = 2 * tables[0].shape[1]
+    if embed_dim % head_dim:
+        raise CheckpointError(f"width {embed_dim} is not a multiple of the head size {head_dim}")
+    positions = _tensor(tensors, TRUNK + "pos_embed").shape[1] - 1
+    architecture = Sam3Architecture(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=embed_dim // head_dim,
+        mlp_dim=_tensor(tensors, TRUNK + "blocks.0.mlp.fc1.weight").shape[0],
+        window=window,
+        global_blocks=tuple(i for i, side in enumerate(sides) if side == grid),
+        pretrain_grid=_square_root(positions, "pos_embed"),
+        fpn_dim=_tensor(tensors, NECK + "2.conv_3x3.weight").shape[0],
+        decoder_mlp_dim=_tensor(tensors, DECODER + "transformer.layers.0.mlp.lin1.weight").shape[0],
+        mask_channels=_tensor(tensors, PROMPT + "mask_downscaling.6.weight").shape[1],
+        layer_norm_eps=REFERENCE_LAYER_NORM_EPS,
+    )
+    check_architecture(architecture)
+    _check_rope(architecture, tables)
+    _tensor(tensors, NO_MEMORY)
+    return architecture
+
+
+def check_architecture(architecture: Sam3Architecture) -> None:
+    """Refuse what the encoder graph cannot express.
+
+    Raises:
+        CheckpointError: the windows do not tile the token grid, or a head cannot be rotated.
+    """
+    if architecture.grid % architecture.window:
+        raise CheckpointError(
+            f"windows of {architecture.window} tokens do not tile a grid of {architecture.grid}"
+        )
+    if architecture.head_dim % 4:
+        raise CheckpointError(
+            f"heads of {architecture.head_dim} channels: two-dimensional RoPE needs a multiple of 4"
+        )
+
+
+def _check_rope(architecture: Sam3Architecture, tables: list[Tensor]) -> None:
+    for index, table in enumerate(tables):
+        whole = index in architecture.global_blocks
+        side = architecture.grid if whole else architecture.window
+        cos, sin = axial_rope(
+            side, architecture.head_dim, architecture.rope_theta, architecture.window / side
+        )
+        if table.shape != cos.shape or not torch.is_complex(table):
+            raise CheckpointError(
+                f"blocks.{index}.attn.freqs_cis is {table.dtype} {tuple(table.shape)}, "
+                f"expected complex {tuple(cos.shape)}"
+            )
+        error = max(float((table.real - cos).abs().max()), float((table.imag - sin).abs().max()))
+        if not error <= _ROPE_TOLERANCE:
+            raise CheckpointError(
+                f"blocks.{index}.attn.freqs_cis differs from SAM 3's axial RoPE by {error:.3g}: "
+                "this checkpoint uses other rotary positions"
+            )
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    numbers = set()
+    for name in tensors:
+        match = re.match(re.escape(TRUNK) + r"blocks\.(\d+)\.", name)
+        if match:
+            numbers.add(int(match.group(1)))
+    if not numbers or numbers != set(range(len(numbers))):
+        raise CheckpointError(f"transformer blocks are numbered {sorted(numbers)}")
+    return len(numbers)
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(
+            f"tensor {name!r} is missing: this is no SAM 3 with an interactive tracker"
+        )
+    return tensors[name]
+
+
+def _shape(tensor: Tensor, name: str, rank: int) -> torch.Size:
+    if tensor.ndim != rank:
+        raise CheckpointError(f"tensor {name!r} has {tensor.ndim} axes, expected {rank}")
+    return tensor.shape
+
+
+def _square_root(count: int, what: str) -> int:
+    side: int = math.isqrt(count)
+    if side * side != count:
+        raise CheckpointError(f"{what} covers {count} tokens, which is not a square")
+    return side

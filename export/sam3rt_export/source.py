@@ -1,0 +1,79 @@
+"""What every checkpoint becomes before it is exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
+
+from .graphs.sam_decoder import SamDecoderGraph
+
+
+@dataclass(frozen=True)
+class OracleMasks:
+    """What the oracle says of P objects.
+
+    Attributes:
+        logits: float32 [P, C, h, w], the multi-mask logits, then the single mask's.
+        iou: float32 [P, C].
+        object_score: float32 [P], or ``None``.
+    """
+
+    logits: Tensor
+    iou: Tensor
+    object_score: Tensor | None
+
+
+class Oracle(Protocol):
+    """The model in PyTorch, by code that is not ours: what an export is held to."""
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """float32 [1, 3, S, S] to the feature maps, finest first."""
+
+    def decode(
+        self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
+    ) -> OracleMasks:
+        """Features, points [P, N, 2] in input pixels, labels [P, N], masks [M, h, w] or none."""
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model ready to be traced.
+
+    Attributes:
+        name: default name of the bundle.
+        model_type: family, as in the manifest.
+        kind: checkpoint format, as in the manifest.
+        reference: where it came from, as in the manifest.
+        sha256: of the checkpoint file, or empty.
+        license: SPDX identifier or name.
+        license_path: text of the licence, or ``None``.
+        encoder: normalized pixels to feature maps.
+        decoder: features and prompts to masks.
+        oracle: the same model in code that is not ours.
+        feature_shapes: (channels, height, width) of each feature map, finest first.
+        image: image rules.
+        prompts: prompt rules.
+        masks: mask rules.
+        versions: of the libraries the oracle comes from.
+    """
+
+    name: str
+    model_type: Literal["sam3", "mobile_sam"]
+    kind: str
+    reference: str
+    sha256: str
+    license: str
+    license_path: Path | None
+    encoder: nn.Module
+    decoder: SamDecoderGraph
+    oracle: Oracle
+    feature_shapes: list[tuple[int, int, int]]
+    image: ImageSpec
+    prompts: PromptSpec
+    masks: MaskSpec
+    versions: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,98 @@
+"""SAM 3 as transformers keeps it: a folder, a hub id or a live ``Sam3TrackerModel``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architecture import Sam3Architecture
+from ..checkpoint_keys import from_transformers
+from ..errors import CheckpointError
+from ..oracles.transformers_sam3 import Sam3TrackerModel
+from ..read_architecture import check_architecture
+from ..source import ExportSource
+from .checkpoint_file import as_float32
+from .sam3 import describe, sam3_source
+
+
+def is_tracker_model(model: nn.Module) -> bool:
+    """Whether a module is a ``Sam3TrackerModel``."""
+    return isinstance(model, Sam3TrackerModel)
+
+
+def open_pretrained(name: str) -> ExportSource:
+    """Load a folder or hub id. Only safetensors files are read.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or parameters are missing from it.
+    """
+    try:
+        model, report = Sam3TrackerModel.from_pretrained(
+            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{name}: cannot be loaded by transformers: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would run on with random values in their place.
+        raise CheckpointError(
+            f"{name}: {len(missing)} parameters are missing, the first is {missing[0]!r}"
+        )
+    return open_tracker_model(model, kind="transformers", reference=describe(name))
+
+
+def open_tracker_model(
+    model: Any, *, kind: str = "Sam3TrackerModel", reference: str = "live model"
+) -> ExportSource:
+    """Prepare a live ``Sam3TrackerModel``.
+
+    Its configuration, epsilons included, is taken as it is.
+
+    Raises:
+        CheckpointError: it has a shape that sam3rt cannot express.
+    """
+    model = model.float().cpu().eval()
+    state = {name: as_float32(tensor) for name, tensor in model.state_dict().items()}
+    tensors = from_transformers(state)
+    architecture = _architecture(model.config)
+    return sam3_source(architecture, tensors, model, kind=kind, reference=reference)
+
+
+def _architecture(config: Any) -> Sam3Architecture:
+    vit = config.vision_config.backbone_config
+    decoder, prompt = config.mask_decoder_config, config.prompt_encoder_config
+    for what, value in (("image_size", vit.image_size), ("patch_size", vit.patch_size)):
+        if not isinstance(value, int):
+            raise CheckpointError(f"{what} is {value}, expected one number: inputs are square")
+    if vit.hidden_act != "gelu" or decoder.num_multimask_outputs != 3:
+        raise CheckpointError("only GELU activations and three mask outputs are supported")
+    stability = (
+        decoder.dynamic_multimask_via_stability,
+        decoder.dynamic_multimask_stability_delta,
+        decoder.dynamic_multimask_stability_thresh,
+    )
+    if stability != (True, 0.05, 0.98):
+        raise CheckpointError(f"stability selection is {stability}, SAM 3 has (True, 0.05, 0.98)")
+    if vit.layer_scale_init_value is not None:
+        raise CheckpointError("layer scale is not supported; SAM 3's tracker has none")
+    architecture = Sam3Architecture(
+        image_size=vit.image_size,
+        patch_size=vit.patch_size,
+        embed_dim=vit.hidden_size,
+        depth=vit.num_hidden_layers,
+        num_heads=vit.num_attention_heads,
+        mlp_dim=vit.intermediate_size,
+        window=vit.window_size,
+        global_blocks=tuple(vit.global_attn_indexes),
+        pretrain_grid=vit.pretrain_image_size // vit.patch_size,
+        fpn_dim=config.vision_config.fpn_hidden_size,
+        decoder_mlp_dim=decoder.mlp_dim,
+        decoder_heads=decoder.num_attention_heads,
+        mask_channels=prompt.mask_input_channels,
+        rope_theta=vit.rope_parameters["rope_theta"],
+        layer_norm_eps=vit.layer_norm_eps,
+    )
+    check_architecture(architecture)
+    return architecture

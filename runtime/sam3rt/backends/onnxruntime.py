@@ -1,0 +1,290 @@
+"""The ONNX Runtime backend: CPU, or CUDA where onnxruntime-gpu finds a device."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle, GraphSpec, TensorSpec
+from ..errors import BackendError, BundleError, EmbeddingError, InvalidInputError
+from ..prompts import PackedPrompts
+from .base import Features
+
+try:
+    import onnxruntime as ort
+except ImportError as _error:
+    raise BackendError(
+        "the onnxruntime backend needs ONNX Runtime: "
+        "pip install 'sam3rt[cpu]', or 'sam3rt[gpu]' for CUDA"
+    ) from _error
+
+_LOG = logging.getLogger(__name__)
+
+# ONNX Runtime merges Add and LayerNormalization into a CPU kernel that takes 2.7 ms on SAM 3's
+# image tokens where the two apart take 0.6 ms (docs of the measurement: benchmarks/NOTES.md).
+_DISABLED_OPTIMIZERS = "SkipLayerNormFusion"
+
+_ORT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+@dataclass(frozen=True)
+class OrtFeatures:
+    """Feature maps held by ONNX Runtime.
+
+    Attributes:
+        values: one ``OrtValue`` per map.
+    """
+
+    values: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take, bytes."""
+        return sum(value.tensor_size_in_bytes() for value in self.values)
+
+    def numpy(self) -> tuple[NDArray[np.float32], ...]:
+        """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
+        return tuple(np.array(value.numpy()) for value in self.values)
+
+
+class OnnxRuntimeBackend:
+    """Runs a bundle's graphs in two ONNX Runtime sessions, created at first use.
+
+    Args:
+        bundle: an opened bundle.
+        device: ``"auto"`` takes CUDA where it works and the CPU otherwise; ``"cpu"``,
+            ``"cuda"`` or ``"cuda:N"`` insist.
+        threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
+
+    Raises:
+        InvalidInputError: ``device`` or ``threads`` make no sense.
+        BackendError: the device is not usable here.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> None:
+        if threads is not None and (
+            isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
+        ):
+            raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
+        self._bundle = bundle
+        self._threads = threads
+        self._kind, self._device_id = _choose_device(device)
+        self._feature_names = [spec.name for spec in bundle.manifest.encoder.outputs]
+        self._blank_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
+        # Two threads may ask for a session at once; it must be made once.
+        self._lock = threading.Lock()
+        _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda:N"``."""
+        return "cpu" if self._kind == "cpu" else f"cuda:{self._device_id}"
+
+    def prepare(self) -> None:
+        """Load both graphs now."""
+        self._encoder()
+        self._decoder()
+
+    def versions(self) -> dict[str, str]:
+        """Version of ONNX Runtime."""
+        return {"onnxruntime": ort.__version__}
+
+    def encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
+        """Run the encoder on float32 [1, 3, H, W].
+
+        Raises:
+            BackendError: ONNX Runtime failed, for example for lack of memory.
+        """
+        session = self._encoder()
+        binding = session.io_binding()
+        binding.bind_cpu_input(self._bundle.manifest.encoder.inputs[0].name, pixels)
+        for name in self._feature_names:
+            binding.bind_output(name, self._kind, self._device_id)
+        self._run(session, binding, "encoder")
+        return OrtFeatures(tuple(binding.get_outputs()))
+
+    def decode(
+        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """Run the decoder; only the named outputs are brought to the host.
+
+        Raises:
+            EmbeddingError: the features belong to another backend.
+            BackendError: ONNX Runtime failed.
+        """
+        if not isinstance(features, OrtFeatures):
+            raise EmbeddingError(
+                f"features are {type(features).__name__}, not this backend's; "
+                "save the embedding and load it with this model"
+            )
+        session = self._decoder()
+        binding = session.io_binding()
+        for name, value in zip(self._feature_names, features.values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        masks = self._blank_mask if prompts.masks is None else prompts.masks[None]
+        present = np.array([prompts.masks is not None], np.float32)
+        # The binding does not keep arrays alive; these locals do until the run is over.
+        inputs = (
+            ("input_points", np.ascontiguousarray(prompts.points[None])),
+            ("input_labels", np.ascontiguousarray(prompts.labels[None])),
+            ("input_masks", masks),
+            ("has_input_masks", present),
+        )
+        for name, array in inputs:
+            binding.bind_cpu_input(name, array)
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self._run(session, binding, "decoder")
+        return list(binding.copy_outputs_to_cpu())
+
+    def upload(self, maps: Sequence[NDArray[np.float32]]) -> OrtFeatures:
+        """Bring feature maps to the device."""
+        return OrtFeatures(
+            tuple(
+                ort.OrtValue.ortvalue_from_numpy(
+                    np.array(array, np.float32, order="C"), self._kind, self._device_id
+                )
+                for array in maps
+            )
+        )
+
+    def _run(self, session: Any, binding: Any, graph: str) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime raises classes of its own for each status
+            raise BackendError(f"ONNX Runtime failed in the {graph}: {error}") from error
+
+    def _encoder(self) -> Any:
+        with self._lock:
+            return self._encoder_session
+
+    def _decoder(self) -> Any:
+        with self._lock:
+            return self._decoder_session
+
+    @cached_property
+    def _encoder_session(self) -> Any:
+        # A memory pattern plans all of a run's buffers as one block, from the second run on and
+        # beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
+        return self._load(self._bundle.manifest.encoder, memory_pattern=False)
+
+    @cached_property
+    def _decoder_session(self) -> Any:
+        return self._load(self._bundle.manifest.decoder, memory_pattern=True)
+
+    def _load(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = memory_pattern
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", _DISABLED_OPTIMIZERS
+        )
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self._kind == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device_id}))
+        try:
+            session = ort.InferenceSession(self._model(graph), options, providers=providers)
+        except BundleError:
+            raise
+        except Exception as error:  # see _run
+            raise BackendError(f"ONNX Runtime cannot load {graph.model.file}: {error}") from error
+        self._check(session, graph)
+        return session
+
+    def _model(self, graph: GraphSpec) -> bytes | str:
+        """The graph's bytes, checked against the manifest, or its path.
+
+        Weights beside the graph are found through the path. Without them, what is loaded is
+        what was hashed, even if the file is exchanged meanwhile.
+        """
+        path = self._bundle.file(graph.model)
+        if graph.external_data:
+            return str(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"cannot be read: {error}", graph.model.file) from error
+        if hashlib.sha256(content).hexdigest() != graph.model.sha256:
+            raise BundleError("changed since the bundle was opened", graph.model.file)
+        return content
+
+    def _check(self, session: Any, graph: GraphSpec) -> None:
+        """Compare a session with what the manifest promises."""
+        name = graph.model.file
+        metadata = session.get_modelmeta().custom_metadata_map
+        export_id = metadata.get("sam3rt.export_id", "")
+        if export_id != self._bundle.manifest.export_id:
+            raise BundleError(
+                f"belongs to export {export_id[:16] or 'unknown'}..., the bundle is "
+                f"{self._bundle.manifest.export_id[:16]}...: encoder and decoder are mixed",
+                name,
+            )
+        for kind, actual, promised in (
+            ("inputs", session.get_inputs(), graph.inputs),
+            ("outputs", session.get_outputs(), graph.outputs),
+        ):
+            found = [(a.name, _ORT_TYPES.get(a.type, a.type), len(a.shape)) for a in actual]
+            wanted = [_signature(spec) for spec in promised]
+            if found != wanted:
+                raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
+        if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise BackendError(
+                "CUDA was asked for, but ONNX Runtime could not use it; check the driver and "
+                "that CUDA and cuDNN match this onnxruntime-gpu"
+            )
+
+
+def _signature(spec: TensorSpec) -> tuple[str, str, int]:
+    return spec.name, spec.dtype, len(spec.shape)
+
+
+def _choose_device(device: str) -> tuple[str, int]:
+    """Kind and number of the device to use."""
+    match = (
+        re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device) if isinstance(device, str) else None
+    )
+    if match is None:
+        raise InvalidInputError("device", repr(device), '"auto", "cpu", "cuda" or "cuda:N"')
+    if device == "cpu":
+        return "cpu", 0
+    usable = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_answers()
+    if device == "auto":
+        return ("cuda", 0) if usable else ("cpu", 0)
+    if not usable:
+        raise BackendError(
+            f"device {device!r} was asked for, but CUDA is not usable here: it needs an NVIDIA "
+            "driver and pip install 'sam3rt[gpu]' (without the plain onnxruntime beside it)"
+        )
+    return "cuda", int(match.group(1) or 0)
+
+
+def _cuda_answers() -> bool:
+    """Whether a value can be placed on the first CUDA device.
+
+    onnxruntime-gpu lists its CUDA provider even where there is no driver.
+    """
+    try:
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception as error:  # whatever the provider's libraries raise means "no"
+        _LOG.info("CUDA is not usable: %s", error)
+        return False
+    return True

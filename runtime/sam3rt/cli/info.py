@@ -1,0 +1,121 @@
+"""``sam3rt info``: what a bug report needs to know."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..bundle import Manifest, open_bundle
+from ..default_model import default_bundle_path
+
+HELP = "show versions, backends and a bundle's description"
+DESCRIPTION = "Show this installation's versions, the backends that can run here, and a bundle."
+
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "torch",
+    "transformers",
+    "onnx",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle folder (default: the bundled MobileSAM)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the information."""
+    path = default_bundle_path() if options.bundle is None else options.bundle
+    bundle = open_bundle(path, check_files=False)
+    information = {
+        "sam3rt": __version__,
+        "machine": _machine(),
+        "packages": _packages(),
+        "onnxruntime_providers": _providers(),
+        "bundle": _bundle(path, bundle.manifest),
+    }
+    if options.json:
+        print(json.dumps(information, indent=2))
+    else:
+        _print(information, "")
+    return 0
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _providers() -> list[str]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    import onnxruntime
+
+    providers: list[str] = onnxruntime.get_available_providers()
+    return providers
+
+
+def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
+    height, width = manifest.image.size
+    graphs = {
+        role: f"{graph.nodes} nodes, opset {graph.opset}, "
+        f"{sum(e.bytes for e in (graph.model, *graph.external_data)) / 1e6:.1f} MB"
+        for role, graph in (("encoder", manifest.encoder), ("decoder", manifest.decoder))
+    }
+    return {
+        "path": str(path),
+        "name": manifest.name,
+        "model_type": manifest.model_type,
+        "fingerprint": manifest.fingerprint,
+        "format_version": manifest.format_version,
+        "input": f"{width}x{height}, resize {manifest.image.resize}",
+        "low_resolution_masks": "x".join(map(str, manifest.masks.low_res_size[::-1])),
+        "weights": manifest.weights,
+        **graphs,
+        "source": f"{manifest.source.kind}: {manifest.source.reference}",
+        "license": manifest.source.license,
+        "producer": manifest.producer,
+    }
+
+
+def _print(value: dict[str, Any], indent: str) -> None:
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            print(f"{indent}{name}:")
+            _print(entry, indent + "  ")
+        else:
+            text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
+            print(f"{indent}{name}: {text}")

@@ -1,0 +1,70 @@
+"""Options and small parsers that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+from ..model import SegmentationModel, load_model
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs where."""
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help='what runs the graphs: "auto" or "onnxruntime" (default: auto)',
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help='"auto", "cpu", "cuda" or "cuda:N" (default: auto: CUDA where it works)',
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, help="CPU threads per operator (default: all cores)"
+    )
+
+
+def load_from_options(
+    options: argparse.Namespace, *, check_files: bool = True
+) -> SegmentationModel:
+    """Load the model the options ask for."""
+    return load_model(
+        options.bundle,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        check_files=check_files,
+    )
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def numbers(text: str, counts: tuple[int, ...], form: str) -> list[float]:
+    """Comma-separated finite numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: saying which form was expected.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+    return values
+
+
+def progress_printer() -> Callable[[str], None] | None:
+    """Prints lines to standard error if a person is watching it."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda line: print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,55 @@
+"""Exceptions of the runtime. All derive from :class:`Sam3rtError`."""
+
+from __future__ import annotations
+
+
+class Sam3rtError(Exception):
+    """Base class of everything sam3rt raises on purpose."""
+
+
+class InvalidInputError(Sam3rtError, ValueError):
+    """An argument has the wrong type, shape, dtype or values.
+
+    Attributes:
+        argument: the name of the offending argument.
+    """
+
+    def __init__(self, argument: str, got: str, expected: str) -> None:
+        super().__init__(f"{argument}: got {got}, expected {expected}")
+        self.argument = argument
+
+
+class ImageError(InvalidInputError):
+    """An image is not one the predictor takes."""
+
+
+class PromptError(InvalidInputError):
+    """A point, box, mask or label is not one the predictor takes."""
+
+
+class StateError(Sam3rtError, RuntimeError):
+    """A method was called in a state that does not allow it, such as predict before set_image."""
+
+
+class BundleError(Sam3rtError):
+    """A bundle is missing, damaged, tampered with, mixed or from a newer format.
+
+    Attributes:
+        file: the name of the file at fault, or an empty string.
+    """
+
+    def __init__(self, message: str, file: str = "") -> None:
+        super().__init__(f"{file}: {message}" if file else message)
+        self.file = file
+
+
+class EmbeddingError(Sam3rtError):
+    """An embedding file or object is damaged or belongs to another model."""
+
+
+class BackendError(Sam3rtError, RuntimeError):
+    """A backend is not installed, not usable on this machine, or failed."""
+
+
+class VerificationError(Sam3rtError):
+    """A model's outputs differ from its parity record by more than is allowed."""

@@ -1,0 +1,174 @@
+"""The stateless model: images to embeddings, embeddings and prompts to masks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Backend, create_backend
+from .bundle import Bundle, Manifest, open_bundle
+from .default_model import default_bundle_path
+from .embedding import ImageEmbedding, read_embedding
+from .errors import BundleError, EmbeddingError, InvalidInputError
+from .prompts import PackedPrompts, Prompts, pack
+from .transforms import Image, geometry, preprocess, to_rgb
+
+_MULTI = ("pred_masks", "iou_scores")
+_SINGLE = ("single_pred_masks", "single_iou_scores")
+_OBJECT_SCORE = "object_score_logits"
+
+
+@dataclass(frozen=True)
+class DecodedMasks:
+    """What the decoder says of P objects.
+
+    Attributes:
+        low_res_masks: float32 [P, C, h, w], unclamped logits; C is 1 in a single-mask call.
+        iou_predictions: float32 [P, C], the predicted IoU of each mask.
+        object_score_logits: float32 [P], positive where the model sees an object; ``None`` for
+            models without that head.
+    """
+
+    low_res_masks: NDArray[np.float32]
+    iou_predictions: NDArray[np.float32]
+    object_score_logits: NDArray[np.float32] | None
+
+
+class SegmentationModel:
+    """A bundle on a backend. Holds no per-image state; every method is safe to call from threads.
+
+    Args:
+        bundle: an opened bundle.
+        backend: what runs it.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
+        decoder_outputs = {spec.name for spec in bundle.manifest.decoder.outputs}
+        self._object_score = (_OBJECT_SCORE,) if _OBJECT_SCORE in decoder_outputs else ()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's description."""
+        return self.bundle.manifest
+
+    @property
+    def device(self) -> str:
+        """Where the graphs run, such as ``"cpu"`` or ``"cuda:0"``."""
+        return self.backend.device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the encoder's input, pixels."""
+        return max(self.manifest.image.size)
+
+    def encode(self, image: Image) -> ImageEmbedding:
+        """Run the encoder on one image.
+
+        Args:
+            image: uint8 [H, W, 3] RGB or a PIL image; see :func:`sam3rt.transforms.to_rgb`.
+
+        Raises:
+            ImageError: it is not such an image.
+            BackendError: the backend failed.
+        """
+        pixels, place = preprocess(self.manifest.image, to_rgb(image))
+        return ImageEmbedding(
+            self.backend.encode(pixels), place, self.manifest.fingerprint, self._names
+        )
+
+    def decode(
+        self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
+    ) -> DecodedMasks:
+        """Run the decoder on one image's prompts.
+
+        Args:
+            embedding: from :meth:`encode` or :meth:`load_embedding` of this bundle.
+            prompts: see :class:`sam3rt.prompts.Prompts`.
+            multimask_output: three masks per object, or the single one.
+
+        Raises:
+            PromptError: a prompt is malformed.
+            EmbeddingError: the embedding belongs to another bundle or backend.
+            BackendError: the backend failed.
+        """
+        packed = pack(prompts, self.manifest.prompts, embedding.geometry)
+        return self.decode_packed(embedding, packed, multimask_output)
+
+    def decode_packed(
+        self, embedding: ImageEmbedding, prompts: PackedPrompts, multimask_output: bool = True
+    ) -> DecodedMasks:
+        """Like :meth:`decode`, for prompts already in the decoder's form."""
+        if embedding.fingerprint != self.manifest.fingerprint:
+            raise EmbeddingError(
+                f"the embedding was made by the bundle {embedding.fingerprint[:16]}..., "
+                f"this model is {self.manifest.fingerprint[:16]}...; encode the image again"
+            )
+        wanted = _MULTI if multimask_output else _SINGLE
+        results = self.backend.decode(embedding.features, prompts, (*wanted, *self._object_score))
+        score = results[2][0, :, 0] if self._object_score else None
+        return DecodedMasks(results[0][0], results[1][0], score)
+
+    def load_embedding(self, path: str | Path) -> ImageEmbedding:
+        """Load an embedding that this bundle made. The encoder is not needed for it.
+
+        Raises:
+            EmbeddingError: the file is missing, damaged, or from another bundle.
+        """
+        fingerprint = self.manifest.fingerprint
+        maps, place = read_embedding(Path(path), fingerprint, self.manifest.encoder.outputs)
+        if place != geometry(self.manifest.image, place.original_size):
+            raise EmbeddingError(f"{path}: its image geometry contradicts this model's")
+        return ImageEmbedding(self.backend.upload(maps), place, fingerprint, self._names)
+
+    def warm_up(self) -> None:
+        """Load both graphs and run each once, so that the first request is not the slow one."""
+        self.backend.prepare()
+        embedding = self.encode(np.zeros((8, 8, 3), np.uint8))
+        self.decode(embedding, Prompts(point_coords=[[4.0, 4.0]], point_labels=[1]))
+
+
+def load_model(
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    check_files: bool = True,
+    expected_fingerprint: str | None = None,
+) -> SegmentationModel:
+    """Load a model from a bundle folder.
+
+    Graphs are loaded into the backend at first use, or by :meth:`SegmentationModel.warm_up`.
+
+    Args:
+        bundle: the folder, or ``None`` for the bundled MobileSAM.
+        backend: ``"auto"`` or ``"onnxruntime"``.
+        device: ``"auto"`` (CUDA where it works, else the CPU), ``"cpu"``, ``"cuda"``,
+            ``"cuda:N"``.
+        threads: CPU threads per operator; ``None`` leaves it to the backend.
+        check_files: hash every file against the manifest first.
+        expected_fingerprint: refuse any bundle but the one with this fingerprint.
+
+    Raises:
+        InvalidInputError: an argument makes no sense.
+        BundleError: the bundle is missing, damaged, mixed, too new or not the expected one.
+        BackendError: the backend or the device cannot be used here.
+    """
+    if bundle is not None and not isinstance(bundle, str | os.PathLike):
+        raise InvalidInputError("bundle", type(bundle).__name__, "a path or None")
+    path = default_bundle_path() if bundle is None else Path(bundle)
+    opened = open_bundle(path, check_files=check_files)
+    if expected_fingerprint is not None and opened.manifest.fingerprint != expected_fingerprint:
+        raise BundleError(
+            f"{path} has fingerprint {opened.manifest.fingerprint}, expected {expected_fingerprint}"
+        )
+    return SegmentationModel(
+        opened, create_backend(backend, opened, device=device, threads=threads)
+    )

@@ -1,0 +1,312 @@
+"""The parity record: small inputs and the FP32 outputs a model must give for them.
+
+A record is an ``.npz`` file without pickled objects. ``description`` is a JSON text that lists
+the cases; the other arrays hold inputs whole and expected outputs subsampled:
+
+* ``image_I``: uint8 [H, W, 3].
+* ``features_I_L``: float32, feature map L of image I, ``[0, ::cs, ::s, ::s]``.
+* ``CASE/points``, ``CASE/labels``: packed prompts, as the decoder graph reads them.
+* ``CASE/mask_prompt``: float32 [M, h, w], where the case has one.
+* ``CASE/logits``: float32 [P, C, ...], the multi-mask logits and then the single mask's,
+  ``[..., ::s, ::s]``.
+* ``CASE/masks``: ``numpy.packbits`` of the same logits > 0, unsubsampled.
+* ``CASE/iou``: float32 [P, C]; ``CASE/object_score``: float32 [P], where the model has one.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._files import atomic_write
+from .bundle import Bundle, ParityLimits
+from .embedding import ImageEmbedding
+from .errors import BundleError
+from .model import SegmentationModel
+from .prompts import PackedPrompts
+
+_VERSION = 1
+LOGIT_STRIDE = 8
+CHANNEL_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One decoder call of the record.
+
+    Attributes:
+        name: what to call it.
+        image: index of the image it is about.
+        prompts: its prompts, packed.
+    """
+
+    name: str
+    image: int
+    prompts: PackedPrompts
+
+
+@dataclass(frozen=True)
+class ExpectedCase:
+    """Reference outputs of one decoder call, unsubsampled.
+
+    Attributes:
+        logits: float32 [P, C, h, w], the multi-mask logits, then the single mask's.
+        iou: float32 [P, C].
+        object_score: float32 [P], or ``None``.
+    """
+
+    logits: NDArray[np.float32]
+    iou: NDArray[np.float32]
+    object_score: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One comparison with the record.
+
+    Attributes:
+        subject: the image or case, and the output.
+        metric: what was measured.
+        value: the figure; NaN where outputs hold NaN.
+        limit: the figure allowed.
+        at_least: whether the figure must reach the limit rather than stay below it.
+    """
+
+    subject: str
+    metric: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure is within its limit; NaN never is."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+class ParityRecord:
+    """A record in memory.
+
+    Args:
+        arrays: the arrays listed in the module's documentation.
+        description: the parsed ``description``.
+    """
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
+        self._arrays = arrays
+        self._description = description
+
+    @classmethod
+    def build(
+        cls,
+        images: list[NDArray[np.uint8]],
+        features: list[tuple[NDArray[np.float32], ...]],
+        cases: list[tuple[ParityCase, ExpectedCase]],
+    ) -> ParityRecord:
+        """Collect inputs and reference outputs, subsampling the outputs."""
+        arrays: dict[str, NDArray[Any]] = {}
+        levels = len(features[0])
+        for index, (image, maps) in enumerate(zip(images, features, strict=True)):
+            arrays[f"image_{index}"] = image
+            for level, array in enumerate(maps):
+                arrays[f"features_{index}_{level}"] = subsample_features(array)
+        for case, expected in cases:
+            arrays[f"{case.name}/points"] = case.prompts.points
+            arrays[f"{case.name}/labels"] = case.prompts.labels
+            if case.prompts.masks is not None:
+                arrays[f"{case.name}/mask_prompt"] = case.prompts.masks
+            arrays[f"{case.name}/logits"] = _subsample_logits(expected.logits)
+            arrays[f"{case.name}/masks"] = np.packbits(expected.logits > 0)
+            arrays[f"{case.name}/iou"] = expected.iou
+            if expected.object_score is not None:
+                arrays[f"{case.name}/object_score"] = expected.object_score
+        description = {
+            "version": _VERSION,
+            "images": len(images),
+            "levels": levels,
+            "cases": [{"name": case.name, "image": case.image} for case, _ in cases],
+        }
+        return cls(arrays, description)
+
+    def save(self, path: Path) -> None:
+        """Write the record, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        arrays: dict[str, Any] = {"description": np.array(json.dumps(self._description))}
+        with atomic_write(path) as stream:
+            np.savez_compressed(stream, **(arrays | self._arrays))
+
+    @classmethod
+    def load(cls, path: Path) -> ParityRecord:
+        """Read a record.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            description = json.loads(str(arrays.pop("description")))
+            if description["version"] != _VERSION:
+                raise BundleError(f"has version {description['version']}", path.name)
+            return cls(arrays, description)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+            raise BundleError(f"is not a parity record: {error}", path.name) from error
+
+    def images(self) -> list[NDArray[np.uint8]]:
+        """The images, uint8 [H, W, 3] each."""
+        return [self._arrays[f"image_{i}"] for i in range(self._description["images"])]
+
+    def cases(self) -> list[ParityCase]:
+        """The decoder calls."""
+        return [
+            ParityCase(
+                entry["name"],
+                entry["image"],
+                PackedPrompts(
+                    self._arrays[f"{entry['name']}/points"],
+                    self._arrays[f"{entry['name']}/labels"],
+                    self._arrays.get(f"{entry['name']}/mask_prompt"),
+                ),
+            )
+            for entry in self._description["cases"]
+        ]
+
+    def compare_features(
+        self, index: int, maps: tuple[NDArray[np.float32], ...], limits: ParityLimits
+    ) -> Iterator[Measurement]:
+        """Compare one image's feature maps, float32 [1, C, h, w] each, with the record."""
+        for level, array in enumerate(maps):
+            expected = self._arrays[f"features_{index}_{level}"]
+            actual = subsample_features(array)
+            subject = f"image {index} features {level}"
+            yield Measurement(
+                subject, "cosine", _cosine(actual, expected), limits.feature_cosine, True
+            )
+            yield Measurement(
+                subject, "relative error", relative_error(actual, expected), limits.feature_error
+            )
+
+    def compare_case(
+        self, case: ParityCase, actual: ExpectedCase, limits: ParityLimits
+    ) -> Iterator[Measurement]:
+        """Compare one decoder call's outputs with the record."""
+        logits = self._arrays[f"{case.name}/logits"]
+        yield Measurement(
+            f"{case.name} logits",
+            "relative error",
+            relative_error(_subsample_logits(actual.logits), logits),
+            limits.logit_error,
+        )
+        bits = self._arrays[f"{case.name}/masks"]
+        expected = np.unpackbits(bits, count=actual.logits.size).astype(bool)
+        yield Measurement(
+            f"{case.name} masks",
+            "least IoU",
+            _least_iou(actual.logits, expected.reshape(actual.logits.shape)),
+            limits.mask_iou,
+            True,
+        )
+        yield Measurement(
+            f"{case.name} predicted IoU",
+            "error",
+            float(np.abs(actual.iou - self._arrays[f"{case.name}/iou"]).max()),
+            limits.iou_error,
+        )
+        score = self._arrays.get(f"{case.name}/object_score")
+        if score is not None and actual.object_score is not None:
+            yield Measurement(
+                f"{case.name} object score",
+                "relative error",
+                relative_error(actual.object_score, score),
+                limits.logit_error,
+            )
+
+
+def verify_model(
+    model: SegmentationModel, record: ParityRecord, limits: ParityLimits
+) -> Iterator[Measurement]:
+    """Run a model on a record, encoder and decoder, and compare every output.
+
+    Args:
+        model: what to check.
+        record: its bundle's record.
+        limits: the differences allowed.
+
+    Yields:
+        One measurement per output and metric, as they are made.
+    """
+    embeddings: list[ImageEmbedding] = []
+    for index, image in enumerate(record.images()):
+        embedding = model.encode(image)
+        embeddings.append(embedding)
+        yield from record.compare_features(index, embedding.features.numpy(), limits)
+    for case in record.cases():
+        yield from record.compare_case(case, run_case(model, embeddings[case.image], case), limits)
+
+
+def run_case(model: SegmentationModel, embedding: ImageEmbedding, case: ParityCase) -> ExpectedCase:
+    """A model's outputs for one case, multi-mask and single-mask together."""
+    multi = model.decode_packed(embedding, case.prompts, multimask_output=True)
+    single = model.decode_packed(embedding, case.prompts, multimask_output=False)
+    return ExpectedCase(
+        np.concatenate([multi.low_res_masks, single.low_res_masks], axis=1),
+        np.concatenate([multi.iou_predictions, single.iou_predictions], axis=1),
+        multi.object_score_logits,
+    )
+
+
+def load_record(bundle: Bundle) -> ParityRecord:
+    """The parity record of a bundle.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    return ParityRecord.load(bundle.file(bundle.manifest.parity.record))
+
+
+def subsample_features(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every fourth channel and about 24 rows and columns of a map [1, C, h, w]."""
+    stride = max(1, array.shape[-1] // 24)
+    return np.ascontiguousarray(array[0, ::CHANNEL_STRIDE, ::stride, ::stride])
+
+
+def _subsample_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(logits[..., ::LOGIT_STRIDE, ::LOGIT_STRIDE])
+
+
+def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Largest absolute difference over the largest absolute expected value.
+
+    NaN where either holds one, infinity where the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
+    scale = max(float(np.abs(expected).max()), 1e-6)
+    return float(np.abs(actual - expected).max()) / scale
+
+
+def _cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    if actual.shape != expected.shape:
+        return float("nan")
+    a, b = actual.ravel().astype(np.float64), expected.ravel().astype(np.float64)
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
+
+
+def _least_iou(logits: NDArray[np.float32], expected: NDArray[np.bool_]) -> float:
+    """The least IoU over the masks; two empty masks agree. NaN where a logit is NaN."""
+    if np.isnan(logits).any():
+        return float("nan")
+    actual = logits > 0
+    both = (actual & expected).sum(axis=(-2, -1))
+    either = (actual | expected).sum(axis=(-2, -1))
+    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).min())

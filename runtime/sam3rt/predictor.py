@@ -1,0 +1,283 @@
+"""SAM 3's interactive predictor over a bundle: the reference's names, defaults and results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import postprocess
+from .embedding import ImageEmbedding
+from .errors import InvalidInputError, PromptError, StateError
+from .model import SegmentationModel
+from .prompts import Prompts
+from .transforms import Image, to_rgb
+
+
+class _ModelDefault(float):
+    """A default value that yields to the model's own; every other value is the caller's."""
+
+
+# What SAM 3's predictor fills. MobileSAM's fills no holes, so its bundle says 0.
+MAX_HOLE_AREA = _ModelDefault(256.0)
+
+Prediction = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
+
+
+class SAM3InteractiveImagePredictor:
+    """Segments objects of one image, or of a batch of images, from clicks, boxes and masks.
+
+    Keeps the embeddings of the images set last; everything else is
+    :class:`~sam3rt.model.SegmentationModel`. One predictor serves one thread at a time; many
+    predictors may share one model. A call that raises leaves the predictor as it was.
+
+    Args:
+        sam_model: from :func:`sam3rt.load_model`.
+        mask_threshold: logits above it are foreground.
+        max_hole_area: background components of at most this many low-resolution pixels are
+            filled; 0 disables. Unless given, it is the default of the model's own predictor: 256
+            for SAM 3, and 0 for MobileSAM, which knows no hole filling.
+        max_sprinkle_area: foreground components of at most this many low-resolution pixels are
+            removed; 0 disables.
+        mask_dtype: type of the returned masks. The reference's is float32 with values 0 and 1;
+            ``bool`` or ``numpy.uint8`` take a quarter of the memory.
+
+    Raises:
+        InvalidInputError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        sam_model: SegmentationModel,
+        mask_threshold: float = 0.0,
+        max_hole_area: float = MAX_HOLE_AREA,
+        max_sprinkle_area: float = 0.0,
+        *,
+        mask_dtype: DTypeLike = np.float32,
+    ) -> None:
+        if not isinstance(sam_model, SegmentationModel):
+            raise InvalidInputError(
+                "sam_model", type(sam_model).__qualname__, "a model from sam3rt.load_model"
+            )
+        self.model = sam_model
+        self.mask_threshold = _number("mask_threshold", mask_threshold)
+        if max_hole_area is MAX_HOLE_AREA:
+            max_hole_area = sam_model.manifest.masks.max_hole_area
+        self.max_hole_area = _number("max_hole_area", max_hole_area)
+        self.max_sprinkle_area = _number("max_sprinkle_area", max_sprinkle_area)
+        try:
+            self.mask_dtype = np.dtype(mask_dtype)
+        except TypeError as error:
+            raise InvalidInputError("mask_dtype", repr(mask_dtype), "a NumPy dtype") from error
+        if self.mask_dtype not in (np.float32, np.bool_, np.uint8):
+            raise InvalidInputError("mask_dtype", str(self.mask_dtype), "float32, bool or uint8")
+        self._embeddings: list[ImageEmbedding] = []
+        self._is_batch = False
+
+    def set_image(self, image: Image) -> None:
+        """Encode an image, so that :meth:`predict` can be called on it.
+
+        Args:
+            image: uint8 [H, W, 3] RGB or a PIL image. EXIF orientation is not applied.
+
+        Raises:
+            ImageError: it is not such an image; the image set before stays set.
+            BackendError: the backend failed.
+        """
+        embedding = self.model.encode(image)
+        self.set_embedding(embedding)
+
+    def set_embedding(self, embedding: ImageEmbedding) -> None:
+        """Use an embedding made or loaded earlier in place of an image.
+
+        Raises:
+            InvalidInputError: it is not an embedding.
+        """
+        if not isinstance(embedding, ImageEmbedding):
+            raise InvalidInputError("embedding", type(embedding).__qualname__, "an ImageEmbedding")
+        self._embeddings, self._is_batch = [embedding], False
+
+    def set_image_batch(self, image_list: Sequence[Image]) -> None:
+        """Encode several images, so that :meth:`predict_batch` can be called on them.
+
+        :meth:`predict` then uses the last of them.
+
+        Args:
+            image_list: at least one image, each as for :meth:`set_image`; sizes may differ.
+
+        Raises:
+            ImageError: it is not such a list; what was set before stays set.
+            BackendError: the backend failed.
+        """
+        if not isinstance(image_list, list | tuple) or not image_list:
+            raise InvalidInputError(
+                "image_list",
+                "an empty list"
+                if isinstance(image_list, list | tuple)
+                else type(image_list).__qualname__,
+                "a list of at least one image",
+            )
+        # All are checked before the first is encoded: encoding is the expensive part.
+        arrays = [to_rgb(image, f"image_list[{i}]") for i, image in enumerate(image_list)]
+        embeddings = [self.model.encode(array) for array in arrays]
+        self._embeddings, self._is_batch = embeddings, True
+
+    def predict(
+        self,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> Prediction:
+        """Predict masks from prompts on the image set last.
+
+        With B > 1 objects (B boxes, or [B, N, 2] points) every result has a leading axis B.
+
+        Args:
+            point_coords: [N, 2] or [B, N, 2], (x, y) in pixels of the image.
+            point_labels: [N] or [B, N]: 1 foreground, 0 background, -1 ignored.
+            box: [4] or [B, 4], x0, y0, x1, y1 in pixels of the image.
+            mask_input: [1, h, w] or [B, 1, h, w], low-resolution logits of an earlier call; h
+                and w are those of the third result.
+            multimask_output: three masks of different extent, or the single best guess.
+            return_logits: return logits of the image's size instead of thresholded masks.
+            normalize_coords: coordinates are pixels; ``False`` takes them as already in [0, 1].
+
+        Returns:
+            Masks [C, H, W] of the image's size, 0 and 1 in the predictor's ``mask_dtype`` (float32
+            logits with ``return_logits``); predicted IoUs, float32 [C]; low-resolution logits,
+            float32 [C, h, w], for ``mask_input`` of a later call.
+
+        Raises:
+            StateError: no image is set.
+            PromptError: a prompt is malformed.
+            BackendError: the backend failed.
+        """
+        if not self._embeddings:
+            raise StateError("an image must be set with set_image before predict")
+        prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
+        return self._predict(self._embeddings[-1], prompts, multimask_output, return_logits)
+
+    def predict_batch(
+        self,
+        point_coords_batch: Sequence[ArrayLike | None] | None = None,
+        point_labels_batch: Sequence[ArrayLike | None] | None = None,
+        box_batch: Sequence[ArrayLike | None] | None = None,
+        mask_input_batch: Sequence[ArrayLike | None] | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> tuple[list[NDArray[Any]], list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+        """Predict masks on every image of the batch set last.
+
+        Args:
+            point_coords_batch: one ``point_coords`` (or ``None``) per image, or ``None``.
+            point_labels_batch: likewise.
+            box_batch: likewise.
+            mask_input_batch: likewise.
+            multimask_output: as for :meth:`predict`.
+            return_logits: as for :meth:`predict`.
+            normalize_coords: as for :meth:`predict`.
+
+        Returns:
+            Three lists with one entry per image, each as :meth:`predict` returns it.
+
+        Raises:
+            StateError: no batch is set.
+            PromptError: a list has the wrong length, or a prompt is malformed.
+            BackendError: the backend failed.
+        """
+        if not self._is_batch:
+            raise StateError("a batch must be set with set_image_batch before predict_batch")
+        count = len(self._embeddings)
+        lists = [
+            _batch_argument(name, value, count)
+            for name, value in (
+                ("point_coords_batch", point_coords_batch),
+                ("point_labels_batch", point_labels_batch),
+                ("box_batch", box_batch),
+                ("mask_input_batch", mask_input_batch),
+            )
+        ]
+        results = [
+            self._predict(
+                embedding,
+                Prompts(coords, labels, box, mask, bool(normalize_coords)),
+                multimask_output,
+                return_logits,
+            )
+            for embedding, coords, labels, box, mask in zip(self._embeddings, *lists, strict=True)
+        ]
+        masks, scores, low_res = zip(*results, strict=True)
+        return list(masks), list(scores), list(low_res)
+
+    def get_image_embedding(self) -> NDArray[np.float32]:
+        """The coarsest feature map of the image, float32 [1, C, h, w] ([B, ...] for a batch).
+
+        Raises:
+            StateError: no image is set.
+        """
+        if not self._embeddings:
+            raise StateError("an image must be set with set_image before get_image_embedding")
+        return np.concatenate([embedding.features.numpy()[-1] for embedding in self._embeddings])
+
+    def reset_predictor(self) -> None:
+        """Forget the image or batch that was set."""
+        self._embeddings, self._is_batch = [], False
+
+    @property
+    def device(self) -> str:
+        """Where the model runs, such as ``"cpu"`` or ``"cuda:0"``."""
+        return self.model.device
+
+    def _predict(
+        self,
+        embedding: ImageEmbedding,
+        prompts: Prompts,
+        multimask_output: bool,
+        return_logits: bool,
+    ) -> Prediction:
+        decoded = self.model.decode(embedding, prompts, bool(multimask_output))
+        manifest = self.model.manifest
+        masks = postprocess.finish(
+            decoded.low_res_masks,
+            embedding.geometry,
+            manifest.image,
+            manifest.masks,
+            threshold=self.mask_threshold,
+            max_hole_area=self.max_hole_area,
+            max_sprinkle_area=self.max_sprinkle_area,
+            return_logits=bool(return_logits),
+            dtype=self.mask_dtype,
+        )
+        low_res = decoded.low_res_masks
+        limit = manifest.masks.low_res_limit
+        if limit is not None:
+            low_res = np.clip(low_res, -limit, limit)
+        if len(masks) == 1:
+            return masks[0], decoded.iou_predictions[0], low_res[0]
+        return masks, decoded.iou_predictions, low_res
+
+
+def _number(argument: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise InvalidInputError(argument, repr(value), "a number")
+    number = float(value)
+    if not np.isfinite(number):
+        raise InvalidInputError(argument, repr(value), "a finite number")
+    return number
+
+
+def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:
+    if value is None:
+        return [None] * count
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise PromptError(name, type(value).__qualname__, f"a list of {count}, one per image")
+    if len(value) != count:
+        raise PromptError(name, f"{len(value)} entries", f"one per image of the batch ({count})")
+    return list(value)

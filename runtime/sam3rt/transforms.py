@@ -1,0 +1,149 @@
+"""From an image to the encoder's input, and from image coordinates to the input's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from .bundle import ImageSpec
+from .errors import ImageError
+
+Image = NDArray[np.uint8] | PIL.Image.Image
+
+# Modes whose conversion to RGB keeps 8 bits per channel. Transparency is dropped, not blended:
+# the model was trained on the colours, and the colours are what is under the alpha channel.
+_CONVERTIBLE_MODES = frozenset(
+    ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+)
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """Where an image lies in the encoder's input.
+
+    Attributes:
+        original_size: (height, width) of the image, pixels.
+        input_size: (height, width) of the part of the encoder's input that the image fills.
+    """
+
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+
+    def to_input(self, coords: NDArray[np.float32], normalize: bool) -> NDArray[np.float32]:
+        """Map (x, y) coordinates to pixels of the encoder's input.
+
+        Args:
+            coords: float32 [..., 2], in image pixels, or in [0, 1] of the image if not
+                ``normalize``.
+            normalize: whether to divide by the image's size first.
+
+        Returns:
+            float32 [..., 2].
+        """
+        height, width = self.original_size
+        size = np.array([width, height] if normalize else [1, 1], np.float32)
+        mapped: NDArray[np.float32] = coords / size * np.array(self.input_size[::-1], np.float32)
+        return mapped
+
+
+def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
+    """Check an image and return it as an RGB array.
+
+    An EXIF orientation is not applied, as in the reference: coordinates refer to the pixels as
+    stored. Use ``PIL.ImageOps.exif_transpose`` first where that is not what you want.
+
+    Args:
+        image: uint8 [H, W, 3] RGB, or a PIL image (palette, grey, CMYK and alpha modes are
+            converted; alpha is dropped).
+        argument: what to call it in error messages.
+
+    Returns:
+        uint8 [H, W, 3]; the caller's own array where it already is one.
+
+    Raises:
+        ImageError: anything else, naming what came.
+    """
+    if isinstance(image, PIL.Image.Image):
+        if 0 in image.size:
+            raise ImageError(argument, f"a PIL image of size {image.size}", "at least one pixel")
+        if image.mode == "RGB":
+            return np.asarray(image)
+        if image.mode in _CONVERTIBLE_MODES:
+            return np.asarray(image.convert("RGB"))
+        raise ImageError(
+            argument,
+            f"a PIL image of mode {image.mode!r}",
+            "an 8-bit mode such as RGB, RGBA, L, P or CMYK; convert it first, "
+            "since scaling to 8 bits is your choice",
+        )
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            argument,
+            f"{type(image).__module__}.{type(image).__qualname__}",
+            "a uint8 NumPy array [H, W, 3] or a PIL image",
+        )
+    if image.dtype != np.uint8:
+        raise ImageError(
+            argument, f"a {image.dtype} array", "uint8 with values 0..255 in RGB order"
+        )
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(argument, f"an array of shape {image.shape}", "[height, width, 3]")
+    if 0 in image.shape:
+        raise ImageError(argument, f"an array of shape {image.shape}", "at least one pixel")
+    return image
+
+
+def geometry(spec: ImageSpec, original_size: tuple[int, int]) -> ImageGeometry:
+    """Where an image of a given (height, width) lies in the encoder's input."""
+    if spec.resize == "stretch":
+        return ImageGeometry(original_size, spec.size)
+    # ResizeLongestSide.get_preprocess_shape of SAM 1 and MobileSAM.
+    scale = max(spec.size) / max(original_size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in original_size)
+    return ImageGeometry(original_size, (height, width))
+
+
+def preprocess(
+    spec: ImageSpec, image: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], ImageGeometry]:
+    """Resize, normalize and pad an RGB image.
+
+    Pillow's bilinear filter widens when it shrinks, as torchvision's antialiased resize does;
+    on 32-bit float planes it does not round either.
+
+    Args:
+        spec: the model's image rules.
+        image: uint8 [H, W, 3].
+
+    Returns:
+        float32 [1, 3, height, width] of the spec's size, and where the image lies in it.
+    """
+    place = geometry(spec, (image.shape[0], image.shape[1]))
+    height, width = place.input_size
+    size = (width, height)
+    bilinear = PIL.Image.Resampling.BILINEAR
+    pixels = np.full((1, 3, *spec.size), spec.pad_value, np.float32)
+    if spec.resize_dtype == "uint8":
+        resized = PIL.Image.fromarray(np.ascontiguousarray(image)).resize(size, bilinear)
+        planes = np.asarray(resized).transpose(2, 0, 1)
+    else:
+        planes = np.stack(
+            [
+                np.asarray(
+                    PIL.Image.fromarray(image[..., channel].astype(np.float32)).resize(
+                        size, bilinear
+                    )
+                )
+                for channel in range(3)
+            ]
+        )
+    inside = pixels[0, :, :height, :width]
+    mean = np.array(spec.mean, np.float32)[:, None, None]
+    std = np.array(spec.std, np.float32)[:, None, None]
+    np.subtract(planes, mean, out=inside)
+    np.divide(inside, std, out=inside)
+    return pixels, place

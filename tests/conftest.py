@@ -1,0 +1,85 @@
+"""Fixtures shared by all tests. What needs PyTorch is imported only where it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+
+import sam3rt
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+PHOTOS = ROOT / "tests" / "photos"
+
+sys.path.insert(0, str(GOLDEN / "sam3"))
+
+import synthetic  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden data's small SAM 3 as a file in ``sam3.pt``'s format."""
+    import torch
+
+    path = tmp_path_factory.mktemp("checkpoint") / "sam3_small.pt"
+    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in synthetic.checkpoint().items()}
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small SAM 3 exported to a bundle, once for all tests."""
+    from sam3rt_export import export_bundle
+
+    path = tmp_path_factory.mktemp("bundles") / "sam3_small"
+    export_bundle(small_checkpoint, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(small_bundle: Path) -> sam3rt.SegmentationModel:
+    """The small SAM 3 in the runtime, on the CPU."""
+    return sam3rt.load_model(small_bundle, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> sam3rt.SegmentationModel:
+    """The bundled MobileSAM, on the CPU."""
+    return sam3rt.load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def golden_images() -> dict[int, NDArray[np.uint8]]:
+    """The golden data's images by number, checked against their hashes."""
+    images = {}
+    for number, entry in synthetic.cases()["images"].items():
+        array = synthetic.image(entry["seed"], entry["height"], entry["width"])
+        assert hashlib.sha256(array.tobytes()).hexdigest() == entry["sha256"]
+        images[int(number)] = array
+    return images
+
+
+def photo(name: str) -> NDArray[np.uint8]:
+    """A test photograph, uint8 [H, W, 3]."""
+    with PIL.Image.open(PHOTOS / f"{name}.png") as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture(scope="session")
+def chelsea() -> NDArray[np.uint8]:
+    """A photograph of a cat, 300 x 451 pixels."""
+    return photo("chelsea")
+
+
+@pytest.fixture
+def golden_cases() -> dict[str, Any]:
+    """The parsed golden cases of SAM 3."""
+    return synthetic.cases()

@@ -1,0 +1,20 @@
+"""A box."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from sam3rt import SAM3InteractiveImagePredictor, load_model
+
+predictor = SAM3InteractiveImagePredictor(load_model(os.environ.get("BUNDLE")))
+
+image = Image.open(os.environ["IMAGES"].split(os.pathsep)[0]).convert("RGB")
+predictor.set_image(image)
+
+masks, scores, low_res_masks = predictor.predict(
+    box=np.array([20, 10, 400, 290]),
+    multimask_output=False,
+)
+
+print(f"mask {masks[0].shape}, score {scores[0]:.3f}, area {int(masks[0].sum())}")

@@ -1,0 +1,22 @@
+"""A box with clicks in it."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from sam3rt import SAM3InteractiveImagePredictor, load_model
+
+predictor = SAM3InteractiveImagePredictor(load_model(os.environ.get("BUNDLE")))
+
+image = np.array(Image.open(os.environ["IMAGES"].split(os.pathsep)[0]).convert("RGB"))
+predictor.set_image(image)
+
+masks, scores, low_res_masks = predictor.predict(
+    point_coords=np.array([[225, 150], [60, 280]]),
+    point_labels=np.array([1, 0]),
+    box=np.array([20, 10, 400, 290]),
+    multimask_output=False,
+)
+
+print(f"mask {masks[0].shape}, score {scores[0]:.3f}")

@@ -1,0 +1,22 @@
+"""A single click."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from sam3rt import SAM3InteractiveImagePredictor, load_model
+
+predictor = SAM3InteractiveImagePredictor(load_model(os.environ.get("BUNDLE")))
+
+image = np.array(Image.open(os.environ["IMAGES"].split(os.pathsep)[0]).convert("RGB"))
+predictor.set_image(image)
+
+masks, scores, low_res_masks = predictor.predict(
+    point_coords=np.array([[225, 150]]),
+    point_labels=np.array([1]),
+    multimask_output=True,
+)
+
+best = np.argmax(scores)
+print(f"best of {len(masks)} masks: {masks[best].shape}, score {scores[best]:.3f}")

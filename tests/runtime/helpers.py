@@ -1,0 +1,142 @@
+"""What several of the runtime's test files share. Imports neither PyTorch nor a backend."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+from sam3rt.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    NO_FINGERPRINT,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    MaskSpec,
+    ParityLimits,
+    ParitySpec,
+    PromptSpec,
+    SourceSpec,
+    TensorSpec,
+    file_entry,
+    write_manifest,
+)
+
+TESTS = Path(__file__).resolve().parents[1]
+GOLDEN = TESTS / "golden"
+
+SAM3_IMAGE = ImageSpec((1008, 1008), "stretch", "float32", (127.5,) * 3, (127.5,) * 3)
+MOBILE_IMAGE = ImageSpec(
+    (1024, 1024), "longest_side", "uint8", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+)
+SAM3_PROMPTS = PromptSpec("before_points", "always", (288, 288))
+MOBILE_PROMPTS = PromptSpec("after_points", "without_box", (256, 256))
+SAM3_MASKS = MaskSpec(3, (288, 288), 32.0, "direct", 256.0)
+MOBILE_MASKS = MaskSpec(3, (256, 256), None, "unpad", 0.0)
+
+# Fixtures that only hold data may be shared by all examples of a property.
+COMMON = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def examples(count: int) -> settings:
+    """Settings for a property with ``count`` examples."""
+    return settings(COMMON, max_examples=count)
+
+
+def photo(name: str) -> NDArray[np.uint8]:
+    """A test photograph, uint8 [H, W, 3]."""
+    with PIL.Image.open(TESTS / "photos" / f"{name}.png") as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """A random image, uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def tiny_bundle(folder: Path, seed: int = 0) -> Manifest:
+    """Make a bundle whose files hold a few random bytes: for everything but running it."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name in ("encoder.onnx", "encoder.data", "decoder.onnx", "parity.npz", "LICENSE"):
+        (folder / name).write_bytes(rng.bytes(64))
+    entry = {path.name: file_entry(path) for path in folder.iterdir()}
+    pixels = TensorSpec("pixel_values", "float32", ("batch", 3, 1008, 1008))
+    features = TensorSpec("image_embeddings.0", "float32", ("batch", 256, 72, 72))
+    points = TensorSpec("input_points", "float32", (1, "num_objects", "num_points", 2))
+    masks = TensorSpec("pred_masks", "float32", (1, "num_objects", 3, 288, 288))
+    manifest = Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        fingerprint=NO_FINGERPRINT,
+        export_id=hashlib.sha256(bytes([seed])).hexdigest(),
+        name="tiny ☃",
+        model_type="sam3",
+        weights="float32",
+        source=SourceSpec("test", "nowhere", "", "MIT", entry["LICENSE"]),
+        image=SAM3_IMAGE,
+        prompts=SAM3_PROMPTS,
+        masks=SAM3_MASKS,
+        encoder=GraphSpec(
+            entry["encoder.onnx"], (entry["encoder.data"],), 18, 7, (pixels,), (features,)
+        ),
+        decoder=GraphSpec(entry["decoder.onnx"], (), 18, 9, (features, points), (masks,)),
+        parity=ParitySpec(entry["parity.npz"], ParityLimits(5e-4, 0.999999, 1e-3, 1e-3, 0.998)),
+        producer={"sam3rt": "0", "test": "1"},
+    )
+    return write_manifest(folder, manifest)
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The parsed ``bundle.json`` of a folder."""
+    parsed: dict[str, Any] = json.loads((folder / "bundle.json").read_text())
+    return parsed
+
+
+def sign(document: dict[str, Any]) -> bytes:
+    """A manifest's bytes with the fingerprint that the format asks for, whatever it holds."""
+    blank = copy.deepcopy(document)
+    blank["fingerprint"] = "0" * 64
+    text = json.dumps(blank)
+    return text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1).encode()
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Apply a change to a folder's manifest and make its fingerprint fit again."""
+    document = read_document(folder)
+    change(document)
+    (folder / "bundle.json").write_bytes(sign(document))
+
+
+def relist(folder: Path) -> None:
+    """Make a folder's manifest vouch for the files as they are now."""
+
+    def refresh(value: Any) -> None:
+        if isinstance(value, dict) and set(value) == {"file", "sha256", "bytes"}:
+            value.update(dataclasses.asdict(file_entry(folder / value["file"])))
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                refresh(inner)
+
+    edit_manifest(folder, refresh)
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    """The content with one bit inverted."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
