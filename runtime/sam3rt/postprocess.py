@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from .bundle import ImageSpec, MaskSpec
 from .components import small_components
 from .transforms import ImageGeometry
-from .upsampling import resize
+from .upsampling import direct, resize, unpadded
 
 # The reference moves a filled pixel this far from the threshold (SAM2Transforms).
 _FILL_MARGIN = np.float32(10.0)
@@ -72,12 +72,12 @@ def upsample(
         out: [H, W] of the original image to write to; see :func:`sam3rt.upsampling.resize`.
         threshold: ``None`` writes logits, a number 0 and 1.
     """
-    source = logits
+    shape = (logits.shape[0], logits.shape[1])
     if masks.upsampling == "unpad":
-        padded = np.empty(image.size, np.float32)
-        resize(source, padded)
-        source = padded[: place.input_size[0], : place.input_size[1]]
-    resize(source, out, threshold)
+        resampling = unpadded(shape, image.size, place.input_size, place.original_size)
+    else:
+        resampling = direct(shape, place.original_size)
+    resize(logits, resampling, out, threshold)
 
 
 def finish(

@@ -407,9 +407,6 @@ def test_small_weights_stay_fp32(path: Path) -> None:
 def test_whole_numbers_stay_as_they_are(path: Path) -> None:
     table = torch.arange(40000).reshape(200, 200) * 100_000
 
-    def function(x: Tensor) -> Tensor:
-        return x + table.float().sum() * 0.0
-
     class Lookup(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -451,7 +448,7 @@ def test_one_weight_used_twice_is_stored_once(path: Path) -> None:
 def test_weights_that_do_not_fit_fp16_are_refused(path: Path, wrong: float) -> None:
     module = Affine()
     module.matrix.data[5, 7] = wrong
-    with pytest.raises(GraphRuleError, match="matrix.* does not fit FP16"):
+    with pytest.raises(GraphRuleError, match=r"matrix.* does not fit FP16"):
         trace_to_file(affine_request(module=module.eval(), weights="float16"), path)
     assert leftovers(path.parent) == []
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import PIL.Image
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
+from sam3rt import SegmentationModel
+from sam3rt.backends import Backend, Features
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -31,6 +33,7 @@ from sam3rt.bundle import (
     file_entry,
     write_manifest,
 )
+from sam3rt.prompts import PackedPrompts
 
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "golden"
@@ -140,3 +143,48 @@ def flip(content: bytes, bit: int) -> bytes:
     changed = bytearray(content)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+class WrappedBackend:
+    """A backend whose features and outputs are changed on the way.
+
+    Args:
+        inner: the backend that does the work.
+        on_encode: changes the feature maps.
+        on_decode: changes the decoder's outputs, given by name.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        *,
+        on_encode: Callable[[list[NDArray[np.float32]]], list[NDArray[np.float32]]] | None = None,
+        on_decode: Callable[[dict[str, NDArray[np.float32]]], object] | None = None,
+    ) -> None:
+        self._inner = inner
+        self._on_encode = on_encode
+        self._on_decode = on_decode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def encode(self, pixels: NDArray[np.float32]) -> Features:
+        features = self._inner.encode(pixels)
+        if self._on_encode is None:
+            return features
+        return self._inner.upload(self._on_encode(list(features.numpy())))
+
+    def decode(
+        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        found = self._inner.decode(features, prompts, outputs)
+        if self._on_decode is None:
+            return found
+        named = {name: array.copy() for name, array in zip(outputs, found, strict=True)}
+        self._on_decode(named)
+        return [named[name] for name in outputs]
+
+
+def wrapped(model: SegmentationModel, **changes: Any) -> SegmentationModel:
+    """The model over a :class:`WrappedBackend`."""
+    return SegmentationModel(model.bundle, WrappedBackend(model.backend, **changes))

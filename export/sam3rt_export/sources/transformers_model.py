@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def open_tracker_model(
     Raises:
         CheckpointError: it has a shape that sam3rt cannot express.
     """
-    model = model.float().cpu().eval()
+    ready = not model.training and all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        for tensor in model.parameters()
+    )
+    if not ready:
+        # The caller's model stays as it is.
+        model = copy.deepcopy(model).float().cpu().eval()
     state = {name: as_float32(tensor) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
     architecture = _architecture(model.config)
