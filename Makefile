@@ -30,6 +30,7 @@ lint: $(TEST_ENV)/.done ## Lint and type-check
 # What a user of the runtime gets: the wheel with the bundled model, and no PyTorch.
 $(DEMO_ENV)/.done: pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv --clear $(DEMO_ENV)
+	rm -rf build
 	$(DEMO_ENV)/bin/pip install $(PIP_OPTIONS) '.[cpu]'
 	@touch $@
 

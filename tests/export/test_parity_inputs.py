@@ -50,11 +50,9 @@ def test_cases_reach_every_axis(image: ImageSpec, prompts: PromptSpec) -> None:
 
 
 def test_cases_follow_the_models_rules() -> None:
+    models = (by_name(SAM3_IMAGE, SAM3_PROMPTS), by_name(MOBILE_IMAGE, MOBILE_PROMPTS))
     labels = {
-        name: [case.prompts.labels.tolist() for case in (sam3[name], mobile[name])]
-        for sam3, mobile in [
-            (by_name(SAM3_IMAGE, SAM3_PROMPTS), by_name(MOBILE_IMAGE, MOBILE_PROMPTS))
-        ]
+        name: [cases[name].prompts.labels.tolist() for cases in models]
         for name in ("click_0", "box_0", "box_click_0", "nothing_0", "mask_only_0")
     }
     assert labels == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from export_helpers import (
     NO_MEMORY,
     TRUNK,
     TinySizes,
+    one_thread,
     relative,
     rope,
     rotate,
@@ -32,6 +34,13 @@ from sam3rt_export.graphs.sam3_encoder import (
 )
 from sam3rt_export.oracles.transformers_sam3 import TransformersOracle, build_tracker_model
 from sam3rt_export.read_architecture import read_architecture
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
 
 modest = settings(deadline=None, max_examples=30)
 

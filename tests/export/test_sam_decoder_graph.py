@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from export_helpers import (
     PROMPT,
     attention_tensors,
     layer_norm_2d,
+    one_thread,
     plain_attention,
     random_mobile_sam,
     relative,
@@ -38,6 +40,13 @@ from sam3rt_export.graphs.sam_decoder import (
 from sam3rt_export.oracles.mobile_sam import MobileSamOracle
 from sam3rt_export.oracles.transformers_sam3 import TransformersOracle, build_tracker_model
 from sam3rt_export.read_architecture import read_architecture
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
 
 modest = settings(deadline=None, max_examples=40)
 

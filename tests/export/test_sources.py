@@ -8,6 +8,7 @@ import pickle
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from export_helpers import (
     TRUNK,
     USED,
     ReferenceTracker,
+    one_thread,
     random_mobile_sam,
     relative,
     small_tensors,
@@ -37,6 +39,12 @@ from sam3rt_export.source import ExportSource
 from sam3rt_export.sources import open_source, transformers_model
 from sam3rt_export.sources.checkpoint_file import load_tensors
 from sam3rt_export.sources.sam3_checkpoint import source_from_tensors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -610,9 +610,10 @@ def louder(outputs: dict[str, NDArray[np.float32]]) -> None:
 def test_low_res_masks_are_clamped_for_sam3_alone(
     model: SegmentationModel, embedding: ImageEmbedding, multimask: bool
 ) -> None:
-    predictor = holding(wrapped(model, on_decode=louder), embedding)
+    loud = wrapped(model, on_decode=louder)
+    predictor = holding(loud, embedding)
     masks, _, low_res = predictor.predict(**CLICK, return_logits=True, multimask_output=multimask)
-    own = 100 * model.decode(embedding, Prompts(**CLICK), multimask).low_res_masks[0]
+    own = loud.decode(embedding, Prompts(**CLICK), multimask).low_res_masks[0]
     assert own.min() < -40
     assert own.max() > 40
     if model.manifest.model_type == "sam3":
