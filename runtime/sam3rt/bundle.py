@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -278,9 +279,9 @@ def check_file(folder: Path, entry: FileEntry) -> None:
         BundleError: it is missing, not a plain file, or has another length or hash.
     """
     path = folder / entry.file
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError("is a link that leaves the bundle", entry.file)
     try:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError("is a link that leaves the bundle", entry.file)
         if not path.is_file():
             raise BundleError(f"is missing from the bundle {folder}", entry.file)
         length = path.stat().st_size
@@ -291,7 +292,7 @@ def check_file(folder: Path, entry: FileEntry) -> None:
                 entry.file,
             )
         digest = sha256_file(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
         raise BundleError(f"cannot be read: {error}", entry.file) from error
     if digest != entry.sha256:
         raise BundleError(
@@ -352,7 +353,10 @@ def parse_manifest(raw: bytes) -> Manifest:
             "update sam3rt or export the model again",
             MANIFEST,
         )
-    manifest: Manifest = _read(Manifest, document, "")
+    try:
+        manifest: Manifest = _read(Manifest, document, "")
+    except RecursionError as error:
+        raise BundleError("is nested too deeply", MANIFEST) from error
     _check_rules(manifest)
     expected = fingerprint_of(raw, manifest.fingerprint)
     if expected != manifest.fingerprint:
@@ -419,6 +423,11 @@ def _check_rules(manifest: Manifest) -> None:
         raise BundleError('"masks.multimask" is not positive', MANIFEST)
     if manifest.masks.max_hole_area < 0:
         raise BundleError('"masks.max_hole_area" is negative', MANIFEST)
+    if manifest.image.resize == "longest_side" and len(set(manifest.image.size)) != 1:
+        raise BundleError("resizes by the longest side to an input that is not square", MANIFEST)
+    for spec in manifest.encoder.outputs:
+        if any(not isinstance(side, int) or side < 1 for side in spec.shape[1:]):
+            raise BundleError(f"feature map {spec.name!r} has no fixed size", MANIFEST)
     limit = manifest.masks.low_res_limit
     if limit is not None and limit <= 0:
         raise BundleError('"masks.low_res_limit" is not positive', MANIFEST)
@@ -498,7 +507,7 @@ def _read_tuple(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
 
 
 def _refuse(where: str, value: Any, expected: str) -> None:
-    shown = repr(value)
+    shown = reprlib.repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise BundleError(f"field {where!r} is {shown}, expected {expected}", MANIFEST)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +155,8 @@ def read_embedding(
     place = ImageGeometry(
         _size(path, metadata["original_size"]), _size(path, metadata["input_size"])
     )
+    if len(data) != data_bytes or len(header) != len(expected):
+        raise EmbeddingError(f"{path}: does not hold exactly this model's feature maps")
     maps = []
     offset = 0
     for name, shape in expected:
@@ -163,8 +166,6 @@ def read_embedding(
             raise EmbeddingError(f"{path}: tensor {name} is {header.get(name)}, expected {entry}")
         maps.append(np.frombuffer(data, "<f4", nbytes // 4, offset).reshape(shape))
         offset += nbytes
-    if offset != len(data) or len(header) != len(expected):
-        raise EmbeddingError(f"{path}: holds more than this model's feature maps")
     return maps, place
 
 
@@ -186,17 +187,20 @@ def _parse(path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, str], 
             raise damaged
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise damaged from error
+    if not re.fullmatch("[0-9a-f]{64}", metadata["sha256"]):
+        raise damaged
     if metadata["format"] != _FORMAT:
         raise EmbeddingError(f"{path}: has format {metadata['format']!r}, expected {_FORMAT!r}")
     digest = hashlib.sha256(text.replace(metadata["sha256"].encode(), _NO_DIGEST.encode(), 1))
     digest.update(data)
-    if len(metadata["sha256"]) != len(_NO_DIGEST) or digest.hexdigest() != metadata["sha256"]:
+    if digest.hexdigest() != metadata["sha256"]:
         raise damaged
     return header, metadata, data
 
 
 def _size(path: Path, text: str) -> tuple[int, int]:
-    parts = text.split()
-    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) < 1 << 31 for part in parts):
-        raise EmbeddingError(f"{path}: has an image size of {text!r}")
-    return int(parts[0]), int(parts[1])
+    match = re.fullmatch(r"([1-9][0-9]{0,9}) ([1-9][0-9]{0,9})", text)
+    size = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+    if not 0 < max(size) < 1 << 31:
+        raise EmbeddingError(f"{path}: has an image size of {text[:40]!r}")
+    return size

@@ -16,7 +16,6 @@ the cases; the other arrays hold inputs whole and expected outputs subsampled:
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +157,29 @@ class ParityRecord:
             description = json.loads(str(arrays.pop("description")))
             if description["version"] != _VERSION:
                 raise BundleError(f"has version {description['version']}", path.name)
-            return cls(arrays, description)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+            record = cls(arrays, description)
+            record._check()
+            return record
+        except BundleError:
+            raise
+        except Exception as error:  # zipfile, zlib, struct and NumPy raise classes of their own
             raise BundleError(f"is not a parity record: {error}", path.name) from error
+
+    def _check(self) -> None:
+        """Refuse a record that lacks what its description lists.
+
+        Raises:
+            ValueError, KeyError, TypeError: it does.
+        """
+        images = self.images()
+        for index in range(len(images)):
+            for level in range(self._description["levels"]):
+                self._arrays[f"features_{index}_{level}"]
+        for case in self.cases():
+            if not 0 <= case.image < len(images):
+                raise ValueError(f"case {case.name} is about image {case.image}")
+            for part in ("logits", "masks", "iou"):
+                self._arrays[f"{case.name}/{part}"]
 
     def images(self) -> list[NDArray[np.uint8]]:
         """The images, uint8 [H, W, 3] each."""
@@ -185,6 +204,10 @@ class ParityRecord:
         self, index: int, maps: tuple[NDArray[np.float32], ...], limits: ParityLimits
     ) -> Iterator[Measurement]:
         """Compare one image's feature maps, float32 [1, C, h, w] each, with the record."""
+        if len(maps) != self._description["levels"]:
+            raise BundleError(
+                f"holds {self._description['levels']} feature maps, the model returned {len(maps)}"
+            )
         for level, array in enumerate(maps):
             expected = self._arrays[f"features_{index}_{level}"]
             actual = subsample_features(array)
@@ -219,15 +242,16 @@ class ParityRecord:
         yield Measurement(
             f"{case.name} predicted IoU",
             "error",
-            float(np.abs(actual.iou - self._arrays[f"{case.name}/iou"]).max()),
+            _largest_error(actual.iou, self._arrays[f"{case.name}/iou"]),
             limits.iou_error,
         )
         score = self._arrays.get(f"{case.name}/object_score")
-        if score is not None and actual.object_score is not None:
+        if score is not None:
+            said = actual.object_score
             yield Measurement(
                 f"{case.name} object score",
                 "relative error",
-                relative_error(actual.object_score, score),
+                float("inf") if said is None else relative_error(said, score),
                 limits.logit_error,
             )
 
@@ -289,10 +313,13 @@ def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -
 
     NaN where either holds one, infinity where the shapes differ.
     """
+    return _largest_error(actual, expected) / max(float(np.abs(expected).max()), 1e-6)
+
+
+def _largest_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     if actual.shape != expected.shape:
         return float("inf")
-    scale = max(float(np.abs(expected).max()), 1e-6)
-    return float(np.abs(actual - expected).max()) / scale
+    return float(np.abs(actual - expected).max())
 
 
 def _cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

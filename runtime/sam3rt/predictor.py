@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import postprocess
 from .embedding import ImageEmbedding
-from .errors import InvalidInputError, PromptError, StateError
+from .errors import ImageError, InvalidInputError, PromptError, StateError
 from .model import SegmentationModel
 from .prompts import Prompts
 from .transforms import Image, to_rgb
@@ -69,7 +69,7 @@ class SAM3InteractiveImagePredictor:
         self.max_sprinkle_area = _number("max_sprinkle_area", max_sprinkle_area)
         try:
             self.mask_dtype = np.dtype(mask_dtype)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InvalidInputError("mask_dtype", repr(mask_dtype), "a NumPy dtype") from error
         if self.mask_dtype not in (np.float32, np.bool_, np.uint8):
             raise InvalidInputError("mask_dtype", str(self.mask_dtype), "float32, bool or uint8")
@@ -112,7 +112,7 @@ class SAM3InteractiveImagePredictor:
             BackendError: the backend failed.
         """
         if not isinstance(image_list, list | tuple) or not image_list:
-            raise InvalidInputError(
+            raise ImageError(
                 "image_list",
                 "an empty list"
                 if isinstance(image_list, list | tuple)
@@ -265,9 +265,12 @@ class SAM3InteractiveImagePredictor:
 
 
 def _number(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise InvalidInputError(argument, repr(value), "a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InvalidInputError(argument, "a huge number", "a finite number") from error
     if not np.isfinite(number):
         raise InvalidInputError(argument, repr(value), "a finite number")
     return number
@@ -276,7 +279,7 @@ def _number(argument: str, value: Any) -> float:
 def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:
     if value is None:
         return [None] * count
-    if not isinstance(value, list | tuple | np.ndarray):
+    if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray) and value.ndim):
         raise PromptError(name, type(value).__qualname__, f"a list of {count}, one per image")
     if len(value) != count:
         raise PromptError(name, f"{len(value)} entries", f"one per image of the batch ({count})")

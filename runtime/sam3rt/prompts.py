@@ -194,5 +194,5 @@ def _real_array(value: ArrayLike, argument: str, expected: str) -> NDArray[np.fl
 def _array(value: Any, argument: str, expected: str) -> NDArray[Any]:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: tensors
         raise PromptError(argument, f"{type(value).__name__} ({error})", expected) from error

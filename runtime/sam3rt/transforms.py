@@ -17,7 +17,7 @@ Image = NDArray[np.uint8] | PIL.Image.Image
 # Modes whose conversion to RGB keeps 8 bits per channel. Transparency is dropped, not blended:
 # the model was trained on the colours, and the colours are what is under the alpha channel.
 _CONVERTIBLE_MODES = frozenset(
-    ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+    ["1", "L", "LA", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
 )
 
 
@@ -70,10 +70,13 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
     if isinstance(image, PIL.Image.Image):
         if 0 in image.size:
             raise ImageError(argument, f"a PIL image of size {image.size}", "at least one pixel")
-        if image.mode == "RGB":
-            return np.asarray(image)
-        if image.mode in _CONVERTIBLE_MODES:
-            return np.asarray(image.convert("RGB"))
+        if image.mode == "RGB" or image.mode in _CONVERTIBLE_MODES:
+            try:
+                return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
+            except Exception as error:  # Pillow decodes here; its plugins raise many classes
+                raise ImageError(
+                    argument, f"a PIL image that cannot be read ({error})", "a readable image"
+                ) from error
         raise ImageError(
             argument,
             f"a PIL image of mode {image.mode!r}",

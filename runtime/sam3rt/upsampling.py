@@ -30,13 +30,13 @@ class Resampling(NamedTuple):
     groups: tuple[tuple[int, int, int], ...]
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def direct(source: tuple[int, int], target: tuple[int, int]) -> Resampling:
     """Resize from one (height, width) to another."""
     return _resampling(_bilinear(source[0], target[0]), _bilinear(source[1], target[1]))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def unpadded(
     source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
 ) -> Resampling:

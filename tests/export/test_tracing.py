@@ -147,7 +147,11 @@ def test_nothing_of_the_exporting_machine_is_in_the_file(path: Path) -> None:
 
 
 def check_anonymous(path: Path) -> None:
-    content = path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        # Numbers, in which any few letters turn up by chance.
+        tensor.ClearField("raw_data")
+    content = model.SerializeToString()
     here = Path(__file__).resolve()
     for trace in (
         b"site-packages",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, GraphSpec, TensorSpec
+from ..bundle import Bundle, GraphSpec
 from ..errors import BackendError, BundleError, EmbeddingError, InvalidInputError
 from ..prompts import PackedPrompts
 from .base import Features
@@ -242,9 +242,9 @@ class OnnxRuntimeBackend:
             ("inputs", session.get_inputs(), graph.inputs),
             ("outputs", session.get_outputs(), graph.outputs),
         ):
-            found = [(a.name, _ORT_TYPES.get(a.type, a.type), len(a.shape)) for a in actual]
-            wanted = [_signature(spec) for spec in promised]
-            if found != wanted:
+            found = [(a.name, _ORT_TYPES.get(a.type, a.type), _fixed(a.shape)) for a in actual]
+            wanted = [(s.name, s.dtype, _fixed(s.shape)) for s in promised]
+            if not _agree(found, wanted):
                 raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
@@ -253,8 +253,19 @@ class OnnxRuntimeBackend:
             )
 
 
-def _signature(spec: TensorSpec) -> tuple[str, str, int]:
-    return spec.name, spec.dtype, len(spec.shape)
+def _fixed(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    """The sizes of a shape, ``None`` for dynamic axes, which each side may name as it likes."""
+    return tuple(side if isinstance(side, int) else None for side in shape)
+
+
+def _agree(found: list[Any], wanted: list[Any]) -> bool:
+    """Whether names, types and ranks are equal, and all sizes that both sides fix."""
+    return len(found) == len(wanted) and all(
+        a[:2] == b[:2]
+        and len(a[2]) == len(b[2])
+        and all(x == y for x, y in zip(a[2], b[2], strict=True) if None not in (x, y))
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def _choose_device(device: str) -> tuple[str, int]:
