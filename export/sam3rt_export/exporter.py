@@ -25,6 +25,7 @@ import sam3rt
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
+    MANIFEST,
     NO_FINGERPRINT,
     Bundle,
     FileEntry,
@@ -112,9 +113,11 @@ def export_bundle(
     """
     options = options or ExportOptions()
     say = _timed(progress)
-    target = Path(output)
-    if target.exists() and not options.overwrite:
-        raise ExportError(f"output: {target} exists; remove it or ask to overwrite it")
+    if options.weights not in LIMITS:
+        raise ExportError(f"weights: got {options.weights!r}, expected one of {', '.join(LIMITS)}")
+    # What a link points to is what gets replaced.
+    target = Path(output).resolve()
+    _check_target(target, options.overwrite)
     with _staging(target) as folder:
         record, limits = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
@@ -276,9 +279,10 @@ def _export_id(source: ExportSource, options: ExportOptions) -> str:
     versions = (sam3rt.__version__, torch.__version__, onnx.__version__, options.weights)
     digest.update(repr((source.model_type, source.image, source.prompts, versions)).encode())
     for module in (source.encoder, source.decoder):
-        for name, tensor in module.state_dict().items():
+        digest.update(repr(module).encode())  # names sizes that are no tensors, such as epsilons
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(tensor.detach().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -317,6 +321,16 @@ def _staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but a bundle, and over that unless asked to."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExportError(f"output: {target} exists; remove it or ask to overwrite it")
+    if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
+
+
 def _publish(folder: Path, target: Path) -> None:
     """Put a finished folder in the target's place."""
     if not target.exists():
@@ -327,7 +341,11 @@ def _publish(folder: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -31,10 +31,9 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     Raises:
         CheckpointError: a needed tensor is missing or the shapes contradict each other.
     """
-    patch = _tensor(tensors, TRUNK + "patch_embed.proj.weight")
-    embed_dim, _, patch_size, _ = _shape(patch, TRUNK + "patch_embed.proj.weight", 4)
+    embed_dim, _, patch_size, _ = _tensor(tensors, TRUNK + "patch_embed.proj.weight", 4).shape
     depth = _depth(tensors)
-    tables = [_tensor(tensors, f"{TRUNK}blocks.{i}.attn.freqs_cis") for i in range(depth)]
+    tables = [_tensor(tensors, f"{TRUNK}blocks.{i}.attn.freqs_cis", 2) for i in range(depth)]
     sides = [
         _square_root(table.shape[0], f"blocks.{i}.attn.freqs_cis") for i, table in enumerate(tables)
     ]
@@ -44,25 +43,26 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     head_dim = 2 * tables[0].shape[1]
     if embed_dim % head_dim:
         raise CheckpointError(f"width {embed_dim} is not a multiple of the head size {head_dim}")
-    positions = _tensor(tensors, TRUNK + "pos_embed").shape[1] - 1
+    decoder_mlp = _tensor(tensors, DECODER + "transformer.layers.0.mlp.lin1.weight", 2)
+    positions = _tensor(tensors, TRUNK + "pos_embed", 3).shape[1] - 1
     architecture = Sam3Architecture(
         image_size=grid * patch_size,
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=embed_dim // head_dim,
-        mlp_dim=_tensor(tensors, TRUNK + "blocks.0.mlp.fc1.weight").shape[0],
+        mlp_dim=_tensor(tensors, TRUNK + "blocks.0.mlp.fc1.weight", 2).shape[0],
         window=window,
         global_blocks=tuple(i for i, side in enumerate(sides) if side == grid),
         pretrain_grid=_square_root(positions, "pos_embed"),
-        fpn_dim=_tensor(tensors, NECK + "2.conv_3x3.weight").shape[0],
-        decoder_mlp_dim=_tensor(tensors, DECODER + "transformer.layers.0.mlp.lin1.weight").shape[0],
-        mask_channels=_tensor(tensors, PROMPT + "mask_downscaling.6.weight").shape[1],
+        fpn_dim=_tensor(tensors, NECK + "2.conv_3x3.weight", 4).shape[0],
+        decoder_mlp_dim=decoder_mlp.shape[0],
+        mask_channels=_tensor(tensors, PROMPT + "mask_downscaling.6.weight", 4).shape[1],
         layer_norm_eps=REFERENCE_LAYER_NORM_EPS,
     )
     check_architecture(architecture)
     _check_rope(architecture, tables)
-    _tensor(tensors, NO_MEMORY)
+    _tensor(tensors, NO_MEMORY, 3)
     return architecture
 
 
@@ -113,18 +113,17 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
     return len(numbers)
 
 
-def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _tensor(tensors: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
     if name not in tensors:
         raise CheckpointError(
             f"tensor {name!r} is missing: this is no SAM 3 with an interactive tracker"
         )
-    return tensors[name]
-
-
-def _shape(tensor: Tensor, name: str, rank: int) -> torch.Size:
-    if tensor.ndim != rank:
-        raise CheckpointError(f"tensor {name!r} has {tensor.ndim} axes, expected {rank}")
-    return tensor.shape
+    tensor = tensors[name]
+    if tensor.ndim != axes or 0 in tensor.shape:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {axes} axes, none empty"
+        )
+    return tensor
 
 
 def _square_root(count: int, what: str) -> int:

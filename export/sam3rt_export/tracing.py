@@ -166,7 +166,7 @@ def check_rules(model: ir.Model, size_free_inputs: Sequence[str] = ()) -> None:
     if foreign or model.functions:
         raise GraphRuleError(f"the graph uses operators outside ONNX: {foreign}")
     for node in graph:
-        source = node.inputs[0] if node.op_type == "Shape" else None
+        source = node.inputs[0] if node.op_type in ("Shape", "Size") else None
         if source is not None and source.name in size_free_inputs:
             raise GraphRuleError(f"the graph computes with the size of {source.name}")
     unfit = {ir.DataType.COMPLEX64, ir.DataType.COMPLEX128, ir.DataType.DOUBLE}
@@ -188,7 +188,8 @@ def _name_axes(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
         if shape is None or len(shape) != len(spec.shape):
             raise GraphRuleError(f"{spec.name} has shape {shape}, expected {spec.shape}")
         for actual, expected in zip(shape, spec.shape, strict=True):
-            if isinstance(expected, int) and actual != expected:
+            dynamic = not isinstance(actual, int)
+            if dynamic != isinstance(expected, str) or not (dynamic or actual == expected):
                 raise GraphRuleError(f"{spec.name} has shape {shape}, expected {spec.shape}")
         if value.dtype is None or value.dtype.numpy() != np.dtype(spec.dtype):
             raise GraphRuleError(f"{spec.name} is {value.dtype}, expected {spec.dtype}")

@@ -200,7 +200,7 @@ REFUSALS: dict[str, tuple[Mutation, str]] = {
     ),
     "a patch embedding of other rank": (
         replace(TRUNK + "patch_embed.proj.weight", torch.zeros(16, 3, 2)),
-        "has 3 axes, expected 4",
+        "patch_embed.*expected 4",
     ),
 }
 

@@ -258,9 +258,10 @@ class MaskPrompt(nn.Module):
         x = regroup(x, -1, g * g, 4 * self.first.bias.shape[0])
         x = gelu(self.second_norm(self.second(x)))
         # The choice is made on the 16 channels before the projection, which is 16 times less.
-        given = (present > 0.5).to(x.dtype)
-        offset = self.project_bias * given + self.absent * (1.0 - given)
-        return torch.matmul(x * given, self.project) + offset
+        # Selected, not multiplied: what does not count may be anything, NaN included.
+        given = present > 0.5
+        offset = torch.where(given, self.project_bias, self.absent)
+        return torch.matmul(torch.where(given, x, 0.0), self.project) + offset
 
 
 class SamDecoderGraph(nn.Module):
@@ -454,9 +455,8 @@ class SamDecoderGraph(nn.Module):
 
 def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """How many consecutive integers 0, 1, ... follow ``prefix`` in the tensor names."""
-    found = {
-        int(name[len(prefix) :].split(".", 1)[0]) for name in tensors if name.startswith(prefix)
-    }
+    children = (name[len(prefix) :].split(".", 1)[0] for name in tensors if name.startswith(prefix))
+    found = {int(child) for child in children if child.isdecimal()}
     count = len(found)
     if found != set(range(count)):
         raise KeyError(f"tensor names under {prefix!r} are not numbered 0..{count - 1}")

@@ -70,7 +70,7 @@ def build_tracker_model(architecture: Sam3Architecture, tensors: Mapping[str, Te
         model = Sam3TrackerModel(config)
     try:
         report = model.load_state_dict(to_transformers(tensors), strict=False, assign=True)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"tensors do not fit the architecture: {error}") from error
     # The neck's coarsest level is unused, and absent from some checkpoints.
     missing = [k for k in report.missing_keys if "neck.fpn_layers.3." not in k]

@@ -71,4 +71,9 @@ def _open_file(path: Path) -> ExportSource:
 
 def _is_hub_id(text: str) -> bool:
     parts = text.split("/")
-    return len(parts) == 2 and all(part and not part.startswith(".") for part in parts)
+    named_file = Path(text).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx")
+    return (
+        len(parts) == 2
+        and not named_file
+        and all(part and not part.startswith(".") for part in parts)
+    )

@@ -59,7 +59,7 @@ def sam3_source(
         decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
     except KeyError as error:
         raise CheckpointError(f"{reference}: tensor {error} is missing") from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{reference}: tensors do not fit together: {error}") from error
     grid = arch.grid
     return ExportSource(
