@@ -1,10 +1,9 @@
 """Where the decoder's time goes on this CPU, operator by operator.
 
-    PYTHONPATH=runtime python benchmarks/profile_decoder.py BUNDLE [--threads 2] [--keep-fusions]
+    PYTHONPATH=runtime python benchmarks/profile_decoder.py BUNDLE [--threads 2]
 
 Runs one click through ONNX Runtime with its profiler and prints the median of the whole run and
-the operators that take most of it. ``--keep-fusions`` leaves on the fusion that the runtime's
-backend turns off.
+the operators that take most of it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from sam3rt.backends.onnxruntime import DISABLED_OPTIMIZERS
 from sam3rt.bundle import open_bundle
 
 RUNS = 50
@@ -31,7 +29,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep-fusions", action="store_true")
     parser.add_argument("--rows", type=int, default=20)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle, check_files=False)
@@ -50,9 +47,6 @@ def main() -> None:
         settings.intra_op_num_threads = options.threads
         settings.enable_profiling = profiled
         settings.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-        if not options.keep_fusions:
-            key = "optimization.disable_specified_optimizers"
-            settings.add_session_config_entry(key, DISABLED_OPTIMIZERS)
         path = str(bundle.file(bundle.manifest.decoder.model))
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         times = []

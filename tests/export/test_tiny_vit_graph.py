@@ -76,7 +76,7 @@ def test_window_attention(official: Any, stage: int) -> None:
 @torch.no_grad()
 def test_encoder_equals_the_official_one(official: Any) -> None:
     graph = TinyViTGraph(TinyViTArchitecture(), official.state_dict(), "image_encoder.").eval()
-    pixels = torch.randn(2, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
     (features,) = graph(pixels)
-    assert features.shape == (2, 256, 64, 64)
+    assert features.shape == (1, 256, 64, 64)
     assert relative(features, official.image_encoder(pixels)) < 1e-4

@@ -29,10 +29,6 @@ except ImportError as _error:
 
 _LOG = logging.getLogger(__name__)
 
-# ONNX Runtime merges Add and LayerNormalization into a CPU kernel that takes 2.7 ms on SAM 3's
-# image tokens where the two apart take 0.6 ms (benchmarks/NOTES.md).
-DISABLED_OPTIMIZERS = "SkipLayerNormFusion"
-
 _ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -195,9 +191,6 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = memory_pattern
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        options.add_session_config_entry(
-            "optimization.disable_specified_optimizers", DISABLED_OPTIMIZERS
-        )
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._kind == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device_id}))
