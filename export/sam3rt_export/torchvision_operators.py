@@ -11,11 +11,12 @@ import functools
 import importlib.util
 from pathlib import Path
 
-import torch
+from torch import ops
+from torch.library import Library
 
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # A library's declarations last as long as the object does.
-_declared: list[torch.library.Library] = []
+_declared: list[Library] = []
 
 
 @functools.cache
@@ -27,7 +28,7 @@ def declare_missing_operators() -> None:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _operators_load(Path(spec.origin).parent):
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(name + _SIGNATURE)
     _declared.append(library)
@@ -36,7 +37,7 @@ def declare_missing_operators() -> None:
 def _operators_load(folder: Path) -> bool:
     try:
         for extension in folder.glob("_C*.so"):
-            torch.ops.load_library(str(extension))
+            ops.load_library(str(extension))
     except (OSError, RuntimeError):
         return False
     return True
