@@ -16,7 +16,7 @@ Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a par
 CHECKPOINT is Meta's sam3.pt (or a model of another size in the same naming), a transformers
 folder or hub id such as facebook/sam3, or MobileSAM's mobile_sam.pt. The exported graphs are
 run in ONNX Runtime and compared with the PyTorch model; a bundle that differs is not written.
-The published SAM 3 takes a few minutes and about 12 GB of memory on a CPU.
+The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
 """
 
 _EXTRAS = {"mobile_sam": "mobile-sam", "timm": "mobile-sam", "onnxruntime": "cpu"}
