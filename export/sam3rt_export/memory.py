@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 
 
 def release() -> None:
@@ -13,6 +14,8 @@ def release() -> None:
     gigabytes of them would stand beside the next stage's.
     """
     gc.collect()
+    if sys.platform != "linux":
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
