@@ -9,7 +9,6 @@ predict_vs_reference.py names, about 12 GB of memory and a few minutes on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from predict_vs_reference import PROMPTS, cpu_name, factories_on_the_cpu
+from predict_vs_reference import PROMPTS, factories_on_the_cpu
+from report import cpu_name, publish
 
 import sam3rt
 
@@ -103,11 +103,7 @@ def main() -> None:
         "seconds": seconds,
         "rows": rows,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    print(text, end="")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
+    publish(document, options.output)
 
 
 if __name__ == "__main__":

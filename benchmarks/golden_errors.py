@@ -9,7 +9,6 @@ comparisons to fixed limits; this prints what is reached.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from report import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -90,11 +90,7 @@ def main() -> None:
         "sam3": sam3_errors(options.bundle),
         "mobile_sam": mobile_sam_errors(),
     }
-    text = json.dumps(document, indent=2) + "\n"
-    print(text, end="")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
+    publish(document, options.output)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from unittest import mock
 import numpy as np
 import onnxruntime
 import torch
+from report import cpu_name, publish
 
 import sam3rt
 from sam3rt.transforms import ImageGeometry
@@ -166,7 +167,6 @@ def main() -> None:
             )
             print(json.dumps(rows[-1]))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "what": f"predict at {WIDTH}x{HEIGHT}, features given, {options.threads} threads",
             "command": "python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT "
@@ -180,15 +180,7 @@ def main() -> None:
             },
             "rows": rows,
         }
-        options.output.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's name and the cores this process may use."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+        publish(document, options.output)
 
 
 if __name__ == "__main__":

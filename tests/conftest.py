@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import sam3rt
+from sam3rt.default_model import default_bundle_path
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -54,6 +55,24 @@ def small_model(small_bundle: Path) -> sam3rt.SegmentationModel:
 def default_model() -> sam3rt.SegmentationModel:
     """The bundled MobileSAM, on the CPU."""
     return sam3rt.load_model(device="cpu")
+
+
+@pytest.fixture(params=["small", "default"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    """The small SAM 3's bundle, then the bundled MobileSAM's."""
+    path: Path = (
+        request.getfixturevalue("small_bundle")
+        if request.param == "small"
+        else default_bundle_path()
+    )
+    return path
+
+
+@pytest.fixture(scope="module", params=["small_model", "default_model"])
+def model(request: pytest.FixtureRequest) -> sam3rt.SegmentationModel:
+    """SAM 3 and MobileSAM in turn."""
+    chosen: sam3rt.SegmentationModel = request.getfixturevalue(request.param)
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from torch import Tensor
 import sam3rt
 from sam3rt._files import sha256_file
 from sam3rt.bundle import BundleError, GraphSpec, file_entry, open_bundle
-from sam3rt.default_model import default_bundle_path
 from sam3rt.parity import load_record
 from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, tracing
 from sam3rt_export.errors import CheckpointError, SelfCheckError
@@ -157,17 +156,6 @@ def test_tensors_of_the_small_model(small_bundle: Path) -> None:
         ("single_iou_scores", "float32", (1, "num_objects", 1)),
         ("object_score_logits", "float32", (1, "num_objects", 1)),
     ]
-
-
-@pytest.fixture(params=["small", "default"])
-def bundle(request: pytest.FixtureRequest) -> Path:
-    """The small SAM 3's bundle, then the bundled MobileSAM's."""
-    path: Path = (
-        request.getfixturevalue("small_bundle")
-        if request.param == "small"
-        else default_bundle_path()
-    )
-    return path
 
 
 @pytest.mark.parametrize("role", ["encoder", "decoder"])

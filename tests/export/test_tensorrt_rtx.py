@@ -16,8 +16,6 @@ import pytest
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
-from sam3rt.default_model import default_bundle_path
-
 # Least, typical and greatest size of every dynamic axis.
 AXES = {
     "batch": (1, 1, 4),
@@ -55,17 +53,6 @@ def build(builder: Any, network: Any, inputs: list[dict[str, Any]]) -> Any:
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM89, 0)
     return builder.build_serialized_network(network, config)
-
-
-@pytest.fixture(params=["small", "default"])
-def bundle(request: pytest.FixtureRequest) -> Path:
-    """The small SAM 3's bundle, then the bundled MobileSAM's."""
-    path: Path = (
-        request.getfixturevalue("small_bundle")
-        if request.param == "small"
-        else default_bundle_path()
-    )
-    return path
 
 
 @pytest.mark.parametrize("role", ["encoder", "decoder"])

@@ -204,13 +204,6 @@ def test_file_opens_with_the_safetensors_package(tmp_path: Path) -> None:
         same_bits(loaded[name], array)
 
 
-@pytest.fixture(scope="module", params=["small_model", "default_model"])
-def model(request: pytest.FixtureRequest) -> SegmentationModel:
-    """SAM 3 and MobileSAM in turn."""
-    chosen: SegmentationModel = request.getfixturevalue(request.param)
-    return chosen
-
-
 @pytest.fixture(scope="module")
 def embedding(model: SegmentationModel) -> ImageEmbedding:
     """An image of 50 x 70 pixels, encoded."""

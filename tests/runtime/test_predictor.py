@@ -32,13 +32,6 @@ SIZES = ((50, 70), (64, 40), (31, 33))
 Prediction = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
 
 
-@pytest.fixture(scope="module", params=["small_model", "default_model"])
-def model(request: pytest.FixtureRequest) -> SegmentationModel:
-    """SAM 3 and MobileSAM in turn."""
-    chosen: SegmentationModel = request.getfixturevalue(request.param)
-    return chosen
-
-
 @pytest.fixture(scope="module")
 def embedding(model: SegmentationModel) -> ImageEmbedding:
     """An image of 50 x 70 pixels, encoded."""
