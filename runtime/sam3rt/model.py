@@ -140,6 +140,7 @@ def load_model(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    precision: str = "auto",
     check_files: bool = True,
     expected_fingerprint: str | None = None,
 ) -> SegmentationModel:
@@ -149,10 +150,12 @@ def load_model(
 
     Args:
         bundle: the folder, or ``None`` for the bundled MobileSAM.
-        backend: ``"auto"`` or ``"onnxruntime"``.
+        backend: ``"auto"`` or one of :data:`sam3rt.backends.BACKENDS`.
         device: ``"auto"`` (CUDA where it works, else the CPU), ``"cpu"``, ``"cuda"``,
             ``"cuda:N"``.
         threads: CPU threads per operator; ``None`` leaves it to the backend.
+        precision: ``"auto"`` (what the backend does best and has proved here), or one it offers,
+            such as ``"fp32"``.
         check_files: hash every file against the manifest first.
         expected_fingerprint: refuse any bundle but the one with this fingerprint.
 
@@ -170,5 +173,6 @@ def load_model(
             f"{path} has fingerprint {opened.manifest.fingerprint}, expected {expected_fingerprint}"
         )
     return SegmentationModel(
-        opened, create_backend(backend, opened, device=device, threads=threads)
+        opened,
+        create_backend(backend, opened, device=device, threads=threads, precision=precision),
     )

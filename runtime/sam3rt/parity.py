@@ -16,6 +16,7 @@ the cases; the other arrays hold inputs whole and expected outputs subsampled:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,23 +72,37 @@ class Measurement:
     """One comparison with the record.
 
     Attributes:
-        subject: the image or case, and the output.
+        place: the image or case.
+        output: which of the outputs.
         metric: what was measured.
         value: the figure; NaN where outputs hold NaN.
         limit: the figure allowed.
         at_least: whether the figure must reach the limit rather than stay below it.
     """
 
-    subject: str
+    place: str
+    output: str
     metric: str
     value: float
     limit: float
     at_least: bool = False
 
     @property
+    def subject(self) -> str:
+        """The place and the output in words."""
+        return f"{self.place} {self.output}"
+
+    @property
     def passed(self) -> bool:
         """Whether the figure is within its limit; NaN never is."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def badness(self) -> float:
+        """Grows as the figure gets worse; infinite for NaN. Compares one metric's figures."""
+        if math.isnan(self.value):
+            return math.inf
+        return -self.value if self.at_least else self.value
 
 
 class ParityRecord:
@@ -211,12 +226,16 @@ class ParityRecord:
         for level, array in enumerate(maps):
             expected = self._arrays[f"features_{index}_{level}"]
             actual = subsample_features(array)
-            subject = f"image {index} features {level}"
+            place, output = f"image {index}", f"features {level}"
             yield Measurement(
-                subject, "cosine", _cosine(actual, expected), limits.feature_cosine, True
+                place, output, "cosine", _cosine(actual, expected), limits.feature_cosine, True
             )
             yield Measurement(
-                subject, "relative error", relative_error(actual, expected), limits.feature_error
+                place,
+                output,
+                "relative error",
+                relative_error(actual, expected),
+                limits.feature_error,
             )
 
     def compare_case(
@@ -225,7 +244,8 @@ class ParityRecord:
         """Compare one decoder call's outputs with the record."""
         logits = self._arrays[f"{case.name}/logits"]
         yield Measurement(
-            f"{case.name} logits",
+            case.name,
+            "logits",
             "relative error",
             relative_error(_subsample_logits(actual.logits), logits),
             limits.logit_error,
@@ -233,14 +253,16 @@ class ParityRecord:
         bits = self._arrays[f"{case.name}/masks"]
         expected = np.unpackbits(bits, count=actual.logits.size).astype(bool)
         yield Measurement(
-            f"{case.name} masks",
+            case.name,
+            "masks",
             "least IoU",
             _least_iou(actual.logits, expected.reshape(actual.logits.shape)),
             limits.mask_iou,
             True,
         )
         yield Measurement(
-            f"{case.name} predicted IoU",
+            case.name,
+            "predicted IoU",
             "error",
             _largest_error(actual.iou, self._arrays[f"{case.name}/iou"]),
             limits.iou_error,
@@ -249,7 +271,8 @@ class ParityRecord:
         if score is not None:
             said = actual.object_score
             yield Measurement(
-                f"{case.name} object score",
+                case.name,
+                "object score",
                 "relative error",
                 float("inf") if said is None else relative_error(said, score),
                 limits.logit_error,

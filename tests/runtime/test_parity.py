@@ -414,7 +414,7 @@ def test_object_score_that_did_not_come_is_caught(small_model: SegmentationModel
     ],
 )
 def test_passing(value: float, limit: float, at_least: bool, passed: bool) -> None:
-    assert Measurement("x", "y", value, limit, at_least).passed is passed
+    assert Measurement("x", "y", "z", value, limit, at_least).passed is passed
 
 
 def test_relative_error() -> None:

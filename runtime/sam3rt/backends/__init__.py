@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from typing import Any
 
 from ..bundle import Bundle
@@ -11,33 +13,74 @@ from .base import Backend, Features
 
 __all__ = ["BACKENDS", "Backend", "Features", "create_backend"]
 
+_LOG = logging.getLogger(__name__)
+
 # Dotted paths, so that a backend's libraries are imported only when it is asked for.
 BACKENDS: dict[str, str] = {
     "onnxruntime": "sam3rt.backends.onnxruntime:OnnxRuntimeBackend",
 }
-# What "auto" tries, best first.
-AUTO_ORDER = ("onnxruntime",)
+# What "auto" tries, best first, and the device each is tried on.
+AUTO_ORDER: tuple[tuple[str, str], ...] = (
+    ("onnxruntime", "cuda"),
+    ("onnxruntime", "cpu"),
+)
+_DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")
 
 
-def create_backend(name: str, bundle: Bundle, **options: Any) -> Backend:
+def create_backend(
+    name: str,
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "auto",
+) -> Backend:
     """Create the named backend, or the best one that works here for ``"auto"``.
 
+    Args:
+        name: a backend's name or ``"auto"``.
+        bundle: an opened bundle.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        threads: CPU threads per operator; ``None`` leaves it to the backend.
+        precision: ``"auto"``, or what the backend must compute in; see the backends.
+
     Raises:
-        InvalidInputError: there is no backend of that name.
+        InvalidInputError: there is no backend of that name, or an option makes no sense.
         BackendError: it cannot be used here; the message says what to install or change.
     """
-    if name == "auto":
-        failures = []
-        for candidate in AUTO_ORDER:
-            try:
-                return create_backend(candidate, bundle, **options)
-            except BackendError as error:
-                failures.append(f"{candidate}: {error}")
-        raise BackendError("no backend works here: " + "; ".join(failures))
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise InvalidInputError(
             "backend", repr(name), "one of " + ", ".join(["auto", *sorted(BACKENDS)])
         )
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise InvalidInputError("device", repr(device), '"auto", "cpu", "cuda" or "cuda:N"')
+    if threads is not None and (
+        isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
+    ):
+        raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
+    if not isinstance(precision, str):
+        raise InvalidInputError("precision", repr(precision), 'a name such as "auto" or "fp32"')
+    options: dict[str, Any] = {"threads": threads, "precision": precision}
+    if name != "auto":
+        return _create(name, bundle, device=device, **options)
+    reasons = []
+    for candidate, kind in AUTO_ORDER:
+        if device != "auto" and device.partition(":")[0] != kind:
+            continue
+        try:
+            backend = _create(
+                candidate, bundle, device=kind if device == "auto" else device, **options
+            )
+        except BackendError as error:
+            reasons.append(f"{candidate} on {kind}: {error}")
+            continue
+        skipped = "".join(f"; not {reason}" for reason in reasons)
+        _LOG.info("chose %s on %s%s", candidate, backend.device, skipped)
+        return backend
+    raise BackendError("no backend works here: " + "; ".join(reasons))
+
+
+def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
     module, _, attribute = BACKENDS[name].partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)(bundle, **options)
     return backend

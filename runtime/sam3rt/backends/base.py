@@ -33,6 +33,10 @@ class Backend(Protocol):
     def device(self) -> str:
         """Such as ``"cpu"`` or ``"cuda:0"``."""
 
+    @property
+    def precision(self) -> str:
+        """What it computes in, such as ``"fp32"`` or the name of a precision recipe."""
+
     def encode(self, pixels: NDArray[np.float32]) -> Features:
         """Run the encoder on float32 [1, 3, H, W]; the features stay on the device."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphSpec
-from ..errors import BackendError, BundleError, EmbeddingError, InvalidInputError
+from ..errors import BackendError, BundleError, EmbeddingError
 from ..prompts import PackedPrompts
 from .base import Features
 
@@ -66,19 +65,27 @@ class OnnxRuntimeBackend:
         device: ``"auto"`` takes CUDA where it works and the CPU otherwise; ``"cpu"``,
             ``"cuda"`` or ``"cuda:N"`` insist.
         threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
+        precision: ``"auto"`` or ``"fp32"``: the bundle's graphs compute in FP32.
 
     Raises:
-        InvalidInputError: ``device`` or ``threads`` make no sense.
-        BackendError: the device is not usable here.
+        BackendError: the device or the precision is not to be had here.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> None:
-        if threads is not None and (
-            isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
-        ):
-            raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        precision: str = "auto",
+    ) -> None:
+        if precision not in ("auto", "fp32"):
+            raise BackendError(
+                f"precision {precision!r} was asked for; the onnxruntime backend runs the "
+                "bundle's graphs as they are, in fp32"
+            )
         self._bundle = bundle
         self._threads = threads
         self._kind, self._device_id = _choose_device(device)
@@ -87,6 +94,11 @@ class OnnxRuntimeBackend:
         # Two threads may ask for a session at once; it must be made once.
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
+
+    @property
+    def precision(self) -> str:
+        """``"fp32"``."""
+        return "fp32"
 
     @property
     def device(self) -> str:
@@ -262,12 +274,7 @@ def _agree(found: list[Any], wanted: list[Any]) -> bool:
 
 
 def _choose_device(device: str) -> tuple[str, int]:
-    """Kind and number of the device to use."""
-    match = (
-        re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device) if isinstance(device, str) else None
-    )
-    if match is None:
-        raise InvalidInputError("device", repr(device), '"auto", "cpu", "cuda" or "cuda:N"')
+    """Kind and number of the device to use; ``create_backend`` has checked how it is written."""
     if device == "cpu":
         return "cpu", 0
     usable = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_answers()
@@ -278,7 +285,7 @@ def _choose_device(device: str) -> tuple[str, int]:
             f"device {device!r} was asked for, but CUDA is not usable here: it needs an NVIDIA "
             "driver and pip install 'sam3rt[gpu]' (without the plain onnxruntime beside it)"
         )
-    return "cuda", int(match.group(1) or 0)
+    return "cuda", int(device.partition(":")[2] or 0)
 
 
 def _cuda_answers() -> bool:

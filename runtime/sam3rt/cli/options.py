@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 
+from ..backends import BACKENDS
 from ..model import SegmentationModel, load_model
 
 
@@ -15,12 +16,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help='what runs the graphs: "auto" or "onnxruntime" (default: auto)',
+        help=f"what runs the graphs: auto, {', '.join(sorted(BACKENDS))} (default: auto)",
     )
     parser.add_argument(
         "--device",
         default="auto",
         help='"auto", "cpu", "cuda" or "cuda:N" (default: auto: CUDA where it works)',
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help='what to compute in, such as "fp32"; backends differ in what they offer (default: '
+        "auto: the fastest that proved itself here)",
     )
     parser.add_argument(
         "--threads", type=positive_int, help="CPU threads per operator (default: all cores)"
@@ -36,6 +43,7 @@ def load_from_options(
         backend=options.backend,
         device=options.device,
         threads=options.threads,
+        precision=options.precision,
         check_files=check_files,
     )
 
