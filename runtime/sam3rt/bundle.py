@@ -15,15 +15,12 @@ import dataclasses
 import hashlib
 import json
 import re
-import reprlib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ._files import atomic_write, sha256_file
+from ._schema import SchemaError, parse_document, read
 from .errors import BundleError
 
 FORMAT = "sam3rt-bundle"
@@ -272,8 +269,13 @@ class Bundle:
             check_file(self.path, entry)
 
 
-def check_file(folder: Path, entry: FileEntry) -> None:
-    """Compare one file with its manifest entry.
+def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+    """Compare one file with what is on record about it.
+
+    Args:
+        folder: where it lies.
+        entry: what it must be.
+        described_by: what to call the record in error messages.
 
     Raises:
         BundleError: it is missing, not a plain file, or has another length or hash.
@@ -287,7 +289,7 @@ def check_file(folder: Path, entry: FileEntry) -> None:
         length = path.stat().st_size
         if length != entry.bytes:
             raise BundleError(
-                f"has {length} bytes, the manifest says {entry.bytes}: "
+                f"has {length} bytes, {described_by} says {entry.bytes}: "
                 "the file is cut or from another export",
                 entry.file,
             )
@@ -296,7 +298,7 @@ def check_file(folder: Path, entry: FileEntry) -> None:
         raise BundleError(f"cannot be read: {error}", entry.file) from error
     if digest != entry.sha256:
         raise BundleError(
-            f"has SHA-256 {digest[:16]}..., the manifest says {entry.sha256[:16]}...: "
+            f"has SHA-256 {digest[:16]}..., {described_by} says {entry.sha256[:16]}...: "
             "the file was changed or is from another export",
             entry.file,
         )
@@ -339,24 +341,12 @@ def parse_manifest(raw: bytes) -> Manifest:
             rule, or does not match its own fingerprint.
     """
     try:
-        document = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BundleError(f"is not valid JSON: {error}", MANIFEST) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise BundleError(f'"format" is not "{FORMAT}"', MANIFEST)
-    version = document.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f'"format_version" is {version!r}, expected a whole number', MANIFEST)
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"has format version {version}; this sam3rt reads up to {FORMAT_VERSION}: "
-            "update sam3rt or export the model again",
-            MANIFEST,
+        document = parse_document(
+            raw, FORMAT, FORMAT_VERSION, "update sam3rt or export the model again"
         )
-    try:
-        manifest: Manifest = _read(Manifest, document, "")
-    except RecursionError as error:
-        raise BundleError("is nested too deeply", MANIFEST) from error
+        manifest: Manifest = read(Manifest, document)
+    except SchemaError as error:
+        raise BundleError(str(error), MANIFEST) from error
     _check_rules(manifest)
     expected = fingerprint_of(raw, manifest.fingerprint)
     if expected != manifest.fingerprint:
@@ -393,10 +383,6 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(path.name, sha256_file(path), path.stat().st_size)
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not allowed")
-
-
 def _check_rules(manifest: Manifest) -> None:
     """What the types alone do not say."""
     for name, digest in (
@@ -431,90 +417,3 @@ def _check_rules(manifest: Manifest) -> None:
     limit = manifest.masks.low_res_limit
     if limit is not None and limit <= 0:
         raise BundleError('"masks.low_res_limit" is not positive', MANIFEST)
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Build ``kind`` (a dataclass or one of the annotations used above) from parsed JSON."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            _refuse(where, value, f"one of {', '.join(map(str, typing.get_args(kind)))}")
-        return value
-    if origin is types.UnionType:
-        return _read_union(kind, value, where)
-    if origin is tuple:
-        return _read_tuple(kind, value, where)
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            _refuse(where, value, "an object of strings")
-        return dict(value)
-    if kind is float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            _refuse(where, value, "a number")
-        if abs(value) > 1e30:
-            _refuse(where, value, "a number of ordinary size")
-        return float(value)
-    if type(value) is not kind:
-        _refuse(where, value, kind.__name__)
-    return value
-
-
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        _refuse(where, value, "an object")
-    hints = _hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise BundleError(f"unknown field {_join(where, unknown[0])!r}", MANIFEST)
-    arguments = {}
-    for name, entry in known.items():
-        if name in value:
-            arguments[name] = _read(hints[name], value[name], _join(where, name))
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise BundleError(f"field {_join(where, name)!r} is missing", MANIFEST)
-    return kind(**arguments)
-
-
-def _read_union(kind: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(kind)
-    if value is None and types.NoneType in options:
-        return None
-    for option in options:
-        if option is types.NoneType:
-            continue
-        if dataclasses.is_dataclass(option) or option is float or type(value) is option:
-            return _read(option, value, where)
-    _refuse(where, value, str(kind))
-    raise AssertionError("unreachable")
-
-
-def _read_tuple(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        _refuse(where, value, "a list")
-    options = typing.get_args(kind)
-    if options[-1] is Ellipsis:
-        kinds: tuple[Any, ...] = (options[0],) * len(value)
-    else:
-        kinds = options
-        if len(kinds) != len(value):
-            _refuse(where, value, f"a list of {len(kinds)}")
-    return tuple(
-        _read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-    )
-
-
-def _refuse(where: str, value: Any, expected: str) -> None:
-    shown = reprlib.repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise BundleError(f"field {where!r} is {shown}, expected {expected}", MANIFEST)
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _hints(kind: Any) -> Mapping[str, Any]:
-    return typing.get_type_hints(kind)
