@@ -38,6 +38,9 @@ def decoder_inputs(
 ) -> tuple[TensorSpec, ...]:
     """One image's features, labelled points in input pixels, a mask prompt and whether it counts.
 
+    Labels are SAM's -1..3. A label below -1 marks padding: the result is as if the point were not
+    there, so that points can be brought to a fixed number.
+
     ``has_input_masks`` is 0 or 1; at 0 the content of ``input_masks`` does not matter, and one
     zero mask serves all objects.
     """

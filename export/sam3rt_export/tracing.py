@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import warnings
@@ -39,6 +40,12 @@ EXTERNAL_DATA_BYTES = 1 << 30
 # Early convolutions and normalizations are small and their rounding reaches everything after
 # them; halving them would save little.
 MIN_FP16_VALUES = 32768
+# Scope of nodes that belong to no module below the graph's own.
+TOP_SCOPE = "graph"
+# Scope of the casts behind weights that are stored in FP16.
+WEIGHTS_SCOPE = "weights"
+# Where torch.onnx notes the module path of a node, as a Python list in text.
+_SCOPES_NOTE = "pkg.torch.onnx.name_scopes"
 # Constant expressions are folded up to this size; runtimes fold the larger ones when they load,
 # and the file stays small.
 MAX_FOLDED_VALUES = 4096
@@ -100,6 +107,7 @@ def trace_to_file(request: TraceRequest, path: Path) -> GraphSpec:
             raise GraphRuleError("torch.onnx.export returned no program")
         model = program.model
         onnxscript.optimizer.optimize_ir(model, output_size_limit=MAX_FOLDED_VALUES)
+    _name_nodes(model)
     _strip_exporter_notes(model)
     _name_axes(model.graph.inputs, request.inputs)
     _name_axes(model.graph.outputs, request.outputs)
@@ -136,7 +144,12 @@ def store_weights_as_float16(model: ir.Model) -> None:
             const_value=ir.tensor(half, name=f"{name}_fp16"),
         )
         graph.initializers[f"{name}_fp16"] = stored
-        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value})
+        cast = ir.node(
+            "Cast",
+            [stored],
+            attributes={"to": ir.DataType.FLOAT.value},
+            name=f"{WEIGHTS_SCOPE}/{name}",
+        )
         cast.outputs[0].name = f"{name}_fp32"
         cast.outputs[0].type = value.type
         cast.outputs[0].shape = value.shape
@@ -208,6 +221,30 @@ def _forget_inner_axes(model: ir.Model) -> None:
         for value in node.outputs:
             if value not in outputs and value.shape is not None and not value.shape.is_static():
                 value.shape = None
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name every node after the module it came from, such as ``blocks.3.attention/MatMul_2``.
+
+    Precision recipes, comparisons of inner values and error messages of runtimes go by these
+    names. Nodes without a note of the tracer belong where their first input was made.
+    """
+    counts: Counter[str] = Counter()
+    scopes: dict[ir.Node, str] = {}
+    for node in model.graph:
+        note = node.metadata_props.get(_SCOPES_NOTE)
+        producer = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
+        if note is not None:
+            # The outermost module has no name, the last entry is the operator itself, and what
+            # the tracer adds of its own, sizes mostly, has a placeholder for a module.
+            scope = ["", *ast.literal_eval(note)[:-1]][-1]
+            scope = "" if scope.startswith("_empty") else scope
+        else:
+            scope = scopes.get(producer, "") if producer is not None else ""
+        scopes[node] = scope
+        name = f"{scope or TOP_SCOPE}/{node.op_type}"
+        node.name = f"{name}_{counts[name]}"
+        counts[name] += 1
 
 
 def _strip_exporter_notes(model: ir.Model) -> None:

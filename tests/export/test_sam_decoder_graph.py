@@ -73,7 +73,8 @@ def test_self_attention(heads: int, tokens: int, objects: int) -> None:
     tensors = attention_tensors("a.", WIDTH, WIDTH, generator())
     query_key, value = rows(1, objects, tokens, WIDTH), rows(2, objects, tokens, WIDTH)
     expected = plain_attention(tensors, "a.", heads, query_key, query_key, value)
-    actual = SelfAttention(tensors, "a.", heads)(query_key, value, tokens)
+    nothing = torch.zeros(objects, 1, 1, tokens)
+    actual = SelfAttention(tensors, "a.", heads)(query_key, value, nothing, tokens)
     assert relative(actual, expected) < 1e-5
 
 
@@ -97,7 +98,8 @@ def test_image_to_token(heads: int, tokens: int, objects: int, maps: int) -> Non
     query = rows(1, maps, 20, WIDTH)
     key, value = rows(2, objects, tokens, WIDTH), rows(3, objects, tokens, WIDTH)
     expected = plain_attention(tensors, "a.", heads, query.expand(objects, -1, -1), key, value)
-    actual = ImageToToken(tensors, "a.", heads)(query, key, value, tokens)
+    nothing = torch.zeros(objects, 1, tokens, 1)
+    actual = ImageToToken(tensors, "a.", heads)(query, key, value, nothing, tokens)
     assert relative(actual, expected) < 1e-5
 
 
@@ -108,7 +110,7 @@ def test_biases_that_matter_are_kept(bias: str) -> None:
     x, y = rows(1, 1, 5, WIDTH), rows(2, 1, 9, WIDTH)
     for kind, call in (
         (TokenToImage, lambda m: m(x, y, y, 5)),
-        (ImageToToken, lambda m: m(y, x, x, 5)),
+        (ImageToToken, lambda m: m(y, x, x, torch.zeros(1, 1, 5, 1), 5)),
     ):
         assert relative(call(kind(without, "a.", 3)), call(kind(tensors, "a.", 3))) > 1e-3
 
@@ -264,7 +266,7 @@ def four_masks(first: Tensor, seed: int = 0) -> Tensor:
 
 
 def check_selection(decoder: SamDecoderGraph, masks: Tensor, iou: Tensor) -> list[int]:
-    mask, score = decoder.select_single(masks, iou)
+    mask, score = decoder.single_mask(masks, iou)
     expected, expected_score, chosen = plain_select(masks, iou)
     assert torch.equal(mask, expected)
     assert torch.equal(score, expected_score)
@@ -357,7 +359,7 @@ def test_token_0_models_always_take_it(tensors: dict[str, Tensor]) -> None:
     plain = dataclasses.replace(ARCHITECTURE, single_mask="token0")
     graph = SamDecoderGraph(plain, tensors, PROMPT, DECODER)
     masks, iou = four_masks(mask_of_areas(0, 100)), torch.tensor([[0.1, 0.9, 0.9, 0.9]])
-    mask, score = graph.select_single(masks, iou)
+    mask, score = graph.single_mask(masks, iou)
     assert torch.equal(mask, masks[:, :1])
     assert torch.equal(score, iou[:, :1])
 
@@ -467,3 +469,24 @@ def test_objects_do_not_see_each_other(decoder: SamDecoderGraph) -> None:
         alone = call(decoder, features, (points[part], labels[part], given[part]), 16)
         for name, one, all_of_them in zip(OUTPUTS, alone, together, strict=True):
             assert relative(all_of_them[:, part], one) < 1e-5, name
+
+
+@pytest.mark.parametrize("label", [-2, -10])
+@pytest.mark.parametrize(("objects", "count", "extra"), [(1, 2, 2), (1, 0, 4), (3, 3, 5)])
+@torch.no_grad()
+def test_padding_points_change_nothing(
+    decoder: SamDecoderGraph, objects: int, count: int, extra: int, label: int
+) -> None:
+    """Wherever they stand, and whatever their coordinates: as if they were not there."""
+    features = (rows(1, 1, 4, 16, 16), rows(2, 1, 8, 8, 8), rows(3, 1, 32, 4, 4))
+    points, labels, _ = random_prompts(7, objects, count, 0, 8, 16)
+    order = torch.randperm(count + extra, generator=generator(9))
+    padded = torch.cat([points, 50 * rows(8, objects, extra, 2)], dim=1)[:, order]
+    padded_labels = torch.cat([labels, torch.full((objects, extra), label)], dim=1)[:, order]
+    expected = call(decoder, features, (points, labels, None), 16)
+    actual = call(decoder, features, (padded, padded_labels, None), 16)
+    for name, one, other in zip(OUTPUTS, expected, actual, strict=True):
+        assert relative(other, one) < 1e-5, name
+    ignored = padded_labels.clamp(min=-1)
+    differing = call(decoder, features, (padded, ignored, None), 16)
+    assert relative(differing[0], expected[0]) > 1e-3, "label -1 is a token, not padding"

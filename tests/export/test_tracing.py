@@ -128,6 +128,21 @@ def test_names_axes_opset_and_metadata(path: Path) -> None:
     assert leftovers(path.parent) == ["toy.onnx"]
 
 
+def test_nodes_are_named_after_their_modules(small_bundle: Path) -> None:
+    """Precision recipes go by these names."""
+    nodes = {
+        role: [node.name for node in onnx.load(small_bundle / f"{role}.onnx").graph.node]
+        for role in ("encoder", "decoder")
+    }
+    for names in nodes.values():
+        assert len(set(names)) == len(names)
+        assert all("/" in name and "_empty" not in name for name in names)
+    for name in ("patch/Conv_0", "blocks.1.attention/Softmax_0", "blocks.0.fc1/MatMul_0"):
+        assert name in nodes["encoder"]
+    for name in ("positions/Sin_0", "blocks.0.self_attention/Softmax_0", "single_mask/ReduceSum_0"):
+        assert name in nodes["decoder"]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_the_dynamic_axis_takes_any_size(path: Path, rows: int) -> None:
     trace_to_file(affine_request(), path)

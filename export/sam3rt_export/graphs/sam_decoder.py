@@ -26,6 +26,10 @@ from .operators import Linear, gelu, layer_norm, regroup
 
 Pair = tuple[Tensor, Tensor]
 
+# Added to the scores of padding tokens. Within FP16's range; a softmax in FP32 gives exactly 0 for
+# any other scores below 29,000, which those of this network are far from.
+PADDING_SCORE = -30000.0
+
 
 @dataclass(frozen=True)
 class DecoderArchitecture:
@@ -87,7 +91,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Attention among the prompt tokens, in its plain form."""
+    """Attention among the prompt tokens, in its plain form; padding is not attended to."""
 
     def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
         self.q = Linear(q[0].T * self.scale, q[1] * self.scale)
@@ -95,11 +99,12 @@ class SelfAttention(Attention):
         self.v = Linear(v[0].T, v[1])
         self.out = Linear(out[0].T, out[1])
 
-    def forward(self, query_key: Tensor, value: Tensor, tokens: int) -> Tensor:
+    def forward(self, query_key: Tensor, value: Tensor, padding: Tensor, tokens: int) -> Tensor:
+        """query_key and value [P, T, C] and padding [P, 1, 1, T], to [P, T, C]."""
         q = self.per_head(self.q(query_key), tokens)
         k = self.per_head(self.k(query_key), tokens)
         v = self.per_head(self.v(value), tokens)
-        weights = torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1)
+        weights = torch.softmax(torch.matmul(q, k.transpose(2, 3)) + padding, dim=-1)
         return self.out(self.merge_heads(torch.matmul(weights, v), tokens))
 
 
@@ -146,11 +151,13 @@ class ImageToToken(Attention):
         self.out = self.head_rows(out[0].T)
         self.out_bias = nn.Parameter(out[1])
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        """query [P or 1, X, C], key and value [P, T, C], to [P, X, C]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, tokens: int
+    ) -> Tensor:
+        """query [P or 1, X, C], key and value [P, T, C], padding [P, 1, T, 1], to [P, X, C]."""
         columns, image_tokens = self.heads * tokens, query.shape[1]
         key = self.per_head(torch.matmul(key, self.k), tokens)
-        offset = regroup(torch.matmul(key, self.q_bias), -1, 1, columns)
+        offset = regroup(torch.matmul(key, self.q_bias) + padding, -1, 1, columns)
         key = regroup(torch.matmul(key, self.q), -1, columns, self.width)
         value = torch.matmul(self.per_head(self.v(value), tokens), self.out)
         scores = torch.matmul(query, key.transpose(1, 2)) + offset
@@ -173,12 +180,20 @@ class TwoWayBlock(nn.Module):
         self.norms = nn.ModuleList(norm(tensors, f"{prefix}norm{i}.", 1e-5) for i in range(1, 5))
 
     def forward(
-        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, tokens: int
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_pe: Tensor,
+        key_pe: Tensor,
+        padding: Tensor,
+        tokens: int,
     ) -> tuple[Tensor, Tensor]:
+        """Padding is [P, 1, T]: 0, or :data:`PADDING_SCORE` for a token that is not there."""
+        keyed = padding[:, :, None]
         if self.first:
-            queries = self.self_attention(queries, queries, tokens)
+            queries = self.self_attention(queries, queries, keyed, tokens)
         else:
-            queries = queries + self.self_attention(queries + query_pe, queries, tokens)
+            queries = queries + self.self_attention(queries + query_pe, queries, keyed, tokens)
         queries = self.norms[0](queries)
         placed = keys + key_pe
         queries = self.norms[1](
@@ -186,7 +201,8 @@ class TwoWayBlock(nn.Module):
         )
         queries = self.norms[2](queries + self.mlp(queries))
         keys = self.norms[3](
-            keys + self.image_to_token(placed, queries + query_pe, queries, tokens)
+            keys
+            + self.image_to_token(placed, queries + query_pe, queries, padding[..., None], tokens)
         )
         return queries, keys
 
@@ -264,6 +280,42 @@ class MaskPrompt(nn.Module):
         return torch.matmul(torch.where(given, x, 0.0), self.project) + offset
 
 
+class SingleMask(nn.Module):
+    """The choice of the mask that a single-mask call returns.
+
+    Token 0, unless its stability score is low: then the token-1..3 mask with the best predicted
+    IoU (``_dynamic_multimask_via_stability`` of the reference). The choice is a chain of selects,
+    since a gather by batch index would need data-dependent indices.
+    """
+
+    def __init__(self, architecture: DecoderArchitecture) -> None:
+        super().__init__()
+        self.always_first = architecture.single_mask == "token0"
+        self.delta = architecture.stability_delta
+        self.threshold = architecture.stability_threshold
+
+    def forward(self, masks: Tensor, iou: Tensor) -> Pair:
+        """masks [P, M, h, w] and iou [P, M] to [P, 1, h, w] and [P, 1]."""
+        chosen, chosen_iou = masks[:, :1], iou[:, :1]
+        if self.always_first:
+            return chosen, chosen_iou
+        inner = (chosen > self.delta).float().sum(dim=(2, 3))
+        outer = (chosen > -self.delta).float().sum(dim=(2, 3))
+        # max(outer, 1): where outer is 0 so is inner, and the score is defined as 1.
+        score = torch.where(outer > 0.5, inner / torch.clamp(outer, min=1.0), 1.0)
+        stable = score >= self.threshold
+        best = torch.argmax(iou[:, 1:], dim=1, keepdim=True)
+        other, other_iou = masks[:, 1:2], iou[:, 1:2]
+        for index in range(1, masks.shape[1] - 1):
+            hit = best == index
+            other = torch.where(hit[:, :, None, None], masks[:, index + 1 : index + 2], other)
+            other_iou = torch.where(hit, iou[:, index + 1 : index + 2], other_iou)
+        return (
+            torch.where(stable[:, :, None, None], chosen, other),
+            torch.where(stable, chosen_iou, other_iou),
+        )
+
+
 class SamDecoderGraph(nn.Module):
     """Features of one image and prompts to masks, in one pass.
 
@@ -285,6 +337,10 @@ class SamDecoderGraph(nn.Module):
         if arch.object_score:
             tokens.insert(0, tensors[d + "obj_score_token.weight"])
         self.output_tokens = nn.Parameter(torch.cat(tokens)[None])
+        self.no_padding: Tensor
+        self.register_buffer(
+            "no_padding", torch.zeros(1, self.output_tokens.shape[1]), persistent=False
+        )
         self.masks = tensors[d + "mask_tokens.weight"].shape[0]
 
         layers = count_children(tensors, d + "transformer.layers.")
@@ -307,6 +363,7 @@ class SamDecoderGraph(nn.Module):
             )
         )
 
+        self.single_mask = SingleMask(arch)
         self.hyper = self._stacked_hypernetworks(tensors, d)
         self.iou_head = mlp(tensors, self._head_names(tensors, d + "iou_prediction_head."))
         if arch.object_score:
@@ -350,14 +407,15 @@ class SamDecoderGraph(nn.Module):
         return nn.Sequential(*layers)
 
     def embed_points(self, points: Tensor, labels: Tensor) -> Tensor:
-        """points [P, N, 2] in input pixels, labels [P, N] in -1..3, to [P, N, C].
+        """points [P, N, 2] in input pixels, labels [P, N] up to 3, to [P, N, C].
 
-        Label -1 is the "not a point" embedding, whatever the coordinates.
+        Label -1 is the "not a point" embedding, whatever the coordinates. Labels below it are
+        padding; no one attends to what they embed to.
         """
         unit = (points + 0.5) / self.architecture.image_size
         is_point = (labels >= 0).to(points.dtype)[..., None]
         return self.positions(unit) * is_point + nn.functional.embedding(
-            labels + 1, self.label_table
+            torch.clamp(labels, min=-1) + 1, self.label_table
         )
 
     def forward(
@@ -378,13 +436,16 @@ class SamDecoderGraph(nn.Module):
         zero = (labels.sum(dim=1) * 0).to(prompt.dtype)[:, None, None]
         query_pe = torch.cat([self.output_tokens + zero, prompt], dim=1)
         tokens = query_pe.shape[1]
+        absent = (labels < -1).to(prompt.dtype) * PADDING_SCORE
+        present = zero[:, :, 0] + self.no_padding
+        padding = torch.cat([present, absent], dim=1)[:, None]
 
         image = image_embeddings[-1].flatten(2).transpose(1, 2)
         keys = image + self.mask_prompt(input_masks, has_input_masks)
         image_pe = self.positions(self.centres)
         queries = query_pe
         for block in self.blocks:
-            queries, keys = block(queries, keys, query_pe, image_pe, tokens)
+            queries, keys = block(queries, keys, query_pe, image_pe, padding, tokens)
         placed = keys + image_pe
         queries = self.final_norm(queries + self.final(queries + query_pe, placed, keys, tokens))
 
@@ -394,7 +455,7 @@ class SamDecoderGraph(nn.Module):
             iou = torch.sigmoid(iou)
         mask_tokens = queries[:, first + 1 : first + 1 + self.masks]
         masks = self.upscale(keys, mask_tokens, image_embeddings[:-1])
-        single, single_iou = self.select_single(masks, iou)
+        single, single_iou = self.single_mask(masks, iou)
         results = [masks[None, :, 1:], iou[None, :, 1:], single[None], single_iou[None]]
         if arch.object_score:
             results.append(self.object_head(queries[:, 0])[None])
@@ -424,33 +485,6 @@ class SamDecoderGraph(nn.Module):
         channels = cells.shape[-1] // 4
         y = regroup(cells, -1, side, side, 2, 2 * channels).permute(0, 1, 3, 2, 4)
         return regroup(y, -1, 4 * side * side, channels)
-
-    def select_single(self, masks: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask of a single-mask call, [P, 1, 4G, 4G], and its IoU, [P, 1].
-
-        Token 0, unless its stability score is low: then the token-1..3 mask with the best
-        predicted IoU (``_dynamic_multimask_via_stability`` of the reference). The choice is a
-        chain of selects, since a gather by batch index would need data-dependent indices.
-        """
-        arch = self.architecture
-        chosen, chosen_iou = masks[:, :1], iou[:, :1]
-        if arch.single_mask == "token0":
-            return chosen, chosen_iou
-        inner = (chosen > arch.stability_delta).float().sum(dim=(2, 3))
-        outer = (chosen > -arch.stability_delta).float().sum(dim=(2, 3))
-        # max(outer, 1): where outer is 0 so is inner, and the score is defined as 1.
-        score = torch.where(outer > 0.5, inner / torch.clamp(outer, min=1.0), 1.0)
-        stable = score >= arch.stability_threshold
-        best = torch.argmax(iou[:, 1:], dim=1, keepdim=True)
-        other, other_iou = masks[:, 1:2], iou[:, 1:2]
-        for index in range(1, self.masks - 1):
-            hit = best == index
-            other = torch.where(hit[:, :, None, None], masks[:, index + 1 : index + 2], other)
-            other_iou = torch.where(hit, iou[:, index + 1 : index + 2], other_iou)
-        return (
-            torch.where(stable[:, :, None, None], chosen, other),
-            torch.where(stable, chosen_iou, other_iou),
-        )
 
 
 def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
