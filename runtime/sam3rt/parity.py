@@ -252,14 +252,12 @@ class ParityRecord:
         )
         bits = self._arrays[f"{case.name}/masks"]
         expected = np.unpackbits(bits, count=actual.logits.size).astype(bool)
-        yield Measurement(
-            case.name,
-            "masks",
-            "least IoU",
-            _least_iou(actual.logits, expected.reshape(actual.logits.shape)),
-            limits.mask_iou,
-            True,
-        )
+        ious = _mask_ious(actual.logits, expected.reshape(actual.logits.shape))
+        for metric, value, limit in (
+            ("mean IoU", float(ious.mean()), limits.mask_iou),
+            ("least IoU", float(ious.min()), limits.least_mask_iou),
+        ):
+            yield Measurement(case.name, "masks", metric, value, limit, True)
         yield Measurement(
             case.name,
             "predicted IoU",
@@ -299,6 +297,14 @@ def verify_model(
         yield from record.compare_features(index, embedding.features.numpy(), limits)
     for case in record.cases():
         yield from record.compare_case(case, run_case(model, embeddings[case.image], case), limits)
+
+
+def restate(model: SegmentationModel, record: ParityRecord) -> ParityRecord:
+    """A record of the same inputs that expects what this model returns for them."""
+    images = record.images()
+    embeddings = [model.encode(image) for image in images]
+    cases = [(case, run_case(model, embeddings[case.image], case)) for case in record.cases()]
+    return ParityRecord.build(images, [e.features.numpy() for e in embeddings], cases)
 
 
 def run_case(model: SegmentationModel, embedding: ImageEmbedding, case: ParityCase) -> ExpectedCase:
@@ -352,11 +358,11 @@ def _cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float
     return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
 
 
-def _least_iou(logits: NDArray[np.float32], expected: NDArray[np.bool_]) -> float:
-    """The least IoU over the masks; two empty masks agree. NaN where a logit is NaN."""
-    if np.isnan(logits).any():
-        return float("nan")
+def _mask_ious(logits: NDArray[np.float32], expected: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The IoU of each mask, [P, C]; two empty masks agree. NaN where a logit is NaN."""
     actual = logits > 0
     both = (actual & expected).sum(axis=(-2, -1))
     either = (actual | expected).sum(axis=(-2, -1))
-    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).min())
+    ious = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+    broken: NDArray[np.float64] = np.where(np.isnan(logits).any(axis=(-2, -1)), np.nan, ious)
+    return broken

@@ -1,0 +1,7 @@
+"""From a bundle to engines that have proved themselves: typed graphs, builds and the gate.
+
+Nothing here imports PyTorch: engines are built on the machine that runs them, and an edge box has
+none.
+"""
+
+from __future__ import annotations
