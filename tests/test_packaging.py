@@ -27,7 +27,10 @@ sys.meta_path.insert(0, Refuse())
 import sam3rt
 for module in pkgutil.walk_packages(sam3rt.__path__, "sam3rt."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except sam3rt.BackendError as error:  # a backend whose extra is not installed
+            assert "pip install" in str(error), module.name
 import numpy as np
 from PIL import Image
 predictor = sam3rt.SAM3InteractiveImagePredictor(sam3rt.load_model())

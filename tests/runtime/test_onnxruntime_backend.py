@@ -109,13 +109,13 @@ def run_python(code: str) -> str:
 
 
 def test_importing_sam3rt_imports_no_backend_and_no_torch() -> None:
-    heavy = "{'torch', 'onnxruntime', 'tensorrt', 'onnx', 'transformers', 'cv2', 'scipy'}"
+    heavy = {"torch", "onnxruntime", "openvino", "tensorrt", "onnx", "transformers", "cv2", "scipy"}
     assert run_python(f"import sam3rt; print({heavy} & set(sys.modules))").strip() == "set()"
 
 
 def test_missing_onnxruntime_says_what_to_install(tiny: Path) -> None:
     said = run_python(
-        "sys.modules['onnxruntime'] = None\n"
+        "sys.modules.update(onnxruntime=None, openvino=None)\n"
         "import sam3rt\n"
         "for name in ('onnxruntime', 'auto'):\n"
         f"    try: sam3rt.load_model({str(tiny)!r}, backend=name)\n"

@@ -18,10 +18,12 @@ _LOG = logging.getLogger(__name__)
 # Dotted paths, so that a backend's libraries are imported only when it is asked for.
 BACKENDS: dict[str, str] = {
     "onnxruntime": "sam3rt.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "sam3rt.backends.openvino:OpenVinoBackend",
 }
 # What "auto" tries, best first, and the device each is tried on.
 AUTO_ORDER: tuple[tuple[str, str], ...] = (
     ("onnxruntime", "cuda"),
+    ("openvino", "cpu"),
     ("onnxruntime", "cpu"),
 )
 _DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")

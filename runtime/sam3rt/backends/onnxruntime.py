@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from ..bundle import Bundle, GraphSpec
 from ..errors import BackendError, BundleError, EmbeddingError
 from ..prompts import PackedPrompts
 from .base import Features
+from .graphs import EXPORT_ID, LoadedTensor, check_graph, graph_source
 
 try:
     import onnxruntime as ort
@@ -207,7 +207,9 @@ class OnnxRuntimeBackend:
         if self._kind == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device_id}))
         try:
-            session = ort.InferenceSession(self._model(graph), options, providers=providers)
+            session = ort.InferenceSession(
+                graph_source(self._bundle, graph), options, providers=providers
+            )
         except BundleError:
             raise
         except Exception as error:  # see _run
@@ -215,62 +217,19 @@ class OnnxRuntimeBackend:
         self._check(session, graph)
         return session
 
-    def _model(self, graph: GraphSpec) -> bytes | str:
-        """The graph's bytes, checked against the manifest, or its path.
-
-        Weights beside the graph are found through the path. Without them, what is loaded is
-        what was hashed, even if the file is exchanged meanwhile.
-        """
-        path = self._bundle.file(graph.model)
-        if graph.external_data:
-            return str(path)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"cannot be read: {error}", graph.model.file) from error
-        if hashlib.sha256(content).hexdigest() != graph.model.sha256:
-            raise BundleError("changed since the bundle was opened", graph.model.file)
-        return content
-
     def _check(self, session: Any, graph: GraphSpec) -> None:
         """Compare a session with what the manifest promises."""
-        name = graph.model.file
+        inputs, outputs = (
+            [LoadedTensor(a.name, _ORT_TYPES.get(a.type, a.type), a.shape) for a in arguments]
+            for arguments in (session.get_inputs(), session.get_outputs())
+        )
         metadata = session.get_modelmeta().custom_metadata_map
-        export_id = metadata.get("sam3rt.export_id", "")
-        if export_id != self._bundle.manifest.export_id:
-            raise BundleError(
-                f"belongs to export {export_id[:16] or 'unknown'}..., the bundle is "
-                f"{self._bundle.manifest.export_id[:16]}...: encoder and decoder are mixed",
-                name,
-            )
-        for kind, actual, promised in (
-            ("inputs", session.get_inputs(), graph.inputs),
-            ("outputs", session.get_outputs(), graph.outputs),
-        ):
-            found = [(a.name, _ORT_TYPES.get(a.type, a.type), _fixed(a.shape)) for a in actual]
-            wanted = [(s.name, s.dtype, _fixed(s.shape)) for s in promised]
-            if not _agree(found, wanted):
-                raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
+        check_graph(self._bundle, graph, metadata.get(EXPORT_ID, ""), inputs, outputs)
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
                 "CUDA was asked for, but ONNX Runtime could not use it; check the driver and "
                 "that CUDA and cuDNN match this onnxruntime-gpu"
             )
-
-
-def _fixed(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
-    """The sizes of a shape, ``None`` for dynamic axes, which each side may name as it likes."""
-    return tuple(side if isinstance(side, int) else None for side in shape)
-
-
-def _agree(found: list[Any], wanted: list[Any]) -> bool:
-    """Whether names, types and ranks are equal, and all sizes that both sides fix."""
-    return len(found) == len(wanted) and all(
-        a[:2] == b[:2]
-        and len(a[2]) == len(b[2])
-        and all(x == y for x, y in zip(a[2], b[2], strict=True) if None not in (x, y))
-        for a, b in zip(found, wanted, strict=True)
-    )
 
 
 def _choose_device(device: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..bundle import Manifest, open_bundle
+from ..bundle import Bundle, Manifest, open_bundle
 from ..default_model import default_bundle_path
 
 HELP = "show versions, backends and a bundle's description"
@@ -23,6 +23,7 @@ _PACKAGES = (
     "pillow",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "torch",
     "transformers",
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         "machine": _machine(),
         "packages": _packages(),
         "onnxruntime_providers": _providers(),
+        "openvino_recipes": _recipes(bundle),
         "bundle": _bundle(path, bundle.manifest),
     }
     if options.json:
@@ -86,6 +88,14 @@ def _providers() -> list[str]:
 
     providers: list[str] = onnxruntime.get_available_providers()
     return providers
+
+
+def _recipes(bundle: Bundle) -> dict[str, str]:
+    if importlib.util.find_spec("openvino") is None:
+        return {}
+    from ..backends.openvino import known_recipes
+
+    return known_recipes(bundle)
 
 
 def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:

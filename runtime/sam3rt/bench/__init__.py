@@ -1,0 +1,1 @@
+"""Measuring a bundle: stages, side by side, curves, and the distance to the machine's limits."""
