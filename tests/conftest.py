@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +118,52 @@ def chelsea() -> NDArray[np.uint8]:
 def golden_cases() -> dict[str, Any]:
     """The parsed golden cases of SAM 3."""
     return synthetic.cases()
+
+
+@pytest.fixture(scope="session")
+def cpp_builds() -> Path:
+    """The folder of the C++ runtime's builds; tests that need it are skipped where there is none.
+
+    ``make test-cpp`` names it in ``SAM3RT_CPP_BUILDS``. What is missing in it is then an error.
+    """
+    folder = os.environ.get("SAM3RT_CPP_BUILDS")
+    if not folder:
+        pytest.skip("the C++ runtime is tested by `make test-cpp`, which builds it first")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session", params=["release", "address"])
+def cpp_build(
+    request: pytest.FixtureRequest, cpp_builds: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The C++ runtime as users build it, then with AddressSanitizer and UBSan."""
+    from cpp_driver import Build
+
+    return Build(cpp_builds / request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def sam3_golden(
+    cpp_builds: Path,
+    small_model: sam3rt.SegmentationModel,
+    golden_images: dict[int, NDArray[np.uint8]],
+) -> Any:
+    """SAM 3's golden cases as calls, with the Python runtime's results."""
+    import golden_calls
+
+    return golden_calls.sam3_golden(small_model, golden_images)
+
+
+@pytest.fixture(scope="session")
+def mobile_sam_golden(cpp_builds: Path, default_model: sam3rt.SegmentationModel) -> Any:
+    """MobileSAM's golden cases as calls, with the Python runtime's results."""
+    import golden_calls
+
+    photos = {path.stem: photo(path.stem) for path in sorted(PHOTOS.glob("*.png"))}
+    return golden_calls.mobile_sam_golden(default_model, photos)
+
+
+@pytest.fixture(scope="session", params=["sam3_golden", "mobile_sam_golden"])
+def golden(request: pytest.FixtureRequest) -> Any:
+    """Both sets of golden calls in turn."""
+    return request.getfixturevalue(request.param)

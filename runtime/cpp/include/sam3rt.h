@@ -1,0 +1,266 @@
+/* sam3rt's C interface: the C++ library for any language that can call C.
+ *
+ * Objects are opaque and freed by their own function, which takes NULL too. Every function that can
+ * fail returns a status, and where it is not SAM3RT_OK and `error` is not NULL, stores an error there
+ * that the caller frees. Errors are objects and not a variable of the thread, so that languages whose
+ * tasks move between threads can use them. No C++ exception leaves the library.
+ *
+ * Structures that callers fill begin with their size, so that later versions can add fields: set
+ * struct_size to sizeof the structure and every field that is not wanted to zero. What a structure of
+ * an older caller lacks has the value 0, which always stands for the default.
+ *
+ * A model and an embedding may be used by many threads at once, a predictor by one at a time.
+ */
+#ifndef SAM3RT_H
+#define SAM3RT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SAM3RT_API __attribute__((visibility("default")))
+#else
+#define SAM3RT_API
+#endif
+
+/* Raised when a function or field is removed or changes its meaning; not when one is added. */
+#define SAM3RT_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What kind of error happened; the classes are those of sam3rt/sam3rt.hpp. */
+typedef int32_t sam3rt_status;
+enum {
+    SAM3RT_OK = 0,
+    /* An argument has the wrong shape or values. */
+    SAM3RT_INVALID_INPUT = 1,
+    /* An image is not one the predictor takes. */
+    SAM3RT_IMAGE_ERROR = 2,
+    /* A point, box, mask or label is not one the predictor takes. */
+    SAM3RT_PROMPT_ERROR = 3,
+    /* A function was called in a state that does not allow it, such as predict before set_image. */
+    SAM3RT_STATE_ERROR = 4,
+    /* A bundle or engine is missing, damaged, tampered with, mixed or too new. */
+    SAM3RT_BUNDLE_ERROR = 5,
+    /* An embedding file or value is damaged or belongs to another model. */
+    SAM3RT_EMBEDDING_ERROR = 6,
+    /* The device cannot be used here, or failed. */
+    SAM3RT_BACKEND_ERROR = 7,
+    /* A file cannot be written. */
+    SAM3RT_IO_ERROR = 8,
+    SAM3RT_OUT_OF_MEMORY = 9,
+    /* Anything else: a bug in sam3rt. */
+    SAM3RT_INTERNAL_ERROR = 10
+};
+
+typedef struct sam3rt_error sam3rt_error;
+typedef struct sam3rt_model sam3rt_model;
+typedef struct sam3rt_embedding sam3rt_embedding;
+typedef struct sam3rt_predictor sam3rt_predictor;
+typedef struct sam3rt_prediction sam3rt_prediction;
+
+/* --- versions ---------------------------------------------------------------------------------- */
+
+/* SAM3RT_ABI_VERSION of the library that is loaded, to compare with that of the header. */
+SAM3RT_API int32_t sam3rt_abi_version(void);
+
+/* The library's version, such as "0.1.0". */
+SAM3RT_API const char* sam3rt_version(void);
+
+/* --- errors ------------------------------------------------------------------------------------ */
+
+SAM3RT_API sam3rt_status sam3rt_error_status(const sam3rt_error* error);
+
+/* UTF-8; lives as long as the error. */
+SAM3RT_API const char* sam3rt_error_message(const sam3rt_error* error);
+
+/* The argument or the file at fault, or an empty text; lives as long as the error. */
+SAM3RT_API const char* sam3rt_error_subject(const sam3rt_error* error);
+
+SAM3RT_API void sam3rt_error_free(sam3rt_error* error);
+
+/* --- values ------------------------------------------------------------------------------------ */
+
+#define SAM3RT_MAX_AXES 4
+
+/* Dense arrays in row-major order, of memory that somebody else owns. An array without elements may
+ * have NULL for its values; an argument whose number of axes is 0 is absent. */
+typedef struct sam3rt_float_array {
+    const float* values;
+    int64_t shape[SAM3RT_MAX_AXES];
+    int32_t axes;
+} sam3rt_float_array;
+
+typedef struct sam3rt_label_array {
+    const int64_t* values;
+    int64_t shape[SAM3RT_MAX_AXES];
+    int32_t axes;
+} sam3rt_label_array;
+
+typedef struct sam3rt_mask_array {
+    const uint8_t* values;
+    int64_t shape[SAM3RT_MAX_AXES];
+    int32_t axes;
+} sam3rt_mask_array;
+
+/* An 8-bit RGB image, interleaved, which is only read, and only during the call. */
+typedef struct sam3rt_image {
+    size_t struct_size;
+    const uint8_t* pixels;
+    int64_t height;
+    int64_t width;
+    /* Bytes from one row to the next; 0 stands for 3 * width. */
+    size_t row_stride;
+} sam3rt_image;
+
+/* Prompts for one image. Everything may be absent; B counts objects. */
+typedef struct sam3rt_prompts {
+    size_t struct_size;
+    /* [N, 2] or [B, N, 2], (x, y) in pixels of the image. */
+    sam3rt_float_array point_coords;
+    /* [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 a box's corners. */
+    sam3rt_label_array point_labels;
+    /* [4] or [B, 4], x0, y0, x1, y1. */
+    sam3rt_float_array box;
+    /* [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call. */
+    sam3rt_float_array mask_input;
+    /* Not 0: coordinates are already in [0, 1] of the image. */
+    int32_t coords_are_normalized;
+} sam3rt_prompts;
+
+/* --- the model --------------------------------------------------------------------------------- */
+
+typedef struct sam3rt_model_options {
+    size_t struct_size;
+    /* "auto" (also for NULL), "cpu", "cuda", "tensorrt" or "tensorrt-rtx", the last three also with
+     * ":N". */
+    const char* device;
+    /* Threads per operator on the CPU; 0 leaves it to ONNX Runtime. */
+    int32_t threads;
+    /* Not 0: do not hash every file against the manifest first. */
+    int32_t skip_file_checks;
+    /* Refuse any bundle but the one with this fingerprint; NULL takes any. */
+    const char* expected_fingerprint;
+    /* The engine folder to use where several would do; NULL for none. */
+    const char* engine_folder;
+} sam3rt_model_options;
+
+/* Opens a bundle folder; `options` may be NULL. Graphs are loaded at first use. */
+SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
+                                           sam3rt_model** model, sam3rt_error** error);
+SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
+
+/* Loads both graphs and runs each once. */
+SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
+
+/* Such as "cpu" or "cuda:0"; and the bundle's name and fingerprint. They live as long as the model. */
+SAM3RT_API const char* sam3rt_model_device(const sam3rt_model* model);
+SAM3RT_API const char* sam3rt_model_name(const sam3rt_model* model);
+SAM3RT_API const char* sam3rt_model_fingerprint(const sam3rt_model* model);
+
+/* Height and width of a mask prompt, which are those of low-resolution logits too. */
+SAM3RT_API void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t* width);
+
+/* Whether the encoder's graph has been loaded so far: 0 or 1. */
+SAM3RT_API int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model);
+
+SAM3RT_API sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image* image,
+                                             sam3rt_embedding** embedding, sam3rt_error** error);
+
+/* --- embeddings -------------------------------------------------------------------------------- */
+
+/* Loads an embedding that this bundle made, here or in Python. The encoder is not needed for it. */
+SAM3RT_API sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
+                                               sam3rt_embedding** embedding, sam3rt_error** error);
+
+/* Writes the embedding to a file, whole or not at all. */
+SAM3RT_API sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const char* path,
+                                               sam3rt_error** error);
+
+/* Height and width of the image, pixels. */
+SAM3RT_API void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
+                                            int64_t* width);
+SAM3RT_API void sam3rt_embedding_free(sam3rt_embedding* embedding);
+
+/* --- the predictor ----------------------------------------------------------------------------- */
+
+typedef struct sam3rt_predictor_options {
+    size_t struct_size;
+    /* Logits above it are foreground. */
+    double mask_threshold;
+    /* Background components of at most this many low-resolution pixels are filled, if has_max_hole_area
+     * is not 0; otherwise it is as the model's own predictor does it. */
+    double max_hole_area;
+    int32_t has_max_hole_area;
+    /* Foreground components of at most this many low-resolution pixels are removed. */
+    double max_sprinkle_area;
+} sam3rt_predictor_options;
+
+typedef struct sam3rt_predict_options {
+    size_t struct_size;
+    /* Not 0: the single best guess in place of three masks. */
+    int32_t single_mask;
+    /* Not 0: logits of the image's size in place of masks. */
+    int32_t return_logits;
+} sam3rt_predict_options;
+
+/* `options` may be NULL. The predictor keeps what it needs of the model. */
+SAM3RT_API sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
+                                              const sam3rt_predictor_options* options,
+                                              sam3rt_predictor** predictor, sam3rt_error** error);
+SAM3RT_API void sam3rt_predictor_free(sam3rt_predictor* predictor);
+
+SAM3RT_API sam3rt_status sam3rt_predictor_set_image(sam3rt_predictor* predictor,
+                                                    const sam3rt_image* image,
+                                                    sam3rt_error** error);
+
+/* The predictor keeps what it needs of the embedding. */
+SAM3RT_API sam3rt_status sam3rt_predictor_set_embedding(sam3rt_predictor* predictor,
+                                                        const sam3rt_embedding* embedding,
+                                                        sam3rt_error** error);
+
+/* `images` points to `count` pointers. */
+SAM3RT_API sam3rt_status sam3rt_predictor_set_image_batch(sam3rt_predictor* predictor,
+                                                          const sam3rt_image* const* images,
+                                                          size_t count, sam3rt_error** error);
+
+/* `prompts` and `options` may be NULL. */
+SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
+                                                  const sam3rt_prompts* prompts,
+                                                  const sam3rt_predict_options* options,
+                                                  sam3rt_prediction** prediction,
+                                                  sam3rt_error** error);
+
+/* One entry of `prompts`, which may be NULL, per image of the batch; `predictions` has room for as
+ * many results. Either all are stored or none. */
+SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
+                                                        const sam3rt_prompts* const* prompts,
+                                                        size_t count,
+                                                        const sam3rt_predict_options* options,
+                                                        sam3rt_prediction** predictions,
+                                                        sam3rt_error** error);
+
+/* Forgets the image or batch that was set. */
+SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
+
+/* --- predictions -------------------------------------------------------------------------------- */
+
+/* The arrays of a prediction live as long as it does. With B > 1 objects each has a leading axis B. */
+
+/* [C, H, W], 0 and 1; no axes where logits were asked for. */
+SAM3RT_API sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction);
+/* [C, H, W]; no axes where masks were asked for. */
+SAM3RT_API sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction);
+/* [C], the predicted IoU of each mask. */
+SAM3RT_API sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction);
+/* [C, h, w], for mask_input of a later call. */
+SAM3RT_API sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction);
+SAM3RT_API void sam3rt_prediction_free(sam3rt_prediction* prediction);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

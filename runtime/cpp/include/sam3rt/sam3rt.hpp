@@ -1,0 +1,555 @@
+/// sam3rt: SAM 3's interactive predictor over a bundle, without Python.
+///
+/// The layers are those of the Python package, with its rules, defaults and error messages:
+/// a Model without state turns images into ImageEmbedding values and prompts into masks; a Predictor
+/// keeps the embedding of the image set last, and returns masks of the image's size. Bundles and
+/// embedding files are the same.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+/// What a shared library offers; everything else in it is hidden.
+#define SAM3RT_EXPORT __attribute__((visibility("default")))
+
+namespace sam3rt {
+
+/// The library's version, such as "0.1.0".
+SAM3RT_EXPORT std::string version();
+
+// --- errors --------------------------------------------------------------------------------------
+
+/// Base class of everything the library throws on purpose, but for std::system_error where a file
+/// cannot be written and std::bad_alloc where memory runs out.
+class SAM3RT_EXPORT Error : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+    Error(const Error&) = default;
+    ~Error() override;
+};
+
+/// An argument has the wrong shape or values. The message reads
+/// "ARGUMENT: got WHAT CAME, expected WHAT WAS EXPECTED".
+class SAM3RT_EXPORT InvalidInputError : public Error {
+public:
+    InvalidInputError(std::string argument, const std::string& got, const std::string& expected);
+    InvalidInputError(const InvalidInputError&) = default;
+    ~InvalidInputError() override;
+
+    /// The name of the offending argument.
+    const std::string& argument() const noexcept { return argument_; }
+
+private:
+    std::string argument_;
+};
+
+/// An image is not one the predictor takes.
+class SAM3RT_EXPORT ImageError : public InvalidInputError {
+public:
+    using InvalidInputError::InvalidInputError;
+    ImageError(const ImageError&) = default;
+    ~ImageError() override;
+};
+
+/// A point, box, mask or label is not one the predictor takes.
+class SAM3RT_EXPORT PromptError : public InvalidInputError {
+public:
+    using InvalidInputError::InvalidInputError;
+    PromptError(const PromptError&) = default;
+    ~PromptError() override;
+};
+
+/// A method was called in a state that does not allow it, such as predict before set_image.
+class SAM3RT_EXPORT StateError : public Error {
+public:
+    using Error::Error;
+    StateError(const StateError&) = default;
+    ~StateError() override;
+};
+
+/// A bundle, or an engine built from it, is missing, damaged, tampered with, mixed or too new.
+class SAM3RT_EXPORT BundleError : public Error {
+public:
+    explicit BundleError(const std::string& message, std::string file = "");
+    BundleError(const BundleError&) = default;
+    ~BundleError() override;
+
+    /// The name of the file at fault, or an empty string.
+    const std::string& file() const noexcept { return file_; }
+
+private:
+    std::string file_;
+};
+
+/// An embedding file or value is damaged or belongs to another model.
+class SAM3RT_EXPORT EmbeddingError : public Error {
+public:
+    using Error::Error;
+    EmbeddingError(const EmbeddingError&) = default;
+    ~EmbeddingError() override;
+};
+
+/// The device or execution provider cannot be used here, or failed.
+class SAM3RT_EXPORT BackendError : public Error {
+public:
+    using Error::Error;
+    BackendError(const BackendError&) = default;
+    ~BackendError() override;
+};
+
+// --- values --------------------------------------------------------------------------------------
+
+/// Sizes along the axes of an array, slowest first.
+using Shape = std::vector<std::int64_t>;
+
+/// How many elements a shape has.
+/// Throws InvalidInputError where a size is negative or the number overflows.
+SAM3RT_EXPORT std::size_t element_count(const Shape& shape);
+
+/// A dense array in row-major order that owns its elements.
+template <typename T>
+class Array {
+public:
+    /// An empty array of shape [0].
+    Array() : Array(Shape{0}) {}
+
+    /// An array whose elements are not initialized.
+    explicit Array(Shape shape)
+        : shape_(std::move(shape)), size_(element_count(shape_)), values_(new T[size_]) {}
+
+    /// An array with a copy of `size` elements at `values`.
+    /// Throws InvalidInputError where that is not what the shape holds.
+    Array(Shape shape, const T* values, std::size_t size) : Array(checked(std::move(shape), size)) {
+        std::copy_n(values, size, values_.get());
+    }
+
+    /// An array with a copy of `values`, which must be as many as the shape holds.
+    Array(Shape shape, const std::vector<T>& values)
+        : Array(std::move(shape), values.data(), values.size()) {}
+
+    /// [N]: one axis.
+    static Array list(std::initializer_list<T> values) {
+        return Array(Shape{static_cast<std::int64_t>(values.size())}, values.begin(),
+                     values.size());
+    }
+
+    /// [N, M]: rows of equal length. Throws InvalidInputError where they are not.
+    static Array rows(std::initializer_list<std::initializer_list<T>> rows) {
+        const std::size_t width = rows.size() == 0 ? 0 : rows.begin()->size();
+        std::vector<T> values;
+        for (const auto& row : rows) {
+            if (row.size() != width) {
+                throw InvalidInputError("rows", "rows of different lengths", "equal lengths");
+            }
+            values.insert(values.end(), row.begin(), row.end());
+        }
+        return Array(
+            Shape{static_cast<std::int64_t>(rows.size()), static_cast<std::int64_t>(width)},
+            values);
+    }
+
+    Array(const Array& other) : Array(other.shape_) {
+        std::copy_n(other.values_.get(), size_, values_.get());
+    }
+    Array(Array&& other) noexcept
+        : shape_(std::move(other.shape_)), size_(other.size_), values_(std::move(other.values_)) {
+        other.size_ = 0;
+    }
+    Array& operator=(Array other) noexcept {
+        std::swap(shape_, other.shape_);
+        std::swap(size_, other.size_);
+        std::swap(values_, other.values_);
+        return *this;
+    }
+    ~Array() = default;
+
+    const Shape& shape() const noexcept { return shape_; }
+    std::size_t size() const noexcept { return size_; }
+    T* data() noexcept { return values_.get(); }
+    const T* data() const noexcept { return values_.get(); }
+    T& operator[](std::size_t index) { return values_[index]; }
+    const T& operator[](std::size_t index) const { return values_[index]; }
+    const T* begin() const noexcept { return values_.get(); }
+    const T* end() const noexcept { return values_.get() + size_; }
+
+    /// A copy of entry `index` of the first axis, which stays with size 1: [C, h, w] gives [1, h, w].
+    /// Throws InvalidInputError where there is no such entry.
+    Array select(std::size_t index) const {
+        if (shape_.empty() || index >= static_cast<std::size_t>(shape_[0])) {
+            throw InvalidInputError("index", std::to_string(index), "an entry of the first axis");
+        }
+        Shape shape = shape_;
+        shape[0] = 1;
+        const std::size_t step = size_ / static_cast<std::size_t>(shape_[0]);
+        return Array(std::move(shape), values_.get() + index * step, step);
+    }
+
+private:
+    static Shape checked(Shape shape, std::size_t size) {
+        if (element_count(shape) != size) {
+            throw InvalidInputError("values", std::to_string(size) + " elements",
+                                    std::to_string(element_count(shape)) + " for the shape");
+        }
+        return shape;
+    }
+
+    Shape shape_;
+    std::size_t size_;
+    std::unique_ptr<T[]> values_;
+};
+
+/// A size in pixels.
+struct Size {
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+
+    bool operator==(const Size& other) const {
+        return height == other.height && width == other.width;
+    }
+    bool operator!=(const Size& other) const { return !(*this == other); }
+};
+
+/// An 8-bit RGB image in the caller's memory, which is only read, and only during the call.
+struct ImageView {
+    /// First pixel of the first row: R, G, B, R, G, B, ...
+    const std::uint8_t* pixels = nullptr;
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+    /// Bytes from one row to the next; 0 stands for 3 * width.
+    std::size_t row_stride = 0;
+};
+
+/// Prompts for one image. Everything may be absent; a call without any prompt is legal.
+/// B counts objects.
+struct Prompts {
+    /// [N, 2] or [B, N, 2], (x, y) in pixels of the original image.
+    std::optional<Array<float>> point_coords;
+    /// [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 the top left and bottom right
+    /// corner of a box.
+    std::optional<Array<std::int64_t>> point_labels;
+    /// [4] or [B, 4], x0, y0, x1, y1.
+    std::optional<Array<float>> box;
+    /// [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call.
+    std::optional<Array<float>> mask_input;
+    /// Coordinates are pixels; false takes them as already in [0, 1].
+    bool normalize_coords = true;
+};
+
+// --- the bundle's description --------------------------------------------------------------------
+
+/// One file of a bundle.
+struct FileEntry {
+    std::string file;
+    std::string sha256;
+    std::uint64_t bytes = 0;
+};
+
+/// One axis of a graph's tensor: a size, or the name of a dynamic axis.
+using Axis = std::variant<std::int64_t, std::string>;
+
+/// One input or output of a graph.
+struct TensorSpec {
+    std::string name;
+    /// "float32", "float16", "int64", "int32" or "bool".
+    std::string dtype;
+    std::vector<Axis> shape;
+};
+
+/// One ONNX graph.
+struct GraphSpec {
+    FileEntry model;
+    /// Files that hold its weights, empty where they are inside.
+    std::vector<FileEntry> external_data;
+    std::int64_t opset = 0;
+    std::int64_t nodes = 0;
+    std::vector<TensorSpec> inputs;
+    std::vector<TensorSpec> outputs;
+};
+
+/// How an image becomes the encoder's input.
+struct ImageSpec {
+    enum class Resize { stretch, longest_side };
+    enum class Rounding { float32, uint8 };
+
+    /// Of the encoder's input.
+    Size size;
+    /// Ignore the aspect ratio (SAM 3), or keep it and pad at the bottom and right (MobileSAM).
+    Resize resize = Resize::stretch;
+    /// Whether the antialiased bilinear resize rounds to whole levels.
+    Rounding resize_dtype = Rounding::float32;
+    /// Per RGB channel, on the 0..255 scale.
+    float mean[3] = {0, 0, 0};
+    float std[3] = {1, 1, 1};
+    /// Value of padding, applied after normalization.
+    float pad_value = 0;
+};
+
+/// How prompts become labelled points.
+struct PromptSpec {
+    enum class BoxPosition { before_points, after_points };
+    enum class PaddingPoint { always, without_box };
+
+    BoxPosition box_position = BoxPosition::before_points;
+    /// When one point (0, 0) labelled -1 is appended: where there is any point or box, or only
+    /// where there is no box. Without any point and box there is never one.
+    PaddingPoint padding_point = PaddingPoint::always;
+    /// Of a mask prompt.
+    Size mask_size;
+};
+
+/// What the decoder returns and how it is brought to the image's size.
+struct MaskSpec {
+    enum class Upsampling { direct, unpad };
+
+    /// Masks per object in a multi-mask call.
+    std::int64_t multimask = 0;
+    Size low_res_size;
+    /// Returned low-resolution logits are clamped to plus or minus this, if it is given.
+    std::optional<float> low_res_limit;
+    /// Resize to the original size (SAM 3), or to the encoder's input size, crop the padding, then
+    /// resize (MobileSAM).
+    Upsampling upsampling = Upsampling::direct;
+    /// The hole area that the model's own predictor fills unless told otherwise.
+    double max_hole_area = 0;
+};
+
+/// Where the weights came from.
+struct SourceSpec {
+    std::string kind;
+    std::string reference;
+    std::string sha256;
+    std::string license;
+    std::optional<FileEntry> license_file;
+};
+
+/// How far outputs may be from the parity record's FP32 reference.
+struct ParityLimits {
+    double feature_error = 0;
+    double feature_cosine = 0;
+    double logit_error = 0;
+    double iou_error = 0;
+    double mask_iou = 0;
+};
+
+/// The content of bundle.json.
+struct Manifest {
+    /// SHA-256 of bundle.json with these 64 digits zeroed.
+    std::string fingerprint;
+    /// Stands in the metadata of both graphs.
+    std::string export_id;
+    std::string name;
+    /// "sam3" or "mobile_sam".
+    std::string model_type;
+    /// Type the weights are stored in, "float32" or "float16"; computation is FP32 either way.
+    std::string weights;
+    SourceSpec source;
+    ImageSpec image;
+    PromptSpec prompts;
+    MaskSpec masks;
+    GraphSpec encoder;
+    GraphSpec decoder;
+    FileEntry parity_record;
+    ParityLimits parity_limits;
+    std::map<std::string, std::string> producer;
+
+    /// Every file the manifest vouches for.
+    SAM3RT_EXPORT std::vector<FileEntry> files() const;
+};
+
+// --- the model -----------------------------------------------------------------------------------
+
+/// An image's feature maps on the device that made them, and where the image lies in them.
+///
+/// A value: copies are cheap, share the maps, never change, and may be used by many threads.
+class SAM3RT_EXPORT ImageEmbedding {
+public:
+    /// (height, width) of the image.
+    Size original_size() const noexcept;
+    /// The part of the encoder's input that the image fills.
+    Size input_size() const noexcept;
+    /// Of the bundle that made it; other bundles refuse it.
+    const std::string& fingerprint() const noexcept;
+    /// The maps' tensor names, finest first.
+    const std::vector<std::string>& names() const noexcept;
+    /// Memory the feature maps take, bytes.
+    std::size_t nbytes() const noexcept;
+
+    /// Host copies of the feature maps, [1, C, h, w] each, finest first.
+    /// Throws BackendError where they cannot be brought from the device.
+    std::vector<Array<float>> maps() const;
+
+    /// Write the embedding to a file, whole or not at all; the Python runtime reads it too.
+    /// Throws std::system_error where the file cannot be written.
+    void save(const std::filesystem::path& path) const;
+
+    struct Data;
+    explicit ImageEmbedding(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
+    const Data& data() const noexcept { return *data_; }
+
+private:
+    std::shared_ptr<const Data> data_;
+};
+
+/// What the decoder says of P objects.
+struct DecodedMasks {
+    /// [P, C, h, w], unclamped logits; C is 1 in a single-mask call.
+    Array<float> low_res_masks;
+    /// [P, C], the predicted IoU of each mask.
+    Array<float> iou_predictions;
+    /// [P], positive where the model sees an object; absent for models without that head.
+    std::optional<Array<float>> object_score_logits;
+};
+
+/// How a model is loaded.
+struct ModelOptions {
+    /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes CUDA
+    /// where it works and the CPU otherwise.
+    std::string device = "auto";
+    /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
+    int threads = 0;
+    /// Hash every file against the manifest first. A graph that is loaded is hashed in any case,
+    /// unless its weights lie beside it.
+    bool check_files = true;
+    /// Refuse any bundle but the one with this fingerprint, if it is given.
+    std::optional<std::string> expected_fingerprint;
+    /// For TensorRT: the engine folder to use, where several would do. A path, or the name of a
+    /// folder in the bundle's "engines".
+    std::filesystem::path engine_folder;
+};
+
+/// A bundle on a device. Holds no per-image state; copies are cheap and share what is loaded; every
+/// method may be called from many threads at once.
+class SAM3RT_EXPORT Model {
+public:
+    /// Open a bundle folder. Graphs are loaded at first use, or by warm_up().
+    /// Throws InvalidInputError where an option makes no sense; BundleError where the bundle is
+    /// missing, damaged, mixed, too new or not the expected one; BackendError where the device
+    /// cannot be used here.
+    static Model load(const std::filesystem::path& bundle, const ModelOptions& options = {});
+
+    /// Run the encoder on one image.
+    /// Throws ImageError where it is not an image, BackendError where the device failed.
+    ImageEmbedding encode(const ImageView& image) const;
+
+    /// Run the decoder on one image's prompts: three masks per object, or the single one.
+    /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs to
+    /// another bundle or device, BackendError where the device failed.
+    DecodedMasks decode(const ImageEmbedding& embedding, const Prompts& prompts,
+                        bool multimask_output = true) const;
+
+    /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for it.
+    /// Throws EmbeddingError where the file is missing, damaged, or from another bundle.
+    ImageEmbedding load_embedding(const std::filesystem::path& path) const;
+
+    /// Load both graphs and run each once, so that the first request is not the slow one.
+    void warm_up() const;
+
+    /// Whether the encoder's graph has been loaded so far.
+    bool encoder_loaded() const;
+
+    const Manifest& manifest() const noexcept;
+    /// The bundle's folder.
+    const std::filesystem::path& path() const noexcept;
+    /// Where the graphs run, such as "cpu" or "cuda:0".
+    std::string device() const;
+
+    struct Data;
+    explicit Model(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
+    const Data& data() const noexcept { return *data_; }
+
+private:
+    std::shared_ptr<const Data> data_;
+};
+
+// --- the predictor -------------------------------------------------------------------------------
+
+/// How a predictor cleans and thresholds masks.
+struct PredictorOptions {
+    /// Logits above it are foreground.
+    double mask_threshold = 0.0;
+    /// Background components of at most this many low-resolution pixels are filled; 0 disables.
+    /// Unless given, it is that of the model's own predictor: 256 for SAM 3, 0 for MobileSAM.
+    std::optional<double> max_hole_area;
+    /// Foreground components of at most this many low-resolution pixels are removed; 0 disables.
+    double max_sprinkle_area = 0.0;
+};
+
+/// What one call of predict is asked for.
+struct PredictOptions {
+    /// Three masks of different extent, or the single best guess.
+    bool multimask_output = true;
+    /// Return logits of the image's size instead of thresholded masks.
+    bool return_logits = false;
+};
+
+/// Masks of the image's size. With B > 1 objects every array has a leading axis B.
+struct Prediction {
+    /// [C, H, W], 0 and 1; of shape [0] with return_logits.
+    Array<std::uint8_t> masks;
+    /// [C, H, W] with return_logits; else of shape [0].
+    Array<float> logits;
+    /// [C], the predicted IoU of each mask.
+    Array<float> iou_predictions;
+    /// [C, h, w], for Prompts::mask_input of a later call.
+    Array<float> low_res_masks;
+};
+
+/// Segments objects of one image, or of a batch of images, from clicks, boxes and masks.
+///
+/// Keeps the embeddings of the images set last; everything else is Model. One predictor serves one
+/// thread at a time; many predictors may share one model. A call that throws leaves the predictor as
+/// it was.
+class SAM3RT_EXPORT Predictor {
+public:
+    /// Throws InvalidInputError where an option is not a finite number.
+    explicit Predictor(Model model, const PredictorOptions& options = {});
+
+    /// Encode an image, so that predict can be called on it. Throws as Model::encode.
+    void set_image(const ImageView& image);
+
+    /// Use an embedding made or loaded earlier in place of an image.
+    void set_embedding(ImageEmbedding embedding);
+
+    /// Encode several images, of any sizes, so that predict_batch can be called on them; predict then
+    /// uses the last of them. Throws ImageError where there is none or one is not an image.
+    void set_image_batch(const std::vector<ImageView>& images);
+
+    /// Predict masks from prompts on the image set last.
+    /// Throws StateError where no image is set, else as Model::decode.
+    Prediction predict(const Prompts& prompts, const PredictOptions& options = {}) const;
+
+    /// Predict masks on every image of the batch set last, with one entry of `prompts` per image.
+    /// Throws StateError where no batch is set, PromptError where there is not one entry per image,
+    /// else as Model::decode.
+    std::vector<Prediction> predict_batch(const std::vector<Prompts>& prompts,
+                                          const PredictOptions& options = {}) const;
+
+    /// Forget the image or batch that was set.
+    void reset() noexcept;
+
+    const Model& model() const noexcept { return model_; }
+
+private:
+    Prediction predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
+                          const PredictOptions& options) const;
+
+    Model model_;
+    double mask_threshold_;
+    double max_hole_area_;
+    double max_sprinkle_area_;
+    std::vector<ImageEmbedding> embeddings_;
+    bool is_batch_ = false;
+};
+
+}  // namespace sam3rt

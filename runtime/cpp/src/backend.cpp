@@ -1,0 +1,376 @@
+#include "backend.hpp"
+
+#include <algorithm>
+#include <map>
+#include <system_error>
+
+#include "sha256.hpp"
+
+namespace sam3rt {
+namespace {
+
+/// ONNX Runtime's element types by the manifest's names.
+const std::map<std::string, ONNXTensorElementDataType>& element_types() {
+    static const std::map<std::string, ONNXTensorElementDataType> types = {
+        {"float32", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+        {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+        {"int64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+        {"int32", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+        {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL},
+    };
+    return types;
+}
+
+/// A tensor over an array's memory, which must outlive it.
+template <typename T>
+Ort::Value view(const Array<T>& array, const Shape& shape) {
+    // ONNX Runtime's interface has no tensors of constant memory; inputs are only read.
+    return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()), array.size(),
+                                       shape.data(), shape.size());
+}
+
+Array<float> copy_of(const Ort::Value& value) {
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+        throw BackendError("a graph returned a tensor of another type than float32");
+    }
+    return Array<float>(info.GetShape(), value.GetTensorData<float>(), info.GetElementCount());
+}
+
+/// A tensor's name, type and sizes; -1 stands for a dynamic axis, which each side may name as it
+/// likes.
+struct Signature {
+    std::string name;
+    std::string dtype;
+    Shape shape;
+};
+
+Signature signature_of(const TensorSpec& spec) {
+    Signature signature{spec.name, spec.dtype, {}};
+    for (const Axis& side : spec.shape) {
+        const auto* size = std::get_if<std::int64_t>(&side);
+        signature.shape.push_back(size == nullptr ? -1 : *size);
+    }
+    return signature;
+}
+
+Signature signature_of(const std::string& name, const Ort::TypeInfo& type) {
+    if (type.GetONNXType() != ONNX_TYPE_TENSOR) {
+        return {name, "no tensor", {}};
+    }
+    const auto info = type.GetTensorTypeAndShapeInfo();
+    std::string dtype = "another type";
+    for (const auto& [known, element] : element_types()) {
+        if (element == info.GetElementType()) {
+            dtype = known;
+        }
+    }
+    return {name, dtype, info.GetShape()};
+}
+
+/// Whether names, types and ranks are equal, and all sizes that both sides fix.
+bool agree(const Signature& a, const Signature& b) {
+    return a.name == b.name && a.dtype == b.dtype && a.shape.size() == b.shape.size() &&
+           std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(),
+                      [](std::int64_t x, std::int64_t y) { return x == y || x < 0 || y < 0; });
+}
+
+std::string text_of(const std::vector<Signature>& signatures) {
+    std::string text = "[";
+    for (const Signature& signature : signatures) {
+        text += (text.size() == 1 ? "" : ", ") + signature.name + ": " + signature.dtype + " [";
+        for (std::size_t i = 0; i < signature.shape.size(); ++i) {
+            const std::int64_t side = signature.shape[i];
+            text += (i == 0 ? "" : ", ") + (side < 0 ? "?" : std::to_string(side));
+        }
+        text += "]";
+    }
+    return text + "]";
+}
+
+void compare(const std::vector<Signature>& found, const std::vector<TensorSpec>& specs,
+             const std::string& kind, const std::string& file) {
+    std::vector<Signature> wanted;
+    for (const TensorSpec& spec : specs) {
+        wanted.push_back(signature_of(spec));
+    }
+    if (found.size() != wanted.size() ||
+        !std::equal(found.begin(), found.end(), wanted.begin(), agree)) {
+        throw BundleError(
+            "has " + kind + " " + text_of(found) + ", the manifest says " + text_of(wanted), file);
+    }
+}
+
+}  // namespace
+
+FeatureTransfer::FeatureTransfer(const Device& device, const std::string& dtype)
+    : half_(dtype == "float16") {
+    if (!half_ && dtype != "float32") {
+        throw BackendError("feature maps of type " + dtype + " are not known");
+    }
+    if (device.on_gpu()) {
+        copier_.emplace(device, element_types().at(dtype));
+    }
+}
+
+Array<float> FeatureTransfer::to_host(const Ort::Value& value) const {
+    std::optional<Ort::Value> copied;
+    if (copier_) {
+        copied.emplace(copier_->to_host(value));
+    }
+    const Ort::Value& host = copied ? *copied : value;
+    const auto info = host.GetTensorTypeAndShapeInfo();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+        return copy_of(host);
+    }
+    Array<float> map(info.GetShape());
+    const auto* values = host.GetTensorData<Ort::Float16_t>();
+    std::transform(values, values + map.size(), map.data(),
+                   [](const Ort::Float16_t& number) { return number.ToFloat(); });
+    return map;
+}
+
+Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
+    Ort::AllocatorWithDefaultOptions allocator;
+    const Shape& shape = map.shape();
+    Ort::Value host{nullptr};
+    if (half_) {
+        host = Ort::Value::CreateTensor<Ort::Float16_t>(allocator, shape.data(), shape.size());
+        std::transform(map.begin(), map.end(), host.GetTensorMutableData<Ort::Float16_t>(),
+                       [](float number) { return Ort::Float16_t(number); });
+    } else {
+        host = Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+        std::copy(map.begin(), map.end(), host.GetTensorMutableData<float>());
+    }
+    return copier_ ? copier_->to_device(host) : std::move(host);
+}
+
+Backend::Backend(const Bundle& bundle, const ModelOptions& options)
+    : bundle_(bundle),
+      threads_(options.threads),
+      blank_mask_(
+          {1, 1, bundle.manifest.prompts.mask_size.height, bundle.manifest.prompts.mask_size.width}) {
+    if (threads_ < 0) {
+        throw InvalidInputError("threads", std::to_string(threads_),
+                                "a positive whole number, or 0 to leave it to ONNX Runtime");
+    }
+    device_ = choose_device(options.device);
+    if (device_.provider == Provider::tensorrt || device_.provider == Provider::tensorrt_rtx) {
+        engines_ = choose_engines(
+            bundle, device_.provider == Provider::tensorrt ? "tensorrt" : "tensorrt-rtx",
+            query_gpu(device_.number), options.engine_folder);
+    }
+    std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
+    encoder_.spec = &bundle.manifest.encoder;
+    decoder_.spec = &bundle.manifest.decoder;
+}
+
+std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels) const {
+    std::shared_ptr<Ort::Session> session = session_of(encoder_);
+    try {
+        Ort::IoBinding binding(*session);
+        binding.BindInput(encoder_.spec->inputs[0].name.c_str(), view(pixels, pixels.shape()));
+        const Ort::MemoryInfo memory = memory_of(device_);
+        for (const TensorSpec& output : encoder_.spec->outputs) {
+            binding.BindOutput(output.name.c_str(), memory);
+        }
+        run(*session, binding);
+        return std::make_shared<Features>(
+            Features{binding.GetOutputValues(), transfer(), device_.name(), session});
+    } catch (const Ort::Exception& error) {
+        throw BackendError(std::string("ONNX Runtime failed in the encoder: ") + error.what());
+    }
+}
+
+std::shared_ptr<const Features> Backend::upload(const std::vector<Array<float>>& maps) const {
+    try {
+        Features features{{}, transfer(), device_.name(), nullptr};
+        for (const Array<float>& map : maps) {
+            features.values.push_back(features.transfer->to_device(map));
+        }
+        return std::make_shared<Features>(std::move(features));
+    } catch (const Ort::Exception& error) {
+        throw BackendError("feature maps cannot be brought to " + device_.name() + ": " +
+                           error.what());
+    }
+}
+
+std::vector<Array<float>> Backend::decode(const Features& features, const PackedPrompts& prompts,
+                                          const std::vector<std::string>& outputs) const {
+    if (features.device != device_.name()) {
+        throw EmbeddingError("the embedding is on " + features.device + ", this model runs on " +
+                             device_.name() +
+                             "; save the embedding and load it with this model");
+    }
+    const std::shared_ptr<Ort::Session> session = session_of(decoder_);
+    try {
+        Ort::IoBinding binding(*session);
+        for (std::size_t i = 0; i < features.values.size(); ++i) {
+            binding.BindInput(encoder_.spec->outputs[i].name.c_str(), features.values[i]);
+        }
+        const auto batched = [](const Shape& shape) {
+            Shape result = {1};
+            result.insert(result.end(), shape.begin(), shape.end());
+            return result;
+        };
+        const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
+        binding.BindInput("input_points", view(prompts.points, batched(prompts.points.shape())));
+        binding.BindInput("input_labels", view(prompts.labels, batched(prompts.labels.shape())));
+        binding.BindInput("input_masks", prompts.masks
+                                             ? view(*prompts.masks, batched(prompts.masks->shape()))
+                                             : view(blank_mask_, blank_mask_.shape()));
+        binding.BindInput("has_input_masks", view(present, present.shape()));
+        const Ort::MemoryInfo memory = host_memory();
+        for (const std::string& output : outputs) {
+            binding.BindOutput(output.c_str(), memory);
+        }
+        run(*session, binding);
+        std::vector<Array<float>> results;
+        for (const Ort::Value& value : binding.GetOutputValues()) {
+            results.push_back(copy_of(value));
+        }
+        return results;
+    } catch (const Ort::Exception& error) {
+        throw BackendError(std::string("ONNX Runtime failed in the decoder: ") + error.what());
+    }
+}
+
+void Backend::prepare() const {
+    session_of(encoder_);
+    session_of(decoder_);
+}
+
+bool Backend::encoder_loaded() const {
+    const std::lock_guard<std::mutex> lock(encoder_.mutex);
+    return encoder_.session != nullptr;
+}
+
+std::shared_ptr<Ort::Session> Backend::session_of(const Graph& graph) const {
+    // Two threads may ask for a session at once; it must be made once.
+    const std::lock_guard<std::mutex> lock(graph.mutex);
+    if (graph.session == nullptr) {
+        graph.session = engines_ ? load_wrapped(graph) : load(graph);
+    }
+    return graph.session;
+}
+
+Ort::SessionOptions Backend::options_for(const Graph& graph) const {
+    Ort::SessionOptions options = session_options(device_);
+    if (&graph == &encoder_) {
+        // A memory pattern plans all of a run's buffers as one block, from the second run on and
+        // beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
+        options.DisableMemPattern();
+    }
+    if (threads_ > 0) {
+        options.SetIntraOpNumThreads(threads_);
+    }
+    return options;
+}
+
+std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
+    const GraphSpec& spec = *graph.spec;
+    const std::filesystem::path path = bundle_.path / spec.model.file;
+    Bytes content;
+    if (spec.external_data.empty()) {
+        // What is loaded is what was hashed, even if the file is exchanged meanwhile. With weights
+        // beside the graph that is not possible: they are found through the path.
+        try {
+            content = read_file(path, spec.model.bytes);
+        } catch (const std::system_error& error) {
+            throw BundleError(std::string("cannot be read: ") + error.what(), spec.model.file);
+        }
+        if (sha256_hex(content.data(), content.size()) != spec.model.sha256) {
+            throw BundleError("changed since the bundle was opened", spec.model.file);
+        }
+    }
+    try {
+        const Ort::SessionOptions options = options_for(graph);
+        auto session = spec.external_data.empty()
+                           ? std::make_shared<Ort::Session>(ort_environment(), content.data(),
+                                                            content.size(), options)
+                           : std::make_shared<Ort::Session>(ort_environment(), path.c_str(),
+                                                            options);
+        check(*session, spec, false);
+        return session;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("ONNX Runtime cannot load " + spec.model.file + ": " + error.what());
+    }
+}
+
+std::shared_ptr<Ort::Session> Backend::load_wrapped(const Graph& graph) const {
+    const std::filesystem::path& path =
+        &graph == &encoder_ ? engines_->encoder : engines_->decoder;
+    try {
+        Ort::SessionOptions options = options_for(graph);
+        // The engine is the whole graph: a node on the CPU would mean that it was not used.
+        options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
+        auto session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
+        check(*session, *graph.spec, true);
+        return session;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("ONNX Runtime cannot load the engine of " + path.string() + ": " +
+                           error.what());
+    }
+}
+
+void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const {
+    Ort::AllocatorWithDefaultOptions allocator;
+    const std::string& file = spec.model.file;
+    if (!wrapped) {
+        const auto stored =
+            session.GetModelMetadata().LookupCustomMetadataMapAllocated("sam3rt.export_id",
+                                                                        allocator);
+        const std::string export_id = stored == nullptr ? "" : stored.get();
+        if (export_id != bundle_.manifest.export_id) {
+            throw BundleError(
+                "belongs to export " + (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
+                    "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
+                    "...: encoder and decoder are mixed",
+                file);
+        }
+    }
+    std::vector<Signature> inputs;
+    for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
+        inputs.push_back(signature_of(session.GetInputNameAllocated(i, allocator).get(),
+                                      session.GetInputTypeInfo(i)));
+    }
+    std::vector<Signature> outputs;
+    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
+        outputs.push_back(signature_of(session.GetOutputNameAllocated(i, allocator).get(),
+                                       session.GetOutputTypeInfo(i)));
+    }
+    GraphSpec promised = spec;
+    if (wrapped) {
+        // Engines may pass feature maps in half precision.
+        for (std::vector<TensorSpec>* specs : {&promised.inputs, &promised.outputs}) {
+            for (TensorSpec& tensor : *specs) {
+                const auto& maps = bundle_.manifest.encoder.outputs;
+                if (std::any_of(maps.begin(), maps.end(), [&tensor](const TensorSpec& map) {
+                        return map.name == tensor.name;
+                    })) {
+                    tensor.dtype = engines_->features_dtype;
+                }
+            }
+        }
+    }
+    compare(inputs, promised.inputs, "inputs", file);
+    compare(outputs, promised.outputs, "outputs", file);
+}
+
+void Backend::run(Ort::Session& session, Ort::IoBinding& binding) const {
+    session.Run(Ort::RunOptions{nullptr}, binding);
+    if (device_.on_gpu()) {
+        binding.SynchronizeOutputs();
+    }
+}
+
+std::shared_ptr<const FeatureTransfer> Backend::transfer() const {
+    const std::lock_guard<std::mutex> lock(transfer_mutex_);
+    if (transfer_ == nullptr) {
+        transfer_ = std::make_shared<FeatureTransfer>(
+            device_, engines_ ? engines_->features_dtype : encoder_.spec->outputs.at(0).dtype);
+    }
+    return transfer_;
+}
+
+}  // namespace sam3rt

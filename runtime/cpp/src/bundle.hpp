@@ -1,0 +1,35 @@
+// Bundles: a folder with two ONNX graphs and everything a consumer must know about them.
+#pragma once
+
+#include <filesystem>
+
+#include "files.hpp"
+#include "sam3rt/sam3rt.hpp"
+
+namespace sam3rt {
+
+/// A bundle folder whose manifest has been read and checked.
+struct Bundle {
+    std::filesystem::path path;
+    Manifest manifest;
+};
+
+/// Read a bundle's manifest and check it against itself and, if asked to, its files.
+/// Throws BundleError, naming the file at fault.
+Bundle open_bundle(const std::filesystem::path& folder, bool check_files);
+
+/// Parse and validate the content of bundle.json. Throws BundleError.
+Manifest parse_manifest(const Bytes& raw);
+
+/// Refuse a file that is missing, not a plain file, a link that leaves the folder, or of another
+/// length or hash than its entry says. Throws BundleError.
+void check_file(const std::filesystem::path& folder, const FileEntry& entry);
+
+/// Whether a text may name a file of a bundle: no separators, no leading dot, at most 128 letters,
+/// digits, dots, dashes and underscores.
+bool is_safe_name(const std::string& name);
+
+/// Whether a text is a SHA-256 in lower-case hexadecimal.
+bool is_sha256(const std::string& text);
+
+}  // namespace sam3rt

@@ -1,0 +1,377 @@
+#include "sam3rt.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <system_error>
+
+#include "errors.hpp"
+#include "sam3rt/sam3rt.hpp"
+
+struct sam3rt_error {
+    sam3rt_status status;
+    std::string message;
+    std::string subject;
+};
+struct sam3rt_model {
+    sam3rt::Model value;
+    std::string device;
+};
+struct sam3rt_embedding {
+    sam3rt::ImageEmbedding value;
+};
+struct sam3rt_predictor {
+    sam3rt::Predictor value;
+};
+struct sam3rt_prediction {
+    sam3rt::Prediction value;
+};
+
+namespace {
+
+using sam3rt::InvalidInputError;
+
+sam3rt_status store(sam3rt_error** error, sam3rt_status status, const char* message,
+                    const char* subject = "") noexcept {
+    if (error != nullptr) {
+        // Without memory for the error, the status alone must do.
+        *error = nullptr;
+        try {
+            *error = new sam3rt_error{status, message, subject};
+        } catch (const std::bad_alloc&) {
+            return status;
+        }
+    }
+    return status;
+}
+
+/// Run a function and turn what it throws into a status.
+template <typename Function>
+sam3rt_status guarded(sam3rt_error** error, const Function& function) noexcept {
+    try {
+        function();
+        return SAM3RT_OK;
+    } catch (const sam3rt::ImageError& e) {
+        return store(error, SAM3RT_IMAGE_ERROR, e.what(), e.argument().c_str());
+    } catch (const sam3rt::PromptError& e) {
+        return store(error, SAM3RT_PROMPT_ERROR, e.what(), e.argument().c_str());
+    } catch (const InvalidInputError& e) {
+        return store(error, SAM3RT_INVALID_INPUT, e.what(), e.argument().c_str());
+    } catch (const sam3rt::StateError& e) {
+        return store(error, SAM3RT_STATE_ERROR, e.what());
+    } catch (const sam3rt::BundleError& e) {
+        return store(error, SAM3RT_BUNDLE_ERROR, e.what(), e.file().c_str());
+    } catch (const sam3rt::EmbeddingError& e) {
+        return store(error, SAM3RT_EMBEDDING_ERROR, e.what());
+    } catch (const sam3rt::BackendError& e) {
+        return store(error, SAM3RT_BACKEND_ERROR, e.what());
+    } catch (const std::system_error& e) {
+        return store(error, SAM3RT_IO_ERROR, e.what());
+    } catch (const std::bad_alloc&) {
+        return store(error, SAM3RT_OUT_OF_MEMORY, "out of memory");
+    } catch (const std::exception& e) {
+        return store(error, SAM3RT_INTERNAL_ERROR, e.what());
+    } catch (...) {
+        return store(error, SAM3RT_INTERNAL_ERROR, "unknown exception");
+    }
+}
+
+template <typename T>
+T& require(T* pointer, const char* argument) {
+    if (pointer == nullptr) {
+        throw InvalidInputError(argument, "NULL", "a pointer");
+    }
+    return *pointer;
+}
+
+/// A structure with the fields its caller knows, and 0 for the others.
+template <typename T>
+T known_fields(const T* given, const char* argument) {
+    T known;
+    std::memset(&known, 0, sizeof known);
+    if (given == nullptr) {
+        return known;
+    }
+    if (given->struct_size < sizeof(std::size_t) || given->struct_size > 65536) {
+        throw InvalidInputError(argument,
+                                "a struct_size of " + std::to_string(given->struct_size),
+                                std::to_string(sizeof(T)) + ", the structure's size");
+    }
+    std::memcpy(&known, given, std::min(given->struct_size, sizeof known));
+    return known;
+}
+
+std::string text_or(const char* text, const char* fallback) {
+    return text == nullptr ? fallback : text;
+}
+
+template <typename T, typename View>
+std::optional<sam3rt::Array<T>> copy_of(const View& view, const std::string& argument) {
+    if (view.axes == 0) {
+        return std::nullopt;
+    }
+    if (view.axes < 0 || view.axes > SAM3RT_MAX_AXES) {
+        throw sam3rt::PromptError(argument, std::to_string(view.axes) + " axes",
+                                  "1 to " + std::to_string(SAM3RT_MAX_AXES));
+    }
+    const sam3rt::Shape shape(view.shape, view.shape + view.axes);
+    std::size_t count = 0;
+    try {
+        count = sam3rt::element_count(shape);
+    } catch (const InvalidInputError&) {
+        throw sam3rt::PromptError(argument, "shape " + sam3rt::shape_text(shape),
+                                  "sizes that memory can hold");
+    }
+    if (view.values == nullptr && count != 0) {
+        throw sam3rt::PromptError(argument, "NULL", "values");
+    }
+    return sam3rt::Array<T>(shape, view.values, count);
+}
+
+template <typename View, typename T>
+View view_of(const sam3rt::Array<T>& array) {
+    View view;
+    std::memset(&view, 0, sizeof view);
+    if (array.size() != 0) {
+        view.values = array.data();
+        view.axes = static_cast<std::int32_t>(array.shape().size());
+        std::copy(array.shape().begin(), array.shape().end(), view.shape);
+    }
+    return view;
+}
+
+sam3rt::ImageView image_of(const sam3rt_image* image, const char* argument) {
+    require(image, argument);
+    const sam3rt_image known = known_fields(image, argument);
+    return {known.pixels, known.height, known.width, known.row_stride};
+}
+
+sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
+    const sam3rt_prompts known = known_fields(prompts, "prompts");
+    sam3rt::Prompts result;
+    result.point_coords = copy_of<float>(known.point_coords, "point_coords");
+    result.point_labels = copy_of<std::int64_t>(known.point_labels, "point_labels");
+    result.box = copy_of<float>(known.box, "box");
+    result.mask_input = copy_of<float>(known.mask_input, "mask_input");
+    result.normalize_coords = known.coords_are_normalized == 0;
+    return result;
+}
+
+sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
+    const sam3rt_predict_options known = known_fields(options, "options");
+    return {known.single_mask == 0, known.return_logits != 0};
+}
+
+}  // namespace
+
+int32_t sam3rt_abi_version(void) { return SAM3RT_ABI_VERSION; }
+
+const char* sam3rt_version(void) {
+    static const std::string text = sam3rt::version();
+    return text.c_str();
+}
+
+sam3rt_status sam3rt_error_status(const sam3rt_error* error) {
+    return error == nullptr ? SAM3RT_OK : error->status;
+}
+const char* sam3rt_error_message(const sam3rt_error* error) {
+    return error == nullptr ? "" : error->message.c_str();
+}
+const char* sam3rt_error_subject(const sam3rt_error* error) {
+    return error == nullptr ? "" : error->subject.c_str();
+}
+void sam3rt_error_free(sam3rt_error* error) { delete error; }
+
+sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
+                                sam3rt_model** model, sam3rt_error** error) {
+    return guarded(error, [&] {
+        const sam3rt_model_options known = known_fields(options, "options");
+        sam3rt::ModelOptions chosen;
+        chosen.device = text_or(known.device, "auto");
+        chosen.threads = known.threads;
+        chosen.check_files = known.skip_file_checks == 0;
+        if (known.expected_fingerprint != nullptr) {
+            chosen.expected_fingerprint = known.expected_fingerprint;
+        }
+        chosen.engine_folder = text_or(known.engine_folder, "");
+        require(model, "model");
+        auto loaded = sam3rt::Model::load(&require(bundle, "bundle"), chosen);
+        std::string device = loaded.device();
+        *model = new sam3rt_model{std::move(loaded), std::move(device)};
+    });
+}
+void sam3rt_model_free(sam3rt_model* model) { delete model; }
+
+sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error) {
+    return guarded(error, [&] { require(model, "model").value.warm_up(); });
+}
+
+const char* sam3rt_model_device(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->device.c_str();
+}
+const char* sam3rt_model_name(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->value.manifest().name.c_str();
+}
+const char* sam3rt_model_fingerprint(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->value.manifest().fingerprint.c_str();
+}
+void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t* width) {
+    const sam3rt::Size size =
+        model == nullptr ? sam3rt::Size{} : model->value.manifest().prompts.mask_size;
+    if (height != nullptr) {
+        *height = size.height;
+    }
+    if (width != nullptr) {
+        *width = size.width;
+    }
+}
+int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model) {
+    return model != nullptr && model->value.encoder_loaded() ? 1 : 0;
+}
+
+sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image* image,
+                                  sam3rt_embedding** embedding, sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(embedding, "embedding");
+        *embedding =
+            new sam3rt_embedding{require(model, "model").value.encode(image_of(image, "image"))};
+    });
+}
+
+sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
+                                    sam3rt_embedding** embedding, sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(embedding, "embedding");
+        *embedding = new sam3rt_embedding{
+            require(model, "model").value.load_embedding(&require(path, "path"))};
+    });
+}
+
+sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const char* path,
+                                    sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(embedding, "embedding").value.save(&require(path, "path"));
+    });
+}
+
+void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
+                                 int64_t* width) {
+    const sam3rt::Size size =
+        embedding == nullptr ? sam3rt::Size{} : embedding->value.original_size();
+    if (height != nullptr) {
+        *height = size.height;
+    }
+    if (width != nullptr) {
+        *width = size.width;
+    }
+}
+void sam3rt_embedding_free(sam3rt_embedding* embedding) { delete embedding; }
+
+sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
+                                   const sam3rt_predictor_options* options,
+                                   sam3rt_predictor** predictor, sam3rt_error** error) {
+    return guarded(error, [&] {
+        const sam3rt_predictor_options known = known_fields(options, "options");
+        sam3rt::PredictorOptions chosen;
+        chosen.mask_threshold = known.mask_threshold;
+        if (known.has_max_hole_area != 0) {
+            chosen.max_hole_area = known.max_hole_area;
+        }
+        chosen.max_sprinkle_area = known.max_sprinkle_area;
+        require(predictor, "predictor");
+        *predictor =
+            new sam3rt_predictor{sam3rt::Predictor(require(model, "model").value, chosen)};
+    });
+}
+void sam3rt_predictor_free(sam3rt_predictor* predictor) { delete predictor; }
+
+sam3rt_status sam3rt_predictor_set_image(sam3rt_predictor* predictor, const sam3rt_image* image,
+                                         sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(predictor, "predictor").value.set_image(image_of(image, "image"));
+    });
+}
+
+sam3rt_status sam3rt_predictor_set_embedding(sam3rt_predictor* predictor,
+                                             const sam3rt_embedding* embedding,
+                                             sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(predictor, "predictor")
+            .value.set_embedding(require(embedding, "embedding").value);
+    });
+}
+
+sam3rt_status sam3rt_predictor_set_image_batch(sam3rt_predictor* predictor,
+                                               const sam3rt_image* const* images, size_t count,
+                                               sam3rt_error** error) {
+    return guarded(error, [&] {
+        std::vector<sam3rt::ImageView> views;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string argument = "images[" + std::to_string(i) + "]";
+            views.push_back(image_of((&require(images, "images"))[i], argument.c_str()));
+        }
+        require(predictor, "predictor").value.set_image_batch(views);
+    });
+}
+
+sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
+                                       const sam3rt_prompts* prompts,
+                                       const sam3rt_predict_options* options,
+                                       sam3rt_prediction** prediction, sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(prediction, "prediction");
+        const sam3rt::Predictor& value = require(predictor, "predictor").value;
+        *prediction = new sam3rt_prediction{
+            value.predict(prompts_of(prompts), predict_options_of(options))};
+    });
+}
+
+sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
+                                             const sam3rt_prompts* const* prompts, size_t count,
+                                             const sam3rt_predict_options* options,
+                                             sam3rt_prediction** predictions,
+                                             sam3rt_error** error) {
+    return guarded(error, [&] {
+        std::vector<sam3rt::Prompts> entries;
+        for (std::size_t i = 0; i < count; ++i) {
+            entries.push_back(prompts_of((&require(prompts, "prompts"))[i]));
+        }
+        const sam3rt::Predictor& value = require(predictor, "predictor").value;
+        require(predictions, "predictions");
+        std::vector<std::unique_ptr<sam3rt_prediction>> results;
+        for (sam3rt::Prediction& result :
+             value.predict_batch(entries, predict_options_of(options))) {
+            results.push_back(
+                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result)}));
+        }
+        for (std::size_t i = 0; i < results.size(); ++i) {
+            predictions[i] = results[i].release();
+        }
+    });
+}
+
+void sam3rt_predictor_reset(sam3rt_predictor* predictor) {
+    if (predictor != nullptr) {
+        predictor->value.reset();
+    }
+}
+
+sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction) {
+    static const sam3rt::Array<std::uint8_t> none;
+    return view_of<sam3rt_mask_array>(prediction == nullptr ? none : prediction->value.masks);
+}
+sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction) {
+    static const sam3rt::Array<float> none;
+    return view_of<sam3rt_float_array>(prediction == nullptr ? none : prediction->value.logits);
+}
+sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction) {
+    static const sam3rt::Array<float> none;
+    return view_of<sam3rt_float_array>(prediction == nullptr ? none
+                                                             : prediction->value.iou_predictions);
+}
+sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction) {
+    static const sam3rt::Array<float> none;
+    return view_of<sam3rt_float_array>(prediction == nullptr ? none
+                                                             : prediction->value.low_res_masks);
+}
+void sam3rt_prediction_free(sam3rt_prediction* prediction) { delete prediction; }

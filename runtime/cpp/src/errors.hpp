@@ -1,0 +1,17 @@
+// What error messages share.
+#pragma once
+
+#include <limits>
+#include <string>
+
+#include "sam3rt/sam3rt.hpp"
+
+namespace sam3rt {
+
+// Elements take up to eight bytes; no array may be larger than the address space.
+inline constexpr std::size_t max_elements = std::numeric_limits<std::size_t>::max() / 16;
+
+/// A shape as Python writes it, such as "(3,)" or "(2, 5)".
+std::string shape_text(const Shape& shape);
+
+}  // namespace sam3rt

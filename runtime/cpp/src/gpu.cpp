@@ -1,0 +1,50 @@
+#include "gpu.hpp"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <memory>
+
+#include "sam3rt/sam3rt.hpp"
+
+namespace sam3rt {
+namespace {
+
+// Of the CUDA driver API: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+constexpr int capability_major = 75;
+constexpr int capability_minor = 76;
+
+template <typename Function>
+Function* symbol(void* library, const char* name) {
+    auto* found = reinterpret_cast<Function*>(::dlsym(library, name));
+    if (found == nullptr) {
+        throw BackendError(std::string("the NVIDIA driver's library has no ") + name);
+    }
+    return found;
+}
+
+}  // namespace
+
+Gpu query_gpu(int number) {
+    const std::unique_ptr<void, int (*)(void*)> library(::dlopen("libcuda.so.1", RTLD_NOW),
+                                                        ::dlclose);
+    if (library == nullptr) {
+        throw BackendError("TensorRT needs an NVIDIA driver, and there is none here");
+    }
+    std::array<char, 256> name{};
+    int device = 0;
+    int major = 0;
+    int minor = 0;
+    auto* get_attribute = symbol<int(int*, int, int)>(library.get(), "cuDeviceGetAttribute");
+    if (symbol<int(unsigned)>(library.get(), "cuInit")(0) != 0 ||
+        symbol<int(int*, int)>(library.get(), "cuDeviceGet")(&device, number) != 0 ||
+        symbol<int(char*, int, int)>(library.get(), "cuDeviceGetName")(
+            name.data(), static_cast<int>(name.size()) - 1, device) != 0 ||
+        get_attribute(&major, capability_major, device) != 0 ||
+        get_attribute(&minor, capability_minor, device) != 0) {
+        throw BackendError("the NVIDIA driver knows no GPU " + std::to_string(number));
+    }
+    return {name.data(), std::to_string(major) + "." + std::to_string(minor)};
+}
+
+}  // namespace sam3rt

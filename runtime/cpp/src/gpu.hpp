@@ -1,0 +1,22 @@
+// What the NVIDIA driver says of a GPU.
+#pragma once
+
+#include <string>
+
+namespace sam3rt {
+
+/// A kind of GPU: its name as the driver gives it, and its compute capability, such as "8.9".
+struct Gpu {
+    std::string name;
+    std::string compute_capability;
+
+    bool operator==(const Gpu& other) const {
+        return name == other.name && compute_capability == other.compute_capability;
+    }
+};
+
+/// The GPU with this number. Asks the driver's own library, which is there wherever a GPU works, so
+/// that nothing here links to CUDA. Throws BackendError where there is no driver or no such GPU.
+Gpu query_gpu(int number);
+
+}  // namespace sam3rt

@@ -1,0 +1,122 @@
+#include "model.hpp"
+
+#include <algorithm>
+#include <array>
+
+#include "embedding.hpp"
+#include "transforms.hpp"
+
+#ifndef SAM3RT_VERSION
+#error "SAM3RT_VERSION must be defined by the build"
+#endif
+
+namespace sam3rt {
+namespace {
+
+const std::string object_score = "object_score_logits";
+
+std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
+    std::vector<std::string> names;
+    for (const TensorSpec& spec : specs) {
+        names.push_back(spec.name);
+    }
+    return names;
+}
+
+/// An array without its first axis, which must be 1, and of `rank` axes after that.
+Array<float> without_batch(const Array<float>& array, std::size_t rank) {
+    const Shape& shape = array.shape();
+    if (shape.size() != rank + 1 || shape[0] != 1) {
+        throw BackendError("the decoder returned a tensor of " + std::to_string(shape.size()) +
+                           " axes, expected " + std::to_string(rank + 1));
+    }
+    return Array<float>(Shape(shape.begin() + 1, shape.end()), array.data(), array.size());
+}
+
+}  // namespace
+
+std::string version() { return SAM3RT_VERSION; }
+
+Model Model::load(const std::filesystem::path& bundle, const ModelOptions& options) {
+    Bundle opened = open_bundle(bundle, options.check_files);
+    const std::string& fingerprint = opened.manifest.fingerprint;
+    if (options.expected_fingerprint && *options.expected_fingerprint != fingerprint) {
+        throw BundleError(bundle.string() + " has fingerprint " + fingerprint + ", expected " +
+                          *options.expected_fingerprint);
+    }
+    return Model(std::make_shared<const Data>(std::move(opened), options));
+}
+
+ImageEmbedding Model::encode(const ImageView& image) const {
+    check_image(image, "image");
+    const Manifest& about = manifest();
+    const ImageGeometry place = geometry(about.image, {image.height, image.width});
+    const Array<float> pixels = preprocess(about.image, image, place);
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
+        ImageEmbedding::Data{data_->backend.encode(pixels), place, about.fingerprint,
+                             names_of(about.encoder.outputs)}));
+}
+
+DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
+                           bool multimask_output) const {
+    const Manifest& about = manifest();
+    const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().place);
+    if (embedding.fingerprint() != about.fingerprint) {
+        throw EmbeddingError("the embedding was made by the bundle " +
+                             embedding.fingerprint().substr(0, 16) + "..., this model is " +
+                             about.fingerprint.substr(0, 16) + "...; encode the image again");
+    }
+    std::vector<std::string> outputs =
+        multimask_output ? std::vector<std::string>{"pred_masks", "iou_scores"}
+                         : std::vector<std::string>{"single_pred_masks", "single_iou_scores"};
+    const auto& known = about.decoder.outputs;
+    const bool has_score = std::any_of(known.begin(), known.end(), [](const TensorSpec& spec) {
+        return spec.name == object_score;
+    });
+    if (has_score) {
+        outputs.push_back(object_score);
+    }
+    const std::vector<Array<float>> results =
+        data_->backend.decode(*embedding.data().features, packed, outputs);
+    DecodedMasks decoded{without_batch(results[0], 4), without_batch(results[1], 2), {}};
+    const Shape& shape = decoded.low_res_masks.shape();
+    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} ||
+        shape[0] != packed.points.shape()[0] || decoded.low_res_masks.size() == 0) {
+        throw BackendError("the decoder returned masks and scores that do not fit each other");
+    }
+    if (has_score) {
+        const Array<float> score = without_batch(results[2], 2);
+        decoded.object_score_logits =
+            Array<float>({static_cast<std::int64_t>(score.size())}, score.data(), score.size());
+    }
+    return decoded;
+}
+
+ImageEmbedding Model::load_embedding(const std::filesystem::path& path) const {
+    const Manifest& about = manifest();
+    const StoredEmbedding stored =
+        read_embedding(path, about.fingerprint, about.encoder.outputs);
+    if (!(stored.place == geometry(about.image, stored.place.original_size))) {
+        throw EmbeddingError(path.string() + ": its image geometry contradicts this model's");
+    }
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
+        ImageEmbedding::Data{data_->backend.upload(stored.maps), stored.place, about.fingerprint,
+                             names_of(about.encoder.outputs)}));
+}
+
+void Model::warm_up() const {
+    data_->backend.prepare();
+    constexpr std::int64_t side = 8;
+    const std::array<std::uint8_t, 3 * side * side> black{};
+    Prompts click;
+    click.point_coords = Array<float>::rows({{4, 4}});
+    click.point_labels = Array<std::int64_t>::list({1});
+    decode(encode({black.data(), side, side}), click);
+}
+
+bool Model::encoder_loaded() const { return data_->backend.encoder_loaded(); }
+const Manifest& Model::manifest() const noexcept { return data_->bundle.manifest; }
+const std::filesystem::path& Model::path() const noexcept { return data_->bundle.path; }
+std::string Model::device() const { return data_->backend.device().name(); }
+
+}  // namespace sam3rt

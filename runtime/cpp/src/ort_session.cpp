@@ -1,0 +1,152 @@
+#include "ort_session.hpp"
+
+#include <memory>
+#include <string>
+
+#include "sam3rt/sam3rt.hpp"
+
+namespace sam3rt {
+namespace {
+
+/// Writes the few kinds of protocol buffer fields that a small ONNX file needs.
+class Message {
+public:
+    Message& number(unsigned field, std::uint64_t value) {
+        varint(field << 3U);
+        varint(value);
+        return *this;
+    }
+    Message& text(unsigned field, const std::string& value) {
+        varint(field << 3U | 2U);
+        varint(value.size());
+        bytes_ += value;
+        return *this;
+    }
+    Message& message(unsigned field, const Message& value) { return text(field, value.bytes_); }
+    const std::string& bytes() const { return bytes_; }
+
+private:
+    void varint(std::uint64_t value) {
+        for (; value >= 0x80U; value >>= 7U) {
+            bytes_ += static_cast<char>((value & 0x7fU) | 0x80U);
+        }
+        bytes_ += static_cast<char>(value);
+    }
+
+    std::string bytes_;
+};
+
+/// An ONNX model with one Identity node; field numbers are those of onnx.proto.
+std::string identity_model(ONNXTensorElementDataType type) {
+    const auto value = [type](const std::string& name) {
+        const Message tensor = Message().number(1, static_cast<std::uint64_t>(type));
+        return Message().text(1, name).message(2, Message().message(1, tensor));
+    };
+    const Message node = Message().text(1, "x").text(2, "y").text(4, "Identity");
+    const Message graph =
+        Message().message(1, node).text(2, "copy").message(11, value("x")).message(12, value("y"));
+    return Message().number(1, 8).message(7, graph).message(8, Message().number(2, 13)).bytes();
+}
+
+Ort::Session identity_session(const Device& device, ONNXTensorElementDataType type) {
+    // TensorRT would build an engine for it; its ONNX Runtime always has the CUDA provider too.
+    Device simple = device;
+    if (device.provider == Provider::tensorrt) {
+        simple.provider = Provider::cuda;
+    }
+    const std::string model = identity_model(type);
+    return {ort_environment(), model.data(), model.size(), session_options(simple)};
+}
+
+void append_cuda(Ort::SessionOptions& options, const std::string& number) {
+    const OrtApi& api = Ort::GetApi();
+    OrtCUDAProviderOptionsV2* raw = nullptr;
+    Ort::ThrowOnError(api.CreateCUDAProviderOptions(&raw));
+    const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> cuda(
+        raw, api.ReleaseCUDAProviderOptions);
+    const char* const key = "device_id";
+    const char* const value = number.c_str();
+    Ort::ThrowOnError(api.UpdateCUDAProviderOptions(cuda.get(), &key, &value, 1));
+    options.AppendExecutionProvider_CUDA_V2(*cuda);
+}
+
+void append_tensorrt(Ort::SessionOptions& options, const std::string& number) {
+    const OrtApi& api = Ort::GetApi();
+    OrtTensorRTProviderOptionsV2* raw = nullptr;
+    Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&raw));
+    const std::unique_ptr<OrtTensorRTProviderOptionsV2,
+                          decltype(api.ReleaseTensorRTProviderOptions)>
+        tensorrt(raw, api.ReleaseTensorRTProviderOptions);
+    const char* const key = "device_id";
+    const char* const value = number.c_str();
+    Ort::ThrowOnError(api.UpdateTensorRTProviderOptions(tensorrt.get(), &key, &value, 1));
+    options.AppendExecutionProvider_TensorRT_V2(*tensorrt);
+}
+
+}  // namespace
+
+Ort::Env& ort_environment() {
+    if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
+        throw BackendError(std::string("the ONNX Runtime library is version ") +
+                           OrtGetApiBase()->GetVersionString() +
+                           ", older than the headers sam3rt was built with (1." +
+                           std::to_string(ORT_API_VERSION) + ")");
+    }
+    // Never destroyed: models of static lifetime may outlive every other static.
+    static auto* const environment = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "sam3rt");
+    return *environment;
+}
+
+Ort::SessionOptions session_options(const Device& device) {
+    ort_environment();
+    Ort::SessionOptions options;
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    const std::string number = std::to_string(device.number);
+    switch (device.provider) {
+        case Provider::cpu:
+            break;
+        case Provider::cuda:
+            append_cuda(options, number);
+            break;
+        case Provider::tensorrt:
+            append_tensorrt(options, number);
+            break;
+        case Provider::tensorrt_rtx:
+            options.AppendExecutionProvider("NvTensorRTRTXExecutionProvider",
+                                            {{"device_id", number}});
+            break;
+    }
+    return options;
+}
+
+Ort::MemoryInfo memory_of(const Device& device) {
+    if (!device.on_gpu()) {
+        return host_memory();
+    }
+    // Both TensorRT providers keep tensors in CUDA memory.
+    return {"Cuda", OrtDeviceAllocator, device.number, OrtMemTypeDefault};
+}
+
+Ort::MemoryInfo host_memory() {
+    return Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+}
+
+Copier::Copier(const Device& device, ONNXTensorElementDataType type)
+    : device_(device), session_(identity_session(device, type)) {}
+
+Ort::Value Copier::to_host(const Ort::Value& value) const { return run(value, host_memory()); }
+
+Ort::Value Copier::to_device(const Ort::Value& value) const {
+    return run(value, memory_of(device_));
+}
+
+Ort::Value Copier::run(const Ort::Value& value, const Ort::MemoryInfo& target) const {
+    Ort::IoBinding binding(session_);
+    binding.BindInput("x", value);
+    binding.BindOutput("y", target);
+    session_.Run(Ort::RunOptions{nullptr}, binding);
+    binding.SynchronizeOutputs();
+    return std::move(binding.GetOutputValues()[0]);
+}
+
+}  // namespace sam3rt

@@ -1,0 +1,36 @@
+// From low-resolution logits to masks of the image's size.
+//
+// The order is the reference's: small holes and sprinkles on the unclamped low-resolution logits,
+// then upsampling, then the threshold.
+#pragma once
+
+#include "sam3rt/sam3rt.hpp"
+#include "transforms.hpp"
+
+namespace sam3rt {
+
+/// What is done to logits before they are resized.
+struct Cleaning {
+    /// Logits above it are foreground.
+    double threshold;
+    /// Background components of at most this many pixels are filled; 0 for none.
+    double max_hole_area;
+    /// Foreground components of at most this many pixels are removed; 0 for none.
+    double max_sprinkle_area;
+};
+
+/// Fill small holes and remove small islands of one mask, float32 [h, w]. Components are
+/// 8-connected; islands are found on the logits as they came, not as the hole filling left them.
+std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
+
+/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and 1.
+Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometry& place,
+                                 const ImageSpec& image, const MaskSpec& masks,
+                                 const Cleaning& cleaning);
+
+/// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
+Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& place,
+                           const ImageSpec& image, const MaskSpec& masks,
+                           const Cleaning& cleaning);
+
+}  // namespace sam3rt

@@ -1,0 +1,117 @@
+#include <algorithm>
+#include <cmath>
+
+#include "embedding.hpp"
+#include "model.hpp"
+#include "postprocess.hpp"
+#include "transforms.hpp"
+
+namespace sam3rt {
+namespace {
+
+double finite(const std::string& argument, double value) {
+    if (!std::isfinite(value)) {
+        throw InvalidInputError(argument, std::to_string(value), "a finite number");
+    }
+    return value;
+}
+
+/// One object comes without an axis for objects.
+template <typename T>
+Array<T> without_single_object(Array<T> array) {
+    const Shape& shape = array.shape();
+    if (shape[0] != 1) {
+        return array;
+    }
+    return Array<T>(Shape(shape.begin() + 1, shape.end()), array.data(), array.size());
+}
+
+}  // namespace
+
+Predictor::Predictor(Model model, const PredictorOptions& options)
+    : model_(std::move(model)),
+      mask_threshold_(finite("mask_threshold", options.mask_threshold)),
+      max_hole_area_(finite("max_hole_area", options.max_hole_area.value_or(
+                                                 model_.manifest().masks.max_hole_area))),
+      max_sprinkle_area_(finite("max_sprinkle_area", options.max_sprinkle_area)) {}
+
+void Predictor::set_image(const ImageView& image) { set_embedding(model_.encode(image)); }
+
+void Predictor::set_embedding(ImageEmbedding embedding) {
+    std::vector<ImageEmbedding> embeddings;
+    embeddings.push_back(std::move(embedding));
+    embeddings_ = std::move(embeddings);
+    is_batch_ = false;
+}
+
+void Predictor::set_image_batch(const std::vector<ImageView>& images) {
+    if (images.empty()) {
+        throw ImageError("images", "an empty list", "a list of at least one image");
+    }
+    // All are checked before the first is encoded: encoding is the expensive part.
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        check_image(images[i], "images[" + std::to_string(i) + "]");
+    }
+    std::vector<ImageEmbedding> embeddings;
+    for (const ImageView& image : images) {
+        embeddings.push_back(model_.encode(image));
+    }
+    embeddings_ = std::move(embeddings);
+    is_batch_ = true;
+}
+
+Prediction Predictor::predict(const Prompts& prompts, const PredictOptions& options) const {
+    if (embeddings_.empty()) {
+        throw StateError("an image must be set with set_image before predict");
+    }
+    return predict_on(embeddings_.back(), prompts, options);
+}
+
+std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& prompts,
+                                                 const PredictOptions& options) const {
+    if (!is_batch_) {
+        throw StateError("a batch must be set with set_image_batch before predict_batch");
+    }
+    if (prompts.size() != embeddings_.size()) {
+        throw PromptError("prompts", std::to_string(prompts.size()) + " entries",
+                          "one per image of the batch (" + std::to_string(embeddings_.size()) +
+                              ")");
+    }
+    std::vector<Prediction> predictions;
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+        predictions.push_back(predict_on(embeddings_[i], prompts[i], options));
+    }
+    return predictions;
+}
+
+void Predictor::reset() noexcept {
+    embeddings_.clear();
+    is_batch_ = false;
+}
+
+Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
+                                 const PredictOptions& options) const {
+    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
+    const Manifest& about = model_.manifest();
+    const ImageGeometry& place = embedding.data().place;
+    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
+    Prediction prediction;
+    if (options.return_logits) {
+        prediction.logits = without_single_object(
+            finish_logits(decoded.low_res_masks, place, about.image, about.masks, cleaning));
+    } else {
+        prediction.masks = without_single_object(
+            finish_masks(decoded.low_res_masks, place, about.image, about.masks, cleaning));
+    }
+    if (about.masks.low_res_limit) {
+        const float limit = *about.masks.low_res_limit;
+        float* logits = decoded.low_res_masks.data();
+        std::transform(logits, logits + decoded.low_res_masks.size(), logits,
+                       [limit](float logit) { return std::clamp(logit, -limit, limit); });
+    }
+    prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
+    prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
+    return prediction;
+}
+
+}  // namespace sam3rt

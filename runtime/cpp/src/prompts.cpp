@@ -1,0 +1,208 @@
+#include "prompts.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "errors.hpp"
+
+namespace sam3rt {
+namespace {
+
+constexpr std::int64_t ignored = -1;
+constexpr std::int64_t box_top_left = 2;
+constexpr std::int64_t box_bottom_right = 3;
+
+/// One value per object, point and coordinate, with the axis for objects that may be left out.
+struct Points {
+    std::size_t objects;
+    std::size_t count;
+    const float* coords;
+    const std::int64_t* labels;
+};
+
+struct Boxes {
+    std::size_t objects;
+    const float* corners;
+};
+
+void require_finite(const Array<float>& array, const std::string& argument,
+                    const std::string& expected) {
+    if (!std::all_of(array.begin(), array.end(), [](float v) { return std::isfinite(v); })) {
+        throw PromptError(argument, "NaN or infinite values", "finite numbers, " + expected);
+    }
+}
+
+std::optional<Points> read_points(const Prompts& prompts) {
+    if (!prompts.point_coords) {
+        if (prompts.point_labels) {
+            throw PromptError("point_coords", "None with point_labels given",
+                              "one point per label");
+        }
+        return std::nullopt;
+    }
+    if (!prompts.point_labels) {
+        throw PromptError("point_labels", "None with point_coords given", "one label per point");
+    }
+    const std::string expected = "[N, 2] or [B, N, 2]";
+    const Shape& shape = prompts.point_coords->shape();
+    require_finite(*prompts.point_coords, "point_coords", expected);
+    const bool batched = shape.size() == 3;
+    if ((!batched && shape.size() != 2) || shape.back() != 2 || (batched && shape[0] == 0)) {
+        throw PromptError("point_coords", "shape " + shape_text(shape), expected);
+    }
+    for (const std::int64_t label : *prompts.point_labels) {
+        if (label < ignored || label > box_bottom_right) {
+            throw PromptError("point_labels", std::to_string(label), "whole numbers -1..3");
+        }
+    }
+    const Shape wanted(shape.begin(), shape.end() - 1);
+    if (prompts.point_labels->shape() != wanted) {
+        throw PromptError("point_labels", "shape " + shape_text(prompts.point_labels->shape()),
+                          "one label per point, shape " + shape_text(wanted));
+    }
+    return Points{batched ? static_cast<std::size_t>(shape[0]) : 1,
+                  static_cast<std::size_t>(shape[shape.size() - 2]), prompts.point_coords->data(),
+                  prompts.point_labels->data()};
+}
+
+std::string number_text(float value) {
+    std::string text = std::to_string(value);
+    text.erase(text.find_last_not_of('0') + 1);
+    return text.back() == '.' ? text + "0" : text;
+}
+
+std::optional<Boxes> read_boxes(const std::optional<Array<float>>& box) {
+    if (!box) {
+        return std::nullopt;
+    }
+    require_finite(*box, "box", "[4] or [B, 4]");
+    const Shape& shape = box->shape();
+    if ((shape.size() != 1 && shape.size() != 2) || shape.back() != 4 || shape[0] == 0) {
+        throw PromptError("box", "shape " + shape_text(shape), "[4] or [B, 4], x0, y0, x1, y1");
+    }
+    const Boxes boxes{box->size() / 4, box->data()};
+    for (std::size_t i = 0; i < boxes.objects; ++i) {
+        const float* corner = boxes.corners + 4 * i;
+        if (corner[2] < corner[0] || corner[3] < corner[1]) {
+            throw PromptError("box",
+                              "[" + number_text(corner[0]) + ", " + number_text(corner[1]) + ", " +
+                                  number_text(corner[2]) + ", " + number_text(corner[3]) + "]",
+                              "x0 <= x1 and y0 <= y1");
+        }
+    }
+    return boxes;
+}
+
+std::optional<Array<float>> read_masks(const std::optional<Array<float>>& mask,
+                                       const PromptSpec& spec) {
+    if (!mask) {
+        return std::nullopt;
+    }
+    const std::string size =
+        std::to_string(spec.mask_size.height) + ", " + std::to_string(spec.mask_size.width) + "]";
+    const std::string expected = "[1, " + size + " or [B, 1, " + size + " low-resolution logits";
+    require_finite(*mask, "mask_input", expected);
+    const Shape& shape = mask->shape();
+    const Shape wanted = {1, spec.mask_size.height, spec.mask_size.width};
+    if ((shape.size() != 3 && shape.size() != 4) ||
+        !std::equal(wanted.begin(), wanted.end(), shape.end() - 3) || shape[0] == 0) {
+        throw PromptError("mask_input", "shape " + shape_text(shape), expected);
+    }
+    const std::int64_t count = shape.size() == 4 ? shape[0] : 1;
+    return Array<float>({count, wanted[1], wanted[2]}, mask->data(), mask->size());
+}
+
+std::size_t count_objects(const std::optional<Points>& points, const std::optional<Boxes>& boxes,
+                          const std::optional<Array<float>>& masks) {
+    if (points && boxes && points->objects != boxes->objects) {
+        throw PromptError("box", std::to_string(boxes->objects) + " boxes",
+                          "one box per object of point_coords (" +
+                              std::to_string(points->objects) + ")");
+    }
+    const std::size_t mask_count = masks ? static_cast<std::size_t>(masks->shape()[0]) : 1;
+    if (!points && !boxes) {
+        return mask_count;
+    }
+    const std::size_t objects = points ? points->objects : boxes->objects;
+    if (mask_count != 1 && mask_count != objects) {
+        throw PromptError("mask_input", std::to_string(mask_count) + " masks",
+                          "one mask, or one per object (" + std::to_string(objects) + ")");
+    }
+    return objects;
+}
+
+/// Appends labelled points to the rows of the decoder's inputs.
+class Rows {
+public:
+    Rows(std::size_t objects, std::size_t points, const ImageGeometry& place, bool normalize)
+        : points_({static_cast<std::int64_t>(objects), static_cast<std::int64_t>(points), 2}),
+          labels_({static_cast<std::int64_t>(objects), static_cast<std::int64_t>(points)}),
+          per_object_(points),
+          size_{normalize ? static_cast<float>(place.original_size.width) : 1.0F,
+                normalize ? static_cast<float>(place.original_size.height) : 1.0F},
+          input_{static_cast<float>(place.input_size.width),
+                 static_cast<float>(place.input_size.height)} {}
+
+    /// Put image coordinates (x, y) at the next free place of an object.
+    void put(std::size_t object, std::size_t position, const float* coords, std::int64_t label,
+             const std::string& argument) {
+        const std::size_t at = object * per_object_ + position;
+        for (std::size_t axis = 0; axis < 2; ++axis) {
+            const float mapped = coords[axis] / size_[axis] * input_[axis];
+            if (!std::isfinite(mapped)) {
+                throw PromptError(argument, "coordinates too large for float32",
+                                  "coordinates near the image");
+            }
+            points_[2 * at + axis] = mapped;
+        }
+        labels_[at] = label;
+    }
+
+    PackedPrompts finish(std::optional<Array<float>> masks) {
+        return {std::move(points_), std::move(labels_), std::move(masks)};
+    }
+
+private:
+    Array<float> points_;
+    Array<std::int64_t> labels_;
+    std::size_t per_object_;
+    float size_[2];
+    float input_[2];
+};
+
+}  // namespace
+
+PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGeometry& place) {
+    const std::optional<Points> points = read_points(prompts);
+    const std::optional<Boxes> boxes = read_boxes(prompts.box);
+    std::optional<Array<float>> masks = read_masks(prompts.mask_input, spec);
+    const std::size_t objects = count_objects(points, boxes, masks);
+
+    const bool padded = (points || boxes) &&
+                        (spec.padding_point == PromptSpec::PaddingPoint::always || !boxes);
+    const std::size_t clicks = points ? points->count : 0;
+    const std::size_t corners = boxes ? 2 : 0;
+    const bool box_first = spec.box_position == PromptSpec::BoxPosition::before_points;
+    const std::size_t first_click = box_first ? corners : 0;
+    const std::size_t first_corner = box_first ? 0 : clicks;
+    const std::size_t count = clicks + corners + (padded ? 1 : 0);
+    Rows rows(objects, count, place, prompts.normalize_coords);
+    const float origin[2] = {0, 0};
+    for (std::size_t object = 0; object < objects; ++object) {
+        for (std::size_t i = 0; i < clicks; ++i) {
+            const std::size_t from = object * clicks + i;
+            rows.put(object, first_click + i, points->coords + 2 * from, points->labels[from],
+                     "point_coords");
+        }
+        for (std::size_t i = 0; i < corners; ++i) {
+            rows.put(object, first_corner + i, boxes->corners + 4 * object + 2 * i,
+                     i == 0 ? box_top_left : box_bottom_right, "box");
+        }
+        if (padded) {
+            rows.put(object, count - 1, origin, ignored, "point_coords");
+        }
+    }
+    return rows.finish(std::move(masks));
+}
+
+}  // namespace sam3rt

@@ -1,0 +1,164 @@
+#include "resize.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace sam3rt {
+namespace {
+
+constexpr std::size_t channels = 3;
+// Pillow's fixed point: 32 bits hold 8 of a level, 2 for overshoot, and the rest a weight.
+constexpr int weight_bits = 32 - 8 - 2;
+
+/// What each output position of one axis takes of the input positions first, first + 1, ...
+template <typename Weight>
+struct Taps {
+    struct Window {
+        std::size_t first;
+        std::size_t count;
+    };
+
+    std::vector<Window> windows;
+    std::size_t stride;
+    /// `stride` weights per output position, of which `count` are used.
+    std::vector<Weight> weights;
+
+    const Weight* weights_of(std::size_t output) const { return &weights[output * stride]; }
+};
+
+/// A triangle as wide as two input pixels, or two output pixels where those are larger: a shrinking
+/// resize averages everything it leaves out.
+Taps<double> triangle(std::size_t inputs, std::size_t outputs) {
+    const double scale = static_cast<double>(inputs) / static_cast<double>(outputs);
+    const double support = std::max(scale, 1.0);
+    const double narrowing = 1.0 / support;
+    Taps<double> taps;
+    taps.stride = 2 * static_cast<std::size_t>(std::ceil(support)) + 1;
+    taps.weights.resize(outputs * taps.stride);
+    for (std::size_t output = 0; output < outputs; ++output) {
+        const double centre = (static_cast<double>(output) + 0.5) * scale;
+        const auto first = static_cast<std::size_t>(std::max(centre - support + 0.5, 0.0));
+        const auto last = std::min(static_cast<std::size_t>(centre + support + 0.5), inputs);
+        double* weights = &taps.weights[output * taps.stride];
+        double sum = 0;
+        for (std::size_t input = first; input < last; ++input) {
+            const double distance = (static_cast<double>(input) - centre + 0.5) * narrowing;
+            weights[input - first] = std::max(1.0 - std::abs(distance), 0.0);
+            sum += weights[input - first];
+        }
+        if (sum != 0) {
+            std::for_each(weights, weights + (last - first), [sum](double& w) { w /= sum; });
+        }
+        taps.windows.push_back({first, last - first});
+    }
+    return taps;
+}
+
+Taps<std::int32_t> in_fixed_point(const Taps<double>& taps) {
+    Taps<std::int32_t> result{{}, taps.stride, std::vector<std::int32_t>(taps.weights.size())};
+    for (const auto& window : taps.windows) {
+        result.windows.push_back({window.first, window.count});
+    }
+    std::transform(taps.weights.begin(), taps.weights.end(), result.weights.begin(),
+                   [](double w) { return static_cast<std::int32_t>(w * (1 << weight_bits) + 0.5); });
+    return result;
+}
+
+std::uint8_t to_level(std::int32_t sum) {
+    return static_cast<std::uint8_t>(std::clamp(sum >> weight_bits, 0, 255));
+}
+
+/// How sums are made and kept: 8-bit levels, or floats whose sums are made in double precision.
+struct Rounded {
+    using Pixel = std::uint8_t;
+    using Weight = std::int32_t;
+    static constexpr Weight start = 1 << (weight_bits - 1);
+    static Pixel finish(Weight sum) { return to_level(sum); }
+};
+struct Unrounded {
+    using Pixel = float;
+    using Weight = double;
+    static constexpr Weight start = 0;
+    static Pixel finish(Weight sum) { return static_cast<float>(sum); }
+};
+
+/// One row of pixels to one of another width.
+template <typename Kind, typename Input>
+void resize_row(const Input* row, const Taps<typename Kind::Weight>& taps,
+                typename Kind::Pixel* out) {
+    for (std::size_t x = 0; x < taps.windows.size(); ++x) {
+        const auto [first, count] = taps.windows[x];
+        const typename Kind::Weight* weights = taps.weights_of(x);
+        typename Kind::Weight sums[channels] = {Kind::start, Kind::start, Kind::start};
+        const Input* pixel = row + channels * first;
+        for (std::size_t i = 0; i < count; ++i, pixel += channels) {
+            for (std::size_t channel = 0; channel < channels; ++channel) {
+                sums[channel] +=
+                    static_cast<typename Kind::Weight>(pixel[channel]) * weights[i];
+            }
+        }
+        for (std::size_t channel = 0; channel < channels; ++channel) {
+            *out++ = Kind::finish(sums[channel]);
+        }
+    }
+}
+
+/// Rows of `row_size` values to `taps.windows.size()` rows.
+template <typename Kind>
+std::vector<typename Kind::Pixel> resize_rows(const std::vector<typename Kind::Pixel>& rows,
+                                              std::size_t row_size,
+                                              const Taps<typename Kind::Weight>& taps) {
+    std::vector<typename Kind::Pixel> result(taps.windows.size() * row_size);
+    std::vector<typename Kind::Weight> sums(row_size);
+    for (std::size_t y = 0; y < taps.windows.size(); ++y) {
+        const auto [first, count] = taps.windows[y];
+        std::fill(sums.begin(), sums.end(), Kind::start);
+        for (std::size_t i = 0; i < count; ++i) {
+            const typename Kind::Weight weight = taps.weights_of(y)[i];
+            const typename Kind::Pixel* row = &rows[(first + i) * row_size];
+            for (std::size_t x = 0; x < row_size; ++x) {
+                sums[x] += static_cast<typename Kind::Weight>(row[x]) * weight;
+            }
+        }
+        std::transform(sums.begin(), sums.end(), &result[y * row_size], Kind::finish);
+    }
+    return result;
+}
+
+/// Columns first, then rows; an axis that keeps its size is left as it is.
+template <typename Kind, typename Prepare>
+std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& target,
+                                         Prepare prepare) {
+    const auto height = static_cast<std::size_t>(image.height);
+    const auto width = static_cast<std::size_t>(image.width);
+    const auto new_width = static_cast<std::size_t>(target.width);
+    const std::size_t stride = image.row_stride == 0 ? channels * width : image.row_stride;
+    std::vector<typename Kind::Pixel> rows(height * new_width * channels);
+    const auto taps = prepare(triangle(width, new_width));
+    for (std::size_t y = 0; y < height; ++y) {
+        const std::uint8_t* row = image.pixels + y * stride;
+        typename Kind::Pixel* out = &rows[y * new_width * channels];
+        if (new_width == width) {
+            std::copy_n(row, channels * width, out);
+        } else {
+            resize_row<Kind>(row, taps, out);
+        }
+    }
+    if (target.height == image.height) {
+        return rows;
+    }
+    return resize_rows<Kind>(rows, new_width * channels,
+                             prepare(triangle(height, static_cast<std::size_t>(target.height))));
+}
+
+}  // namespace
+
+std::vector<std::uint8_t> resize_rounded(const ImageView& image, const Size& target) {
+    return resize<Rounded>(image, target, in_fixed_point);
+}
+
+std::vector<float> resize_unrounded(const ImageView& image, const Size& target) {
+    return resize<Unrounded>(image, target, [](Taps<double> taps) { return taps; });
+}
+
+}  // namespace sam3rt

@@ -1,0 +1,491 @@
+// Runs the steps of a JSON file and writes what each returned or threw, so that the Python tests can
+// compare the library, and its parts, with the Python runtime. Arrays travel in .npy files.
+//
+//   driver STEPS.json RESULTS.json
+
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "bundle.hpp"
+#include "components.hpp"
+#include "embedding.hpp"
+#include "engines.hpp"
+#include "files.hpp"
+#include "npy.hpp"
+#include "ort_session.hpp"
+#include "postprocess.hpp"
+#include "prompts.hpp"
+#include "resize.hpp"
+#include "sam3rt/sam3rt.hpp"
+#include "sha256.hpp"
+#include "transforms.hpp"
+
+namespace {
+
+using namespace sam3rt;
+using nlohmann::json;
+using testing::read_npy;
+using testing::write_npy;
+
+/// What later steps may refer to by name.
+struct Session {
+    std::map<std::string, Model> models;
+    std::map<std::string, ImageEmbedding> embeddings;
+    std::map<std::string, Predictor> predictors;
+};
+
+std::string text(const json& step, const std::string& name) {
+    return step.at(name).get<std::string>();
+}
+
+/// Where a step's result of a given name goes.
+std::string result_path(const json& step, const std::string& name) {
+    return text(step, "out") + "." + name + ".npy";
+}
+
+Size size_of(const json& value) {
+    return {value.at(0).get<std::int64_t>(), value.at(1).get<std::int64_t>()};
+}
+
+ImageGeometry place_of(const json& value) {
+    return {size_of(value.at("original_size")), size_of(value.at("input_size"))};
+}
+
+json as_json(const Size& size) { return json::array({size.height, size.width}); }
+
+/// An image from a .npy file: [H, W, 3], or [H, stride] bytes with a width.
+struct Image {
+    explicit Image(const json& step, const std::string& name = "image")
+        : pixels(read_npy<std::uint8_t>(text(step, name))) {
+        view.pixels = pixels.data();
+        view.height = pixels.shape().at(0);
+        view.width = step.value("width", pixels.shape().at(1));
+        view.row_stride = step.contains("width") ? static_cast<std::size_t>(pixels.shape()[1]) : 0;
+    }
+
+    Array<std::uint8_t> pixels;
+    ImageView view;
+};
+
+Prompts prompts_of(const json& value) {
+    Prompts prompts;
+    if (value.contains("point_coords")) {
+        prompts.point_coords = read_npy<float>(text(value, "point_coords"));
+    }
+    if (value.contains("point_labels")) {
+        prompts.point_labels = read_npy<std::int64_t>(text(value, "point_labels"));
+    }
+    if (value.contains("box")) {
+        prompts.box = read_npy<float>(text(value, "box"));
+    }
+    if (value.contains("mask_input")) {
+        prompts.mask_input = read_npy<float>(text(value, "mask_input"));
+    }
+    prompts.normalize_coords = value.value("normalize_coords", true);
+    return prompts;
+}
+
+PredictOptions predict_options_of(const json& step) {
+    return {step.value("multimask_output", true), step.value("return_logits", false)};
+}
+
+void write_prediction(const json& step, const std::string& prefix, const Prediction& prediction) {
+    if (prediction.logits.size() != 0) {
+        write_npy(result_path(step, prefix + "masks"), prediction.logits);
+    } else {
+        write_npy(result_path(step, prefix + "masks"), prediction.masks);
+    }
+    write_npy(result_path(step, prefix + "iou"), prediction.iou_predictions);
+    write_npy(result_path(step, prefix + "low_res"), prediction.low_res_masks);
+}
+
+json describe(const Manifest& manifest) {
+    json files = json::array();
+    for (const FileEntry& entry : manifest.files()) {
+        files.push_back({entry.file, entry.sha256, entry.bytes});
+    }
+    return {{"name", manifest.name},
+            {"fingerprint", manifest.fingerprint},
+            {"export_id", manifest.export_id},
+            {"model_type", manifest.model_type},
+            {"weights", manifest.weights},
+            {"license", manifest.source.license},
+            {"files", files},
+            {"image_size", as_json(manifest.image.size)},
+            {"mean", manifest.image.mean},
+            {"std", manifest.image.std},
+            {"pad_value", manifest.image.pad_value},
+            {"mask_size", as_json(manifest.prompts.mask_size)},
+            {"low_res_size", as_json(manifest.masks.low_res_size)},
+            {"multimask", manifest.masks.multimask},
+            {"max_hole_area", manifest.masks.max_hole_area},
+            {"mask_iou", manifest.parity_limits.mask_iou},
+            {"producer", manifest.producer}};
+}
+
+json load_model(Session& session, const json& step) {
+    ModelOptions options;
+    options.device = step.value("device", "cpu");
+    options.threads = step.value("threads", 0);
+    options.check_files = step.value("check_files", true);
+    if (step.contains("expected_fingerprint")) {
+        options.expected_fingerprint = text(step, "expected_fingerprint");
+    }
+    options.engine_folder = step.value("engine_folder", "");
+    const Model model = Model::load(text(step, "path"), options);
+    session.models.insert_or_assign(text(step, "model"), model);
+    return {{"device", model.device()}, {"fingerprint", model.manifest().fingerprint}};
+}
+
+json add_embedding(Session& session, const json& step, const ImageEmbedding& embedding) {
+    session.embeddings.insert_or_assign(text(step, "embedding"), embedding);
+    return {{"original_size", as_json(embedding.original_size())},
+            {"input_size", as_json(embedding.input_size())},
+            {"names", embedding.names()},
+            {"nbytes", embedding.nbytes()}};
+}
+
+json maps(Session& session, const json& step) {
+    const std::vector<Array<float>> found = session.embeddings.at(text(step, "embedding")).maps();
+    for (std::size_t i = 0; i < found.size(); ++i) {
+        write_npy(result_path(step, std::to_string(i)), found[i]);
+    }
+    return found.size();
+}
+
+json decode(Session& session, const json& step) {
+    const DecodedMasks decoded =
+        session.models.at(text(step, "model"))
+            .decode(session.embeddings.at(text(step, "embedding")), prompts_of(step["prompts"]),
+                    step.value("multimask_output", true));
+    write_npy(result_path(step, "low_res"), decoded.low_res_masks);
+    write_npy(result_path(step, "iou"), decoded.iou_predictions);
+    if (decoded.object_score_logits) {
+        write_npy(result_path(step, "object_score"), *decoded.object_score_logits);
+    }
+    return nullptr;
+}
+
+json new_predictor(Session& session, const json& step) {
+    PredictorOptions options;
+    // JSON has no NaN.
+    const auto number = [](const json& value) {
+        return value.is_string() ? std::stod(value.get<std::string>()) : value.get<double>();
+    };
+    if (step.contains("mask_threshold")) {
+        options.mask_threshold = number(step["mask_threshold"]);
+    }
+    if (step.contains("max_hole_area")) {
+        options.max_hole_area = number(step["max_hole_area"]);
+    }
+    if (step.contains("max_sprinkle_area")) {
+        options.max_sprinkle_area = number(step["max_sprinkle_area"]);
+    }
+    session.predictors.insert_or_assign(
+        text(step, "predictor"), Predictor(session.models.at(text(step, "model")), options));
+    return nullptr;
+}
+
+json set_image_batch(Session& session, const json& step) {
+    std::vector<Image> images;
+    std::vector<ImageView> views;
+    for (const json& path : step.at("images")) {
+        if (path.is_null()) {
+            views.emplace_back();
+            continue;
+        }
+        images.emplace_back(json{{"image", path}});
+        views.push_back(images.back().view);
+    }
+    session.predictors.at(text(step, "predictor")).set_image_batch(views);
+    return nullptr;
+}
+
+json predict_batch(Session& session, const json& step) {
+    std::vector<Prompts> prompts;
+    for (const json& entry : step.at("prompts")) {
+        prompts.push_back(prompts_of(entry));
+    }
+    const std::vector<Prediction> predictions =
+        session.predictors.at(text(step, "predictor"))
+            .predict_batch(prompts, predict_options_of(step));
+    for (std::size_t i = 0; i < predictions.size(); ++i) {
+        write_prediction(step, std::to_string(i) + ".", predictions[i]);
+    }
+    return predictions.size();
+}
+
+json pack_prompts(const json& step) {
+    PromptSpec spec;
+    spec.box_position = text(step, "box_position") == "before_points"
+                            ? PromptSpec::BoxPosition::before_points
+                            : PromptSpec::BoxPosition::after_points;
+    spec.padding_point = text(step, "padding_point") == "always"
+                             ? PromptSpec::PaddingPoint::always
+                             : PromptSpec::PaddingPoint::without_box;
+    spec.mask_size = size_of(step.at("mask_size"));
+    const PackedPrompts packed = pack(prompts_of(step["prompts"]), spec, place_of(step));
+    write_npy(result_path(step, "points"), packed.points);
+    write_npy(result_path(step, "labels"), packed.labels);
+    if (packed.masks) {
+        write_npy(result_path(step, "masks"), *packed.masks);
+    }
+    return nullptr;
+}
+
+json preprocess_image(Session& session, const json& step) {
+    const Image image(step);
+    const ImageSpec& spec = session.models.at(text(step, "model")).manifest().image;
+    check_image(image.view, "image");
+    const ImageGeometry place = geometry(spec, {image.view.height, image.view.width});
+    write_npy(result_path(step, "pixels"), preprocess(spec, image.view, place));
+    return as_json(place.input_size);
+}
+
+json resize(const json& step) {
+    const Image image(step);
+    const Size target = size_of(step.at("target"));
+    const Shape shape = {target.height, target.width, 3};
+    if (step.at("rounded").get<bool>()) {
+        write_npy(result_path(step, "pixels"),
+                  Array<std::uint8_t>(shape, resize_rounded(image.view, target)));
+    } else {
+        write_npy(result_path(step, "pixels"),
+                  Array<float>(shape, resize_unrounded(image.view, target)));
+    }
+    return nullptr;
+}
+
+json finish(const json& step) {
+    ImageSpec image;
+    image.size = size_of(step.at("padded"));
+    MaskSpec masks;
+    masks.upsampling = text(step, "upsampling") == "direct" ? MaskSpec::Upsampling::direct
+                                                            : MaskSpec::Upsampling::unpad;
+    const Cleaning cleaning{step.at("threshold"), step.at("max_hole_area"),
+                            step.at("max_sprinkle_area")};
+    const Array<float> low_res = read_npy<float>(text(step, "low_res"));
+    if (step.at("return_logits").get<bool>()) {
+        write_npy(result_path(step, "masks"),
+                  finish_logits(low_res, place_of(step), image, masks, cleaning));
+    } else {
+        write_npy(result_path(step, "masks"),
+                  finish_masks(low_res, place_of(step), image, masks, cleaning));
+    }
+    return nullptr;
+}
+
+json components(const json& step) {
+    const Array<std::uint8_t> wanted = read_npy<std::uint8_t>(text(step, "wanted"));
+    const std::vector<std::uint8_t> small = small_components(
+        {wanted.begin(), wanted.end()}, static_cast<std::size_t>(wanted.shape().at(0)),
+        static_cast<std::size_t>(wanted.shape().at(1)), step.at("max_area"));
+    if (!small.empty()) {
+        write_npy(result_path(step, "small"), Array<std::uint8_t>(wanted.shape(), small));
+    }
+    return !small.empty();
+}
+
+json write_embedding_file(const json& step) {
+    std::vector<Array<float>> arrays;
+    for (const json& path : step.at("maps")) {
+        arrays.push_back(read_npy<float>(path.get<std::string>()));
+    }
+    write_embedding(text(step, "path"), step.at("names").get<std::vector<std::string>>(), arrays,
+                    place_of(step), text(step, "fingerprint"));
+    return nullptr;
+}
+
+json read_embedding_file(const json& step) {
+    std::vector<TensorSpec> specs;
+    for (const json& entry : step.at("specs")) {
+        TensorSpec spec{entry.at(0), "float32", {std::string("batch")}};
+        for (const json& side : entry.at(1)) {
+            spec.shape.emplace_back(side.get<std::int64_t>());
+        }
+        specs.push_back(spec);
+    }
+    const StoredEmbedding stored =
+        read_embedding(text(step, "path"), text(step, "fingerprint"), specs);
+    if (step.contains("out")) {
+        for (std::size_t i = 0; i < stored.maps.size(); ++i) {
+            write_npy(result_path(step, std::to_string(i)), stored.maps[i]);
+        }
+    }
+    return json::array({as_json(stored.place.original_size), as_json(stored.place.input_size)});
+}
+
+/// What a GPU's memory would be reached by, over the host's memory.
+json copy_through_identity(const json& step) {
+    Array<float> array = read_npy<float>(text(step, "array"));
+    const Copier copier(Device{}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    const Ort::Value host =
+        Ort::Value::CreateTensor<float>(host_memory(), array.data(), array.size(),
+                                        array.shape().data(), array.shape().size());
+    const Ort::Value back = copier.to_host(copier.to_device(host));
+    write_npy(result_path(step, "copy"),
+              Array<float>(back.GetTensorTypeAndShapeInfo().GetShape(),
+                           back.GetTensorData<float>(), array.size()));
+    return back.GetTensorData<float>() != array.data();
+}
+
+json hash(const json& step) {
+    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    Sha256::use_portable(step.at("portable"));
+    Sha256 digest;
+    const std::size_t piece = step.at("piece");
+    for (std::size_t at = 0; at < content.size(); at += piece) {
+        digest.update(content.data() + at, std::min(piece, content.size() - at));
+    }
+    Sha256::use_portable(false);
+    return digest.hex_digest();
+}
+
+json choose(const json& step) {
+    const Gpu gpu{text(step, "gpu"), text(step, "compute_capability")};
+    const EngineSet set = choose_engines(open_bundle(text(step, "path"), false),
+                                         text(step, "backend"), gpu,
+                                         step.value("engine_folder", ""));
+    return {{"encoder", set.encoder.string()},
+            {"decoder", set.decoder.string()},
+            {"features_dtype", set.features_dtype}};
+}
+
+using Step = std::function<json(Session&, const json&)>;
+
+const std::map<std::string, Step>& steps() {
+    static const std::map<std::string, Step> table = {
+        {"version", [](Session&, const json&) { return json(version()); }},
+        {"hash", [](Session&, const json& s) { return hash(s); }},
+        {"parse_manifest",
+         [](Session&, const json& s) {
+             return describe(parse_manifest(read_file(text(s, "path"), std::uint64_t{1} << 40U)));
+         }},
+        {"open_bundle",
+         [](Session&, const json& s) {
+             return describe(
+                 open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
+         }},
+        {"load_model", load_model},
+        {"warm_up",
+         [](Session& all, const json& s) {
+             all.models.at(text(s, "model")).warm_up();
+             return json();
+         }},
+        {"encoder_loaded",
+         [](Session& all, const json& s) {
+             return json(all.models.at(text(s, "model")).encoder_loaded());
+         }},
+        {"encode",
+         [](Session& all, const json& s) {
+             const Image image(s);
+             return add_embedding(all, s, all.models.at(text(s, "model")).encode(image.view));
+         }},
+        {"encode_view",
+         [](Session& all, const json& s) {
+             const std::array<std::uint8_t, 3> pixel{};
+             const ImageView view{s.value("null", false) ? nullptr : pixel.data(), s.at("height"),
+                                  s.at("width"), s.value("row_stride", std::size_t{0})};
+             return add_embedding(all, s, all.models.at(text(s, "model")).encode(view));
+         }},
+        {"save_embedding",
+         [](Session& all, const json& s) {
+             all.embeddings.at(text(s, "embedding")).save(text(s, "path"));
+             return json();
+         }},
+        {"load_embedding",
+         [](Session& all, const json& s) {
+             return add_embedding(all, s,
+                                  all.models.at(text(s, "model")).load_embedding(text(s, "path")));
+         }},
+        {"maps", maps},
+        {"decode", decode},
+        {"predictor", new_predictor},
+        {"set_image",
+         [](Session& all, const json& s) {
+             const Image image(s);
+             all.predictors.at(text(s, "predictor")).set_image(image.view);
+             return json();
+         }},
+        {"set_embedding",
+         [](Session& all, const json& s) {
+             all.predictors.at(text(s, "predictor"))
+                 .set_embedding(all.embeddings.at(text(s, "embedding")));
+             return json();
+         }},
+        {"set_image_batch", set_image_batch},
+        {"predict",
+         [](Session& all, const json& s) {
+             write_prediction(s, "",
+                              all.predictors.at(text(s, "predictor"))
+                                  .predict(prompts_of(s.value("prompts", json::object())),
+                                           predict_options_of(s)));
+             return json();
+         }},
+        {"predict_batch", predict_batch},
+        {"reset",
+         [](Session& all, const json& s) {
+             all.predictors.at(text(s, "predictor")).reset();
+             return json();
+         }},
+        {"pack", [](Session&, const json& s) { return pack_prompts(s); }},
+        {"preprocess", preprocess_image},
+        {"resize", [](Session&, const json& s) { return resize(s); }},
+        {"finish", [](Session&, const json& s) { return finish(s); }},
+        {"components", [](Session&, const json& s) { return components(s); }},
+        {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
+        {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
+        {"copy_through_identity",
+         [](Session&, const json& s) { return copy_through_identity(s); }},
+        {"choose_engines", [](Session&, const json& s) { return choose(s); }},
+    };
+    return table;
+}
+
+json error(const std::string& kind, const std::exception& e, const std::string& subject = "") {
+    return {{"error", {{"class", kind}, {"message", e.what()}, {"subject", subject}}}};
+}
+
+/// What a step returns, or the class, message and subject of what it throws.
+json run(Session& session, const json& step) {
+    try {
+        return {{"ok", steps().at(text(step, "op"))(session, step)}};
+    } catch (const ImageError& e) {
+        return error("ImageError", e, e.argument());
+    } catch (const PromptError& e) {
+        return error("PromptError", e, e.argument());
+    } catch (const InvalidInputError& e) {
+        return error("InvalidInputError", e, e.argument());
+    } catch (const StateError& e) {
+        return error("StateError", e);
+    } catch (const BundleError& e) {
+        return error("BundleError", e, e.file());
+    } catch (const EmbeddingError& e) {
+        return error("EmbeddingError", e);
+    } catch (const BackendError& e) {
+        return error("BackendError", e);
+    } catch (const std::system_error& e) {
+        return error("OSError", e);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 3) {
+        std::cerr << "usage: driver STEPS.json RESULTS.json\n";
+        return 2;
+    }
+    json results = json::array();
+    Session session;
+    std::ifstream input(arguments[1]);
+    for (const json& step : json::parse(input)) {
+        results.push_back(run(session, step));
+    }
+    std::ofstream output(arguments[2]);
+    output << results.dump(-1, ' ', true, json::error_handler_t::replace);
+    return output.flush() ? 0 : 1;
+}

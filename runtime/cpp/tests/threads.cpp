@@ -1,0 +1,101 @@
+// Many threads on one model: each encodes, saves, loads, decodes and predicts at once with the
+// others, from a model whose graphs nobody has loaded yet, and must get what one thread gets alone.
+//
+//   threads BUNDLE FOLDER
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <filesystem>
+#include <iostream>
+#include <thread>
+#include <vector>
+
+#include "sam3rt/sam3rt.hpp"
+
+namespace {
+
+constexpr std::int64_t height = 24;
+constexpr std::int64_t width = 32;
+constexpr int thread_count = 4;
+constexpr int rounds = 3;
+
+sam3rt::Array<std::uint8_t> picture() {
+    sam3rt::Array<std::uint8_t> pixels({height, width, 3});
+    for (std::size_t i = 0; i < pixels.size(); ++i) {
+        pixels[i] = static_cast<std::uint8_t>(i * 31 % 251);
+    }
+    return pixels;
+}
+
+sam3rt::Prompts click(int number) {
+    sam3rt::Prompts prompts;
+    prompts.point_coords =
+        sam3rt::Array<float>::rows({{4.0F + static_cast<float>(number), 12.0F}});
+    prompts.point_labels = sam3rt::Array<std::int64_t>::list({1});
+    return prompts;
+}
+
+/// Equal but for what the order of sums in a busy thread pool may change.
+bool close(const sam3rt::Array<float>& a, const sam3rt::Array<float>& b) {
+    return a.shape() == b.shape() &&
+           std::equal(a.begin(), a.end(), b.begin(),
+                      [](float x, float y) { return std::abs(x - y) <= 1e-3F; });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 3) {
+        std::cerr << "usage: threads BUNDLE FOLDER\n";
+        return 2;
+    }
+    sam3rt::ModelOptions options;
+    options.device = "cpu";
+    options.threads = 1;
+    const sam3rt::Array<std::uint8_t> pixels = picture();
+    const sam3rt::ImageView image{pixels.data(), height, width};
+
+    const sam3rt::Model alone = sam3rt::Model::load(arguments[1], options);
+    const sam3rt::ImageEmbedding expected_embedding = alone.encode(image);
+    std::vector<sam3rt::DecodedMasks> expected;
+    for (int i = 0; i < thread_count; ++i) {
+        expected.push_back(alone.decode(expected_embedding, click(i)));
+    }
+
+    // One model, and one embedding, that all threads share.
+    const sam3rt::Model model = sam3rt::Model::load(arguments[1], options);
+    const std::filesystem::path folder = arguments[2];
+    const std::filesystem::path shared_path = folder / "shared.embedding";
+    std::atomic<int> failures{0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < thread_count; ++i) {
+        threads.emplace_back([&, i] {
+            try {
+                const sam3rt::ImageEmbedding own = model.encode(image);
+                own.save(shared_path);  // all to one place: it always holds a whole file
+                const sam3rt::ImageEmbedding loaded = model.load_embedding(shared_path);
+                sam3rt::Predictor predictor(model);
+                predictor.set_embedding(loaded);
+                for (int round = 0; round < rounds; ++round) {
+                    const auto decoded = model.decode(expected_embedding, click(i));
+                    const auto prediction = predictor.predict(click(i));
+                    const auto& wanted = expected[static_cast<std::size_t>(i)];
+                    if (!close(decoded.low_res_masks, wanted.low_res_masks) ||
+                        !close(prediction.iou_predictions,
+                               sam3rt::Array<float>({3}, wanted.iou_predictions.data(), 3))) {
+                        ++failures;
+                    }
+                }
+            } catch (const std::exception& error) {
+                std::cerr << error.what() << "\n";
+                ++failures;
+            }
+        });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    std::cout << thread_count << " threads, " << failures << " failures\n";
+    return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,115 @@
+"""Every golden case through the C++ runtime, against the Python runtime's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_driver import Build, Result, as_prompts
+from golden_calls import Call, Golden
+from numpy.typing import NDArray
+
+LOGIT_LIMIT = 1e-4
+IOU_LIMIT = 1e-5
+PIXEL_LIMIT = 1e-4
+FEATURE_LIMIT = 1e-4
+
+
+def check_call(
+    call: Call, golden: Golden, masks: NDArray[Any], iou: NDArray[Any], low_res: NDArray[Any]
+) -> None:
+    """Compare one call's results with those of the Python runtime."""
+    expected_masks, expected_iou, expected_low_res = golden.expected[call.name]
+    assert masks.shape == expected_masks.shape
+    assert iou.shape == expected_iou.shape
+    assert low_res.shape == expected_low_res.shape
+    np.testing.assert_allclose(low_res, expected_low_res, atol=LOGIT_LIMIT, rtol=0)
+    np.testing.assert_allclose(iou, expected_iou, atol=IOU_LIMIT, rtol=0)
+    if call.arguments.get("return_logits"):
+        assert masks.dtype == np.float32
+        np.testing.assert_allclose(masks, expected_masks, atol=LOGIT_LIMIT, rtol=0)
+    else:
+        assert masks.dtype == np.uint8
+        assert set(np.unique(masks)) <= {0, 1}
+        differing = (masks != expected_masks).mean(axis=(-2, -1))
+        assert differing.max() <= PIXEL_LIMIT
+
+
+def options_of(call: Call) -> dict[str, Any]:
+    return {k: v for k, v in call.arguments.items() if k in ("multimask_output", "return_logits")}
+
+
+@pytest.fixture(scope="module")
+def results(cpp_build: Build, golden: Golden) -> dict[str, Result]:
+    """What the C++ runtime returns for every call, and its feature maps by image."""
+    steps: list[dict[str, Any]] = [{"op": "load_model", "model": "m", "path": golden.bundle}]
+    names: list[str] = [""]
+    for name, image in golden.images.items():
+        steps += [
+            {"op": "encode", "model": "m", "embedding": name, "image": image},
+            {"op": "maps", "embedding": name},
+        ]
+        names += ["", f"features {name}"]
+    for call in golden.calls:
+        steps += [
+            {"op": "predictor", "model": "m", "predictor": "p", **call.options},
+            {"op": "set_embedding", "predictor": "p", "embedding": call.image},
+            {
+                "op": "predict",
+                "predictor": "p",
+                "prompts": as_prompts(call.arguments),
+                **options_of(call),
+            },
+        ]
+        names += ["", "", call.name]
+    done = cpp_build.run(steps)
+    assert not [result.error for result in done if result.error]
+    return {name: result for name, result in zip(names, done, strict=True) if name}
+
+
+def test_every_golden_call(golden: Golden, results: dict[str, Result]) -> None:
+    assert len(golden.calls) >= 29
+    for call in golden.calls:
+        arrays = results[call.name].arrays
+        check_call(call, golden, arrays["masks"], arrays["iou"], arrays["low_res"])
+
+
+def test_features(golden: Golden, results: dict[str, Result]) -> None:
+    for name, maps in golden.features.items():
+        found = results[f"features {name}"].arrays
+        assert len(found) == len(maps)
+        for index, expected in enumerate(maps.values()):
+            np.testing.assert_allclose(found[str(index)], expected, atol=FEATURE_LIMIT, rtol=0)
+
+
+def test_batch_of_golden_images(cpp_build: Build, golden: Golden) -> None:
+    """``set_image_batch`` and ``predict_batch`` give what single images do."""
+    calls: dict[str, Call] = {}
+    for call in golden.calls:
+        if not call.options.get("mask_threshold") and not call.arguments.get("return_logits"):
+            calls.setdefault(call.image, call)
+    chosen = [call for call in calls.values() if options_of(call) == options_of(golden.calls[0])]
+    assert len(chosen) >= 2
+    done = cpp_build.run(
+        [
+            {"op": "load_model", "model": "m", "path": golden.bundle},
+            {"op": "predictor", "model": "m", "predictor": "p", **chosen[0].options},
+            {
+                "op": "set_image_batch",
+                "predictor": "p",
+                "images": [golden.images[call.image] for call in chosen],
+            },
+            {
+                "op": "predict_batch",
+                "predictor": "p",
+                "prompts": [as_prompts(call.arguments) for call in chosen],
+                **options_of(chosen[0]),
+            },
+        ]
+    )
+    assert not [result.error for result in done if result.error]
+    for index, call in enumerate(chosen):
+        if call.options == chosen[0].options:
+            parts = (done[-1].arrays[f"{index}.{part}"] for part in ("masks", "iou", "low_res"))
+            check_call(call, golden, *parts)
