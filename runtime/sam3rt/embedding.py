@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import atomic_write
-from .backends.base import Features
+from .backends.base import ExportableFeatures, Features
 from .bundle import TensorSpec
+from .device_array import DeviceArray, of_host
 from .errors import EmbeddingError
 from .transforms import ImageGeometry
 
@@ -38,6 +39,10 @@ class ImageEmbedding:
     """An image's feature maps on the device that made them, and where the image lies in them.
 
     Values of this class are immutable and may be shared between threads.
+
+    An embedding is itself an array to other libraries, by DLPack and, on a GPU,
+    ``__cuda_array_interface__``: that of its coarsest map. :meth:`arrays` gives every map. What
+    they get is the embedding's own memory where that is on a GPU, and is not to be written to.
 
     Attributes:
         features: the maps, in the backend's own form.
@@ -64,6 +69,31 @@ class ImageEmbedding:
     def numpy(self) -> dict[str, NDArray[np.float32]]:
         """Host copies of the feature maps by name, float32 [1, C, h, w] each, finest first."""
         return dict(zip(self.names, self.features.numpy(), strict=True))
+
+    def arrays(self) -> dict[str, DeviceArray]:
+        """The feature maps by name as DLPack arrays, [1, C, h, w] each, finest first.
+
+        On a GPU they are the embedding's own memory, in the type it has there (float16 or
+        float32); on the CPU float32 copies.
+        """
+        if isinstance(self.features, ExportableFeatures):
+            arrays = self.features.arrays()
+        else:
+            arrays = tuple(of_host(array) for array in self.features.numpy())
+        return dict(zip(self.names, arrays, strict=True))
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._coarsest().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._coarsest().__dlpack_device__()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self._coarsest().__cuda_array_interface__
+
+    def _coarsest(self) -> DeviceArray:
+        return self.arrays()[self.names[-1]]
 
     def save(self, path: str | Path) -> None:
         """Write the embedding to a file, whole or not at all.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from .backends import Backend, create_backend
+from . import postprocess
+from .backends import Backend, ImagingBackend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
 from .default_model import default_bundle_path
 from .embedding import ImageEmbedding, read_embedding
@@ -52,6 +54,7 @@ class SegmentationModel:
         self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
         decoder_outputs = {spec.name for spec in bundle.manifest.decoder.outputs}
         self._object_score = (_OBJECT_SCORE,) if _OBJECT_SCORE in decoder_outputs else ()
+        self._imaging = backend if isinstance(backend, ImagingBackend) else None
 
     @property
     def manifest(self) -> Manifest:
@@ -78,10 +81,13 @@ class SegmentationModel:
             ImageError: it is not such an image.
             BackendError: the backend failed.
         """
-        pixels, place = preprocess(self.manifest.image, to_rgb(image))
-        return ImageEmbedding(
-            self.backend.encode(pixels), place, self.manifest.fingerprint, self._names
-        )
+        rgb = to_rgb(image)
+        place = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
+        if self._imaging is not None and self._imaging.preprocesses(place):
+            features = self._imaging.encode_image(rgb, place)
+        else:
+            features = self.backend.encode(preprocess(self.manifest.image, rgb)[0])
+        return ImageEmbedding(features, place, self.manifest.fingerprint, self._names)
 
     def decode(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
@@ -105,15 +111,89 @@ class SegmentationModel:
         self, embedding: ImageEmbedding, prompts: PackedPrompts, multimask_output: bool = True
     ) -> DecodedMasks:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
+        self._check_embedding(embedding)
+        outputs = self._outputs(multimask_output)
+        return self._decoded(self.backend.decode(embedding.features, prompts, outputs))
+
+    def segment(
+        self,
+        embedding: ImageEmbedding,
+        prompts: Prompts,
+        multimask_output: bool = True,
+        *,
+        threshold: float = 0.0,
+        max_hole_area: float = 0.0,
+        max_sprinkle_area: float = 0.0,
+        return_logits: bool = False,
+        dtype: DTypeLike = np.float32,
+    ) -> tuple[DecodedMasks, NDArray[Any]]:
+        """:meth:`decode`, then masks of the image's size.
+
+        Where the backend can, masks are made on its device, so that they cross the bus as one
+        byte per pixel; holes are found on the host either way.
+
+        Args:
+            embedding: as for :meth:`decode`.
+            prompts: as for :meth:`decode`.
+            multimask_output: as for :meth:`decode`.
+            threshold: logits above it are foreground.
+            max_hole_area: see :func:`sam3rt.postprocess.clean`.
+            max_sprinkle_area: see :func:`sam3rt.postprocess.clean`.
+            return_logits: logits of the image's size instead of masks.
+            dtype: type of the masks: float32, bool or uint8.
+
+        Returns:
+            What the decoder says, and [P, C, H, W]: 0 and 1 in ``dtype``, or float32 logits.
+
+        Raises:
+            PromptError, EmbeddingError, BackendError: see :meth:`decode`.
+        """
+        manifest, place = self.manifest, embedding.geometry
+        imaging = None if return_logits else self._imaging
+        if imaging is None or not imaging.upsamples(place):
+            decoded = self.decode(embedding, prompts, multimask_output)
+            return decoded, postprocess.finish(
+                decoded.low_res_masks,
+                place,
+                manifest.image,
+                manifest.masks,
+                threshold=threshold,
+                max_hole_area=max_hole_area,
+                max_sprinkle_area=max_sprinkle_area,
+                return_logits=return_logits,
+                dtype=dtype,
+            )
+        if max_hole_area > 0 or max_sprinkle_area > 0:
+            decoded = self.decode(embedding, prompts, multimask_output)
+            cleaned = postprocess.clean_all(
+                decoded.low_res_masks, threshold, max_hole_area, max_sprinkle_area
+            )
+            masks = imaging.upsample(cleaned, place, threshold)
+        else:
+            self._check_embedding(embedding)
+            results, masks = imaging.decode_masks(
+                embedding.features,
+                pack(prompts, manifest.prompts, place),
+                self._outputs(multimask_output),
+                place,
+                threshold,
+            )
+            decoded = self._decoded(results)
+        return decoded, masks.astype(dtype, copy=False)
+
+    def _outputs(self, multimask_output: bool) -> tuple[str, ...]:
+        return (*(_MULTI if multimask_output else _SINGLE), *self._object_score)
+
+    def _decoded(self, results: list[NDArray[np.float32]]) -> DecodedMasks:
+        score = results[2][0, :, 0] if self._object_score else None
+        return DecodedMasks(results[0][0], results[1][0], score)
+
+    def _check_embedding(self, embedding: ImageEmbedding) -> None:
         if embedding.fingerprint != self.manifest.fingerprint:
             raise EmbeddingError(
                 f"the embedding was made by the bundle {embedding.fingerprint[:16]}..., "
                 f"this model is {self.manifest.fingerprint[:16]}...; encode the image again"
             )
-        wanted = _MULTI if multimask_output else _SINGLE
-        results = self.backend.decode(embedding.features, prompts, (*wanted, *self._object_score))
-        score = results[2][0, :, 0] if self._object_score else None
-        return DecodedMasks(results[0][0], results[1][0], score)
 
     def load_embedding(self, path: str | Path) -> ImageEmbedding:
         """Load an embedding that this bundle made. The encoder is not needed for it.

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import postprocess
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError
 from .model import SegmentationModel
@@ -242,13 +241,10 @@ class SAM3InteractiveImagePredictor:
         multimask_output: bool,
         return_logits: bool,
     ) -> Prediction:
-        decoded = self.model.decode(embedding, prompts, bool(multimask_output))
-        manifest = self.model.manifest
-        masks = postprocess.finish(
-            decoded.low_res_masks,
-            embedding.geometry,
-            manifest.image,
-            manifest.masks,
+        decoded, masks = self.model.segment(
+            embedding,
+            prompts,
+            bool(multimask_output),
             threshold=self.mask_threshold,
             max_hole_area=self.max_hole_area,
             max_sprinkle_area=self.max_sprinkle_area,
@@ -256,7 +252,7 @@ class SAM3InteractiveImagePredictor:
             dtype=self.mask_dtype,
         )
         low_res = decoded.low_res_masks
-        limit = manifest.masks.low_res_limit
+        limit = self.model.manifest.masks.low_res_limit
         if limit is not None:
             low_res = np.clip(low_res, -limit, limit)
         if len(masks) == 1:

@@ -150,3 +150,43 @@ def preprocess(
     np.subtract(planes, mean, out=inside)
     np.divide(inside, std, out=inside)
     return pixels, place
+
+
+def resize_matrices(
+    spec: ImageSpec, place: ImageGeometry
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The resize of :func:`preprocess` as a matrix for either axis.
+
+    Args:
+        spec: the model's image rules.
+        place: where the image lies in the encoder's input.
+
+    Returns:
+        Float32 [height of the encoder's input, height of the image] and [width of the image,
+        width of the encoder's input]; zero where the encoder's input is padding.
+    """
+    rows, columns = (
+        np.zeros((side, source), np.float32)
+        for side, source in zip(spec.size, place.original_size, strict=True)
+    )
+    rows[: place.input_size[0]] = _antialiased(place.original_size[0], place.input_size[0])
+    columns[: place.input_size[1]] = _antialiased(place.original_size[1], place.input_size[1])
+    return rows, np.ascontiguousarray(columns.T)
+
+
+def _antialiased(inputs: int, outputs: int) -> NDArray[np.float64]:
+    """One axis of Pillow's bilinear resize, [outputs, inputs].
+
+    A triangle of the filter's support, widened where the image shrinks, around each output's
+    centre; weights of each output are normalized (``precompute_coeffs`` of Pillow's Resample.c).
+    """
+    scale = inputs / outputs
+    support = max(scale, 1.0)
+    centre = (np.arange(outputs)[:, None] + 0.5) * scale
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + support + 0.5).astype(np.int64), inputs)
+    position = np.arange(inputs)
+    weights = np.maximum(1.0 - np.abs((position - centre + 0.5) / support), 0.0)
+    weights[(position < first) | (position >= last)] = 0.0
+    normalized: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return normalized

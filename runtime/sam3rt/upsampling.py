@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +41,34 @@ def unpadded(
     source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
 ) -> Resampling:
     """Resize to ``padded``, crop to ``kept`` from the top left, resize to ``target``."""
-    rows, columns = (
-        _bilinear(kept[axis], target[axis]) @ _bilinear(source[axis], padded[axis])[: kept[axis]]
-        for axis in (0, 1)
-    )
-    return _resampling(rows, columns)
+    return _resampling(*_unpadding(source, padded, kept, target))
+
+
+def upsampling_matrices(
+    source: tuple[int, int],
+    padded: tuple[int, int],
+    kept: tuple[int, int],
+    target: tuple[int, int],
+    upsampling: Literal["direct", "unpad"],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """:func:`direct` or :func:`unpadded` as one matrix for either axis.
+
+    Args:
+        source: (height, width) of the logits.
+        padded: (height, width) of the encoder's input.
+        kept: (height, width) of the part of it that the image fills.
+        target: (height, width) of the image.
+        upsampling: see :class:`sam3rt.bundle.MaskSpec`.
+
+    Returns:
+        Float32 [height of the image, height of the logits] and [width of the logits, width of
+        the image].
+    """
+    if upsampling == "direct":
+        rows, columns = _bilinear(source[0], target[0]), _bilinear(source[1], target[1])
+    else:
+        rows, columns = _unpadding(source, padded, kept, target)
+    return rows.astype(np.float32), np.ascontiguousarray(columns.T, np.float32)
 
 
 def resize(
@@ -77,6 +100,16 @@ def resize(
         values = scratch[: last - first]
         np.dot(resampling.weights[first:last], wide[start : start + band], out=values)
         np.greater(values, limit, out=out[first:last], casting="unsafe")
+
+
+def _unpadding(
+    source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    rows, columns = (
+        _bilinear(kept[axis], target[axis]) @ _bilinear(source[axis], padded[axis])[: kept[axis]]
+        for axis in (0, 1)
+    )
+    return rows, columns
 
 
 def _bilinear(inputs: int, outputs: int) -> NDArray[np.float64]:

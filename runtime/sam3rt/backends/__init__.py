@@ -9,9 +9,16 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError
-from .base import Backend, Features
+from .base import Backend, ExportableFeatures, Features, ImagingBackend
 
-__all__ = ["BACKENDS", "Backend", "Features", "create_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ExportableFeatures",
+    "Features",
+    "ImagingBackend",
+    "create_backend",
+]
 
 _LOG = logging.getLogger(__name__)
 

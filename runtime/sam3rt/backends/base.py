@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..device_array import DeviceArray
 from ..prompts import PackedPrompts
+from ..transforms import ImageGeometry
 
 
 class Features(Protocol):
@@ -53,3 +55,47 @@ class Backend(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Versions of what the backend is made of."""
+
+
+@runtime_checkable
+class ExportableFeatures(Protocol):
+    """Features that other libraries can read where they lie."""
+
+    def arrays(self) -> tuple[DeviceArray, ...]:
+        """The maps in their own type, [1, C, h, w] each, finest map first."""
+
+
+@runtime_checkable
+class ImagingBackend(Protocol):
+    """A backend that can also do on its device what surrounds the two graphs.
+
+    Whether it does depends on the image's size; where it does not, the host does.
+    """
+
+    def preprocesses(self, place: ImageGeometry) -> bool:
+        """Whether :meth:`encode_image` takes images of that size."""
+
+    def encode_image(self, image: NDArray[np.uint8], place: ImageGeometry) -> Features:
+        """Preprocess uint8 [H, W, 3] and run the encoder."""
+
+    def upsamples(self, place: ImageGeometry) -> bool:
+        """Whether :meth:`decode_masks` and :meth:`upsample` make masks of that size."""
+
+    def decode_masks(
+        self,
+        features: Features,
+        prompts: PackedPrompts,
+        outputs: Sequence[str],
+        place: ImageGeometry,
+        threshold: float,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
+        """Run the decoder, and upsample and threshold its first output.
+
+        Returns:
+            The named outputs, and masks, uint8 [P, C, H, W] of 0 and 1.
+        """
+
+    def upsample(
+        self, logits: NDArray[np.float32], place: ImageGeometry, threshold: float
+    ) -> NDArray[np.uint8]:
+        """Upsample and threshold float32 [P, C, h, w] to uint8 [P, C, H, W] of 0 and 1."""

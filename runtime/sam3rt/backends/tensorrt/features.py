@@ -1,0 +1,58 @@
+"""Feature maps that stay on the GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...device_array import DeviceArray
+from .memory import Block, Layout
+
+if TYPE_CHECKING:
+    from .lanes import LanePool
+
+
+class DeviceFeatures:
+    """One image's feature maps in a device block of their own.
+
+    Args:
+        block: where they lie.
+        layout: how, finest map first.
+        pool: whose lanes can copy them.
+        device: DLPack's name of the device.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        layout: Layout,
+        pool: LanePool,
+        device: tuple[int, int],
+    ) -> None:
+        self.block = block
+        self.layout = layout
+        self.pool = pool
+        self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take, bytes."""
+        return self.layout.nbytes
+
+    def numpy(self) -> tuple[NDArray[np.float32], ...]:
+        """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
+        host = np.empty(self.layout.nbytes, np.uint8)
+        with self.pool.lane() as lane:
+            lane.download(host, self.block)
+        return tuple(slot.view(host).astype(np.float32) for slot in self.layout.slots.values())
+
+    def arrays(self) -> tuple[DeviceArray, ...]:
+        """The maps where they lie, in the type they have between the engines."""
+        return tuple(
+            DeviceArray(
+                self.block.address + slot.offset, slot.shape, slot.dtype, self._device, self.block
+            )
+            for slot in self.layout.slots.values()
+        )
