@@ -96,7 +96,46 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
         kept |= _with_upstream(matched) if rule.upstream else matched
     kept |= _leading(nodes, recipe)
     narrow = _NARROW[recipe.narrow]
-    return {node: _FLOAT if node in kept else narrow for node in nodes}
+    types = {node: _FLOAT if node in kept else narrow for node in nodes}
+    for node in nodes:
+        if node.op_type == "Identity":  # a marked layer: what it shows must be as it was made
+            source = node.inputs[0].producer() if node.inputs[0] is not None else None
+            types[node] = types.get(source, types[node]) if source is not None else types[node]
+    return types
+
+
+def mark_layers(model: ir.Model, pattern: str) -> tuple[str, ...]:
+    """Make inner values outputs of a graph, before a recipe is applied to it.
+
+    Args:
+        model: from :func:`load_graph`.
+        pattern: regular expression searched for in the names of nodes.
+
+    Returns:
+        The names of the nodes whose values are outputs of those names now, in graph order.
+
+    Raises:
+        BuildError: the pattern is not a regular expression, or no node that yields floats matches.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise BuildError(f"layers: {pattern!r} is not a regular expression: {error}") from error
+    graph = model.graph
+    marked: list[str] = []
+    for node in tuple(graph):
+        name, value = node.name or "", node.outputs[0]
+        if not expression.search(name) or not _is_float(value):
+            continue
+        mark = ir.node("Identity", [value], name=f"{scope_of(node)}/marked_{len(marked)}")
+        (output,) = mark.outputs
+        output.name, output.type, output.shape = name, value.type, value.shape
+        graph.insert_after(node, mark)
+        graph.outputs.append(output)
+        marked.append(name)
+    if not marked:
+        raise BuildError(f"layers: no node that yields floats is named like {pattern!r}")
+    return tuple(marked)
 
 
 def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
@@ -113,15 +152,12 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
     types = node_types(model, recipe)
     graph = model.graph
     feature_type = ir.DataType.FLOAT16 if features == "float16" else _FLOAT
-    for value in graph.inputs:
-        if (value.name or "").startswith(_FEATURES):
-            value.dtype = feature_type
+    for given in graph.inputs:
+        if (given.name or "").startswith(_FEATURES):
+            given.dtype = feature_type
     outputs = tuple(graph.outputs)
     caster = _Caster(model)
-    for node in tuple(graph):
-        wanted = types.get(node)
-        if wanted is None:
-            continue
+    for node, wanted in types.items():
         if node.op_type == "Cast":
             if node.outputs[0].dtype == _FLOAT:
                 node.attributes["to"] = ir.AttrInt64("to", wanted.value)
@@ -129,17 +165,16 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
             for index, value in enumerate(node.inputs):
                 if value is not None and _is_float(value):
                     node.replace_input_with(index, caster.as_type(value, wanted, node))
-        for value in node.outputs:
-            if _is_float(value):
-                value.dtype = wanted
-    for index, value in enumerate(outputs):
-        if not _is_float(value):
+        for made in node.outputs:
+            if _is_float(made):
+                made.dtype = wanted
+    for index, output in enumerate(outputs):
+        if not _is_float(output):
             continue
-        name = value.name or ""
-        wanted = feature_type if name.startswith(_FEATURES) else _FLOAT
-        if value.dtype != wanted:
-            _retype_output(model, index, wanted)
-    caster.drop_unused()
+        promised = feature_type if (output.name or "").startswith(_FEATURES) else _FLOAT
+        if output.dtype != promised:
+            _retype_output(model, index, promised)
+    _drop_unused_weights(graph)
     model.metadata_props[RECIPE_PROPERTY] = recipe.name
 
 
@@ -147,7 +182,8 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
     """Make a graph compute in FP32 what :func:`apply_recipe` would give on exact hardware.
 
     Every value that the recipe narrows is rounded to its type right after it is computed, and so
-    are the weights; sums inside one operator are FP32, as tensor cores accumulate.
+    are the weights; sums inside one operator are FP32, as tensor cores accumulate. With TF32 the
+    factors of matrix products and convolutions are rounded.
 
     Raises:
         RecipeError: as :func:`apply_recipe`.
@@ -156,23 +192,25 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
     graph = model.graph
     feature_type = ir.DataType.FLOAT16 if features == "float16" else _FLOAT
     rounder = _Rounder(model)
-    for value in graph.inputs:
-        if (value.name or "").startswith(_FEATURES) and feature_type != _FLOAT:
-            rounder.after(value, feature_type)
-    for node in tuple(graph):
-        wanted = types.get(node)
-        if wanted is None or wanted == _FLOAT:
+    for given in graph.inputs:
+        if (given.name or "").startswith(_FEATURES) and feature_type != _FLOAT:
+            rounder.after(given, feature_type)
+    for node, wanted in types.items():
+        if wanted == _FLOAT:
             continue
         for index, value in enumerate(node.inputs):
             if value is not None and _is_float(value):
                 node.replace_input_with(index, rounder.before(value, wanted, node))
-        for value in node.outputs:
-            if _is_float(value):
-                rounder.after(value, wanted)
+        for made in node.outputs:
+            if _is_float(made):
+                rounder.after(made, wanted)
+    if recipe.tf32:
+        _round_factors_to_tf32(model)
     if feature_type != _FLOAT:
-        for value in tuple(graph.outputs):
-            if (value.name or "").startswith(_FEATURES):
-                rounder.after(value, feature_type)
+        for output in tuple(graph.outputs):
+            if (output.name or "").startswith(_FEATURES):
+                rounder.after(output, feature_type)
+    _drop_unused_weights(graph)
     model.metadata_props[RECIPE_PROPERTY] = f"simulated {recipe.name}"
 
 
@@ -204,7 +242,6 @@ class _Caster:
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._known: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self._original = tuple(model.graph.initializers)
 
     def as_type(self, value: ir.Value, wanted: ir.DataType, before: ir.Node) -> ir.Value:
         """The value in the wanted type, for use by ``before`` or any later node."""
@@ -230,12 +267,6 @@ class _Caster:
         else:
             self._graph.insert_after(producer, cast)
         return cast.outputs[0]
-
-    def drop_unused(self) -> None:
-        """Remove the weights that only their typed copies are used of."""
-        for name in self._original:
-            if not self._graph.initializers[name].uses():
-                del self._graph.initializers[name]
 
 
 class _Rounder:
@@ -288,6 +319,44 @@ class _Rounder:
         return down, up
 
 
+def _round_factors_to_tf32(model: ir.Model) -> None:
+    """Round what matrix products and convolutions read to TF32's 11 significant bits.
+
+    By Veltkamp's splitting: with c = (2^13 + 1) x in FP32, c - (c - x) is x rounded to 24 - 13
+    bits. ONNX has no such type to cast to.
+    """
+    graph = model.graph
+    factor = np.float32(2**13 + 1)
+    weight = _new_weight(graph, "types/tf32_factor", ir.tensor(factor, name="types/tf32_factor"))
+    rounded: dict[ir.Value, ir.Value] = {}
+    for node in tuple(graph):
+        if node.op_type not in ("MatMul", "Conv"):
+            continue
+        # A convolution's third input is its bias, which is added in FP32.
+        for index, value in enumerate(node.inputs[:2]):
+            if value is None or not _is_float(value):
+                continue
+            if value not in rounded:
+                steps = _tf32_nodes(value, weight)
+                graph.insert_before(node, steps)
+                rounded[value] = steps[-1].outputs[0]
+            node.replace_input_with(index, rounded[value])
+
+
+def _tf32_nodes(value: ir.Value, factor: ir.Value) -> list[ir.Node]:
+    scaled = ir.node("Mul", [value, factor])
+    rest = ir.node("Sub", [scaled.outputs[0], value])
+    head = ir.node("Sub", [scaled.outputs[0], rest.outputs[0]])
+    steps = [scaled, rest, head]
+    for node, part in zip(steps, ("scaled", "rest", "tf32"), strict=True):
+        node.name = f"types/{value.name}.{part}"
+        (output,) = node.outputs
+        output.name = f"{value.name}.{part}"
+        output.type = ir.TensorType(_FLOAT)
+        output.shape = value.shape
+    return steps
+
+
 def _cast_node(value: ir.Value, wanted: ir.DataType) -> ir.Node:
     node = ir.node("Cast", [value], attributes={"to": wanted.value})
     node.name = f"types/{value.name}.{wanted.name.lower()}"
@@ -316,14 +385,14 @@ def _new_weight(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Val
     value = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
     graph.initializers[name] = value
     return value
 
 
-def _narrowed(value: ir.Value, wanted: ir.DataType) -> ir.Tensor:
+def _narrowed(value: ir.Value, wanted: ir.DataType) -> ir.TensorProtocol:
     """A weight in another type.
 
     Raises:
@@ -360,6 +429,13 @@ def _drop_storage_casts(model: ir.Model) -> None:
         graph.remove(node, safe=True)
         if not source.uses() and source.name is not None:
             del graph.initializers[source.name]
+
+
+def _drop_unused_weights(graph: ir.Graph) -> None:
+    """Remove the weights whose typed copies alone are used."""
+    for name, value in tuple(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
 
 
 def _is_float(value: ir.Value) -> bool:

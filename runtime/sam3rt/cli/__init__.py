@@ -1,4 +1,4 @@
-"""The command line: ``sam3rt segment | export | verify | info``."""
+"""The command line: ``sam3rt segment | export | build | verify | compare | info``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ..errors import Sam3rtError
 _SUBCOMMANDS = {
     "segment": "sam3rt.cli.segment",
     "export": "sam3rt.cli.export",
+    "build": "sam3rt.cli.build",
     "verify": "sam3rt.cli.verify",
+    "compare": "sam3rt.cli.compare",
     "info": "sam3rt.cli.info",
 }
 
@@ -25,7 +27,9 @@ examples:
   sam3rt segment photo.jpg --point 225,150 --output masks
   sam3rt segment photo.jpg --box 40,60,300,280 --point 90,100,0 --single-mask --output masks
   sam3rt export sam3.pt --output engines/sam3
+  sam3rt build engines/sam3
   sam3rt verify engines/sam3
+  sam3rt compare engines/sam3 onnxruntime simulated:fp16
   sam3rt info --json
 """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..bundle import check_file, open_bundle
 from ..default_model import default_bundle_path
 from ..errors import BundleError
+from ..gate import GATE_LIMITS
 from ..parity import Measurement, load_record, verify_model
 from .options import add_model_options, load_from_options
 
@@ -16,8 +17,9 @@ HELP = "check a bundle's files and its outputs on this machine"
 DESCRIPTION = """\
 Check a bundle: every file against its hash, then every output against the parity record.
 
-The parity record holds small inputs and the FP32 outputs of the PyTorch model. Exits with 1
-where anything is off, with a table of what.
+The parity record holds small inputs and the FP32 outputs they must give. A backend that computes
+in FP32 is held to the bundle's own limits, any other to the gate's. Exits with 1 where anything is
+off, with a table of what.
 """
 
 
@@ -51,8 +53,10 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(f"{path}: {len(bundle.manifest.files())} files match their hashes")
     model = load_from_options(options, check_files=False)
+    exact = model.backend.precision == "fp32"
+    limits = bundle.manifest.parity.limits if exact else GATE_LIMITS
     measurements = []
-    for measurement in verify_model(model, load_record(bundle), bundle.manifest.parity.limits):
+    for measurement in verify_model(model, load_record(bundle), limits):
         measurements.append(measurement)
         if sys.stderr.isatty():
             print(f"\r{len(measurements)} comparisons", end="", file=sys.stderr, flush=True)
@@ -61,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     wrong = [m for m in measurements if not m.passed]
     if wrong or options.all:
         _print_table(measurements if options.all else wrong)
-    where = f"{model.backend.name} on {model.device}"
+    where = f"{model.backend.name} on {model.device} in {model.backend.precision}"
     print(f"{where}: {len(measurements) - len(wrong)} of {len(measurements)} comparisons pass")
     return 1 if wrong else 0
 

@@ -1,0 +1,150 @@
+"""One engine build in a process of its own, through polygraphy's loaders.
+
+Polygraphy decides between TensorRT and TensorRT for RTX once per process, by an environment
+variable. A build also takes gigabytes, and a builder that crashes takes its process with it: both
+are over when this one ends.
+
+Run as ``python -m sam3rt_build.builder_process REQUEST.json``; the log goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sam3rt._files import atomic_write
+from sam3rt.engines.sidecar import BackendName
+
+from .errors import BuildError
+
+MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# Lines of the builder's log that an error message quotes.
+_QUOTED_LINES = 12
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to build.
+
+    Attributes:
+        graph: the typed ONNX file. It is parsed from its path, so that weights beside it are
+            found.
+        engine: the engine file to write.
+        backend: which TensorRT builds it.
+        profile: least, typical and greatest shape of each input with a dynamic axis. The engine
+            is tuned for the typical one.
+        targets: compute capabilities to build for ahead of time; empty for the GPU at hand.
+        tf32: whether FP32 matrix products may use TF32.
+        workspace: memory the builder may try layers with, bytes; ``None`` for all there is.
+        timing_cache: file of measured layer times to reuse and extend, or ``None``.
+    """
+
+    graph: str
+    engine: str
+    backend: BackendName
+    profile: dict[str, tuple[Sizes, Sizes, Sizes]]
+    targets: tuple[str, ...] = ()
+    tf32: bool = False
+    workspace: int | None = None
+    timing_cache: str | None = None
+
+
+def build_engine(request: EngineRequest) -> None:
+    """Build one engine in a new process.
+
+    Raises:
+        BuildError: the build failed or crashed; the message quotes the end of its log.
+    """
+    document = Path(request.engine + ".request.json")
+    document.write_text(json.dumps(asdict(request)))
+    environment = dict(os.environ)
+    environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if request.backend == "tensorrt-rtx" else "0"
+    # What this process can import, that one must: also where sam3rt is not installed.
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "sam3rt_build.builder_process", str(document)]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
+    finally:
+        document.unlink(missing_ok=True)
+    if done.returncode:
+        log = "\n".join((done.stderr or done.stdout).strip().splitlines()[-_QUOTED_LINES:])
+        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
+        raise BuildError(
+            f"{request.backend}: the build of {Path(request.graph).name} {how}:\n{log}"
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Build what a request file asks for."""
+    document = json.loads(Path(arguments[0]).read_text())
+    document["profile"] = {
+        name: tuple(tuple(shape) for shape in shapes)
+        for name, shapes in document["profile"].items()
+    }
+    _build(EngineRequest(**document))
+    return 0
+
+
+def _build(request: EngineRequest) -> None:
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+
+    trt = __import__(MODULES[request.backend])
+    # TensorRT 11 has no other networks and no flag for them.
+    flag = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    network = NetworkFromOnnxPath(request.graph, strongly_typed=flag)
+    engine = EngineBytesFromNetwork(
+        network, config=_config(request), save_timing_cache=request.timing_cache
+    )()
+    with atomic_write(Path(request.engine)) as stream:
+        stream.write(memoryview(engine))
+
+
+def _config(request: EngineRequest) -> Callable[[Any, Any], Any]:
+    """A polygraphy configuration with what it does not set for both flavours."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    trt = __import__(MODULES[request.backend])
+    profile = Profile()
+    for name, (least, typical, greatest) in request.profile.items():
+        profile.add(name, min=least, opt=typical, max=greatest)
+    cache = request.timing_cache
+    options: dict[str, Any] = {
+        "profiles": [profile],
+        "load_timing_cache": cache if cache and Path(cache).is_file() else None,
+    }
+    if request.workspace is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace}
+    creator: Callable[[Any, Any], Any]
+    if request.backend == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        if request.targets:
+            capabilities = [tuple(map(int, target.split("."))) for target in request.targets]
+            creator = CreateConfigRTX(compute_capabilities=capabilities, **options)
+        else:
+            creator = CreateConfigRTX(use_gpu=True, **options)
+    else:
+        creator = CreateConfig(**options)
+
+    def configure(builder: Any, network: Any) -> Any:
+        config = creator(builder, network)
+        # On by default in TensorRT, off by default in polygraphy: said either way.
+        switch = config.set_flag if request.tf32 else config.clear_flag
+        switch(trt.BuilderFlag.TF32)
+        return config
+
+    return configure
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
