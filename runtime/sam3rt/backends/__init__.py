@@ -24,11 +24,15 @@ _LOG = logging.getLogger(__name__)
 
 # Dotted paths, so that a backend's libraries are imported only when it is asked for.
 BACKENDS: dict[str, str] = {
+    "tensorrt": "sam3rt.backends.tensorrt:open_tensorrt",
+    "tensorrt-rtx": "sam3rt.backends.tensorrt:open_tensorrt_rtx",
     "onnxruntime": "sam3rt.backends.onnxruntime:OnnxRuntimeBackend",
     "openvino": "sam3rt.backends.openvino:OpenVinoBackend",
 }
 # What "auto" tries, best first, and the device each is tried on.
 AUTO_ORDER: tuple[tuple[str, str], ...] = (
+    ("tensorrt", "cuda"),
+    ("tensorrt-rtx", "cuda"),
     ("onnxruntime", "cuda"),
     ("openvino", "cpu"),
     ("onnxruntime", "cpu"),

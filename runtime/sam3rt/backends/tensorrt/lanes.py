@@ -258,7 +258,7 @@ class Lane:
         outputs = [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
         if packed is None or upsampling is None:
             return outputs, None
-        return outputs, _unpacked(packed, outputs[0].shape[1], upsampling[0].target)
+        return outputs, _unpacked(packed, outputs[0].shape[2], upsampling[0].target)
 
     def upsample(
         self, logits: NDArray[np.float32], matrices: DeviceMatrices, threshold: float

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from ...bundle import Bundle
-from ...engines.selection import EngineSet, candidates
+from ...cuda import probe
+from ...engines.selection import EngineSet, candidates, find_engines
 from ...engines.sidecar import BackendName
 from ...errors import BackendError, BundleError, InvalidInputError
 from .backend import TensorRtBackend
@@ -60,10 +61,17 @@ def open_backend(
     """
     if device == "cpu":
         raise InvalidInputError("device", "'cpu'", f'"auto", "cuda" or "cuda:N" with {flavour}')
-    platform = open_platform(flavour, int(device.partition(":")[2] or 0))
+    gpu = probe(int(device.partition(":")[2] or 0))
+    found = [engine for engine in find_engines(bundle) if engine.sidecar.backend == flavour]
+    if not found:
+        raise BackendError(
+            f"{bundle.path} has no {flavour} engines; build them on this machine: "
+            f"sam3rt build {bundle.path} --backend {flavour}"
+        )
+    platform = open_platform(flavour, gpu)
     reasons: list[str] = []
     refusals: list[RefusedError] = []
-    for engines in candidates(bundle, platform.machine, precision):
+    for engines in candidates(bundle, platform.machine, precision, found):
         if any(r.encoder_at_fault and r.engines.encoder == engines.encoder for r in refusals):
             continue
         try:

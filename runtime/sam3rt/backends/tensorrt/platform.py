@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...cuda import Cuda, CudaRuntime, Device, probe
+from ...cuda import Cuda, CudaRuntime, Device
 from ...engines.selection import Machine
 from ...engines.sidecar import BackendName
 from .engine import Library
@@ -35,18 +35,18 @@ class Platform:
         )
 
 
-def open_platform(flavour: BackendName, index: int = 0) -> Platform:
-    """Ask the driver, then load the libraries.
+def open_platform(flavour: BackendName, device: Device) -> Platform:
+    """Load the libraries for a GPU.
 
-    The order matters: TensorRT ends the process where it finds no driver.
+    The driver has to be asked first, with :func:`sam3rt.cuda.probe`: TensorRT ends the process
+    where it finds none.
 
     Args:
         flavour: which TensorRT.
-        index: the GPU's number among the visible ones.
+        device: what the driver said.
 
     Raises:
-        BackendError: the driver, the GPU, cuda-python or TensorRT is missing or too old; the
-            message says what to do.
+        BackendError: cuda-python or TensorRT is missing, or does not fit the driver; the message
+            says what to do.
     """
-    device = probe(index)
-    return Platform(device, CudaRuntime(index), Library(flavour))
+    return Platform(device, CudaRuntime(device.index), Library(flavour))
