@@ -4,11 +4,12 @@ PYTHON ?= python3
 DEMO_ENV := .venv-demo
 TEST_ENV := .venv-test
 TEST_BIN := $(TEST_ENV)/bin
+CPP_BUILDS := build-cpp
 SOURCES := $(shell find runtime export -name '*.py') $(wildcard engines/mobile_sam/*)
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint default-bundle clean
+.PHONY: help demo test test-slow test-cpp lint default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,6 +22,16 @@ test: $(TEST_ENV)/.done $(DEMO_ENV)/.done lint ## Lint, type-check and run the t
 
 test-slow: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the tests that take minutes or gigabytes
 	SAM3RT_RUNTIME_ENV=$(abspath $(DEMO_ENV)) $(TEST_BIN)/python -m pytest -m slow
+
+# Three builds: as users make it, and with the sanitizers that exclude each other. For the last
+# one, only the program that runs threads is built.
+test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
+	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
+	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp
+
+$(CPP_BUILDS)/dependencies/.done: $(TEST_ENV)/.done runtime/cpp/tools/fetch_dependencies.sh
+	runtime/cpp/tools/fetch_dependencies.sh $(CPP_BUILDS)/dependencies $(TEST_BIN)/python
+	@touch $@
 
 lint: $(TEST_ENV)/.done ## Lint and type-check
 	$(TEST_BIN)/ruff check runtime export tests benchmarks
@@ -47,4 +58,4 @@ default-bundle: $(TEST_ENV)/.done ## Export the bundled model anew
 	$(TEST_BIN)/python -m sam3rt_export.default_bundle --output engines/mobile_sam
 
 clean: ## Remove the virtual environments and everything built
-	rm -rf $(DEMO_ENV) $(TEST_ENV) demo-output build *.egg-info
+	rm -rf $(DEMO_ENV) $(TEST_ENV) $(CPP_BUILDS) demo-output build *.egg-info

@@ -316,18 +316,16 @@ std::shared_ptr<Ort::Session> Backend::load_wrapped(const Graph& graph) const {
 void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const {
     Ort::AllocatorWithDefaultOptions allocator;
     const std::string& file = spec.model.file;
-    if (!wrapped) {
-        const auto stored =
-            session.GetModelMetadata().LookupCustomMetadataMapAllocated("sam3rt.export_id",
-                                                                        allocator);
-        const std::string export_id = stored == nullptr ? "" : stored.get();
-        if (export_id != bundle_.manifest.export_id) {
-            throw BundleError(
-                "belongs to export " + (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
-                    "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
-                    "...: encoder and decoder are mixed",
-                file);
-        }
+    const auto stored = session.GetModelMetadata().LookupCustomMetadataMapAllocated(
+        "sam3rt.export_id", allocator);
+    const std::string export_id = stored == nullptr ? "" : stored.get();
+    // A wrapper need not say it: its engine's sidecar names the bundle.
+    if (export_id != bundle_.manifest.export_id && !(wrapped && export_id.empty())) {
+        throw BundleError(
+            "belongs to export " + (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
+                "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
+                "...: encoder and decoder are mixed",
+            file);
     }
     std::vector<Signature> inputs;
     for (std::size_t i = 0; i < session.GetInputCount(); ++i) {

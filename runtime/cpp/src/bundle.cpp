@@ -208,8 +208,7 @@ void check_rules(const Manifest& manifest) {
     for (const FileEntry& entry : files) {
         require_sha256("sha256 of " + entry.file, entry.sha256);
         if (!is_safe_name(entry.file) || entry.file == manifest_name) {
-            refuse("file name " + Json(entry.file).dump(-1, ' ', true) +
-                   " is not allowed in a bundle");
+            refuse("file name " + json_text(entry.file) + " is not allowed in a bundle");
         }
         names.insert(entry.file);
     }
@@ -295,12 +294,12 @@ bool is_sha256(const std::string& text) {
 }
 
 Manifest parse_manifest(const Bytes& raw) {
-    const Json document = parse_json(raw, manifest_name);
-    if (!document.is_object() || !document.contains("format") ||
-        document["format"] != format_name) {
+    const JsonDocument document(raw.data(), raw.size(), manifest_name);
+    const JsonValue root = document.root();
+    if (!root.has("format") || !root.field("format").is_text() ||
+        root.field("format").text() != format_name) {
         refuse("\"format\" is not \"" + format_name + "\"");
     }
-    const JsonValue root(document, manifest_name);
     const std::int64_t version = root.field("format_version").whole_number();
     if (version < 1) {
         refuse("\"format_version\" is " + std::to_string(version) + ", expected a whole number");

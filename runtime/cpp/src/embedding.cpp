@@ -3,20 +3,17 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <nlohmann/json.hpp>
-#include <regex>
-#include <set>
+#include <map>
 #include <system_error>
 
 #include "bundle.hpp"
 #include "errors.hpp"
 #include "files.hpp"
+#include "json_reader.hpp"
 #include "sha256.hpp"
 
 namespace sam3rt {
 namespace {
-
-using Json = nlohmann::json;
 
 const std::string format_name = "sam3rt-embedding-1";
 const std::string no_digest(64, '0');
@@ -36,16 +33,21 @@ std::string size_text(const Size& size) {
     return std::to_string(size.height) + " " + std::to_string(size.width);
 }
 
+/// One side of an image, as text without a leading zero; 0 where it is none.
+std::int64_t parse_side(const std::string& text) {
+    const bool plain = !text.empty() && text.size() <= 10 && text[0] != '0' &&
+                       text.find_first_not_of("0123456789") == std::string::npos;
+    return plain ? std::stoll(text) : 0;
+}
+
 Size parse_size(const std::filesystem::path& path, const std::string& text) {
-    static const std::regex form("([1-9][0-9]{0,9}) ([1-9][0-9]{0,9})");
-    std::smatch match;
+    const std::size_t blank = text.find(' ');
     Size size;
-    // The pattern bounds the digits; std::regex recurses on long texts.
-    if (text.size() <= 21 && std::regex_match(text, match, form)) {
-        size = {std::stoll(match[1]), std::stoll(match[2])};
+    if (blank != std::string::npos) {
+        size = {parse_side(text.substr(0, blank)), parse_side(text.substr(blank + 1))};
     }
     constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
-    if (size.height < 1 || size.height > limit || size.width > limit) {
+    if (size.height < 1 || size.width < 1 || size.height > limit || size.width > limit) {
         refuse(path, "has an image size of '" + text.substr(0, 40) + "'");
     }
     return size;
@@ -68,6 +70,14 @@ std::string length_bytes(std::uint64_t length) {
     return bytes;
 }
 
+std::string numbers_text(const std::vector<std::int64_t>& numbers) {
+    std::string text = "[";
+    for (const std::int64_t number : numbers) {
+        text += (text.size() == 1 ? "" : ",") + std::to_string(number);
+    }
+    return text + "]";
+}
+
 void replace_first(std::string& text, const std::string& old, const std::string& fresh) {
     const std::size_t found = text.find(old);
     if (found != std::string::npos) {
@@ -75,35 +85,53 @@ void replace_first(std::string& text, const std::string& old, const std::string&
     }
 }
 
-struct Parsed {
-    Json tensors;
+/// One tensor of a file's header.
+struct TensorEntry {
+    std::string dtype;
+    Shape shape;
+    std::vector<std::int64_t> data_offsets;
+};
+
+struct Header {
     std::map<std::string, std::string> metadata;
+    std::map<std::string, TensorEntry> tensors;
+};
+
+struct Parsed {
+    Header header;
     const std::uint8_t* data;
     std::size_t data_size;
 };
 
-std::map<std::string, std::string> read_metadata(const std::filesystem::path& path,
-                                                 const Json& header) {
-    static const std::set<std::string> wanted = {"format", "fingerprint", "original_size",
-                                                 "input_size", "sha256"};
-    if (!header.is_object() || !header.contains("__metadata__") ||
-        !header["__metadata__"].is_object()) {
-        refuse_damaged(path);
+std::vector<std::int64_t> read_numbers(const JsonValue& value) {
+    std::vector<std::int64_t> numbers;
+    for (const JsonValue& entry : value.list()) {
+        numbers.push_back(entry.whole_number());
     }
-    std::map<std::string, std::string> metadata;
-    for (const auto& item : header["__metadata__"].items()) {
-        if (wanted.count(item.key()) == 0 || !item.value().is_string()) {
-            refuse_damaged(path);
-        }
-        metadata[item.key()] = item.value().get<std::string>();
-    }
-    if (metadata.size() != wanted.size()) {
-        refuse_damaged(path);
-    }
-    return metadata;
+    return numbers;
 }
 
-/// Split a file into tensor entries, metadata and data, after checking its digest.
+/// Throws BundleError where the header is not what the format says.
+Header read_header(const std::uint8_t* text, std::size_t size) {
+    const JsonDocument document(text, size, "");
+    Header header;
+    for (const auto& [name, value] : document.root().fields()) {
+        if (name == "__metadata__") {
+            value.check_fields({"format", "fingerprint", "original_size", "input_size", "sha256"});
+            for (const auto& [key, entry] : value.fields()) {
+                header.metadata[key] = entry.text();
+            }
+        } else {
+            value.check_fields({"dtype", "shape", "data_offsets"});
+            header.tensors[name] = {value.field("dtype").text(),
+                                    read_numbers(value.field("shape")),
+                                    read_numbers(value.field("data_offsets"))};
+        }
+    }
+    return header;
+}
+
+/// Split a file into its header and data, after checking its digest.
 Parsed parse(const std::filesystem::path& path, const Bytes& content) {
     if (content.size() < length_size) {
         refuse_damaged(path);
@@ -113,24 +141,23 @@ Parsed parse(const std::filesystem::path& path, const Bytes& content) {
         refuse_damaged(path);
     }
     const std::uint8_t* start = content.data() + length_size;
-    std::string text(start, start + length);
     Parsed parsed;
-    // The parser would skip a byte order mark.
-    parsed.tensors = Json::parse(text, nullptr, false);
-    if (parsed.tensors.is_discarded() || text[0] == '\xef') {
+    try {
+        parsed.header = read_header(start, static_cast<std::size_t>(length));
+    } catch (const BundleError&) {
         refuse_damaged(path);
     }
-    parsed.metadata = read_metadata(path, parsed.tensors);
-    parsed.tensors.erase("__metadata__");
-    const std::string& digest = parsed.metadata["sha256"];
-    if (!is_sha256(digest)) {
+    std::map<std::string, std::string>& metadata = parsed.header.metadata;
+    const std::string digest = metadata["sha256"];
+    if (metadata.size() != 5 || !is_sha256(digest)) {
         refuse_damaged(path);
     }
-    if (parsed.metadata["format"] != format_name) {
+    if (metadata["format"] != format_name) {
         refuse(path, "has another format, expected '" + format_name + "'");
     }
     parsed.data = start + length;
     parsed.data_size = content.size() - length_size - static_cast<std::size_t>(length);
+    std::string text(start, start + length);
     replace_first(text, digest, no_digest);
     Sha256 actual;
     actual.update(text.data(), text.size());
@@ -187,20 +214,20 @@ void ImageEmbedding::save(const std::filesystem::path& path) const {
 void write_embedding(const std::filesystem::path& path, const std::vector<std::string>& names,
                      const std::vector<Array<float>>& maps, const ImageGeometry& place,
                      const std::string& fingerprint) {
-    nlohmann::ordered_json header;
-    header["__metadata__"] = {{"format", format_name},
-                              {"fingerprint", fingerprint},
-                              {"original_size", size_text(place.original_size)},
-                              {"input_size", size_text(place.input_size)},
-                              {"sha256", no_digest}};
-    std::size_t offset = 0;
+    std::string text = "{\"__metadata__\":{\"format\":" + json_text(format_name) +
+                       ",\"fingerprint\":" + json_text(fingerprint) +
+                       ",\"original_size\":" + json_text(size_text(place.original_size)) +
+                       ",\"input_size\":" + json_text(size_text(place.input_size)) +
+                       ",\"sha256\":" + json_text(no_digest) + "}";
+    std::int64_t offset = 0;
     for (std::size_t i = 0; i < maps.size(); ++i) {
-        const std::size_t end = offset + maps[i].size() * sizeof(float);
-        header[names[i]] = {
-            {"dtype", "F32"}, {"shape", maps[i].shape()}, {"data_offsets", {offset, end}}};
+        const std::int64_t end = offset + static_cast<std::int64_t>(maps[i].size() * sizeof(float));
+        text += "," + json_text(names[i]) + ":{\"dtype\":\"F32\",\"shape\":" +
+                numbers_text(maps[i].shape()) + ",\"data_offsets\":" +
+                numbers_text({offset, end}) + "}";
         offset = end;
     }
-    std::string text = header.dump(-1, ' ', true);
+    text += "}";
     text.append((alignment - text.size() % alignment) % alignment, ' ');
     Sha256 digest;
     digest.update(text.data(), text.size());
@@ -243,26 +270,29 @@ StoredEmbedding read_embedding(const std::filesystem::path& path, const std::str
         refuse(path, std::string("cannot be read: ") + error.what());
     }
     const Parsed parsed = parse(path, content);
-    const std::string& maker = parsed.metadata.at("fingerprint");
+    const std::map<std::string, std::string>& metadata = parsed.header.metadata;
+    const std::string& maker = metadata.at("fingerprint");
     if (maker != fingerprint) {
         refuse(path, "made by the bundle " + maker.substr(0, 16) + "..., this model is " +
                          fingerprint.substr(0, 16) + "...; encode the image again");
     }
     StoredEmbedding stored;
-    stored.place = {parse_size(path, parsed.metadata.at("original_size")),
-                    parse_size(path, parsed.metadata.at("input_size"))};
-    if (parsed.data_size != data_size || parsed.tensors.size() != specs.size()) {
+    stored.place = {parse_size(path, metadata.at("original_size")),
+                    parse_size(path, metadata.at("input_size"))};
+    const std::map<std::string, TensorEntry>& tensors = parsed.header.tensors;
+    if (parsed.data_size != data_size || tensors.size() != specs.size()) {
         refuse(path, "does not hold exactly this model's feature maps");
     }
     std::size_t offset = 0;
     for (std::size_t i = 0; i < specs.size(); ++i) {
         const Shape shape = shape_of(specs[i]);
-        const Json expected = {{"dtype", "F32"},
-                               {"shape", shape},
-                               {"data_offsets", {offset, offset + sizes[i]}}};
-        const auto found = parsed.tensors.find(specs[i].name);
-        if (found == parsed.tensors.end() || *found != expected) {
-            refuse(path, "tensor " + specs[i].name + " is not " + expected.dump());
+        const std::vector<std::int64_t> offsets = {static_cast<std::int64_t>(offset),
+                                                   static_cast<std::int64_t>(offset + sizes[i])};
+        const auto found = tensors.find(specs[i].name);
+        if (found == tensors.end() || found->second.dtype != "F32" ||
+            found->second.shape != shape || found->second.data_offsets != offsets) {
+            refuse(path, "tensor " + specs[i].name + " is not F32 " + shape_text(shape) +
+                             " at bytes " + numbers_text(offsets));
         }
         Array<float> map(shape);
         // The data need not be aligned for float.

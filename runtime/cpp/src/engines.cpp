@@ -44,8 +44,8 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
     } catch (const std::system_error& error) {
         throw BundleError(std::string("cannot be read: ") + error.what(), name);
     }
-    const Json document = parse_json(raw, name);
-    const JsonValue root(document, name);
+    const JsonDocument document(raw.data(), raw.size(), name);
+    const JsonValue root = document.root();
     root.check_fields({"format", "format_version", "role", "backend", "engine",
                        "bundle_fingerprint", "gpu", "targets", "tensorrt_version",
                        "driver_version", "recipe", "features_dtype", "shapes", "state", "parity",

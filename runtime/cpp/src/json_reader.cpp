@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "sam3rt/sam3rt.hpp"
 
 namespace sam3rt {
 namespace {
+
+using Json = nlohmann::json;
 
 /// A short description of a value. Lists and objects are only counted, since one may be nested
 /// deeper than a recursive printer can go.
@@ -22,19 +25,28 @@ std::string shown(const Json& value) {
     return text.size() <= 60 ? text : text.substr(0, 57) + "...";
 }
 
-}  // namespace
-
-Json parse_json(const std::vector<std::uint8_t>& text, const std::string& file) {
+Json parse(const std::uint8_t* text, std::size_t size, const std::string& file) {
     // The parser would skip a byte order mark, which JSON does not allow.
-    if (text.size() >= 3 && text[0] == 0xef && text[1] == 0xbb && text[2] == 0xbf) {
+    if (size != 0 && text[0] == 0xef) {
         throw BundleError("is not valid JSON: it begins with a byte order mark", file);
     }
     try {
-        return Json::parse(text.begin(), text.end());
+        return Json::parse(text, text + size);
     } catch (const Json::exception& error) {
         throw BundleError(std::string("is not valid JSON: ") + error.what(), file);
     }
 }
+
+}  // namespace
+
+JsonDocument::JsonDocument(const std::uint8_t* text, std::size_t size, std::string file)
+    : document_(std::make_unique<Json>(parse(text, size, file))), file_(std::move(file)) {}
+
+JsonDocument::~JsonDocument() = default;
+
+JsonValue JsonDocument::root() const { return JsonValue(*document_, file_); }
+
+std::string json_text(const std::string& text) { return Json(text).dump(-1, ' ', true); }
 
 void JsonValue::refuse(const std::string& expected) const {
     throw BundleError("field '" + where_ + "' is " + shown(value_) + ", expected " + expected,
@@ -57,6 +69,12 @@ std::int64_t JsonValue::whole_number() const {
     }
     return value_.get<std::int64_t>();
 }
+
+bool JsonValue::is_null() const { return value_.is_null(); }
+
+bool JsonValue::is_text() const { return value_.is_string(); }
+
+bool JsonValue::has(const std::string& name) const { return value_.contains(name); }
 
 double JsonValue::number() const {
     if (!value_.is_number()) {

@@ -2,30 +2,26 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json.hpp>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
 namespace sam3rt {
 
-using Json = nlohmann::json;
-
-/// Parses a file's JSON text. Throws BundleError, naming the file, where it is not valid JSON.
-Json parse_json(const std::vector<std::uint8_t>& text, const std::string& file);
-
-/// A value of a JSON file, and where in the file it stands. Every reading function throws
-/// BundleError that names the file and the place where the value is not of the type asked for.
+/// A value of a JSON document, which must outlive it. Every reading function throws BundleError that
+/// names the file and the place in it where the value is not of the type asked for.
 class JsonValue {
 public:
-    JsonValue(const Json& value, std::string file, std::string where = "")
+    JsonValue(const nlohmann::json& value, std::string file, std::string where = "")
         : value_(value), file_(std::move(file)), where_(std::move(where)) {}
 
     std::string text() const;
     std::int64_t whole_number() const;
     /// A number of ordinary size: at most 1e30 either way.
     double number() const;
-    bool is_null() const { return value_.is_null(); }
-    bool is_text() const { return value_.is_string(); }
+    bool is_null() const;
+    bool is_text() const;
 
     /// The position of this text in `options`.
     std::size_t one_of(const std::vector<std::string>& options) const;
@@ -36,7 +32,7 @@ public:
 
     /// Refuse anything but an object whose fields are all among `known`.
     void check_fields(const std::vector<std::string>& known) const;
-    bool has(const std::string& name) const { return value_.contains(name); }
+    bool has(const std::string& name) const;
     /// A field, which must be there.
     JsonValue field(const std::string& name) const;
     /// The names and values of an object.
@@ -48,9 +44,26 @@ private:
     void require_object() const;
     std::string below(const std::string& name) const;
 
-    const Json& value_;
+    const nlohmann::json& value_;
     std::string file_;
     std::string where_;
 };
+
+/// A file's JSON text, parsed.
+class JsonDocument {
+public:
+    /// Throws BundleError, naming the file, where the text is not valid JSON.
+    JsonDocument(const std::uint8_t* text, std::size_t size, std::string file);
+    ~JsonDocument();
+
+    JsonValue root() const;
+
+private:
+    std::unique_ptr<const nlohmann::json> document_;
+    std::string file_;
+};
+
+/// A text as JSON, of ASCII characters only.
+std::string json_text(const std::string& text);
 
 }  // namespace sam3rt

@@ -104,8 +104,10 @@ ImageEmbedding Model::load_embedding(const std::filesystem::path& path) const {
                              names_of(about.encoder.outputs)}));
 }
 
+void Model::prepare() const { data_->backend.prepare(); }
+
 void Model::warm_up() const {
-    data_->backend.prepare();
+    prepare();
     constexpr std::int64_t side = 8;
     const std::array<std::uint8_t, 3 * side * side> black{};
     Prompts click;

@@ -370,6 +370,11 @@ const std::map<std::string, Step>& steps() {
                  open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
          }},
         {"load_model", load_model},
+        {"prepare",
+         [](Session& all, const json& s) {
+             all.models.at(text(s, "model")).prepare();
+             return json();
+         }},
         {"warm_up",
          [](Session& all, const json& s) {
              all.models.at(text(s, "model")).warm_up();

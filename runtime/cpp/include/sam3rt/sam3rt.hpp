@@ -432,7 +432,7 @@ struct ModelOptions {
 /// method may be called from many threads at once.
 class SAM3RT_EXPORT Model {
 public:
-    /// Open a bundle folder. Graphs are loaded at first use, or by warm_up().
+    /// Open a bundle folder. Graphs are loaded at first use, or by prepare() or warm_up().
     /// Throws InvalidInputError where an option makes no sense; BundleError where the bundle is
     /// missing, damaged, mixed, too new or not the expected one; BackendError where the device
     /// cannot be used here.
@@ -451,6 +451,9 @@ public:
     /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for it.
     /// Throws EmbeddingError where the file is missing, damaged, or from another bundle.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
+
+    /// Load both graphs now instead of at their first use.
+    void prepare() const;
 
     /// Load both graphs and run each once, so that the first request is not the slow one.
     void warm_up() const;

@@ -1,0 +1,36 @@
+// What a call found, best first, and the files it is written to.
+#pragma once
+
+#include <filesystem>
+#include <sam3rt/sam3rt.hpp>
+#include <string>
+#include <vector>
+
+#include "arguments.hpp"
+#include "image_files.hpp"
+
+/// One mask of one object.
+struct Found {
+    std::size_t object;
+    float score;
+    /// height * width, 0 and 1.
+    std::vector<std::uint8_t> mask;
+};
+
+/// How long the parts took, seconds.
+struct Seconds {
+    double load;
+    double encode;
+    double predict;
+};
+
+/// All masks of a prediction: object by object, the best predicted IoU first.
+std::vector<Found> sorted(const sam3rt::Prediction& prediction);
+
+/// Write mask_N.png, overlay.png and result.json. Throws std::system_error.
+void write_results(const Arguments& arguments, const Picture& image, const sam3rt::Model& model,
+                   const std::vector<Found>& found, const Seconds& seconds);
+
+/// A table of what was found, for people.
+std::string table(const std::vector<Found>& found, const Arguments& arguments,
+                  const Seconds& seconds);

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds the C++ runtime for its tests: `release`, installed to `install`; `address`, with
+# AddressSanitizer and UndefinedBehaviorSanitizer; `thread`, with ThreadSanitizer.
+#
+#   build_for_tests.sh FOLDER      (FOLDER/dependencies is what fetch_dependencies.sh made)
+set -euo pipefail
+
+source=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+
+configure() {
+    cmake -G Ninja -S "$source" -B "$folder/$1" "${@:2}" \
+        -DCMAKE_PREFIX_PATH="$folder/dependencies" -DONNXRUNTIME_ROOT="$folder/dependencies" \
+        -DSAM3RT_TESTS=ON -DSAM3RT_EXAMPLES=ON -DSAM3RT_WARNINGS_AS_ERRORS=ON \
+        > "$folder/$1.log" || { cat "$folder/$1.log"; exit 1; }
+}
+
+# Sanitized code is built with little optimization: compiling it takes longer than running it.
+sanitized=(-DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O1 -DCMAKE_CXX_FLAGS=-O1)
+configure release -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$folder/install"
+configure address "${sanitized[@]}" -DSAM3RT_SANITIZE=address,undefined
+configure thread "${sanitized[@]}" -DSAM3RT_SANITIZE=thread
+ninja -C "$folder/release" --quiet install > /dev/null
+ninja -C "$folder/address" --quiet
+ninja -C "$folder/thread" --quiet threads
