@@ -43,6 +43,7 @@ from sam3rt.parity import ExpectedCase, Measurement, ParityRecord, restate, veri
 from sam3rt.transforms import preprocess
 
 from . import contracts
+from .conditioning import SHIFTS, most_decided
 from .errors import ExportError, SelfCheckError
 from .memory import release
 from .parity_inputs import cases_for, default_images
@@ -221,19 +222,20 @@ def _run_oracle(
         pixels, _ = preprocess(source.image, image)
         features.append(source.oracle.encode(torch.from_numpy(pixels)))
     expected = []
-    for case in cases_for(images, source.image, source.prompts):
+    say("choosing prompts on which the model is not undecided")
+    variants = [cases_for(images, source.image, source.prompts, shift) for shift in SHIFTS]
+    for candidates in zip(*variants, strict=True):
+        maps = features[candidates[0].image]
+        case = most_decided(source.decoder, maps, candidates)
         prompts = case.prompts
         masks = None if prompts.masks is None else torch.from_numpy(prompts.masks)
         said = source.oracle.decode(
-            features[case.image],
-            torch.from_numpy(prompts.points),
-            torch.from_numpy(prompts.labels),
-            masks,
+            maps, torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels), masks
         )
         score = None if said.object_score is None else said.object_score.numpy()
         expected.append((case, ExpectedCase(said.logits.numpy(), said.iou.numpy(), score)))
-    maps = [tuple(level.numpy() for level in levels) for levels in features]
-    return ParityRecord.build(images, maps, expected)
+    arrays = [tuple(level.numpy() for level in levels) for levels in features]
+    return ParityRecord.build(images, arrays, expected)
 
 
 def _encoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:

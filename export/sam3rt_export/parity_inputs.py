@@ -13,6 +13,7 @@ from sam3rt.transforms import geometry
 _BOXES = np.array(
     [[0.2, 0.25, 0.7, 0.8], [0.1, 0.1, 0.95, 0.95], [0.3, 0.15, 0.85, 0.7]], np.float32
 )
+_CLICKS = np.array([[0.3, 0.6], [0.75, 0.2], [0.55, 0.5]])
 # Two shapes, so that a swapped height and width cannot go unnoticed.
 _SIZES = ((168, 224), (240, 152))
 
@@ -44,7 +45,10 @@ def _scene(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def cases_for(
-    images: list[NDArray[np.uint8]], image: ImageSpec, prompts: PromptSpec
+    images: list[NDArray[np.uint8]],
+    image: ImageSpec,
+    prompts: PromptSpec,
+    shift: tuple[float, float] = (0.0, 0.0),
 ) -> list[ParityCase]:
     """Decoder calls that reach every input of the graph and every axis of it.
 
@@ -52,19 +56,20 @@ def cases_for(
         images: the images.
         image: the model's image rules.
         prompts: the model's prompt rules.
+        shift: moves every prompt by this share of the image, (x, y); at most 0.05.
     """
     cases = []
     for index, array in enumerate(images):
         height, width = array.shape[:2]
         place = geometry(image, (height, width))
-        mask = _mask_prompt(prompts.mask_size)
+        mask = _mask_prompt(prompts.mask_size, shift)
         at = np.array([width, height], np.float32)
-        click = at * [0.42, 0.37]
-        boxes = np.tile(at, 2) * _BOXES
+        click = at * (np.array([0.42, 0.37]) + shift)
+        boxes = np.tile(at, 2) * (_BOXES + np.tile(shift, 2).astype(np.float32))
         box = boxes[0]
         calls = {
             "click": Prompts(click[None], [1]),
-            "clicks": Prompts(at * [[0.3, 0.6], [0.75, 0.2], [0.55, 0.5]], [1, 0, 1]),
+            "clicks": Prompts(at * (_CLICKS + shift), [1, 0, 1]),
             "box": Prompts(box=box),
             "box_click": Prompts(click[None], [1], box=box),
             "objects": Prompts(box=boxes),
@@ -85,9 +90,10 @@ def cases_for(
     return cases
 
 
-def _mask_prompt(size: tuple[int, int]) -> NDArray[np.float32]:
+def _mask_prompt(size: tuple[int, int], shift: tuple[float, float]) -> NDArray[np.float32]:
     """Logits of a soft ellipse, float32 [1, h, w]; whole numbers, so that they store well."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
-    distance = ((x / size[1] - 0.45) / 0.25) ** 2 + ((y / size[0] - 0.5) / 0.3) ** 2
+    distance = ((x / size[1] - 0.45 - shift[0]) / 0.25) ** 2
+    distance += ((y / size[0] - 0.5 - shift[1]) / 0.3) ** 2
     logits: NDArray[np.float32] = np.round(np.clip(10.0 * (1.0 - distance), -10.0, 10.0))
     return logits.astype(np.float32)[None]

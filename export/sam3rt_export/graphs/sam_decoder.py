@@ -299,11 +299,7 @@ class SingleMask(nn.Module):
         chosen, chosen_iou = masks[:, :1], iou[:, :1]
         if self.always_first:
             return chosen, chosen_iou
-        inner = (chosen > self.delta).float().sum(dim=(2, 3))
-        outer = (chosen > -self.delta).float().sum(dim=(2, 3))
-        # max(outer, 1): where outer is 0 so is inner, and the score is defined as 1.
-        score = torch.where(outer > 0.5, inner / torch.clamp(outer, min=1.0), 1.0)
-        stable = score >= self.threshold
+        stable = self.stability(chosen) >= self.threshold
         best = torch.argmax(iou[:, 1:], dim=1, keepdim=True)
         other, other_iou = masks[:, 1:2], iou[:, 1:2]
         for index in range(1, masks.shape[1] - 1):
@@ -314,6 +310,13 @@ class SingleMask(nn.Module):
             torch.where(stable[:, :, None, None], chosen, other),
             torch.where(stable, chosen_iou, other_iou),
         )
+
+    def stability(self, mask: Tensor) -> Tensor:
+        """The stability score of a mask [P, 1, h, w], in [0, 1], [P, 1]."""
+        inner = (mask > self.delta).float().sum(dim=(2, 3))
+        outer = (mask > -self.delta).float().sum(dim=(2, 3))
+        # max(outer, 1): where outer is 0 so is inner, and the score is defined as 1.
+        return torch.where(outer > 0.5, inner / torch.clamp(outer, min=1.0), 1.0)
 
 
 class SamDecoderGraph(nn.Module):

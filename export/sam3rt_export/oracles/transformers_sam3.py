@@ -89,6 +89,11 @@ class TransformersOracle:
     def __init__(self, model: Any) -> None:
         self._model = model
 
+    @property
+    def model(self) -> Any:
+        """The ``Sam3TrackerModel``."""
+        return self._model
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """float32 [1, 3, S, S] to three feature maps, finest first."""
