@@ -23,6 +23,8 @@ GOLDEN = ROOT / "tests" / "golden"
 PHOTOS = ROOT / "tests" / "photos"
 
 sys.path.insert(0, str(GOLDEN / "sam3"))
+# Tests of other consumers of bundles use the same broken bundles as the runtime's.
+sys.path.append(str(ROOT / "tests" / "runtime"))
 
 import synthetic  # noqa: E402
 
@@ -144,23 +146,23 @@ def cpp_build(
 
 @pytest.fixture(scope="session")
 def sam3_golden(
-    cpp_builds: Path,
-    small_model: sam3rt.SegmentationModel,
-    golden_images: dict[int, NDArray[np.uint8]],
+    cpp_builds: Path, small_bundle: Path, golden_images: dict[int, NDArray[np.uint8]]
 ) -> Any:
     """SAM 3's golden cases as calls, with the Python runtime's results."""
     import golden_calls
 
-    return golden_calls.sam3_golden(small_model, golden_images)
+    model = sam3rt.load_model(small_bundle, backend="onnxruntime", device="cpu")
+    return golden_calls.sam3_golden(model, golden_images)
 
 
 @pytest.fixture(scope="session")
-def mobile_sam_golden(cpp_builds: Path, default_model: sam3rt.SegmentationModel) -> Any:
+def mobile_sam_golden(cpp_builds: Path) -> Any:
     """MobileSAM's golden cases as calls, with the Python runtime's results."""
     import golden_calls
 
+    model = sam3rt.load_model(backend="onnxruntime", device="cpu")
     photos = {path.stem: photo(path.stem) for path in sorted(PHOTOS.glob("*.png"))}
-    return golden_calls.mobile_sam_golden(default_model, photos)
+    return golden_calls.mobile_sam_golden(model, photos)
 
 
 @pytest.fixture(scope="session", params=["sam3_golden", "mobile_sam_golden"])
