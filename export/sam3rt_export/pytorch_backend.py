@@ -88,8 +88,10 @@ class PyTorchBackend:
         self._encode: Callable[..., Any] = model.encode
         self._decode: Callable[..., Any] = model.decode
         if precision.startswith("compile-"):
+            # Objects and points vary from call to call; a graph for each number of them would be
+            # compiled over and over, and after eight not at all.
             self._encode = torch.compile(model.encode)
-            self._decode = torch.compile(model.decode)
+            self._decode = torch.compile(model.decode, dynamic=True)
 
     def prepare(self) -> None:
         """Nothing: what is compiled is compiled for the shapes of its first calls."""
@@ -173,6 +175,10 @@ class _Sam3:
             dense = dense.expand(1, -1, grid, grid)
         else:
             dense = prompt_encoder.mask_embed(masks[:, None])
+            if len(masks) > 1:
+                # One mask per object: objects take the place of images, which have one each.
+                sparse = sparse.transpose(0, 1)
+                features = tuple(f.expand(len(masks), -1, -1, -1) for f in features)
         logits, iou, _, score = self._model.mask_decoder(
             image_embeddings=features[-1],
             image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
@@ -181,7 +187,7 @@ class _Sam3:
             multimask_output=multimask,
             high_resolution_features=list(features[:-1]),
         )
-        return logits[0], iou[0], score[0]
+        return logits.flatten(0, 1), iou.flatten(0, 1), score.flatten(0, 1)
 
 
 class _MobileSam:

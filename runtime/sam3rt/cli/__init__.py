@@ -19,6 +19,7 @@ _SUBCOMMANDS = {
     "build": "sam3rt.cli.build",
     "verify": "sam3rt.cli.verify",
     "compare": "sam3rt.cli.compare",
+    "bench": "sam3rt.cli.bench",
     "info": "sam3rt.cli.info",
 }
 
@@ -30,6 +31,7 @@ examples:
   sam3rt build engines/sam3
   sam3rt verify engines/sam3
   sam3rt compare engines/sam3 onnxruntime simulated:fp16
+  sam3rt bench engines/sam3 --quick
   sam3rt info --json
 """
 

@@ -1,0 +1,94 @@
+"""Repeated calls, timed in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .document import Times
+
+Call = Callable[[], Any]
+# Fewer than this say nothing about spread, however slow the call is.
+_FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        repetitions: rounds at most.
+        seconds: time after which no further round of one table begins, once there are three.
+        warm_up: untimed rounds at most; one where a round takes a second or more.
+    """
+
+    repetitions: int
+    seconds: float
+    warm_up: int
+
+
+def summarize(seconds: Sequence[float]) -> Times:
+    """Statistics of durations given in seconds."""
+    values = 1e3 * np.asarray(seconds, np.float64)
+    q25, median, q75, p95, p99 = np.percentile(values, (25, 50, 75, 95, 99))
+    return Times(
+        count=len(values),
+        median_ms=_round(median),
+        mean_ms=_round(values.mean()),
+        p95_ms=_round(p95),
+        p99_ms=_round(p99),
+        min_ms=_round(values.min()),
+        max_ms=_round(values.max()),
+        spread=_round((q75 - q25) / max(median, 1e-9)),
+    )
+
+
+def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
+    """Time calls in turn, so that a machine that gets slower or faster does so for all of them.
+
+    Every round starts with another call, so that none always follows the same one.
+
+    Args:
+        calls: what to time, by name.
+        effort: how often.
+
+    Returns:
+        The durations of each.
+    """
+    names = list(calls)
+    for _ in range(effort.warm_up):
+        start = time.perf_counter()
+        for name in names:
+            calls[name]()
+        if time.perf_counter() - start >= 1:
+            break
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    begin = time.perf_counter()
+    for number in range(effort.repetitions):
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - begin > effort.seconds:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            call = calls[name]
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: summarize(values) for name, values in seconds.items()}
+
+
+def timed(call: Call) -> tuple[float, Any]:
+    """Seconds of one call, and what it returned."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def _round(value: Any) -> float:
+    """Five significant digits: more would be noise."""
+    return float(f"{float(value):.5g}")
