@@ -9,13 +9,15 @@ small model of the tests; run from the repository's root:
         --output benchmarks/results/NAME/predict_vs_reference.json
 
 BUNDLE is an export of CHECKPOINT, a ``sam3.pt``-style file. The reference asks for CUDA in
-places; on a machine without it, its tensors are made on the CPU instead.
+places; on a machine without it, its tensors are made on the CPU instead. Several ways of running
+the bundle can be compared at once: ``--candidate openvino:fp32 --candidate onnxruntime:fp32``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import statistics
@@ -27,7 +29,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnxruntime
 import torch
 from report import cpu_name, publish
 
@@ -99,6 +100,13 @@ def reference_predictor(checkpoint: Path, embedding: sam3rt.ImageEmbedding) -> A
     return predictor
 
 
+def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The mean IoU of masks [..., H, W]."""
+    both = (actual & expected).sum(axis=(-2, -1))
+    either = (actual | expected).sum(axis=(-2, -1))
+    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
+
+
 def measure(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
     """Call each in turn, ``repetitions`` times; milliseconds."""
     for call in calls.values():
@@ -128,53 +136,74 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--candidate", action="append", default=[], metavar="BACKEND:PRECISION")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = sam3rt.load_model(options.bundle, threads=options.threads, device="cpu")
+    names = options.candidate or ["onnxruntime:fp32"]
+    models = {
+        name: sam3rt.load_model(
+            options.bundle,
+            backend=name.partition(":")[0],
+            precision=name.partition(":")[2] or "auto",
+            threads=options.threads,
+            device="cpu",
+        )
+        for name in names
+    }
     rng = np.random.default_rng(0)
-    embedding = model.encode(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
-    assert embedding.geometry == ImageGeometry((HEIGHT, WIDTH), model.manifest.image.size)
+    # One encoder for all, in FP32 where there is a choice: what is compared are the decoders.
+    exact = next((m for n, m in models.items() if n.endswith("fp32")), models[names[0]])
+    embedding = exact.encode(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    assert embedding.geometry == ImageGeometry((HEIGHT, WIDTH), exact.manifest.image.size)
+    maps = list(embedding.numpy().values())
 
     rows = []
     for holes in (0.0, 256.0):
-        ours = sam3rt.SAM3InteractiveImagePredictor(model, max_hole_area=holes)
-        ours.set_embedding(embedding)
+        ours = {}
+        for name, model in models.items():
+            ours[name] = sam3rt.SAM3InteractiveImagePredictor(model, max_hole_area=holes)
+            features = model.backend.upload(maps)
+            ours[name].set_embedding(dataclasses.replace(embedding, features=features))
         theirs = reference_predictor(options.checkpoint, embedding)
         theirs._transforms.max_hole_area = holes
-        for name, prompts in PROMPTS.items():
+        for prompt, prompts in PROMPTS.items():
             arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in prompts.items()}
-            result, expected = ours.predict(**arrays), theirs.predict(**arrays)
-            differing = float((result[0] != expected[0]).mean())
-            logits = float(np.abs(result[2] - expected[2]).max())
+            expected = theirs.predict(**arrays)
             times = measure(
                 {
-                    "sam3rt": partial(ours.predict, **arrays),
+                    **{name: partial(p.predict, **arrays) for name, p in ours.items()},
                     "reference": partial(theirs.predict, **arrays),
                 },
                 options.repetitions,
             )
-            rows.append(
-                {
-                    "prompt": name,
-                    "max_hole_area": holes,
-                    **times,
-                    "ratio": round(
-                        times["reference"]["median_ms"] / times["sam3rt"]["median_ms"], 2
-                    ),
-                    "differing_mask_pixels": differing,
-                    "largest_logit_difference": logits,
-                }
-            )
-            print(json.dumps(rows[-1]))
+            for name, predictor in ours.items():
+                masks, _, low_res = predictor.predict(**arrays)
+                rows.append(
+                    {
+                        "prompt": prompt,
+                        "max_hole_area": holes,
+                        "candidate": name,
+                        "sam3rt": times[name],
+                        "reference": times["reference"],
+                        "ratio": round(
+                            times["reference"]["median_ms"] / times[name]["median_ms"], 2
+                        ),
+                        "mask_iou": round(mask_iou(masks > 0, expected[0] > 0), 5),
+                        "differing_mask_pixels": float((masks != expected[0]).mean()),
+                        "largest_logit_difference": float(np.abs(low_res - expected[2]).max()),
+                    }
+                )
+                print(json.dumps(rows[-1]))
     if options.output:
         document = {
             "what": f"predict at {WIDTH}x{HEIGHT}, features given, {options.threads} threads",
             "command": "python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT "
-            f"--threads {options.threads} --repetitions {options.repetitions}",
+            f"--threads {options.threads} --repetitions {options.repetitions} "
+            + " ".join(f"--candidate {name}" for name in names),
             "machine": {"processor": cpu_name(), "platform": platform.platform()},
             "versions": {
                 "sam3rt": sam3rt.__version__,
-                "onnxruntime": onnxruntime.__version__,
+                **{k: v for m in models.values() for k, v in m.backend.versions().items()},
                 "torch": torch.__version__,
                 "numpy": np.__version__,
             },
