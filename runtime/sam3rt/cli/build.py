@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capability to build for ahead of time, such as 8.9 or sm89; repeatable",
     )
     for name, default, what in (
-        ("objects", 64, "objects in one decoder call; more are run in parts"),
+        ("objects", 16, "objects in one decoder call; more are run in parts"),
         ("points", 32, "points per object, box corners and padding included"),
         ("images", 1, "images in one encoder call"),
         ("side", 4096, "pixels of height or width that the GPU resizes; the host does larger ones"),
