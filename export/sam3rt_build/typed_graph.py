@@ -78,12 +78,17 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
     """What each node that handles floats computes in.
 
     Raises:
-        RecipeError: a rule that must be about something matches no node, as in graphs whose nodes
-            are not named after modules.
+        RecipeError: the nodes are not named after modules, or a rule that must be about something
+            matches none of them.
     """
     nodes = [node for node in model.graph if _handles_floats(node)]
     if recipe.narrow is None:
         return dict.fromkeys(nodes, _FLOAT)
+    if not any(scope_of(node) for node in nodes):
+        raise RecipeError(
+            f"recipe {recipe.name}: the graph's nodes are not named after modules: "
+            "export the model again"
+        )
     kept: set[ir.Node] = set()
     for rule in recipe.rules:
         matched = {node for node in nodes if rule.matches(node.op_type, scope_of(node))}
