@@ -149,7 +149,7 @@ def build_bundle(
         if device is None:
             engines = _ahead_of_time(shop, recipes, say)
         else:
-            prove = prove or functools.partial(_prove_here, index=device.index)
+            prove = prove or functools.partial(_prove_here, device=device)
             engines = _on_this_gpu(shop, recipes, say, prove)
         say("building the preprocessing and the postprocessing")
         return (*engines, *shop.build_imaging())
@@ -486,11 +486,11 @@ def _device(options: BuildOptions) -> Device:
         ) from error
 
 
-def _prove_here(bundle: Bundle, engines: EngineSet, index: int) -> Verdict:
+def _prove_here(bundle: Bundle, engines: EngineSet, device: Device) -> Verdict:
     """Run the gate in the backend that will serve."""
     from sam3rt.backends.tensorrt import TensorRtBackend, open_platform, prove
 
-    platform = open_platform(engines.encoder.sidecar.backend, index)
+    platform = open_platform(engines.encoder.sidecar.backend, device)
     return prove(bundle, TensorRtBackend(bundle, engines, platform))
 
 

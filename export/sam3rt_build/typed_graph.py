@@ -59,6 +59,7 @@ def load_graph(bundle: Bundle, role: Role) -> ir.Model:
         model = ir.load(bundle.file(graph.model))
     except Exception as error:  # protobuf and onnx_ir raise classes of their own
         raise BuildError(f"{graph.model.file} cannot be read: {error}") from error
+    _map_weights(model, bundle, graph)
     _drop_storage_casts(model)
     for node in model.graph:
         for value in node.outputs:
@@ -416,6 +417,36 @@ def _narrowed(value: ir.Value, wanted: ir.DataType) -> ir.TensorProtocol:
             f"{wanted.name}'s range"
         )
     return ir.Tensor(narrowed, dtype=wanted, name=f"{value.name}.{wanted.name.lower()}")
+
+
+def _map_weights(model: ir.Model, bundle: Bundle, graph: GraphSpec) -> None:
+    """Map the weights beside a graph into memory.
+
+    Not by onnx_ir, which refuses files with several hard links, as layered file systems and
+    copies made by ``cp --link`` have them. These files have just been hashed.
+    """
+    known = {entry.file: entry for entry in graph.external_data}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        entry = known.get(str(tensor.location))
+        if entry is None:
+            raise BuildError(
+                f"{graph.model.file}: weight {value.name!r} is in {tensor.location!r}, which the "
+                "manifest does not list"
+            )
+        try:
+            array = np.memmap(
+                bundle.file(entry),
+                tensor.dtype.numpy(),
+                "r",
+                tensor.offset or 0,
+                tuple(tensor.shape.numpy()),
+            )
+        except (OSError, ValueError) as error:
+            raise BuildError(f"{entry.file}: weight {value.name!r}: {error}") from error
+        value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _drop_storage_casts(model: ir.Model) -> None:
