@@ -9,8 +9,11 @@ changed context.
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
+import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -92,6 +95,29 @@ def _session(path: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+_results: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()
+_results_lock = threading.Lock()
+
+
+def _infer(session: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Outputs by name. Many tests run the parity record: equal inputs are run once."""
+    digest = hashlib.blake2b(str(id(session)).encode())
+    for name, array in feed.items():
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    key = digest.digest()
+    with _results_lock:
+        found = _results.get(key)
+    if found is None:
+        names = [argument.name for argument in session.get_outputs()]
+        found = dict(zip(names, session.run(names, feed), strict=True))
+        with _results_lock:
+            _results[key] = found
+            while len(_results) > 128:
+                _results.popitem(last=False)
+    return {name: array.copy() for name, array in found.items()}
 
 
 def make_module(
@@ -231,23 +257,24 @@ def make_module(
                 views[name] = raw.view(dtype.value).reshape(shape)
                 regions.append(Region(address, nbytes, mode is TensorIOMode.OUTPUT))
             version = self._version
+            recorded = cuda.is_capturing(stream)
 
             def run() -> None:
-                if self._version != version:
-                    raise CudaMisuse("a context was changed under its queued run or its graph")
+                # What is queued directly has read the context by then; a graph depends on it.
+                if recorded and self._version != version:
+                    raise CudaMisuse("a context was changed under its graph")
                 feed = {}
                 for argument in engine.session.get_inputs():
                     array = views[argument.name]
                     feed[argument.name] = array.astype(_ORT_TYPES[argument.type])
-                names = [argument.name for argument in engine.session.get_outputs()]
-                results = dict(zip(names, engine.session.run(names, feed), strict=True))
+                results = _infer(engine.session, feed)
                 if engine.perturbation is not None:
                     engine.perturbation(results)
                 for name, array in results.items():
                     views[name][...] = array
 
             what = "enqueue"
-            if cuda.is_capturing(stream) and not capturable:
+            if recorded and not capturable:
                 what = "uncapturable"
             cuda.queue(stream, Operation(what, tuple(regions), run, keep=views), 0)
             self._has_run = version

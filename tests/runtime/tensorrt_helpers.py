@@ -55,6 +55,7 @@ def copy_bundle(source: Path, target: Path) -> Path:
 class Rig:
     """A bundle, a fake GPU and a fake TensorRT."""
 
+    source: Path
     bundle: Bundle
     cuda: FakeCuda
     platform: Platform
@@ -96,7 +97,8 @@ class Rig:
         path = engine_path(self.bundle.path, folder, role)
         path.parent.mkdir(parents=True, exist_ok=True)
         if role in ("encoder", "decoder"):
-            graph = self.bundle.file(getattr(manifest, role).model)
+            # Where all rigs have it, so that one session serves them.
+            graph = self.source / getattr(manifest, role).model.file
         else:
             graph = path.with_name(f"{role}.onnx")
             model = getattr(imaging, f"{role}_graph")(manifest)
@@ -143,7 +145,7 @@ def make_rig(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **opti
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     copied = open_bundle(copy_bundle(bundle, folder / bundle.name), check_files=False)
     device = Device(0, GPU, cuda.total, DRIVER, (13, 0))
-    rig = Rig(copied, cuda, Platform(device, cuda, Library("tensorrt")), perturbations)
+    rig = Rig(bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), perturbations)
     loading = "sam3rt.backends.tensorrt.loading"
     monkeypatch.setattr(f"{loading}.probe", lambda index=0: device)
     monkeypatch.setattr(f"{loading}.open_platform", lambda flavour, gpu: rig.platform)

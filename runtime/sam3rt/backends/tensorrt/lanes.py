@@ -64,7 +64,7 @@ class Replay:
         try:
             self._graph = self._capture()
         except BackendError as error:
-            _LOG.info("runs without a CUDA graph: %s", error)
+            _LOG.info("runs without a CUDA graph: %s", str(error))
             return
         self._memory.give_back_after(self, self._cuda.destroy_graph, self._graph)
 
@@ -535,7 +535,8 @@ class LanePool:
                     self._count -= 1
                     self._limit = self._count
                     self._changed.notify_all()
-                _LOG.warning("no more than %d calls at a time: %s", self._count, error)
+                # As text: who keeps the record must not keep, by its traceback, what was allocated.
+                _LOG.warning("no more than %d calls at a time: %s", self._count, str(error))
 
     def _best(self, wide: bool, holding: Block | None) -> Lane | None:
         """A free lane: the one that holds the maps, else a narrow one unused for long."""

@@ -11,7 +11,7 @@ from ...engines.sidecar import BackendName
 from ...errors import BackendError, BundleError, InvalidInputError
 from .backend import TensorRtBackend
 from .platform import Platform, open_platform
-from .proof import RefusedError, allow_imaging, prove_set, settle
+from .proof import Refusal, RefusedError, allow_imaging, prove_set, settle
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def open_backend(
         )
     platform = open_platform(flavour, gpu)
     reasons: list[str] = []
-    refusals: list[RefusedError] = []
+    refusals: list[Refusal] = []
     for engines in candidates(bundle, platform.machine, precision, found):
         if any(r.encoder_at_fault and r.engines.encoder == engines.encoder for r in refusals):
             continue
@@ -78,7 +78,7 @@ def open_backend(
             backend = open_set(bundle, engines, platform)
         except RefusedError as error:
             reasons.append(f"not {engines.precision}: {error}")
-            refusals.append(error)
+            refusals.append(error.refusal)
         except (BackendError, BundleError) as error:
             reasons.append(f"not {engines.precision}: {error}")
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,28 +36,39 @@ _OFF_LEVEL = 0.01
 _MASK_PIXELS = 1e-4
 
 
-class RefusedError(BackendError):
-    """A set of engines failed the gate.
+@dataclass(frozen=True)
+class Refusal:
+    """How a set of engines failed the gate.
 
     Attributes:
         engines: the set.
+        explanation: what failed by how much.
         figures: the gate's worst figures.
         encoder_at_fault: whether the feature maps were wrong already. Where they were not, either
             engine may be to blame: limits are wide, and features just within them may be too far
             off for a decoder that is right.
     """
 
-    def __init__(
-        self, message: str, engines: EngineSet, figures: dict[str, float], encoder_at_fault: bool
-    ) -> None:
-        super().__init__(message)
-        self.engines = engines
-        self.figures = figures
-        self.encoder_at_fault = encoder_at_fault
+    engines: EngineSet
+    explanation: str
+    figures: dict[str, float]
+    encoder_at_fault: bool
+
+
+class RefusedError(BackendError):
+    """A set of engines failed the gate.
+
+    Attributes:
+        refusal: how.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.explanation)
+        self.refusal = refusal
 
 
 # For folders that cannot be written: how a set failed, or nothing, by engine hashes and GPU.
-_remembered: dict[tuple[str, str, str], RefusedError | None] = {}
+_remembered: dict[tuple[str, str, str], Refusal | None] = {}
 
 
 def prove(bundle: Bundle, backend: TensorRtBackend) -> Verdict:
@@ -143,19 +155,19 @@ def prove_set(bundle: Bundle, backend: TensorRtBackend, machine: Machine) -> Non
             features = any(m.output.startswith("features") for m in verdict.failures)
             if features:
                 _keep(encoder, machine, state="refused", parity=figures)
-            _remembered[key] = RefusedError(
+            _remembered[key] = Refusal(
+                backend.engines,
                 f"{_where(encoder)} with {_where(decoder)} fails the gate on this GPU: "
                 f"{verdict.explain()}",
-                backend.engines,
                 figures,
                 features,
             )
     refusal = _remembered[key]
     if refusal is not None:
-        raise refusal.with_traceback(None)
+        raise RefusedError(refusal)
 
 
-def settle(refusals: Sequence[RefusedError], engines: EngineSet, machine: Machine) -> None:
+def settle(refusals: Sequence[Refusal], engines: EngineSet, machine: Machine) -> None:
     """Find out, from the set that passed, which engines of those that failed are to blame.
 
     The engine that a failed set shares with the good one is right, so the other one is not.
@@ -188,7 +200,7 @@ def allow_imaging(bundle: Bundle, backend: TensorRtBackend, machine: Machine) ->
             try:
                 verdict = compare(bundle, backend)
             except BackendError as error:
-                _LOG.warning("%s is not used: %s", engine.path, error)
+                _LOG.warning("%s is not used: %s", engine.path, str(error))
                 continue
             if not verdict.measurements:
                 _LOG.info("%s is not used: it takes none of the record's images", engine.path)
