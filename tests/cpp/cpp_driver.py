@@ -85,7 +85,7 @@ class Build:
             if isinstance(value, np.ndarray):
                 sent += 1
                 path = folder / f"argument{sent}.npy"
-                np.save(path, np.ascontiguousarray(value))
+                np.save(path, np.asarray(value, order="C"))
                 return str(path)
             if isinstance(value, Path):
                 return str(value)

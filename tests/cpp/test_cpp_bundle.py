@@ -277,8 +277,8 @@ def test_changed_documents(cpp_build: Build, raw: bytes, tmp_path: Path) -> None
         sign(document) if signed else json.dumps(document).encode()
         for document, signed in changed_documents(raw)
     ]
-    # The standard library's parser takes lone surrogates and, as whole numbers, what fits no machine
-    # word; C++ refuses both, whatever the place.
+    # Python's parser takes lone surrogates and, as whole numbers, what fits no machine word; C++
+    # refuses both, whatever the place.
     lone = [text for text in texts if b"\\ud800" in text]
     large = [text for text in texts if str(1 << 64).encode() in text]
     special = {*lone, *large}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -221,4 +220,4 @@ def test_failed_write_leaves_the_old_file(
         {"op": "save_embedding", "embedding": "e", "path": folder / "taken"},
     ]
     cpp_build.run(steps)[2].refusal("OSError")
-    assert os.listdir(folder) == ["taken"]
+    assert [path.name for path in folder.iterdir()] == ["taken"]

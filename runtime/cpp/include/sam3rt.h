@@ -1,13 +1,13 @@
 /* sam3rt's C interface: the C++ library for any language that can call C.
  *
  * Objects are opaque and freed by their own function, which takes NULL too. Every function that can
- * fail returns a status, and where it is not SAM3RT_OK and `error` is not NULL, stores an error there
- * that the caller frees. Errors are objects and not a variable of the thread, so that languages whose
- * tasks move between threads can use them. No C++ exception leaves the library.
+ * fail returns a status, and where it is not SAM3RT_OK and `error` is not NULL, stores an error
+ * there that the caller frees. Errors are objects and not a variable of the thread, so that
+ * languages whose tasks move between threads can use them. No C++ exception leaves the library.
  *
  * Structures that callers fill begin with their size, so that later versions can add fields: set
- * struct_size to sizeof the structure and every field that is not wanted to zero. What a structure of
- * an older caller lacks has the value 0, which always stands for the default.
+ * struct_size to sizeof the structure and every field that is not wanted to zero. What a structure
+ * of an older caller lacks has the value 0, which always stands for the default.
  *
  * A model and an embedding may be used by many threads at once, a predictor by one at a time.
  */
@@ -61,7 +61,8 @@ typedef struct sam3rt_embedding sam3rt_embedding;
 typedef struct sam3rt_predictor sam3rt_predictor;
 typedef struct sam3rt_prediction sam3rt_prediction;
 
-/* --- versions ---------------------------------------------------------------------------------- */
+/* --- versions ----------------------------------------------------------------------------------
+ */
 
 /* SAM3RT_ABI_VERSION of the library that is loaded, to compare with that of the header. */
 SAM3RT_API int32_t sam3rt_abi_version(void);
@@ -69,7 +70,8 @@ SAM3RT_API int32_t sam3rt_abi_version(void);
 /* The library's version, such as "0.1.0". */
 SAM3RT_API const char* sam3rt_version(void);
 
-/* --- errors ------------------------------------------------------------------------------------ */
+/* --- errors ------------------------------------------------------------------------------------
+ */
 
 SAM3RT_API sam3rt_status sam3rt_error_status(const sam3rt_error* error);
 
@@ -81,7 +83,8 @@ SAM3RT_API const char* sam3rt_error_subject(const sam3rt_error* error);
 
 SAM3RT_API void sam3rt_error_free(sam3rt_error* error);
 
-/* --- values ------------------------------------------------------------------------------------ */
+/* --- values ------------------------------------------------------------------------------------
+ */
 
 #define SAM3RT_MAX_AXES 4
 
@@ -130,7 +133,8 @@ typedef struct sam3rt_prompts {
     int32_t coords_are_normalized;
 } sam3rt_prompts;
 
-/* --- the model --------------------------------------------------------------------------------- */
+/* --- the model ---------------------------------------------------------------------------------
+ */
 
 typedef struct sam3rt_model_options {
     size_t struct_size;
@@ -155,7 +159,8 @@ SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
 /* Loads both graphs and runs each once. */
 SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
 
-/* Such as "cpu" or "cuda:0"; and the bundle's name and fingerprint. They live as long as the model. */
+/* Such as "cpu" or "cuda:0"; and the bundle's name and fingerprint. They live as long as the model.
+ */
 SAM3RT_API const char* sam3rt_model_device(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_name(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_fingerprint(const sam3rt_model* model);
@@ -169,7 +174,8 @@ SAM3RT_API int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model);
 SAM3RT_API sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image* image,
                                              sam3rt_embedding** embedding, sam3rt_error** error);
 
-/* --- embeddings -------------------------------------------------------------------------------- */
+/* --- embeddings --------------------------------------------------------------------------------
+ */
 
 /* Loads an embedding that this bundle made, here or in Python. The encoder is not needed for it. */
 SAM3RT_API sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
@@ -184,14 +190,15 @@ SAM3RT_API void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, i
                                             int64_t* width);
 SAM3RT_API void sam3rt_embedding_free(sam3rt_embedding* embedding);
 
-/* --- the predictor ----------------------------------------------------------------------------- */
+/* --- the predictor -----------------------------------------------------------------------------
+ */
 
 typedef struct sam3rt_predictor_options {
     size_t struct_size;
     /* Logits above it are foreground. */
     double mask_threshold;
-    /* Background components of at most this many low-resolution pixels are filled, if has_max_hole_area
-     * is not 0; otherwise it is as the model's own predictor does it. */
+    /* Background components of at most this many low-resolution pixels are filled, if
+     * has_max_hole_area is not 0; otherwise it is as the model's own predictor does it. */
     double max_hole_area;
     int32_t has_max_hole_area;
     /* Foreground components of at most this many low-resolution pixels are removed. */
@@ -235,19 +242,18 @@ SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predic
 
 /* One entry of `prompts`, which may be NULL, per image of the batch; `predictions` has room for as
  * many results. Either all are stored or none. */
-SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
-                                                        const sam3rt_prompts* const* prompts,
-                                                        size_t count,
-                                                        const sam3rt_predict_options* options,
-                                                        sam3rt_prediction** predictions,
-                                                        sam3rt_error** error);
+SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(
+    const sam3rt_predictor* predictor, const sam3rt_prompts* const* prompts, size_t count,
+    const sam3rt_predict_options* options, sam3rt_prediction** predictions, sam3rt_error** error);
 
 /* Forgets the image or batch that was set. */
 SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
 
-/* --- predictions -------------------------------------------------------------------------------- */
+/* --- predictions --------------------------------------------------------------------------------
+ */
 
-/* The arrays of a prediction live as long as it does. With B > 1 objects each has a leading axis B. */
+/* The arrays of a prediction live as long as it does. With B > 1 objects each has a leading axis B.
+ */
 
 /* [C, H, W], 0 and 1; no axes where logits were asked for. */
 SAM3RT_API sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction);

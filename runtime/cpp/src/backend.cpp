@@ -148,8 +148,8 @@ Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
 Backend::Backend(const Bundle& bundle, const ModelOptions& options)
     : bundle_(bundle),
       threads_(options.threads),
-      blank_mask_(
-          {1, 1, bundle.manifest.prompts.mask_size.height, bundle.manifest.prompts.mask_size.width}) {
+      blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
+                   bundle.manifest.prompts.mask_size.width}) {
     if (threads_ < 0) {
         throw InvalidInputError("threads", std::to_string(threads_),
                                 "a positive whole number, or 0 to leave it to ONNX Runtime");
@@ -199,8 +199,7 @@ std::vector<Array<float>> Backend::decode(const Features& features, const Packed
                                           const std::vector<std::string>& outputs) const {
     if (features.device != device_.name()) {
         throw EmbeddingError("the embedding is on " + features.device + ", this model runs on " +
-                             device_.name() +
-                             "; save the embedding and load it with this model");
+                             device_.name() + "; save the embedding and load it with this model");
     }
     const std::shared_ptr<Ort::Session> session = session_of(decoder_);
     try {
@@ -285,11 +284,11 @@ std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
     }
     try {
         const Ort::SessionOptions options = options_for(graph);
-        auto session = spec.external_data.empty()
-                           ? std::make_shared<Ort::Session>(ort_environment(), content.data(),
-                                                            content.size(), options)
-                           : std::make_shared<Ort::Session>(ort_environment(), path.c_str(),
-                                                            options);
+        auto session =
+            spec.external_data.empty()
+                ? std::make_shared<Ort::Session>(ort_environment(), content.data(), content.size(),
+                                                 options)
+                : std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
         check(*session, spec, false);
         return session;
     } catch (const Ort::Exception& error) {
@@ -298,8 +297,7 @@ std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
 }
 
 std::shared_ptr<Ort::Session> Backend::load_wrapped(const Graph& graph) const {
-    const std::filesystem::path& path =
-        &graph == &encoder_ ? engines_->encoder : engines_->decoder;
+    const std::filesystem::path& path = &graph == &encoder_ ? engines_->encoder : engines_->decoder;
     try {
         Ort::SessionOptions options = options_for(graph);
         // The engine is the whole graph: a node on the CPU would mean that it was not used.
@@ -316,16 +314,16 @@ std::shared_ptr<Ort::Session> Backend::load_wrapped(const Graph& graph) const {
 void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const {
     Ort::AllocatorWithDefaultOptions allocator;
     const std::string& file = spec.model.file;
-    const auto stored = session.GetModelMetadata().LookupCustomMetadataMapAllocated(
-        "sam3rt.export_id", allocator);
+    const auto stored =
+        session.GetModelMetadata().LookupCustomMetadataMapAllocated("sam3rt.export_id", allocator);
     const std::string export_id = stored == nullptr ? "" : stored.get();
     // A wrapper need not say it: its engine's sidecar names the bundle.
     if (export_id != bundle_.manifest.export_id && !(wrapped && export_id.empty())) {
-        throw BundleError(
-            "belongs to export " + (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
-                "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
-                "...: encoder and decoder are mixed",
-            file);
+        throw BundleError("belongs to export " +
+                              (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
+                              "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
+                              "...: encoder and decoder are mixed",
+                          file);
     }
     std::vector<Signature> inputs;
     for (std::size_t i = 0; i < session.GetInputCount(); ++i) {

@@ -43,8 +43,8 @@ struct Features {
 /// The two graphs as sessions, created at first use. Every method may be called from many threads.
 class Backend {
 public:
-    /// Throws InvalidInputError where an option makes no sense, BackendError where the device is not
-    /// usable here, or has no engines.
+    /// Throws InvalidInputError where an option makes no sense, BackendError where the device is
+    /// not usable here, or has no engines.
     Backend(const Bundle& bundle, const ModelOptions& options);
 
     const Device& device() const { return device_; }

@@ -19,9 +19,7 @@ constexpr std::int64_t format_version = 1;
 constexpr std::uint64_t max_manifest_bytes = std::uint64_t{1} << 20;
 constexpr std::int64_t max_side = std::int64_t{1} << 16;
 
-[[noreturn]] void refuse(const std::string& message) {
-    throw BundleError(message, manifest_name);
-}
+[[noreturn]] void refuse(const std::string& message) { throw BundleError(message, manifest_name); }
 
 FileEntry read_file_entry(const JsonValue& value) {
     value.check_fields({"file", "sha256", "bytes"});
@@ -148,8 +146,7 @@ SourceSpec read_source(const JsonValue& value) {
 }
 
 ParityLimits read_limits(const JsonValue& value) {
-    value.check_fields(
-        {"feature_error", "feature_cosine", "logit_error", "iou_error", "mask_iou"});
+    value.check_fields({"feature_error", "feature_cosine", "logit_error", "iou_error", "mask_iou"});
     ParityLimits limits;
     limits.feature_error = value.field("feature_error").number();
     limits.feature_cosine = value.field("feature_cosine").number();

@@ -93,8 +93,7 @@ T known_fields(const T* given, const char* argument) {
         return known;
     }
     if (given->struct_size < sizeof(std::size_t) || given->struct_size > 65536) {
-        throw InvalidInputError(argument,
-                                "a struct_size of " + std::to_string(given->struct_size),
+        throw InvalidInputError(argument, "a struct_size of " + std::to_string(given->struct_size),
                                 std::to_string(sizeof(T)) + ", the structure's size");
     }
     std::memcpy(&known, given, std::min(given->struct_size, sizeof known));
@@ -249,9 +248,8 @@ sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
 
 sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const char* path,
                                     sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(embedding, "embedding").value.save(&require(path, "path"));
-    });
+    return guarded(error,
+                   [&] { require(embedding, "embedding").value.save(&require(path, "path")); });
 }
 
 void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
@@ -279,25 +277,22 @@ sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
         }
         chosen.max_sprinkle_area = known.max_sprinkle_area;
         require(predictor, "predictor");
-        *predictor =
-            new sam3rt_predictor{sam3rt::Predictor(require(model, "model").value, chosen)};
+        *predictor = new sam3rt_predictor{sam3rt::Predictor(require(model, "model").value, chosen)};
     });
 }
 void sam3rt_predictor_free(sam3rt_predictor* predictor) { delete predictor; }
 
 sam3rt_status sam3rt_predictor_set_image(sam3rt_predictor* predictor, const sam3rt_image* image,
                                          sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(predictor, "predictor").value.set_image(image_of(image, "image"));
-    });
+    return guarded(
+        error, [&] { require(predictor, "predictor").value.set_image(image_of(image, "image")); });
 }
 
 sam3rt_status sam3rt_predictor_set_embedding(sam3rt_predictor* predictor,
                                              const sam3rt_embedding* embedding,
                                              sam3rt_error** error) {
     return guarded(error, [&] {
-        require(predictor, "predictor")
-            .value.set_embedding(require(embedding, "embedding").value);
+        require(predictor, "predictor").value.set_embedding(require(embedding, "embedding").value);
     });
 }
 
@@ -321,8 +316,8 @@ sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
     return guarded(error, [&] {
         require(prediction, "prediction");
         const sam3rt::Predictor& value = require(predictor, "predictor").value;
-        *prediction = new sam3rt_prediction{
-            value.predict(prompts_of(prompts), predict_options_of(options))};
+        *prediction =
+            new sam3rt_prediction{value.predict(prompts_of(prompts), predict_options_of(options))};
     });
 }
 

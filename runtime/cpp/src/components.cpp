@@ -77,8 +77,7 @@ Sets join_touching(const std::vector<Run>& runs) {
 }  // namespace
 
 std::vector<std::uint8_t> small_components(const std::vector<std::uint8_t>& wanted,
-                                           std::size_t height, std::size_t width,
-                                           double max_area) {
+                                           std::size_t height, std::size_t width, double max_area) {
     const std::vector<Run> runs = find_runs(wanted, height, width);
     Sets sets = join_touching(runs);
     std::vector<std::size_t> areas(runs.size());

@@ -32,16 +32,15 @@ bool is_available(Provider provider) {
     return std::find(names.begin(), names.end(), entry_of(provider).ort_name) != names.end();
 }
 
-/// Empty where the device can hold a tensor, else what it said. ONNX Runtime lists its CUDA provider
-/// even where there is no driver.
+/// Empty where the device can hold a tensor, else what it said. ONNX Runtime lists its CUDA
+/// provider even where there is no driver.
 std::string failure_of(const Device& device) {
     try {
         const Copier copier(device, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
         std::array<float, 1> number = {1};
         const std::array<std::int64_t, 1> shape = {1};
-        copier.to_device(Ort::Value::CreateTensor<float>(host_memory(), number.data(),
-                                                         number.size(), shape.data(),
-                                                         shape.size()));
+        copier.to_device(Ort::Value::CreateTensor<float>(
+            host_memory(), number.data(), number.size(), shape.data(), shape.size()));
         return "";
     } catch (const Ort::Exception& error) {
         return error.what();
@@ -49,9 +48,10 @@ std::string failure_of(const Device& device) {
 }
 
 [[noreturn]] void refuse(const std::string& text) {
-    throw InvalidInputError("device", "'" + text + "'",
-                            "\"auto\", \"cpu\", or \"cuda\", \"tensorrt\" or \"tensorrt-rtx\", each "
-                            "also with \":N\"");
+    throw InvalidInputError(
+        "device", "'" + text + "'",
+        "\"auto\", \"cpu\", or \"cuda\", \"tensorrt\" or \"tensorrt-rtx\", each "
+        "also with \":N\"");
 }
 
 Device parse(const std::string& text) {
@@ -96,8 +96,8 @@ Device choose_device(const std::string& text) {
     if (device.on_gpu()) {
         const std::string failure = failure_of(device);
         if (!failure.empty()) {
-            throw BackendError("device '" + text + "' was asked for, but is not usable here: " +
-                               failure);
+            throw BackendError("device '" + text +
+                               "' was asked for, but is not usable here: " + failure);
         }
     }
     return device;

@@ -123,8 +123,7 @@ Header read_header(const std::uint8_t* text, std::size_t size) {
             }
         } else {
             value.check_fields({"dtype", "shape", "data_offsets"});
-            header.tensors[name] = {value.field("dtype").text(),
-                                    read_numbers(value.field("shape")),
+            header.tensors[name] = {value.field("dtype").text(), read_numbers(value.field("shape")),
                                     read_numbers(value.field("data_offsets"))};
         }
     }
@@ -222,9 +221,9 @@ void write_embedding(const std::filesystem::path& path, const std::vector<std::s
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < maps.size(); ++i) {
         const std::int64_t end = offset + static_cast<std::int64_t>(maps[i].size() * sizeof(float));
-        text += "," + json_text(names[i]) + ":{\"dtype\":\"F32\",\"shape\":" +
-                numbers_text(maps[i].shape()) + ",\"data_offsets\":" +
-                numbers_text({offset, end}) + "}";
+        text += "," + json_text(names[i]) +
+                ":{\"dtype\":\"F32\",\"shape\":" + numbers_text(maps[i].shape()) +
+                ",\"data_offsets\":" + numbers_text({offset, end}) + "}";
         offset = end;
     }
     text += "}";
@@ -262,8 +261,7 @@ StoredEmbedding read_embedding(const std::filesystem::path& path, const std::str
         if (size <= data_size || size > data_size + max_header + length_size) {
             refuse(path, "has " + std::to_string(size) +
                              " bytes, an embedding of this model about " +
-                             std::to_string(data_size) +
-                             ": it is cut or belongs to another model");
+                             std::to_string(data_size) + ": it is cut or belongs to another model");
         }
         content = read_file(path, size);
     } catch (const std::system_error& error) {

@@ -1,9 +1,9 @@
 // Files of one image's embedding.
 //
-// They use the safetensors layout: eight bytes of header length (little-endian), a JSON header, then
-// the raw tensors. Its __metadata__ names the bundle's fingerprint and the image's geometry, and
-// holds a SHA-256 over the header (with that digest zeroed) and the data, so that any change to a
-// file is noticed. The sizes in the header must account for every byte of the file.
+// They use the safetensors layout: eight bytes of header length (little-endian), a JSON header,
+// then the raw tensors. Its __metadata__ names the bundle's fingerprint and the image's geometry,
+// and holds a SHA-256 over the header (with that digest zeroed) and the data, so that any change to
+// a file is noticed. The sizes in the header must account for every byte of the file.
 #pragma once
 
 #include <filesystem>

@@ -47,9 +47,9 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
     const JsonDocument document(raw.data(), raw.size(), name);
     const JsonValue root = document.root();
     root.check_fields({"format", "format_version", "role", "backend", "engine",
-                       "bundle_fingerprint", "gpu", "targets", "tensorrt_version",
-                       "driver_version", "recipe", "features_dtype", "shapes", "state", "parity",
-                       "paired_with", "build_seconds"});
+                       "bundle_fingerprint", "gpu", "targets", "tensorrt_version", "driver_version",
+                       "recipe", "features_dtype", "shapes", "state", "parity", "paired_with",
+                       "build_seconds"});
     if (root.field("format").text() != "sam3rt-engine") {
         throw BundleError("\"format\" is not \"sam3rt-engine\"", name);
     }
@@ -145,9 +145,10 @@ std::string names_of(const std::vector<Pair>& pairs) {
                          bool unproven) {
     const std::string path = bundle.path.string();
     if (unproven) {
-        throw BackendError("the " + backend + " engines of " + path +
-                           " for this GPU have not passed the gate here; prove them: sam3rt verify " +
-                           path + " --backend " + backend);
+        throw BackendError(
+            "the " + backend + " engines of " + path +
+            " for this GPU have not passed the gate here; prove them: sam3rt verify " + path +
+            " --backend " + backend);
     }
     throw BackendError(path + " has no " + backend + " engines of this bundle for " + gpu.name +
                        " (compute capability " + gpu.compute_capability +
@@ -189,8 +190,7 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
     std::vector<Pair> pairs;
     for (const Engine& encoder : encoders) {
         for (const Engine& decoder : decoders) {
-            if (proven(encoder) && proven(decoder) &&
-                decoder.paired_with == encoder.file.sha256 &&
+            if (proven(encoder) && proven(decoder) && decoder.paired_with == encoder.file.sha256 &&
                 decoder.features_dtype == encoder.features_dtype) {
                 pairs.push_back({encoder, decoder});
             }

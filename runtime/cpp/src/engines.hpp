@@ -23,8 +23,8 @@ struct EngineSet {
 /// Engines lie in BUNDLE/engines/FOLDER/<role>.engine, each with a sidecar <role>.engine.json and a
 /// wrapper model <role>_ctx.onnx.
 ///
-/// `backend` is "tensorrt" or "tensorrt-rtx". `engine_folder`, if not empty, is the folder that must
-/// hold one of the engines: a path, or a name below BUNDLE/engines.
+/// `backend` is "tensorrt" or "tensorrt-rtx". `engine_folder`, if not empty, is the folder that
+/// must hold one of the engines: a path, or a name below BUNDLE/engines.
 ///
 /// Throws BackendError where none fits or several do, saying what to do about it, and BundleError
 /// where a file was changed.

@@ -41,7 +41,8 @@ std::size_t element_count(const Shape& shape) {
         count = overflow ? count : count * size;
     }
     if (overflow && !empty) {
-        throw InvalidInputError("shape", shape_text(shape), "a number of elements that fits memory");
+        throw InvalidInputError("shape", shape_text(shape),
+                                "a number of elements that fits memory");
     }
     return empty ? 0 : count;
 }

@@ -9,8 +9,8 @@
 
 namespace sam3rt {
 
-/// A value of a JSON document, which must outlive it. Every reading function throws BundleError that
-/// names the file and the place in it where the value is not of the type asked for.
+/// A value of a JSON document, which must outlive it. Every reading function throws BundleError
+/// that names the file and the place in it where the value is not of the type asked for.
 class JsonValue {
 public:
     JsonValue(const nlohmann::json& value, std::string file, std::string where = "")

@@ -52,9 +52,8 @@ ImageEmbedding Model::encode(const ImageView& image) const {
     const Manifest& about = manifest();
     const ImageGeometry place = geometry(about.image, {image.height, image.width});
     const Array<float> pixels = preprocess(about.image, image, place);
-    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.encode(pixels), place, about.fingerprint,
-                             names_of(about.encoder.outputs)}));
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(ImageEmbedding::Data{
+        data_->backend.encode(pixels), place, about.fingerprint, names_of(about.encoder.outputs)}));
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
@@ -94,8 +93,7 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
 
 ImageEmbedding Model::load_embedding(const std::filesystem::path& path) const {
     const Manifest& about = manifest();
-    const StoredEmbedding stored =
-        read_embedding(path, about.fingerprint, about.encoder.outputs);
+    const StoredEmbedding stored = read_embedding(path, about.fingerprint, about.encoder.outputs);
     if (!(stored.place == geometry(about.image, stored.place.original_size))) {
         throw EmbeddingError(path.string() + ": its image geometry contradicts this model's");
     }

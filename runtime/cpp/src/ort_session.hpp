@@ -18,8 +18,8 @@ Ort::SessionOptions session_options(const Device& device);
 Ort::MemoryInfo memory_of(const Device& device);
 Ort::MemoryInfo host_memory();
 
-/// Moves tensors between the host and a device, by running a graph that does nothing: older versions
-/// of ONNX Runtime have no other way that needs no CUDA headers.
+/// Moves tensors between the host and a device, by running a graph that does nothing: older
+/// versions of ONNX Runtime have no other way that needs no CUDA headers.
 class Copier {
 public:
     /// Throws Ort::Exception where the device does not work.

@@ -19,8 +19,7 @@ Array<Out> finish(const Array<float>& low_res, const ImageGeometry& place, const
     MaskSpec source = masks;
     source.low_res_size = size;
     const Resampling resampling = resampling_to_image(place, image, source);
-    Array<Out> result(
-        {shape[0], shape[1], place.original_size.height, place.original_size.width});
+    Array<Out> result({shape[0], shape[1], place.original_size.height, place.original_size.width});
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
         const float* logits = low_res.data() + i * (low_res.size() / count);

@@ -30,7 +30,6 @@ Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometr
 
 /// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
 Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& place,
-                           const ImageSpec& image, const MaskSpec& masks,
-                           const Cleaning& cleaning);
+                           const ImageSpec& image, const MaskSpec& masks, const Cleaning& cleaning);
 
 }  // namespace sam3rt

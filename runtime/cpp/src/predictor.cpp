@@ -31,8 +31,8 @@ Array<T> without_single_object(Array<T> array) {
 Predictor::Predictor(Model model, const PredictorOptions& options)
     : model_(std::move(model)),
       mask_threshold_(finite("mask_threshold", options.mask_threshold)),
-      max_hole_area_(finite("max_hole_area", options.max_hole_area.value_or(
-                                                 model_.manifest().masks.max_hole_area))),
+      max_hole_area_(finite("max_hole_area",
+                            options.max_hole_area.value_or(model_.manifest().masks.max_hole_area))),
       max_sprinkle_area_(finite("max_sprinkle_area", options.max_sprinkle_area)) {}
 
 void Predictor::set_image(const ImageView& image) { set_embedding(model_.encode(image)); }
@@ -73,9 +73,9 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
         throw StateError("a batch must be set with set_image_batch before predict_batch");
     }
     if (prompts.size() != embeddings_.size()) {
-        throw PromptError("prompts", std::to_string(prompts.size()) + " entries",
-                          "one per image of the batch (" + std::to_string(embeddings_.size()) +
-                              ")");
+        throw PromptError(
+            "prompts", std::to_string(prompts.size()) + " entries",
+            "one per image of the batch (" + std::to_string(embeddings_.size()) + ")");
     }
     std::vector<Prediction> predictions;
     for (std::size_t i = 0; i < prompts.size(); ++i) {

@@ -115,9 +115,9 @@ std::optional<Array<float>> read_masks(const std::optional<Array<float>>& mask,
 std::size_t count_objects(const std::optional<Points>& points, const std::optional<Boxes>& boxes,
                           const std::optional<Array<float>>& masks) {
     if (points && boxes && points->objects != boxes->objects) {
-        throw PromptError("box", std::to_string(boxes->objects) + " boxes",
-                          "one box per object of point_coords (" +
-                              std::to_string(points->objects) + ")");
+        throw PromptError(
+            "box", std::to_string(boxes->objects) + " boxes",
+            "one box per object of point_coords (" + std::to_string(points->objects) + ")");
     }
     const std::size_t mask_count = masks ? static_cast<std::size_t>(masks->shape()[0]) : 1;
     if (!points && !boxes) {
@@ -178,8 +178,8 @@ PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGe
     std::optional<Array<float>> masks = read_masks(prompts.mask_input, spec);
     const std::size_t objects = count_objects(points, boxes, masks);
 
-    const bool padded = (points || boxes) &&
-                        (spec.padding_point == PromptSpec::PaddingPoint::always || !boxes);
+    const bool padded =
+        (points || boxes) && (spec.padding_point == PromptSpec::PaddingPoint::always || !boxes);
     const std::size_t clicks = points ? points->count : 0;
     const std::size_t corners = boxes ? 2 : 0;
     const bool box_first = spec.box_position == PromptSpec::BoxPosition::before_points;

@@ -8,13 +8,12 @@
 
 namespace sam3rt {
 
-/// Resize an RGB image, rounding to whole levels after the columns and again after the rows, to the
-/// last bit as Pillow does it for 8-bit images.
-/// Returns height * width * 3 values, interleaved.
+/// Resize an RGB image, rounding to whole levels after each axis, to the last bit as Pillow 13 does
+/// it for 8-bit images. Returns height * width * 3 values, interleaved.
 std::vector<std::uint8_t> resize_rounded(const ImageView& image, const Size& target);
 
-/// Resize an RGB image without rounding to whole levels, as Pillow does it for 32-bit float planes.
-/// Returns height * width * 3 values, interleaved.
+/// Resize an RGB image without rounding to whole levels, as Pillow 13 does it for 32-bit float
+/// planes. Returns height * width * 3 values, interleaved.
 std::vector<float> resize_unrounded(const ImageView& image, const Size& target);
 
 }  // namespace sam3rt

@@ -56,9 +56,8 @@ ImageGeometry geometry(const ImageSpec& spec, const Size& original_size) {
         return {original_size, spec.size};
     }
     // ResizeLongestSide.get_preprocess_shape of SAM 1 and MobileSAM.
-    const double scale =
-        static_cast<double>(std::max(spec.size.height, spec.size.width)) /
-        static_cast<double>(std::max(original_size.height, original_size.width));
+    const double scale = static_cast<double>(std::max(spec.size.height, spec.size.width)) /
+                         static_cast<double>(std::max(original_size.height, original_size.width));
     const auto scaled = [scale](std::int64_t side) {
         const auto rounded = static_cast<std::int64_t>(static_cast<double>(side) * scale + 0.5);
         return std::max<std::int64_t>(1, rounded);
@@ -74,8 +73,7 @@ Array<float> preprocess(const ImageSpec& spec, const ImageView& image, const Ima
     if (spec.resize_dtype == ImageSpec::Rounding::uint8) {
         normalize(resize_rounded(image, place.input_size), place.input_size, spec, pixels.data());
     } else {
-        normalize(resize_unrounded(image, place.input_size), place.input_size, spec,
-                  pixels.data());
+        normalize(resize_unrounded(image, place.input_size), place.input_size, spec, pixels.data());
     }
     return pixels;
 }

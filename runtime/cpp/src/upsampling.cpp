@@ -81,9 +81,10 @@ AxisResampling direct(std::int64_t source, std::int64_t target) {
 AxisResampling unpadded(std::int64_t source, std::int64_t padded, std::int64_t kept,
                         std::int64_t target) {
     const auto inputs = static_cast<std::size_t>(source);
-    return finish(product(bilinear(static_cast<std::size_t>(kept), static_cast<std::size_t>(target)),
-                          bilinear(inputs, static_cast<std::size_t>(padded))),
-                  inputs);
+    return finish(
+        product(bilinear(static_cast<std::size_t>(kept), static_cast<std::size_t>(target)),
+                bilinear(inputs, static_cast<std::size_t>(padded))),
+        inputs);
 }
 
 /// A map [h, w] with its columns resampled: [h, W].

@@ -1,7 +1,8 @@
 // Bilinear resizing of logits without antialiasing, as PyTorch's `interpolate` does it.
 //
-// Resizing is linear and separable, and so are several resizes and crops after each other: each axis
-// is one banded matrix, so that MobileSAM's resize, crop and resize cost as much as one resize.
+// Resizing is linear and separable, and so are several resizes and crops after each other: each
+// axis is one banded matrix, so that MobileSAM's resize, crop and resize cost as much as one
+// resize.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
  *
  *   c_interface BUNDLE IMAGE.rgb HEIGHT WIDTH FOLDER
  *
- * IMAGE.rgb holds HEIGHT * WIDTH * 3 bytes. Writes what it predicted to FOLDER, as plain arrays that
- * the tests compare with the Python runtime's results.
+ * IMAGE.rgb holds HEIGHT * WIDTH * 3 bytes. Writes what it predicted to FOLDER, as plain arrays
+ * that the tests compare with the Python runtime's results.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -164,8 +164,8 @@ static void check_bad_input(const sam3rt_model* model, sam3rt_predictor* predict
     images[1] = &bad;
     refuse(sam3rt_predictor_set_image_batch(predictor, images, 2, &error), &error,
            SAM3RT_IMAGE_ERROR, "images[1]", "a batch with a bad image");
-    refuse(sam3rt_predictor_set_image_batch(predictor, NULL, 0, &error), &error,
-           SAM3RT_IMAGE_ERROR, "images", "an empty batch");
+    refuse(sam3rt_predictor_set_image_batch(predictor, NULL, 0, &error), &error, SAM3RT_IMAGE_ERROR,
+           "images", "an empty batch");
     refuse(sam3rt_model_encode(model, NULL, &embedding, &error), &error, SAM3RT_INVALID_INPUT,
            "image", "no image");
     refuse(sam3rt_predictor_predict(predictor, NULL, NULL, &prediction, &error), &error,

@@ -1,5 +1,5 @@
-// Runs the steps of a JSON file and writes what each returned or threw, so that the Python tests can
-// compare the library, and its parts, with the Python runtime. Arrays travel in .npy files.
+// Runs the steps of a JSON file and writes what each returned or threw, so that the Python tests
+// can compare the library, and its parts, with the Python runtime. Arrays travel in .npy files.
 //
 //   driver STEPS.json RESULTS.json
 
@@ -184,8 +184,8 @@ json new_predictor(Session& session, const json& step) {
     if (step.contains("max_sprinkle_area")) {
         options.max_sprinkle_area = number(step["max_sprinkle_area"]);
     }
-    session.predictors.insert_or_assign(
-        text(step, "predictor"), Predictor(session.models.at(text(step, "model")), options));
+    session.predictors.insert_or_assign(text(step, "predictor"),
+                                        Predictor(session.models.at(text(step, "model")), options));
     return nullptr;
 }
 
@@ -322,13 +322,11 @@ json read_embedding_file(const json& step) {
 json copy_through_identity(const json& step) {
     Array<float> array = read_npy<float>(text(step, "array"));
     const Copier copier(Device{}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    const Ort::Value host =
-        Ort::Value::CreateTensor<float>(host_memory(), array.data(), array.size(),
-                                        array.shape().data(), array.shape().size());
+    const Ort::Value host = Ort::Value::CreateTensor<float>(
+        host_memory(), array.data(), array.size(), array.shape().data(), array.shape().size());
     const Ort::Value back = copier.to_host(copier.to_device(host));
-    write_npy(result_path(step, "copy"),
-              Array<float>(back.GetTensorTypeAndShapeInfo().GetShape(),
-                           back.GetTensorData<float>(), array.size()));
+    write_npy(result_path(step, "copy"), Array<float>(back.GetTensorTypeAndShapeInfo().GetShape(),
+                                                      back.GetTensorData<float>(), array.size()));
     return back.GetTensorData<float>() != array.data();
 }
 
@@ -346,9 +344,9 @@ json hash(const json& step) {
 
 json choose(const json& step) {
     const Gpu gpu{text(step, "gpu"), text(step, "compute_capability")};
-    const EngineSet set = choose_engines(open_bundle(text(step, "path"), false),
-                                         text(step, "backend"), gpu,
-                                         step.value("engine_folder", ""));
+    const EngineSet set =
+        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), gpu,
+                       step.value("engine_folder", ""));
     return {{"encoder", set.encoder.string()},
             {"decoder", set.decoder.string()},
             {"features_dtype", set.features_dtype}};
@@ -366,8 +364,7 @@ const std::map<std::string, Step>& steps() {
          }},
         {"open_bundle",
          [](Session&, const json& s) {
-             return describe(
-                 open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
+             return describe(open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
          }},
         {"load_model", load_model},
         {"prepare",
@@ -443,8 +440,7 @@ const std::map<std::string, Step>& steps() {
         {"components", [](Session&, const json& s) { return components(s); }},
         {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
         {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
-        {"copy_through_identity",
-         [](Session&, const json& s) { return copy_through_identity(s); }},
+        {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
     };
     return table;

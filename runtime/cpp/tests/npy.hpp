@@ -58,8 +58,7 @@ Array<T> read_npy(const std::filesystem::path& path) {
 /// Write an array. Throws std::runtime_error.
 template <typename T>
 void write_npy(const std::filesystem::path& path, const Array<T>& array) {
-    std::string header =
-        "{'descr': '" + npy_type<T>() + "', 'fortran_order': False, 'shape': (";
+    std::string header = "{'descr': '" + npy_type<T>() + "', 'fortran_order': False, 'shape': (";
     for (const std::int64_t side : array.shape()) {
         header += std::to_string(side) + ",";
     }

@@ -30,8 +30,7 @@ sam3rt::Array<std::uint8_t> picture() {
 
 sam3rt::Prompts click(int number) {
     sam3rt::Prompts prompts;
-    prompts.point_coords =
-        sam3rt::Array<float>::rows({{4.0F + static_cast<float>(number), 12.0F}});
+    prompts.point_coords = sam3rt::Array<float>::rows({{4.0F + static_cast<float>(number), 12.0F}});
     prompts.point_labels = sam3rt::Array<std::int64_t>::list({1});
     return prompts;
 }

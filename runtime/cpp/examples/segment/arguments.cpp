@@ -178,9 +178,9 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
             refuse(name, "expected one value");
         }
     }
-    for (const auto& [name, value] : {std::pair{"IMAGE", &arguments.image},
-                                      std::pair{"--bundle", &arguments.bundle},
-                                      std::pair{"--output", &arguments.output}}) {
+    for (const auto& [name, value] :
+         {std::pair{"IMAGE", &arguments.image}, std::pair{"--bundle", &arguments.bundle},
+          std::pair{"--output", &arguments.output}}) {
         if (value->empty()) {
             throw UsageError(std::string("the following argument is required: ") + name);
         }

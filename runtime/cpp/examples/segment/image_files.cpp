@@ -72,7 +72,8 @@ int orientation_of_tiff(const Bytes& bytes, std::size_t start, std::size_t end) 
 int orientation_of_jpeg(const Bytes& bytes) {
     static const std::string signature("Exif\0\0", 6);
     // Segments follow each other until the picture itself starts.
-    for (std::size_t at = 2; at + 4 <= bytes.size() && bytes[at] == 0xff && bytes[at + 1] != 0xda;) {
+    for (std::size_t at = 2;
+         at + 4 <= bytes.size() && bytes[at] == 0xff && bytes[at + 1] != 0xda;) {
         const std::size_t length = number(bytes, at + 2, 2, false);
         const std::size_t end = at + 2 + length;
         const std::size_t tiff = at + 4 + signature.size();
@@ -111,8 +112,10 @@ Picture upright(const Picture& stored, int orientation) {
         return stored;
     }
     const bool turned = orientation >= 5;
-    const bool flip_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
-    const bool flip_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+    const bool flip_x =
+        orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
+    const bool flip_y =
+        orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
     Picture result{turned ? stored.width : stored.height, turned ? stored.height : stored.width,
                    stored.channels, Bytes(stored.pixels.size())};
     auto out = result.pixels.begin();
@@ -182,8 +185,8 @@ Picture read_image(const fs::path& path) {
     if (pixels == nullptr) {
         refuse(path, stbi_failure_reason());
     }
-    const std::size_t count = std::size_t{3} * static_cast<std::size_t>(width) *
-                              static_cast<std::size_t>(height);
+    const std::size_t count =
+        std::size_t{3} * static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
     return upright({height, width, 3, Bytes(pixels.get(), pixels.get() + count)},
                    exif_orientation(content));
 }

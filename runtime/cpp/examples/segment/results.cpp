@@ -136,12 +136,11 @@ void write_results(const Arguments& arguments, const Picture& image, const sam3r
 
 std::string table(const std::vector<Found>& found, const Arguments& arguments,
                   const Seconds& seconds) {
-    std::string text =
-        formatted("%-14s%7s%15s%11s\n", "mask", "object", "predicted IoU", "area");
+    std::string text = formatted("%-14s%7s%15s%11s\n", "mask", "object", "predicted IoU", "area");
     for (std::size_t i = 0; i < found.size(); ++i) {
-        text += formatted("%-14s%7zu%15.4f%11lld\n", mask_name(i).c_str(), found[i].object,
-                          static_cast<double>(found[i].score),
-                          static_cast<long long>(area(found[i])));
+        text +=
+            formatted("%-14s%7zu%15.4f%11lld\n", mask_name(i).c_str(), found[i].object,
+                      static_cast<double>(found[i].score), static_cast<long long>(area(found[i])));
     }
     return text +
            formatted("loaded in %.2f s, encoded in %.2f s, predicted in %.0f ms; ", seconds.load,

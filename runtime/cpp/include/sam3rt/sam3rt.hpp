@@ -1,9 +1,9 @@
 /// sam3rt: SAM 3's interactive predictor over a bundle, without Python.
 ///
 /// The layers are those of the Python package, with its rules, defaults and error messages:
-/// a Model without state turns images into ImageEmbedding values and prompts into masks; a Predictor
-/// keeps the embedding of the image set last, and returns masks of the image's size. Bundles and
-/// embedding files are the same.
+/// a Model without state turns images into ImageEmbedding values and prompts into masks; a
+/// Predictor keeps the embedding of the image set last, and returns masks of the image's size.
+/// Bundles and embedding files are the same.
 #pragma once
 
 #include <algorithm>
@@ -182,8 +182,8 @@ public:
     const T* begin() const noexcept { return values_.get(); }
     const T* end() const noexcept { return values_.get() + size_; }
 
-    /// A copy of entry `index` of the first axis, which stays with size 1: [C, h, w] gives [1, h, w].
-    /// Throws InvalidInputError where there is no such entry.
+    /// A copy of entry `index` of the first axis, which stays with size 1: [C, h, w] gives [1, h,
+    /// w]. Throws InvalidInputError where there is no such entry.
     Array select(std::size_t index) const {
         if (shape_.empty() || index >= static_cast<std::size_t>(shape_[0])) {
             throw InvalidInputError("index", std::to_string(index), "an entry of the first axis");
@@ -413,8 +413,8 @@ struct DecodedMasks {
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes CUDA
-    /// where it works and the CPU otherwise.
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes
+    /// CUDA where it works and the CPU otherwise.
     std::string device = "auto";
     /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
     int threads = 0;
@@ -443,13 +443,13 @@ public:
     ImageEmbedding encode(const ImageView& image) const;
 
     /// Run the decoder on one image's prompts: three masks per object, or the single one.
-    /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs to
-    /// another bundle or device, BackendError where the device failed.
+    /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs
+    /// to another bundle or device, BackendError where the device failed.
     DecodedMasks decode(const ImageEmbedding& embedding, const Prompts& prompts,
                         bool multimask_output = true) const;
 
-    /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for it.
-    /// Throws EmbeddingError where the file is missing, damaged, or from another bundle.
+    /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for
+    /// it. Throws EmbeddingError where the file is missing, damaged, or from another bundle.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
 
     /// Load both graphs now instead of at their first use.
@@ -511,8 +511,8 @@ struct Prediction {
 /// Segments objects of one image, or of a batch of images, from clicks, boxes and masks.
 ///
 /// Keeps the embeddings of the images set last; everything else is Model. One predictor serves one
-/// thread at a time; many predictors may share one model. A call that throws leaves the predictor as
-/// it was.
+/// thread at a time; many predictors may share one model. A call that throws leaves the predictor
+/// as it was.
 class SAM3RT_EXPORT Predictor {
 public:
     /// Throws InvalidInputError where an option is not a finite number.
@@ -524,8 +524,8 @@ public:
     /// Use an embedding made or loaded earlier in place of an image.
     void set_embedding(ImageEmbedding embedding);
 
-    /// Encode several images, of any sizes, so that predict_batch can be called on them; predict then
-    /// uses the last of them. Throws ImageError where there is none or one is not an image.
+    /// Encode several images, of any sizes, so that predict_batch can be called on them; predict
+    /// then uses the last of them. Throws ImageError where there is none or one is not an image.
     void set_image_batch(const std::vector<ImageView>& images);
 
     /// Predict masks from prompts on the image set last.

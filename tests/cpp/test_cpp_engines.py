@@ -1,0 +1,213 @@
+"""Which TensorRT engines the C++ runtime would use, on made-up engine folders.
+
+Nothing here runs an engine: that needs a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cpp_driver import Build, Result
+from helpers import tiny_bundle
+
+from sam3rt.bundle import Manifest, file_entry
+from sam3rt.engines import EngineShapes, EngineSidecar, Gpu, read_sidecar, write_sidecar
+
+GPU = Gpu("NVIDIA L4", "8.9")
+FP16 = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
+FP32 = "nvidia-l4-sm89-tensorrt-10.3.0-fp32"
+
+
+class Engines:
+    """A bundle to put engines into.
+
+    Args:
+        folder: where to make it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.manifest: Manifest = tiny_bundle(folder)
+
+    def add(self, name: str, role: str, wrapper: bool = True, **changes: Any) -> Path:
+        """Add an engine with a sidecar that fits, but for the changes."""
+        folder = self.path / "engines" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = folder / f"{role}.engine"
+        engine.write_bytes(f"{name} {role}".encode())
+        paired = None
+        if role == "decoder" and (folder / "encoder.engine").exists():
+            paired = file_entry(folder / "encoder.engine").sha256
+        sidecar = EngineSidecar(
+            role=role,  # type: ignore[arg-type]
+            backend="tensorrt",
+            engine=file_entry(engine),
+            bundle_fingerprint=self.manifest.fingerprint,
+            gpu=GPU,
+            targets=(),
+            tensorrt_version="10.3.0",
+            driver_version="550.1",
+            recipe=name.rsplit("-", 1)[-1],
+            features_dtype="float32",
+            shapes=EngineShapes(8, 16, 1, 4096),
+            state="proven",
+            parity={"cosine": 1.0},
+            paired_with=paired,
+            build_seconds=1.5,
+        )
+        write_sidecar(engine, dataclasses.replace(sidecar, **changes))
+        if wrapper:
+            (folder / f"{role}_ctx.onnx").write_bytes(b"wrapper")
+        return engine
+
+    def pair(self, name: str, **changes: Any) -> None:
+        """Add an encoder and a decoder proven with it."""
+        self.add(name, "encoder", **changes)
+        self.add(name, "decoder", **changes)
+
+    def choose(self, build: Build, engine_folder: Path | str = "", **changes: Any) -> Result:
+        """Let the C++ runtime choose for a GPU."""
+        gpu = changes.pop("gpu", GPU)
+        return build.one(
+            op="choose_engines",
+            path=self.path,
+            backend=changes.pop("backend", "tensorrt"),
+            gpu=gpu.name,
+            compute_capability=gpu.compute_capability,
+            engine_folder=engine_folder,
+        )
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Engines:
+    """A bundle without engines."""
+    return Engines(tmp_path / "bundle")
+
+
+def test_the_only_pair_is_chosen(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16, features_dtype="float16")
+    folder = engines.path / "engines" / FP16
+    assert engines.choose(cpp_build).value == {
+        "encoder": str(folder / "encoder_ctx.onnx"),
+        "decoder": str(folder / "decoder_ctx.onnx"),
+        "features_dtype": "float16",
+    }
+
+
+def test_no_engines(cpp_build: Build, engines: Engines) -> None:
+    message = engines.choose(cpp_build).refusal("BackendError")
+    assert f"sam3rt build {engines.path} --backend tensorrt" in message
+    engines.pair(FP16)
+    message = engines.choose(cpp_build, backend="tensorrt-rtx").refusal("BackendError")
+    assert "--backend tensorrt-rtx" in message
+
+
+@pytest.mark.parametrize(
+    "gpu", [Gpu("NVIDIA L4", "8.6"), Gpu("NVIDIA L40", "8.9")], ids=lambda gpu: gpu.name
+)
+def test_engines_of_another_gpu(cpp_build: Build, engines: Engines, gpu: Gpu) -> None:
+    engines.pair(FP16)
+    message = engines.choose(cpp_build, gpu=gpu).refusal("BackendError")
+    assert gpu.name in message
+    assert "sam3rt build" in message
+
+
+def test_engines_of_another_bundle(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16, bundle_fingerprint="f" * 64)
+    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
+
+
+def test_unproven_engines(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16, state="unproven")
+    message = engines.choose(cpp_build).refusal("BackendError")
+    assert f"sam3rt verify {engines.path} --backend tensorrt" in message
+    # One that nobody has run anywhere, from an ahead-of-time build.
+    engines.pair(FP16, state="unproven", gpu=None, targets=("8.9",))
+    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    engines.pair(FP16, state="refused")
+    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
+
+
+def test_engines_proven_apart_from_each_other(cpp_build: Build, engines: Engines) -> None:
+    engines.add(FP16, "encoder")
+    engines.add(FP16, "decoder", paired_with="e" * 64)
+    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    engines.add(FP16, "decoder", features_dtype="float16")
+    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    engines.add(FP16, "decoder")
+    assert engines.choose(cpp_build).error is None
+
+
+def test_several_pairs(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16)
+    engines.pair(FP32)
+    message = engines.choose(cpp_build).refusal("BackendError")
+    assert FP16 in message
+    assert FP32 in message
+    assert "engine_folder" in message
+    folder = engines.path / "engines" / FP32
+    for name in (FP32, folder):
+        chosen = engines.choose(cpp_build, name)
+        assert chosen.value["encoder"] == str(folder / "encoder_ctx.onnx")
+        assert chosen.value["decoder"] == str(folder / "decoder_ctx.onnx")
+    for wrong in ("nowhere", engines.path):
+        assert FP16 in engines.choose(cpp_build, wrong).refusal("BackendError")
+
+
+def test_encoder_and_decoder_of_two_folders(cpp_build: Build, engines: Engines) -> None:
+    encoder = engines.add(FP16, "encoder")
+    engines.add(FP32, "decoder", paired_with=file_entry(encoder).sha256)
+    for folder in ("", FP16, FP32):
+        chosen = engines.choose(cpp_build, folder).value
+        assert FP16 in chosen["encoder"]
+        assert FP32 in chosen["decoder"]
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_changed_engine(cpp_build: Build, engines: Engines, role: str) -> None:
+    engines.pair(FP16)
+    engine = engines.path / "engines" / FP16 / f"{role}.engine"
+    content = engine.read_bytes()
+    for damaged in (content[:-1], content[:-1] + b"x"):
+        engine.write_bytes(damaged)
+        engines.choose(cpp_build).refusal("BundleError", f"{role}.engine")
+    engine.unlink()
+    engines.choose(cpp_build).refusal("BundleError", f"{role}.engine")
+    (engines.path / "outside").write_bytes(content)
+    engine.symlink_to(engines.path / "outside")
+    assert "link" in engines.choose(cpp_build).refusal("BundleError", f"{role}.engine")
+
+
+def test_missing_wrapper(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16)
+    wrapper = engines.path / "engines" / FP16 / "decoder_ctx.onnx"
+    wrapper.unlink()
+    engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
+    wrapper.symlink_to("encoder_ctx.onnx")
+    engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
+
+
+def test_damaged_sidecar_is_no_sidecar(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16)
+    engines.pair(FP32)
+    path = engines.path / "engines" / FP32 / "encoder.engine.json"
+    text = path.read_text()
+    for damaged in (
+        text[:-10],
+        text.replace('"format_version": 1', '"format_version": 2'),
+        text.replace("encoder.engine", "../encoder.engine"),
+        text.replace('"role": "encoder"', '"role": "decoder"'),
+        text.replace('"recipe"', '"receipt"'),
+        "[]",
+        "",
+    ):
+        assert damaged != text
+        path.write_text(damaged)
+        chosen = engines.choose(cpp_build).value
+        assert FP16 in chosen["encoder"]
+    path.write_text(text)
+    assert read_sidecar(path.with_suffix("")).state == "proven"
+    engines.choose(cpp_build).refusal("BackendError")

@@ -1,0 +1,121 @@
+"""The C++ predictor's state, arguments and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_driver import Build, Result, Step, as_prompts
+from golden_calls import Golden
+from helpers import noise
+
+import sam3rt
+
+CLICK = as_prompts({"point_coords": [[30, 25]], "point_labels": [1]})
+FIRST, SECOND = noise(50, 70), noise(64, 40, 1)
+
+
+def run(build: Build, golden: Golden, *steps: Step) -> list[Result]:
+    """Run steps on a predictor "p" of a model "m"; their results."""
+    before: list[Step] = [
+        {"op": "load_model", "model": "m", "path": golden.bundle},
+        {"op": "predictor", "model": "m", "predictor": "p"},
+    ]
+    return build.run([*before, *steps])[len(before) :]
+
+
+def step(op: str, **arguments: Any) -> Step:
+    return {"op": op, "predictor": "p", **arguments}
+
+
+def same(a: Result, b: Result) -> None:
+    assert a.arrays.keys() == b.arrays.keys() == {"masks", "iou", "low_res"}
+    for name, array in a.arrays.items():
+        np.testing.assert_allclose(array, b.arrays[name], atol=1e-5, rtol=0)
+
+
+def test_nothing_works_before_an_image_is_set(cpp_build: Build, mobile_sam_golden: Golden) -> None:
+    results = run(
+        cpp_build,
+        mobile_sam_golden,
+        step("predict"),
+        step("predict_batch", prompts=[]),
+        step("set_image", image=FIRST),
+        step("predict"),
+        step("predict_batch", prompts=[{}]),
+        step("reset"),
+        step("predict"),
+    )
+    assert "set_image before predict" in results[0].refusal("StateError")
+    assert "set_image_batch" in results[1].refusal("StateError")
+    assert results[3].error is None
+    results[4].refusal("StateError")
+    results[6].refusal("StateError")
+
+
+def test_what_fails_leaves_everything_as_it_was(
+    cpp_build: Build, mobile_sam_golden: Golden
+) -> None:
+    results = run(
+        cpp_build,
+        mobile_sam_golden,
+        step("set_image_batch", images=[FIRST, SECOND]),
+        step("predict", prompts=CLICK),
+        step("set_image_batch", images=[]),
+        step("set_image_batch", images=[FIRST, None]),
+        step("predict_batch", prompts=[{}]),
+        step("predict_batch", prompts=[{}, {"point_coords": np.zeros((1, 2), np.float32)}]),
+        step("predict", prompts={"box": np.float32([3, 2, 1, 4])}),
+        step("predict", prompts={"mask_input": np.zeros((1, 5, 5), np.float32)}),
+        step("predict", prompts=CLICK),
+        step("predict_batch", prompts=[CLICK, CLICK]),
+    )
+    results[2].refusal("ImageError", "images")
+    results[3].refusal("ImageError", "images[1]")
+    assert "batch (2)" in results[4].refusal("PromptError", "prompts")
+    results[5].refusal("PromptError", "point_labels")
+    results[6].refusal("PromptError", "box")
+    results[7].refusal("PromptError", "mask_input")
+    # predict uses the last image of the batch.
+    assert results[1].arrays["masks"].shape == (3, *SECOND.shape[:2])
+    same(results[8], results[1])
+    assert results[9].value == 2
+    np.testing.assert_allclose(results[9].arrays["1.iou"], results[1].arrays["iou"], atol=1e-5)
+    assert results[9].arrays["0.masks"].shape == (3, *FIRST.shape[:2])
+
+
+@pytest.mark.parametrize("name", ["mask_threshold", "max_hole_area", "max_sprinkle_area"])
+def test_options_must_be_finite(cpp_build: Build, mobile_sam_golden: Golden, name: str) -> None:
+    load: Step = {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle}
+    steps = [
+        {"op": "predictor", "model": "m", "predictor": "p", name: value}
+        for value in ("nan", "inf", "-inf")
+    ]
+    for result in cpp_build.run([load, *steps])[1:]:
+        result.refusal("InvalidInputError", name)
+
+
+def test_hole_area_is_the_models_own_unless_given(
+    cpp_build: Build, sam3_golden: Golden, mobile_sam_golden: Golden
+) -> None:
+    """256 for SAM 3 and 0 for MobileSAM, as in Python."""
+    for golden, default, image in (
+        (sam3_golden, 256, sam3_golden.images["0"]),
+        (mobile_sam_golden, 0, mobile_sam_golden.images["chelsea"]),
+    ):
+        assert sam3rt.open_bundle(golden.bundle).manifest.masks.max_hole_area == default
+        options: list[Step] = [{}, {"max_hole_area": 0}, {"max_hole_area": 256}]
+        steps: list[Step] = [
+            {"op": "load_model", "model": "m", "path": golden.bundle},
+            {"op": "encode", "model": "m", "embedding": "e", "image": image},
+        ]
+        for option in options:
+            steps += [
+                {"op": "predictor", "model": "m", "predictor": "p", **option},
+                step("set_embedding", embedding="e"),
+                step("predict", prompts={}),
+            ]
+        unset, none, filled = (result.arrays["masks"] for result in cpp_build.run(steps)[4::3])
+        assert (none != filled).any()
+        np.testing.assert_array_equal(unset, filled if default else none)
