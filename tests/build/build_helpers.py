@@ -23,7 +23,7 @@ from sam3rt.prompts import PackedPrompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 
-from helpers import WrappedBackend, edit_manifest, relist
+from helpers import WrappedBackend, edit_manifest, relist, tiny_bundle
 
 __all__ = [
     "FLOATS",
@@ -36,6 +36,7 @@ __all__ = [
     "relist",
     "run_onnx",
     "scale_weight",
+    "toy_bundle",
     "toy_graph",
 ]
 
@@ -170,3 +171,73 @@ class RememberingBackend(WrappedBackend):
             found = super().decode(features, prompts, missing)
             known.update(zip(missing, found, strict=True))
         return [known[name].copy() for name in outputs]
+
+
+def toy_bundle(folder: Path) -> Bundle:
+    """A bundle with graphs of a few nodes: for everything about builds but what they compute."""
+    tiny_bundle(folder)
+    features = ("image_embeddings.0", ["batch", 8, 72, 72])
+    weights = np.random.default_rng(0)
+
+    def graph(
+        name: str,
+        nodes: list[onnx.NodeProto],
+        inputs: list[tuple[str, list[Any]]],
+        outputs: list[tuple[str, list[Any]]],
+        **shapes: tuple[int, ...],
+    ) -> None:
+        made = helper.make_graph(
+            nodes,
+            name,
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs],
+            [
+                numpy_helper.from_array(weights.standard_normal(shape).astype(np.float32), key)
+                for key, shape in shapes.items()
+            ],
+        )
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        onnx.save(
+            onnx.shape_inference.infer_shapes(model, strict_mode=True), folder / f"{name}.onnx"
+        )
+
+    def node(operator: str, inputs: list[str], output: str, scope: str, **extra: Any) -> Any:
+        return helper.make_node(
+            operator, inputs, [output], name=f"{scope}/{operator}_{output}", **extra
+        )
+
+    graph(
+        "encoder",
+        [
+            node("Conv", ["pixel_values", "filters"], "patches", "patch", strides=[14, 14]),
+            node("MatMul", ["patches", "mix"], "mixed", "blocks.0.attention"),
+            node("Softmax", ["mixed"], "shares", "blocks.0.attention"),
+            node("Relu", ["shares"], features[0], "blocks.0"),
+        ],
+        [("pixel_values", ["batch", 3, 1008, 1008])],
+        [features],
+        filters=(8, 3, 14, 14),
+        mix=(72, 72),
+    )
+    graph(
+        "decoder",
+        [
+            node("MatMul", [features[0], "columns"], "mixed", "blocks.0.attention"),
+            node("ReduceMax", ["mixed"], "greatest", "final", keepdims=0),
+            node("MatMul", ["input_points", "placing"], "placed", "final"),
+            node("Add", ["placed", "greatest"], "pred_masks", "graph"),
+        ],
+        [features, ("input_points", [1, "num_objects", "num_points", 2])],
+        [("pred_masks", [1, "num_objects", "num_points", 288])],
+        columns=(72, 4),
+        placing=(2, 288),
+    )
+
+    def describe(document: dict[str, Any]) -> None:
+        document["encoder"]["outputs"][0]["shape"][1] = 8
+        document["encoder"]["external_data"] = []
+        document["decoder"]["inputs"][0]["shape"][1] = 8
+
+    edit_manifest(folder, describe)
+    relist(folder)
+    return open_bundle(folder)
