@@ -83,8 +83,7 @@ class Library:
                 f"({error}): {_PACKAGES[flavour]}"
             ) from error
         self.version = str(self._trt.__version__)
-        self._messages: deque[str] = deque(maxlen=4)
-        self._trt_logger = _make_logger(self._trt, self._messages)
+        self._trt_logger, self._messages = _logger_of(self._trt)
         self._trt_runtime = self._trt.Runtime(self._trt_logger)
         if self._trt_runtime is None:
             raise BackendError(f"{flavour} {self.version} cannot start{self.said()}")
@@ -206,6 +205,18 @@ class Context:
     def _require(self, done: bool, what: str) -> None:
         if not done:
             raise BackendError(f"{self._library.flavour} refuses {what}{self._library.said()}")
+
+
+# By module: a process has one logger, the first that TensorRT is given, which must never go away.
+_loggers: dict[Any, tuple[Any, deque[str]]] = {}
+
+
+def _logger_of(trt: Any) -> tuple[Any, deque[str]]:
+    """The logger of a TensorRT module, and the last errors it was told."""
+    if trt not in _loggers:
+        messages: deque[str] = deque(maxlen=4)
+        _loggers[trt] = (_make_logger(trt, messages), messages)
+    return _loggers[trt]
 
 
 def _make_logger(trt: Any, messages: deque[str]) -> Any:
