@@ -6,7 +6,8 @@
 
 find_path(OnnxRuntime_INCLUDE_DIR onnxruntime_cxx_api.h
           HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
-          PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session)
+          PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime
+                        onnxruntime/core/session)
 find_library(OnnxRuntime_LIBRARY onnxruntime
              HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
              PATH_SUFFIXES lib lib64)
