@@ -14,6 +14,9 @@ from .errors import ImageError
 
 Image = NDArray[np.uint8] | PIL.Image.Image
 
+# Pillow's weights for 8-bit images have 22 fractional bits (PRECISION_BITS of its Resample.c).
+_FIXED_POINT = 1 << 22
+
 # Modes whose conversion to RGB keeps 8 bits per channel. Transparency is dropped, not blended:
 # the model was trained on the colours, and the colours are what is under the alpha channel.
 _CONVERTIBLE_MODES = frozenset(
@@ -163,15 +166,30 @@ def resize_matrices(
 
     Returns:
         Float32 [height of the encoder's input, height of the image] and [width of the image,
-        width of the encoder's input]; zero where the encoder's input is padding.
+        width of the encoder's input]; zero where the encoder's input is padding. For a resize
+        that rounds to whole levels, weights are those of Pillow's fixed-point arithmetic.
     """
-    rows, columns = (
-        np.zeros((side, source), np.float32)
-        for side, source in zip(spec.size, place.original_size, strict=True)
+    matrices = []
+    for source, filled, side in zip(place.original_size, place.input_size, spec.size, strict=True):
+        weights = _antialiased(source, filled)
+        if spec.resize_dtype == "uint8":
+            weights = np.floor(weights * _FIXED_POINT + 0.5) / _FIXED_POINT
+        matrix = np.zeros((side, source), np.float32)
+        matrix[:filled] = weights
+        matrices.append(matrix)
+    return matrices[0], np.ascontiguousarray(matrices[1].T)
+
+
+def rows_first(place: ImageGeometry) -> bool:
+    """Whether Pillow 13 resizes an image's rows before its columns.
+
+    It matters where intermediate values are rounded. Earlier versions always begin with the
+    columns; since 13, rows go first where they lose more than twice as many as the columns do.
+    """
+    lost_rows, lost_columns = (
+        before - after for before, after in zip(place.original_size, place.input_size, strict=True)
     )
-    rows[: place.input_size[0]] = _antialiased(place.original_size[0], place.input_size[0])
-    columns[: place.input_size[1]] = _antialiased(place.original_size[1], place.input_size[1])
-    return rows, np.ascontiguousarray(columns.T)
+    return lost_rows > max(0, 2 * lost_columns)
 
 
 def _antialiased(inputs: int, outputs: int) -> NDArray[np.float64]:

@@ -36,8 +36,10 @@ def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
     float32 [width, S], from :func:`sam3rt.transforms.resize_matrices`, zero where the encoder's
     input is padding. Output: ``pixel_values`` float32 [1, 3, S, S].
 
-    A model whose resize rounds to whole levels (MobileSAM) is rounded after each axis, as Pillow
-    does it; Pillow's fixed-point weights differ enough to move a few pixels by one level.
+    Where a model's resize rounds to whole levels (MobileSAM), it is done as Pillow does it, to the
+    last level: by axes, columns first, with weights of 22 fractional bits. An FP32 sum of such
+    products would not hold all their bits, and levels that lie halfway are common. So weights are
+    split in two parts whose sums FP32 holds exactly, in any order.
 
     Raises:
         BackendError: the package ``onnx`` is not installed.
@@ -50,10 +52,9 @@ def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
     graph.input(COLUMNS, np.float32, ["width", width])
     x = graph.cast(IMAGE, np.float32)
     x = graph.node("Transpose", [x], perm=[2, 0, 1])
-    for left, right in ((None, COLUMNS), (ROWS, None)):
-        x = graph.node("MatMul", [left or x, right or x])
-        if spec.resize_dtype == "uint8":
-            x = graph.node("Floor", [graph.node("Add", [x, graph.constant(0.5)])])
+    product = _rounded_product if spec.resize_dtype == "uint8" else _product
+    x = product(graph, x, COLUMNS, matrix_first=False)
+    x = product(graph, x, ROWS, matrix_first=True)
     mean = np.array(spec.mean, np.float32)[:, None, None]
     std = np.array(spec.std, np.float32)[:, None, None]
     x = graph.node("Div", [graph.node("Sub", [x, graph.constant(mean)]), graph.constant(std)])
@@ -67,6 +68,27 @@ def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
         x = graph.node("Where", [inside, x, graph.constant(spec.pad_value)])
     graph.node("Unsqueeze", [x, graph.constant(np.array([0], np.int64))], output=PIXELS)
     return graph.model(PIXELS, np.float32, [1, 3, height, width])
+
+
+def _product(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
+    return graph.node("MatMul", [matrix, x] if matrix_first else [x, matrix])
+
+
+def _rounded_product(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
+    """The product of whole numbers up to 255 with weights, rounded to whole numbers, halves up.
+
+    Eleven bits of a weight times eight of a level, over weights that sum to one: 19 bits. The
+    fraction left over and the sum of the lower eleven bits: 23. FP32 holds 24.
+    """
+    scale = graph.constant(float(1 << 11))
+    high = graph.node("Div", [graph.node("Floor", [graph.node("Mul", [matrix, scale])]), scale])
+    low = graph.node("Sub", [matrix, high])
+    coarse = _product(graph, x, high, matrix_first=matrix_first)
+    fine = _product(graph, x, low, matrix_first=matrix_first)
+    raised = graph.node("Add", [coarse, graph.constant(0.5)])
+    whole = graph.node("Floor", [raised])
+    rest = graph.node("Add", [graph.node("Sub", [raised, whole]), fine])
+    return graph.node("Add", [whole, graph.node("Floor", [rest])])
 
 
 def postprocess_graph(manifest: Manifest) -> onnx.ModelProto:

@@ -29,7 +29,8 @@ State = Literal["proven", "unproven", "refused"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_COMPUTE_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+# How CUDA numbers a kind of GPU, such as 8.9.
+CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _MAX_BYTES = 1 << 20
 
 
@@ -193,7 +194,7 @@ def _check_rules(sidecar: EngineSidecar, path: Path) -> None:
     if sidecar.gpu is not None:
         capabilities.append(sidecar.gpu.compute_capability)
     for capability in capabilities:
-        if not _COMPUTE_CAPABILITY.fullmatch(capability):
+        if not CAPABILITY.fullmatch(capability):
             raise BundleError(f"{capability!r} is not a compute capability", path.name)
     if sidecar.gpu is None and not sidecar.targets:
         raise BundleError("names neither a GPU nor the targets of the build", path.name)

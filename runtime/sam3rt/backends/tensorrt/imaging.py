@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...bundle import Manifest
 from ...engines import imaging as graphs
 from ...errors import BackendError
-from ...transforms import ImageGeometry, resize_matrices
+from ...transforms import ImageGeometry, resize_matrices, rows_first
 from ...upsampling import upsampling_matrices
 from .engine import Context, Engine
 from .memory import ALIGNMENT, Block, Layout
@@ -83,8 +83,10 @@ class DeviceImaging:
         return [engine for engine in engines if engine is not None]
 
     def preprocess_fits(self, place: ImageGeometry) -> bool:
-        """Whether the engine takes images of that size."""
-        return _fits(self._preprocess, graphs.IMAGE, (*place.original_size, 3))
+        """Whether the engine takes images of that size, and makes of them what the host does."""
+        return not (self._manifest.image.resize_dtype == "uint8" and rows_first(place)) and _fits(
+            self._preprocess, graphs.IMAGE, (*place.original_size, 3)
+        )
 
     def postprocess_fits(self, place: ImageGeometry) -> bool:
         """Whether the engine makes masks of that size, from logits as the decoder leaves them."""
