@@ -37,7 +37,7 @@ from sam3rt.engines.imaging import (
     preprocess_shapes,
 )
 from sam3rt.engines.selection import ENGINES
-from sam3rt.engines.sidecar import BackendName
+from sam3rt.engines.sidecar import CAPABILITY, BackendName
 from sam3rt.engines.sidecar import Role as EngineRole
 from sam3rt.errors import BackendError, InvalidInputError
 from sam3rt.gate import Verdict
@@ -162,14 +162,19 @@ def _ahead_of_time(
     built: list[EngineFile] = []
     failures: list[str] = []
     for recipe in recipes:
+        pair: list[EngineFile] = []
         try:
             for role in ROLES:
                 say(f"building the {role} in {recipe.name} for {', '.join(shop.options.targets)}")
-                built.append(shop.build(role, recipe, recipe.features_dtype))
-                say(_size(built[-1]))
+                pair.append(shop.build(role, recipe, recipe.features_dtype))
+                say(_size(pair[-1]))
         except BuildError as error:
             failures.append(f"{recipe.name}: {error}")
             say(failures[-1])
+            for alone in pair:
+                shop.discard(alone)
+        else:
+            built += pair
     if not built:
         raise BuildError("no precision can be built:\n" + "\n".join(failures))
     say("nothing was run: the engines are unproven until they first load on their target")
@@ -180,12 +185,13 @@ def _on_this_gpu(
     shop: _Workshop, recipes: tuple[Recipe, ...], say: Say, prove: Prove
 ) -> tuple[EngineFile, ...]:
     """The fastest pair that passes the gate, proven; whatever else was built is removed."""
-    built: dict[tuple[Role, str, FeaturesType], EngineFile] = {}
+    # By the place they have: a decoder built anew for other feature maps takes that of the old.
+    built: dict[tuple[Role, str], EngineFile] = {}
     figures: dict[str, float] = {}
 
     def engine(role: Role, recipe: Recipe, features: FeaturesType) -> EngineFile:
-        key = (role, recipe.name, features)
-        if key not in built:
+        key = (role, recipe.name)
+        if key not in built or built[key].sidecar.features_dtype != features:
             say(f"building the {role} in {recipe.name}")
             built[key] = shop.build(role, recipe, features)
             say(_size(built[key]))
@@ -206,15 +212,14 @@ def _on_this_gpu(
         trial = trial_of(verdict)
         if trial.failed is not None:
             recipe = encoder if trial.failed == "encoder" else decoder
-            shop.refuse(built.pop((trial.failed, recipe.name, features)), dict(figures))
+            shop.refuse(built.pop((trial.failed, recipe.name)), dict(figures))
         return trial
 
     chosen: list[EngineFile] = []
     try:
         first, second = climb_down(recipes, attempt, say)
-        features = first.features_dtype
-        encoder = built.pop(("encoder", first.name, features))
-        decoder = built.pop(("decoder", second.name, features))
+        encoder = built.pop(("encoder", first.name))
+        decoder = built.pop(("decoder", second.name))
         chosen.append(shop.accept(encoder, figures, None))
         chosen.append(shop.accept(decoder, figures, encoder.sidecar.engine.sha256))
     finally:
@@ -392,11 +397,16 @@ class _Workshop:
             paired_with=None,
             build_seconds=round(seconds, 3),
         )
-        # An old sidecar beside a new engine would be a contradiction, an engine without one is
-        # merely unknown: so the sidecar goes first and comes last.
+        # An old sidecar or wrapper beside a new engine would be a contradiction, an engine without
+        # one is merely unknown: so they go first, and the sidecar comes last.
         sidecar_path(path).unlink(missing_ok=True)
+        wrapper_path(path).unlink(missing_ok=True)
         staged.replace(path)
-        write_sidecar(path, sidecar)
+        try:
+            write_sidecar(path, sidecar)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return EngineFile(path, sidecar)
 
     def _specs(
@@ -442,7 +452,8 @@ def _check(options: BuildOptions) -> tuple[Recipe, ...]:
     """Hold the options to the rules, and name the recipes to try."""
     if options.backend not in MODULES:
         raise InvalidInputError("backend", repr(options.backend), " or ".join(MODULES))
-    for name, least in (("max_objects", 1), ("max_points", 1), ("max_images", 1), ("max_side", 64)):
+    bounds = {"max_objects": 1, "max_points": 1, "max_images": 1, "max_side": 64, "device": 0}
+    for name, least in bounds.items():
         value = getattr(options, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InvalidInputError(name, repr(value), f"a whole number of at least {least}")
@@ -455,10 +466,13 @@ def _check(options: BuildOptions) -> tuple[Recipe, ...]:
             'none, as the backend "tensorrt" builds on its own GPU only; "tensorrt-rtx" builds '
             "ahead of time",
         )
-    known = {recipe.name for recipe in RECIPES}
+    for target in options.targets:
+        if not CAPABILITY.fullmatch(target):
+            raise InvalidInputError("targets", repr(target), "a compute capability such as 8.9")
+    known = tuple(recipe.name for recipe in RECIPES)
     wanted = options.precision
     if wanted == "auto":
-        wanted = _AHEAD_OF_TIME if options.targets else tuple(recipe.name for recipe in RECIPES)
+        wanted = _AHEAD_OF_TIME if options.targets else known
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise InvalidInputError(
