@@ -28,7 +28,13 @@ find_package_handle_standard_args(OnnxRuntime
 mark_as_advanced(OnnxRuntime_INCLUDE_DIR OnnxRuntime_LIBRARY)
 
 if(OnnxRuntime_FOUND AND NOT TARGET OnnxRuntime::OnnxRuntime)
-  add_library(OnnxRuntime::OnnxRuntime UNKNOWN IMPORTED)
+  # For a shared library CMake tells the linker where it lies, also to those who link to it through
+  # another shared library.
+  if(OnnxRuntime_LIBRARY MATCHES "\\.a$")
+    add_library(OnnxRuntime::OnnxRuntime STATIC IMPORTED)
+  else()
+    add_library(OnnxRuntime::OnnxRuntime SHARED IMPORTED)
+  endif()
   set_target_properties(OnnxRuntime::OnnxRuntime PROPERTIES
     IMPORTED_LOCATION ${OnnxRuntime_LIBRARY}
     INTERFACE_INCLUDE_DIRECTORIES ${OnnxRuntime_INCLUDE_DIR})

@@ -1,0 +1,214 @@
+"""The C interface through ctypes: every golden case, and errors as values."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Iterator
+from ctypes import byref, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from c_library import STATUS, Library, Prompts, Sam3rtError, image, prompts
+from cpp_driver import ROOT
+from golden_calls import Golden
+from helpers import noise
+from test_cpp_golden import check_call
+
+import sam3rt
+
+HEADER = (ROOT / "runtime" / "cpp" / "include" / "sam3rt.h").read_text()
+CLICK: dict[str, Any] = {"point_coords": [[30, 25]], "point_labels": [1]}
+
+
+@pytest.fixture(scope="module")
+def library(cpp_builds: Path) -> Library:
+    return Library(cpp_builds)
+
+
+@pytest.fixture(scope="module")
+def model(library: Library, mobile_sam_golden: Golden) -> Iterator[c_void_p]:
+    loaded = library.load(mobile_sam_golden.bundle)
+    yield loaded
+    library.c.sam3rt_model_free(loaded)
+
+
+def refused(status: str, subject: str, library: Library, name: str, *arguments: Any) -> str:
+    """Assert that a call fails with a status, about a subject; return the message."""
+    with pytest.raises(Sam3rtError) as caught:
+        library.call(name, *arguments)
+    assert (caught.value.status, caught.value.subject) == (status, subject)
+    assert caught.value.message
+    return caught.value.message
+
+
+def test_header_and_library_agree(library: Library) -> None:
+    assert library.c.sam3rt_version().decode() == sam3rt.__version__
+    version = re.search(r"#define SAM3RT_ABI_VERSION (\d+)", HEADER)
+    assert version is not None
+    assert library.c.sam3rt_abi_version() == int(version.group(1))
+    numbers = dict(re.findall(r"SAM3RT_([A-Z_]+) = (\d+)", HEADER))
+    assert numbers == {name: str(number) for number, name in enumerate(STATUS)}
+    functions = set(re.findall(r"^SAM3RT_API [^(]*?(sam3rt_\w+)\(", HEADER, re.MULTILINE))
+    assert len(functions) > 30
+    for name in functions:
+        assert getattr(library.c, name)
+
+
+def test_only_the_interface_is_visible(cpp_builds: Path) -> None:
+    """Nothing of the library's insides, or of what is in it, can clash with a program's symbols."""
+    import subprocess
+
+    listed = subprocess.run(
+        ["nm", "-DC", "--defined-only", cpp_builds / "install" / "lib" / "libsam3rt.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = [line.split(" ", 2)[2] for line in listed.splitlines()]
+    own = ("sam3rt_", "sam3rt::", "vtable for sam3rt::", "typeinfo")
+    # Templates of the standard library are merged with any other copy; they cannot be hidden.
+    strange = [name for name in names if not name.startswith(own) and "std::" not in name]
+    assert not strange
+    assert not [name for name in names if "nlohmann" in name]
+
+
+def test_every_golden_call(library: Library, golden: Golden) -> None:
+    model = library.load(golden.bundle)
+    embeddings = {name: library.encode(model, pixels) for name, pixels in golden.images.items()}
+    for call in golden.calls:
+        predictor = library.predictor(model, **call.options)
+        library.call("predictor_set_embedding", predictor, embeddings[call.image])
+        check_call(call, golden, *library.predict(predictor, call.arguments))
+        library.c.sam3rt_predictor_free(predictor)
+    for embedding in embeddings.values():
+        library.c.sam3rt_embedding_free(embedding)
+    library.c.sam3rt_model_free(model)
+
+
+def test_model_describes_itself(library: Library, model: c_void_p) -> None:
+    manifest = sam3rt.open_bundle(Path(ROOT, "engines", "mobile_sam")).manifest
+    assert library.c.sam3rt_model_name(model).decode() == manifest.name
+    assert library.c.sam3rt_model_fingerprint(model).decode() == manifest.fingerprint
+    assert library.c.sam3rt_model_device(model) == b"cpu"
+    height, width = c_int64(), c_int64()
+    library.c.sam3rt_model_mask_size(model, byref(height), byref(width))
+    assert (height.value, width.value) == manifest.prompts.mask_size
+    library.c.sam3rt_model_mask_size(model, None, None)
+    library.call("model_warm_up", model)
+    assert library.c.sam3rt_model_encoder_loaded(model) == 1
+
+
+def test_embedding_file(library: Library, model: c_void_p, tmp_path: Path) -> None:
+    embedding = library.encode(model, noise(50, 70))
+    height, width = c_int64(), c_int64()
+    library.c.sam3rt_embedding_image_size(embedding, byref(height), byref(width))
+    assert (height.value, width.value) == (50, 70)
+    path = str(tmp_path / "ä.embedding").encode()
+    library.call("embedding_save", embedding, path)
+    loaded = library.make("embedding_load", model, path)
+    results = []
+    for value in (embedding, loaded):
+        predictor = library.predictor(model)
+        library.call("predictor_set_embedding", predictor, value)
+        library.c.sam3rt_embedding_free(value)  # the predictor keeps what it needs
+        results.append(library.predict(predictor, CLICK))
+        library.c.sam3rt_predictor_free(predictor)
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-5, rtol=0)
+    refused("EMBEDDING_ERROR", "", library, "embedding_load", model, b"/none", byref(c_void_p()))
+
+
+def test_batch(library: Library, model: c_void_p) -> None:
+    views = [image(noise(50, 70)), image(noise(64, 40, 1))]
+    pointers = (ctypes.POINTER(type(views[0])) * 2)(*map(ctypes.pointer, views))
+    predictor = library.predictor(model)
+    library.call("predictor_set_image_batch", predictor, pointers, ctypes.c_size_t(2))
+    click, box = prompts(CLICK), prompts({"box": [5, 5, 30, 30]})
+    both = (ctypes.POINTER(Prompts) * 2)(ctypes.pointer(click), ctypes.pointer(box))
+    made = (c_void_p * 2)()
+    library.call("predictor_predict_batch", predictor, both, ctypes.c_size_t(2), None, made)
+    shapes = [library.arrays(c_void_p(pointer))[0].shape for pointer in made]
+    assert shapes == [(3, 50, 70), (3, 64, 40)]
+    for pointer in made:
+        library.c.sam3rt_prediction_free(c_void_p(pointer))
+    one = ctypes.c_size_t(1)
+    arguments = (predictor, both, one, None, made)
+    refused("PROMPT_ERROR", "prompts", library, "predictor_predict_batch", *arguments)
+    library.c.sam3rt_predictor_reset(predictor)
+    refused("STATE_ERROR", "", library, "predictor_predict_batch", *arguments)
+    library.c.sam3rt_predictor_free(predictor)
+
+
+def test_bad_input(library: Library, model: c_void_p, tmp_path: Path) -> None:
+    predictor = library.predictor(model)
+    click = prompts(CLICK)
+    out = byref(c_void_p())
+    predict = ("predictor_predict", predictor, byref(click), None, out)
+    refused("STATE_ERROR", "", library, *predict)
+    library.call("predictor_set_image", predictor, byref(image(noise(5, 5))))
+    click.point_labels.axes = 0
+    refused("PROMPT_ERROR", "point_labels", library, *predict)
+    click.point_labels.axes = 5
+    refused("PROMPT_ERROR", "point_labels", library, *predict)
+    click.struct_size = 3
+    refused("INVALID_INPUT", "prompts", library, *predict)
+    bad = image(noise(5, 5))
+    bad.height = 0
+    refused("IMAGE_ERROR", "image", library, "model_encode", model, byref(bad), out)
+    refused("INVALID_INPUT", "model", library, "model_encode", None, byref(bad), out)
+    refused("BUNDLE_ERROR", "", library, "model_load", str(tmp_path / "no").encode(), None, out)
+    refused("BUNDLE_ERROR", "bundle.json", library, "model_load", bytes(tmp_path), None, out)
+    library.c.sam3rt_predictor_free(predictor)
+
+
+def test_older_callers_structures(library: Library, model: c_void_p) -> None:
+    """Fields that a caller does not know count as zero, whatever lies in their place."""
+    predictor = library.predictor(model)
+    library.call("predictor_set_image", predictor, byref(image(noise(50, 70))))
+    given = prompts({**CLICK, "box": [60, 60, 0, 0]})
+    given.struct_size = Prompts.box.offset  # a caller that knows no boxes yet
+    made = library.make("predictor_predict", predictor, byref(given), None)
+    expected = library.predict(predictor, CLICK)
+    for actual, wanted in zip(library.arrays(made), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5, rtol=0)
+    library.c.sam3rt_prediction_free(made)
+    # A newer caller's structure may be longer.
+    given = prompts(CLICK)
+    longer = ctypes.create_string_buffer(bytes(given) + b"\xff" * 64)
+    ctypes.c_size_t.from_buffer(longer).value = len(longer)
+    made = library.make("predictor_predict", predictor, longer, None)
+    library.c.sam3rt_prediction_free(made)
+    library.c.sam3rt_predictor_free(predictor)
+
+
+def test_threads_share_a_model(library: Library, model: c_void_p) -> None:
+    """ctypes lets go of the interpreter's lock: the calls do run at once."""
+    embedding = library.encode(model, noise(50, 70))
+    predictor = library.predictor(model)
+    library.call("predictor_set_embedding", predictor, embedding)
+    expected = library.predict(predictor, CLICK)
+    failures: list[Any] = []
+
+    def work() -> None:
+        try:
+            own = library.predictor(model)
+            library.call("predictor_set_embedding", own, embedding)
+            for _ in range(5):
+                for actual, wanted in zip(library.predict(own, CLICK), expected, strict=True):
+                    np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=0)
+            library.c.sam3rt_predictor_free(own)
+        except (AssertionError, Sam3rtError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    library.c.sam3rt_predictor_free(predictor)
+    library.c.sam3rt_embedding_free(embedding)
