@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from sam3rt.backends import create_backend
 from sam3rt.backends.tensorrt import proof
 from sam3rt.backends.tensorrt.loading import open_tensorrt
 from sam3rt.bundle import file_entry
+from sam3rt.cli import main
 from sam3rt.default_model import default_bundle_path
 from sam3rt.engines import Gpu, find_engines, read_sidecar, write_sidecar
 from sam3rt.errors import BackendError, InvalidInputError
@@ -349,3 +351,17 @@ def test_an_engine_of_another_graph_is_refused(
     )
     with pytest.raises(BackendError, match=message):
         open_tensorrt(rig.bundle)
+
+
+def test_info_lists_gpus_and_engines(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig.build("fp16", state="unproven")
+    monkeypatch.setattr("sam3rt.cli.info.probe_all", lambda: (rig.platform.device,))
+    assert main(["info", str(rig.bundle.path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["gpus"][0].startswith("NVIDIA Fake 9000 (compute capability 8.9, 4.3 GB")
+    assert [entry.split("/")[-1].split(",")[0] for entry in document["engines"]] == [
+        "decoder.engine (unproven",
+        "encoder.engine (unproven",
+    ]

@@ -13,7 +13,10 @@ from typing import Any
 
 from .._version import __version__
 from ..bundle import Bundle, Manifest, open_bundle
+from ..cuda.driver import probe_all
 from ..default_model import default_bundle_path
+from ..engines import find_engines
+from ..errors import BackendError
 
 HELP = "show versions, backends and a bundle's description"
 DESCRIPTION = "Show this installation's versions, the backends that can run here, and a bundle."
@@ -25,6 +28,8 @@ _PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
     "torch",
     "transformers",
     "onnx",
@@ -53,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
         "packages": _packages(),
         "onnxruntime_providers": _providers(),
         "openvino_recipes": _recipes(bundle),
+        "gpus": _gpus(),
         "bundle": _bundle(path, bundle.manifest),
+        "engines": _engines(bundle),
     }
     if options.json:
         print(json.dumps(information, indent=2))
@@ -96,6 +103,26 @@ def _recipes(bundle: Bundle) -> dict[str, str]:
     from ..backends.openvino import known_recipes
 
     return known_recipes(bundle)
+
+
+def _gpus() -> list[str]:
+    try:
+        devices = probe_all()
+    except BackendError:
+        return []
+    return [
+        f"{device.gpu.name} (compute capability {device.gpu.compute_capability}, "
+        f"{device.total_memory / 1e9:.1f} GB, driver {device.driver_version})"
+        for device in devices
+    ]
+
+
+def _engines(bundle: Bundle) -> list[str]:
+    return [
+        f"{engine.path.relative_to(bundle.path)} ({engine.sidecar.state}, "
+        f"{engine.sidecar.engine.bytes / 1e6:.1f} MB)"
+        for engine in find_engines(bundle)
+    ]
 
 
 def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
