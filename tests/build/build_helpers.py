@@ -66,7 +66,7 @@ def float_types(model: onnx.ModelProto) -> dict[str, int]:
 
 def toy_graph(
     nodes: Sequence[tuple[str, Sequence[str], str]],
-    inputs: Mapping[str, Sequence[int]],
+    inputs: Mapping[str, Sequence[int | str]],
     weights: Mapping[str, NDArray[np.float32]],
     **attributes: Any,
 ) -> ir.Model:
