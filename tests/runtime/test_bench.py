@@ -468,7 +468,7 @@ def test_what_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None:
     image = tmp_path / "i.png"
     PIL.Image.fromarray(draw_scene(32, 32)).save(image)
     out = tmp_path / "out"
-    arguments = ["--candidate", "onnxruntime", "--candidate", "pytorch", "--parts", "limits"]
+    arguments = ["--candidate", "onnxruntime", "--candidate", "pytorch", "--parts", "stages"]
     arguments += ["--image", str(image), "--repetitions", "1", "--seconds", "1"]
     assert main(["bench", *arguments, "--output", str(out)]) == 0
     result = read_result(out / "bench.json")
