@@ -25,6 +25,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sam3rt.bundle import Bundle, GraphSpec, check_file
+from sam3rt.errors import BundleError
+from sam3rt.tensor_places import check_tensor_places
 
 from .errors import BuildError, RecipeError
 from .recipes import Narrow, Recipe
@@ -55,8 +57,15 @@ def load_graph(bundle: Bundle, role: Role) -> ir.Model:
     graph: GraphSpec = getattr(bundle.manifest, role)
     for entry in (graph.model, *graph.external_data):
         check_file(bundle.path, entry)
+    path = bundle.file(graph.model)
     try:
-        model = ir.load(bundle.file(graph.model))
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error}", graph.model.file) from error
+    check_tensor_places(content, graph.model.file, graph.external_data)
+    del content
+    try:
+        model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise classes of their own
         raise BuildError(f"{graph.model.file} cannot be read: {error}") from error
     _map_weights(model, bundle, graph)

@@ -289,6 +289,26 @@ def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest
     Raises:
         BundleError: it is missing, not a plain file, or has another length or hash.
     """
+    check_length(folder, entry, described_by)
+    try:
+        digest = sha256_file(folder / entry.file)
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error}", entry.file) from error
+    if digest != entry.sha256:
+        raise BundleError(
+            f"has SHA-256 {digest[:16]}..., {described_by} says {entry.sha256[:16]}...: "
+            "the file was changed or is from another export",
+            entry.file,
+        )
+
+
+def check_length(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+    """The part of :func:`check_file` that opens nothing.
+
+    Raises:
+        BundleError: the file is missing, not a plain file, a link that leaves the folder, or has
+            another length.
+    """
     path = folder / entry.file
     try:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -296,19 +316,12 @@ def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest
         if not path.is_file():
             raise BundleError(f"is missing from the bundle {folder}", entry.file)
         length = path.stat().st_size
-        if length != entry.bytes:
-            raise BundleError(
-                f"has {length} bytes, {described_by} says {entry.bytes}: "
-                "the file is cut or from another export",
-                entry.file,
-            )
-        digest = sha256_file(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
         raise BundleError(f"cannot be read: {error}", entry.file) from error
-    if digest != entry.sha256:
+    if length != entry.bytes:
         raise BundleError(
-            f"has SHA-256 {digest[:16]}..., {described_by} says {entry.sha256[:16]}...: "
-            "the file was changed or is from another export",
+            f"has {length} bytes, {described_by} says {entry.bytes}: "
+            "the file is cut or from another export",
             entry.file,
         )
 

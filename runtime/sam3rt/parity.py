@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import atomic_write
-from .bundle import Bundle, ParityLimits
+from ._npz import read_arrays
+from .bundle import Bundle, ParityLimits, check_length
 from .embedding import ImageEmbedding
 from .errors import BundleError
 from .model import SegmentationModel
@@ -167,8 +168,7 @@ class ParityRecord:
             BundleError: the file is missing or damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_arrays(path)
             description = json.loads(str(arrays.pop("description")))
             if description["version"] != _VERSION:
                 raise BundleError(f"has version {description['version']}", path.name)
@@ -324,9 +324,11 @@ def load_record(bundle: Bundle) -> ParityRecord:
     """The parity record of a bundle.
 
     Raises:
-        BundleError: it is damaged.
+        BundleError: it is damaged, or not the file the manifest describes.
     """
-    return ParityRecord.load(bundle.file(bundle.manifest.parity.record))
+    entry = bundle.manifest.parity.record
+    check_length(bundle.path, entry)
+    return ParityRecord.load(bundle.file(entry))
 
 
 def subsample_features(array: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..bundle import Bundle, GraphSpec, TensorSpec
+from ..bundle import Bundle, GraphSpec, TensorSpec, check_length
 from ..errors import BundleError
+from ..tensor_places import check_tensor_places
 
 EXPORT_ID = "sam3rt.export_id"
 
@@ -33,18 +34,21 @@ def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
     hashed, even if the file is exchanged meanwhile.
 
     Raises:
-        BundleError: the file is missing or changed since the bundle was opened.
+        BundleError: a file is missing, a link that leaves the bundle, or changed since the bundle
+            was opened; or a tensor of the graph lies in a file that the manifest does not list.
     """
+    for entry in (graph.model, *graph.external_data):
+        check_length(bundle.path, entry)
     path = bundle.file(graph.model)
-    if graph.external_data:
-        return str(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(graph.model.bytes + 1)
     except OSError as error:
         raise BundleError(f"cannot be read: {error}", graph.model.file) from error
     if hashlib.sha256(content).hexdigest() != graph.model.sha256:
         raise BundleError("changed since the bundle was opened", graph.model.file)
-    return content
+    check_tensor_places(content, graph.model.file, graph.external_data)
+    return str(path) if graph.external_data else content
 
 
 def check_graph(
