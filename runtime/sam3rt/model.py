@@ -227,6 +227,8 @@ def load_model(
     """Load a model from a bundle folder.
 
     Graphs are loaded into the backend at first use, or by :meth:`SegmentationModel.warm_up`.
+    TensorRT engines are loaded at once, and proved on the bundle's parity record if they have not
+    been on this kind of GPU: no other way leaves ``"auto"`` free to take the next backend.
 
     Args:
         bundle: the folder, or ``None`` for the bundled MobileSAM.

@@ -66,7 +66,9 @@ class TensorRtBackend:
             self._load_optional(engines.postprocess),
         )
         memory = self._memory
-        self._pool = LanePool(lambda wide: Lane(network, cuda, memory, imaging, wide), lanes)
+        self._pool = LanePool(
+            lambda wide: Lane(network, cuda, memory, imaging, wide), lanes, cuda, memory
+        )
         _LOG.info(
             "%s %s on %s (%s, sm %s): %s",
             self.name,
@@ -99,7 +101,6 @@ class TensorRtBackend:
 
     def prepare(self) -> None:
         """Run the decoder once for one object, so that the first prompt meets a recorded graph."""
-        self._activate()
         maps = [np.zeros(s.shape, np.float32) for s in self._network.features.slots.values()]
         features = self.upload(maps)
         for shape in all_classes(self._network.limits):
@@ -122,7 +123,6 @@ class TensorRtBackend:
         Raises:
             BackendError: the GPU failed, for example for lack of memory.
         """
-        self._activate()
         with self._pool.lane(wide=True) as lane:
             return self._features(lane.encode(pixels))
 
@@ -138,14 +138,12 @@ class TensorRtBackend:
             BackendError: there are more points than the engine takes, or the GPU failed.
         """
         block = self._block(features)
-        self._activate()
         with self._pool.lane(holding=block) as lane:
             runs = [lane.decode(block, part, outputs)[0] for part in self._parts(prompts)]
         return [np.concatenate(parts, axis=1) for parts in zip(*runs, strict=True)]
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
-        self._activate()
         with self._pool.lane() as lane:
             return self._features(lane.upload(maps))
 
@@ -159,7 +157,6 @@ class TensorRtBackend:
         Raises:
             BackendError: the GPU failed.
         """
-        self._activate()
         with self._pool.lane(wide=True) as lane:
             matrices = self._imaging.resize_matrices(place, lane.upload_block)
             return self._features(lane.encode_image(image, matrices))
@@ -170,7 +167,6 @@ class TensorRtBackend:
         Returns:
             Float32 [1, 3, S, S], the encoder's input.
         """
-        self._activate()
         place = geometry(self._image_spec, (image.shape[0], image.shape[1]))
         with self._pool.lane(wide=True) as lane:
             matrices = self._imaging.resize_matrices(place, lane.upload_block)
@@ -198,7 +194,6 @@ class TensorRtBackend:
             BackendError: there are more points than the engine takes, or the GPU failed.
         """
         block = self._block(features)
-        self._activate()
         runs, masks = [], []
         with self._pool.lane(holding=block) as lane:
             matrices = self._imaging.upsampling_matrices(place, lane.upload_block)
@@ -222,7 +217,6 @@ class TensorRtBackend:
         Raises:
             BackendError: the GPU failed.
         """
-        self._activate()
         step = self._network.limits.objects
         with self._pool.lane() as lane:
             matrices = self._imaging.upsampling_matrices(place, lane.upload_block)
@@ -263,11 +257,6 @@ class TensorRtBackend:
                 "save the embedding and load it with this model"
             )
         return features.block
-
-    def _activate(self) -> None:
-        """CUDA's current device is each thread's own."""
-        self._platform.cuda.activate()
-        self._memory.collect()
 
     def _load_optional(self, engine: EngineFile | None) -> Engine | None:
         return None if engine is None else self._load(engine)

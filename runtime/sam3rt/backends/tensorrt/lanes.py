@@ -85,16 +85,24 @@ class DecoderRun:
     Attributes:
         shape: the class.
         inputs: layout of the prompt block.
+        prompt: the prompt block's tensors in the lane's pinned memory.
         masks: layout of the mask prompt block.
         outputs: layout of the output block.
         replay: what runs it.
     """
 
     def __init__(
-        self, shape: ShapeClass, inputs: Layout, masks: Layout, outputs: Layout, replay: Replay
+        self,
+        shape: ShapeClass,
+        inputs: Layout,
+        staging: NDArray[np.uint8],
+        masks: Layout,
+        outputs: Layout,
+        replay: Replay,
     ) -> None:
         self.shape = shape
         self.inputs = inputs
+        self.prompt = {name: slot.view(staging) for name, slot in inputs.slots.items()}
         self.masks = masks
         self.outputs = outputs
         self.replay = replay
@@ -354,7 +362,7 @@ class Lane:
         """Upload prompts, padded to their class."""
         objects, points = prompts.labels.shape
         staging = self._input_staging.array[: run.inputs.nbytes]
-        views = {name: slot.view(staging) for name, slot in run.inputs.slots.items()}
+        views = run.prompt
         views[POINTS][...] = 0
         views[POINTS][0, :objects, :points] = prompts.points
         views[LABELS][...] = PADDING_LABEL
@@ -406,7 +414,7 @@ class Lane:
                     f"{slot.shape}: build it again"
                 )
         replay = Replay(context, self._cuda, self._memory, self._stream)
-        return DecoderRun(shape, inputs, masks, outputs, replay)
+        return DecoderRun(shape, inputs, self._input_staging.array, masks, outputs, replay)
 
     def _make_encoder(self) -> Replay:
         network = self._network
@@ -488,13 +496,19 @@ class LanePool:
     Args:
         make: makes a lane, wide or not.
         limit: lanes at most.
+        cuda: the GPU.
+        memory: its memory.
 
     Raises:
         BackendError: there is not enough device memory for the wide lane.
     """
 
-    def __init__(self, make: Callable[[bool], Lane], limit: int) -> None:
+    def __init__(
+        self, make: Callable[[bool], Lane], limit: int, cuda: Cuda, memory: Memory
+    ) -> None:
         self._make = make
+        self._cuda = cuda
+        self._memory = memory
         self._limit = limit
         self._changed = threading.Condition()
         # The one used last stands last.
@@ -509,6 +523,9 @@ class LanePool:
             wide: it has to encode.
             holding: feature maps that are best in its buffers already.
         """
+        # CUDA's current device is each thread's own.
+        self._cuda.activate()
+        self._memory.collect()
         lane = self._take(wide, holding)
         try:
             yield lane

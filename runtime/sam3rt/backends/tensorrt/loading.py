@@ -1,4 +1,8 @@
-"""Which engines serve: chosen, loaded, proved where they have not been, and refused by rule."""
+"""Which engines serve: chosen, loaded, proved where they have not been, and refused by rule.
+
+An engine is a program. Hashes catch damage and mix-ups, not malice: load only engines from a folder
+that nobody else can write to.
+"""
 
 from __future__ import annotations
 
@@ -100,6 +104,7 @@ def open_set(bundle: Bundle, engines: EngineSet, platform: Platform) -> TensorRt
     """
     backend = TensorRtBackend(bundle, engines, platform)
     if not engines.proven:
+        _LOG.info("proving %s on this GPU, once", engines.precision)
         prove_set(bundle, backend, platform.machine)
     allow_imaging(bundle, backend, platform.machine)
     return backend
