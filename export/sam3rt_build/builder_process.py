@@ -4,7 +4,7 @@ Polygraphy decides between TensorRT and TensorRT for RTX once per process, by an
 variable. A build also takes gigabytes, and a builder that crashes takes its process with it: both
 are over when this one ends.
 
-Run as ``python -m sam3rt_build.builder_process REQUEST.json``; the log goes to standard error.
+Run as ``python -m sam3rt_build.builder_process REQUEST.json``; the log goes to standard output.
 """
 
 from __future__ import annotations
@@ -69,15 +69,23 @@ def build_engine(request: EngineRequest) -> None:
     environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if request.backend == "tensorrt-rtx" else "0"
     # What this process can import, that one must: also where sam3rt is not installed.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    # Polygraphy logs to standard output, errors go to the other: kept in order.
+    environment["PYTHONUNBUFFERED"] = "1"
     command = [sys.executable, "-m", "sam3rt_build.builder_process", str(document)]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
         )
     finally:
         document.unlink(missing_ok=True)
     if done.returncode:
-        log = "\n".join((done.stderr or done.stdout).strip().splitlines()[-_QUOTED_LINES:])
+        log = "\n".join(done.stdout.strip().splitlines()[-_QUOTED_LINES:])
         how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
         raise BuildError(
             f"{request.backend}: the build of {Path(request.graph).name} {how}:\n{log}"
@@ -85,13 +93,17 @@ def build_engine(request: EngineRequest) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build what a request file asks for."""
+    """Build what a request file asks for; the last lines of the log say what went wrong."""
     document = json.loads(Path(arguments[0]).read_text())
     document["profile"] = {
         name: tuple(tuple(shape) for shape in shapes)
         for name, shapes in document["profile"].items()
     }
-    _build(EngineRequest(**document))
+    try:
+        _build(EngineRequest(**document))
+    except Exception as error:  # a traceback would push out the lines in which TensorRT says why
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
