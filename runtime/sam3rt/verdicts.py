@@ -79,7 +79,14 @@ def load_verdict(bundle: Bundle, subject: Subject) -> StoredVerdict | None:
             stored = _parse(document, key)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             _LOG.info("ignoring %s: %s", path, error)
             continue
         return stored
@@ -128,7 +135,12 @@ def _file_name(key: dict[str, Any]) -> str:
 
 
 def _folders(bundle: Bundle) -> list[Path]:
-    folders = [bundle.path / "verdicts"]
+    folders = []
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a loop of links, before 3.13
+        beside = bundle.path / "verdicts"
+        # A bundle from elsewhere must not choose where on this machine files are written.
+        if beside.resolve().is_relative_to(bundle.path.resolve()):
+            folders.append(beside)
     with contextlib.suppress(RuntimeError):  # there may be no home folder
         folders.append(_cache_folder() / "sam3rt" / "verdicts")
     return folders
@@ -148,11 +160,11 @@ def _cache_folder() -> Path:
 def _parse(document: Any, key: dict[str, Any]) -> StoredVerdict:
     if document["format"] != _FORMAT or document["key"] != key:
         raise ValueError("it is about something else")
-    passed, explanation = document["passed"], document["explanation"]
-    if not isinstance(passed, bool) or not isinstance(explanation, str):
+    passed, explanation, figures = (document[name] for name in ("passed", "explanation", "figures"))
+    kinds_are_right = (
+        isinstance(passed, bool) and isinstance(explanation, str) and isinstance(figures, dict)
+    )
+    if not kinds_are_right:
         raise ValueError("it is damaged")
-    figures = {
-        str(name): math.nan if value is None else float(value)
-        for name, value in document["figures"].items()
-    }
-    return StoredVerdict(passed, explanation, figures)
+    values = {n: math.nan if value is None else float(value) for n, value in figures.items()}
+    return StoredVerdict(passed, explanation, values)

@@ -140,8 +140,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise
     except PIL.Image.DecompressionBombError as error:
         raise ImageError("image", f"{path}: {error}", "an image of ordinary size") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("image", f"{path}: {error}", "a readable image file") from error
+    except Exception as error:  # Pillow's plugins raise many classes on damaged files
+        raise ImageError(
+            "image", f"{path}: {error or type(error).__name__}", "a readable image file"
+        ) from error
 
 
 def _point(text: str) -> tuple[float, float, int]:
