@@ -116,7 +116,7 @@ def _print(engine: EngineFile) -> None:
 
 def _capability(text: str) -> str:
     """``8.9``, ``sm89`` or ``sm_120`` as ``8.9`` and ``12.0``."""
-    match = re.fullmatch(r"(?:sm_?)?(\d{1,2}?)\.?(\d)", text)
+    match = re.fullmatch(r"(?:sm_?)?([1-9]\d??)\.?(\d)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.9")
     return f"{match.group(1)}.{match.group(2)}"
