@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "sha256.hpp"
+#include "tensor_places.hpp"
 
 namespace sam3rt {
 namespace {
@@ -268,20 +269,23 @@ Ort::SessionOptions Backend::options_for(const Graph& graph) const {
 
 std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
     const GraphSpec& spec = *graph.spec;
+    check_length(bundle_.path, spec.model);
+    for (const FileEntry& entry : spec.external_data) {
+        check_length(bundle_.path, entry);
+    }
     const std::filesystem::path path = bundle_.path / spec.model.file;
     Bytes content;
-    if (spec.external_data.empty()) {
-        // What is loaded is what was hashed, even if the file is exchanged meanwhile. With weights
-        // beside the graph that is not possible: they are found through the path.
-        try {
-            content = read_file(path, spec.model.bytes);
-        } catch (const std::system_error& error) {
-            throw BundleError(std::string("cannot be read: ") + error.what(), spec.model.file);
-        }
-        if (sha256_hex(content.data(), content.size()) != spec.model.sha256) {
-            throw BundleError("changed since the bundle was opened", spec.model.file);
-        }
+    try {
+        content = read_file(path, spec.model.bytes);
+    } catch (const std::system_error& error) {
+        throw BundleError(std::string("cannot be read: ") + error.what(), spec.model.file);
     }
+    if (sha256_hex(content.data(), content.size()) != spec.model.sha256) {
+        throw BundleError("changed since the bundle was opened", spec.model.file);
+    }
+    check_tensor_places(content, spec.model.file, spec.external_data);
+    // Without weights beside it, what is loaded is what was hashed, even if the file is exchanged
+    // meanwhile. Weights beside the graph are found through its path.
     try {
         const Ort::SessionOptions options = options_for(graph);
         auto session =

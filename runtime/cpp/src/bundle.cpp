@@ -315,8 +315,23 @@ Manifest parse_manifest(const Bytes& raw) {
 }
 
 void check_file(const fs::path& folder, const FileEntry& entry) {
-    const fs::path path = folder / entry.file;
+    check_length(folder, entry);
     std::string digest;
+    try {
+        digest = sha256_file(folder / entry.file);
+    } catch (const std::system_error& error) {
+        throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
+    }
+    if (digest != entry.sha256) {
+        throw BundleError("has SHA-256 " + digest.substr(0, 16) + "..., the manifest says " +
+                              entry.sha256.substr(0, 16) +
+                              "...: the file was changed or is from another export",
+                          entry.file);
+    }
+}
+
+void check_length(const fs::path& folder, const FileEntry& entry) {
+    const fs::path path = folder / entry.file;
     try {
         if (fs::is_symlink(path) && !is_inside(path, folder)) {
             throw BundleError("is a link that leaves the bundle", entry.file);
@@ -331,15 +346,8 @@ void check_file(const fs::path& folder, const FileEntry& entry) {
                                   ": the file is cut or from another export",
                               entry.file);
         }
-        digest = sha256_file(path);
     } catch (const std::system_error& error) {
         throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
-    }
-    if (digest != entry.sha256) {
-        throw BundleError("has SHA-256 " + digest.substr(0, 16) + "..., the manifest says " +
-                              entry.sha256.substr(0, 16) +
-                              "...: the file was changed or is from another export",
-                          entry.file);
     }
 }
 

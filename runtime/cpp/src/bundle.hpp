@@ -25,6 +25,9 @@ Manifest parse_manifest(const Bytes& raw);
 /// length or hash than its entry says. Throws BundleError.
 void check_file(const std::filesystem::path& folder, const FileEntry& entry);
 
+/// The part of check_file that opens nothing. Throws BundleError.
+void check_length(const std::filesystem::path& folder, const FileEntry& entry);
+
 /// Whether a text may name a file of a bundle: no separators, no leading dot, at most 128 letters,
 /// digits, dots, dashes and underscores.
 bool is_safe_name(const std::string& name);

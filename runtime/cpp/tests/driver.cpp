@@ -21,6 +21,7 @@
 #include "resize.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "sha256.hpp"
+#include "tensor_places.hpp"
 #include "transforms.hpp"
 
 namespace {
@@ -352,6 +353,15 @@ json choose(const json& step) {
             {"features_dtype", set.features_dtype}};
 }
 
+json tensor_places(const json& step) {
+    std::vector<FileEntry> beside;
+    for (const json& entry : step.at("beside")) {
+        beside.push_back({entry.at(0), "", entry.at(1)});
+    }
+    check_tensor_places(read_file(text(step, "path"), std::uint64_t{1} << 40U), "m.onnx", beside);
+    return nullptr;
+}
+
 using Step = std::function<json(Session&, const json&)>;
 
 const std::map<std::string, Step>& steps() {
@@ -441,6 +451,7 @@ const std::map<std::string, Step>& steps() {
         {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
         {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
+        {"tensor_places", [](Session&, const json& s) { return tensor_places(s); }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
     };
     return table;

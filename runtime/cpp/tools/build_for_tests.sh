@@ -16,8 +16,8 @@ configure() {
         > "$folder/$1.log" || { cat "$folder/$1.log"; exit 1; }
 }
 
-# Sanitized code is built with little optimization: compiling it takes longer than running it.
-sanitized=(-DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O1 -DCMAKE_CXX_FLAGS=-O1)
+# Sanitized code is built without optimization: compiling it takes longer than running it.
+sanitized=(-DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O0 -DCMAKE_CXX_FLAGS=-O0)
 configure release -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$folder/install"
 configure address "${sanitized[@]}" -DSAM3RT_SANITIZE=address,undefined
 configure thread "${sanitized[@]}" -DSAM3RT_SANITIZE=thread

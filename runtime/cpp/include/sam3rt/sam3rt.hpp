@@ -418,8 +418,8 @@ struct ModelOptions {
     std::string device = "auto";
     /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
     int threads = 0;
-    /// Hash every file against the manifest first. A graph that is loaded is hashed in any case,
-    /// unless its weights lie beside it.
+    /// Hash every file against the manifest first. A graph is hashed in any case when it is loaded,
+    /// but not weights that lie beside it.
     bool check_files = true;
     /// Refuse any bundle but the one with this fingerprint, if it is given.
     std::optional<std::string> expected_fingerprint;
