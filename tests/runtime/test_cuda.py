@@ -188,7 +188,7 @@ def test_cuda_python_12_raises_where_it_cannot_load_the_driver(
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match=r"pip install 'sam3rt\[gpu\]'"):
+    with pytest.raises(BackendError, match="pip install cuda-python"):
         CudaRuntime(0)
 
 

@@ -239,6 +239,27 @@ def test_only_bytes_come_down_where_the_device_makes_the_masks(
     equal(*results)
 
 
+@pytest.mark.parametrize("max_hole_area", [0.0, 40.0])
+@pytest.mark.parametrize("name", ["chelsea", "rocket"])
+def test_masks_of_more_objects_than_the_engine_takes(
+    max_hole_area: float,
+    name: str,
+    mobile_imaging: SegmentationModel,
+    default_model: SegmentationModel,
+    mobile_embeddings: dict[str, ImageEmbedding],
+) -> None:
+    embedding = mobile_embeddings[name]
+    height, width = embedding.original_size
+    corners = np.random.default_rng(5).uniform(0, 1, (MAX_OBJECTS + 2, 2, 2))
+    boxes = (np.sort(corners, axis=1) * [width, height]).reshape(-1, 4)
+    results = []
+    for model in (mobile_imaging, default_model):
+        predictor = SAM3InteractiveImagePredictor(model, 0.5, max_hole_area)
+        predictor.set_embedding(moved(embedding, model) if model is mobile_imaging else embedding)
+        results.append(predictor.predict(box=boxes, multimask_output=False))
+    equal(*results)
+
+
 def test_a_prompt_is_one_small_upload_one_launch_and_one_download(
     sam3_rig: Rig, sam3: SegmentationModel, sam3_embeddings: dict[int, ImageEmbedding]
 ) -> None:

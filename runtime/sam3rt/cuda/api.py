@@ -117,7 +117,8 @@ class CudaRuntime:
             from cuda.bindings import runtime
         except ImportError as error:
             raise BackendError(
-                "the TensorRT backend needs NVIDIA's cuda-python: pip install 'sam3rt[gpu]'"
+                "the TensorRT backend needs NVIDIA's cuda-python, 12.6.2 or newer, of the driver's "
+                "CUDA version or older: pip install cuda-python"
             ) from error
         self._runtime = runtime
         self._index = index

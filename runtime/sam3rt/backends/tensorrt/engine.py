@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 _MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _PACKAGES: dict[BackendName, str] = {
     "tensorrt": "pip install 'sam3rt[gpu]', or on a Jetson the python3-libnvinfer of JetPack",
-    "tensorrt-rtx": "pip install tensorrt-rtx",
+    "tensorrt-rtx": "pip install 'sam3rt[rtx]'",
 }
 _DTYPES: dict[str, type[np.generic]] = {
     "FLOAT": np.float32,
