@@ -144,7 +144,8 @@ def test_nothing_stays_hooked_to_the_decoder(tiny: ExportSource) -> None:
     chosen = most_decided(decoder, features, candidates)
     assert not decoder.single_mask._forward_pre_hooks
     # It is the one whose margin is the greatest, or the first that has enough.
-    margins = [conditioning._margin(decoder, features, candidate) for candidate in candidates]
+    with torch.no_grad():
+        margins = [conditioning._margin(decoder, features, each) for each in candidates]
     enough = [margin >= 1.0 for margin in margins]
     expected = enough.index(True) if any(enough) else int(np.argmax(margins))
     assert chosen is candidates[expected]
