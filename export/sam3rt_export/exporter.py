@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ from .memory import release
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
 from .sources import open_source
+from .staging import publish, restore, staging
 from .tracing import TraceRequest, trace_to_file
 
 _LOG = logging.getLogger(__name__)
@@ -119,8 +119,9 @@ def export_bundle(
         raise ExportError(f"weights: got {options.weights!r}, expected one of {', '.join(LIMITS)}")
     # What a link points to is what gets replaced.
     target = Path(output).resolve()
+    restore(target)
     _check_target(target, options.overwrite)
-    with _staging(target) as folder:
+    with _writing(target) as folder:
         record, limits = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
         release()
@@ -128,7 +129,8 @@ def export_bundle(
         self_check(folder, record, limits)
         if options.weights == "float16":
             _expect_stored_weights(folder, record)
-        _publish(folder, target)
+        _check_target(target, options.overwrite)  # minutes have passed
+        publish(folder, target, replace=options.overwrite)
     say(f"wrote {target}")
     return open_bundle(target, check_files=False)
 
@@ -138,7 +140,10 @@ def _write_files(
 ) -> tuple[ParityRecord, ParityLimits]:
     """Write every file of the bundle into an empty folder."""
     say("reading the checkpoint")
-    source = open_source(checkpoint)
+    try:
+        source = open_source(checkpoint)
+    except OSError as error:
+        raise ExportError(f"checkpoint: cannot be read: {error}") from error
     images = list(options.parity_images) or default_images()
     record = _run_oracle(source, images, say)
     record.save(folder / "parity.npz")
@@ -323,20 +328,13 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
 
 
 @contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone when the block is left by an exception."""
+def _writing(target: Path) -> Iterator[Path]:
+    """:func:`sam3rt_export.staging.staging`, whose errors are about the output."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        with staging(target) as folder:
+            yield folder
     except OSError as error:
-        raise ExportError(f"output: {target.parent} is not writable: {error}") from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-    except OSError as error:
-        raise ExportError(f"output: writing failed: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(f"output: {target} cannot be written: {error}") from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -347,24 +345,6 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"output: {target} exists; remove it or ask to overwrite it")
     if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Put a finished folder in the target's place."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    # A folder that is not empty cannot be replaced by one rename. Between the two the target is
-    # absent, never half written.
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _timed(progress: Progress | None) -> Progress:

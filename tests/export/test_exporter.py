@@ -32,7 +32,7 @@ import sam3rt
 from sam3rt._files import sha256_file
 from sam3rt.bundle import BundleError, GraphSpec, file_entry, open_bundle
 from sam3rt.parity import load_record
-from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, tracing
+from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, staging, tracing
 from sam3rt_export.errors import CheckpointError, SelfCheckError
 from sam3rt_export.exporter import LIMITS, self_check
 from sam3rt_export.oracles.transformers_sam3 import TransformersOracle, build_tracker_model
@@ -666,6 +666,8 @@ def test_what_an_interrupted_overwrite_left_is_no_obstacle(
 def test_the_old_bundle_comes_back_where_the_new_one_cannot_take_its_place(
     tiny_checkpoint: Path, old_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the system cannot exchange two names in one step."""
+    monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     rename = Path.rename
 
     def refuse_the_new_one(self: Path, target: Any) -> Path:
@@ -733,8 +735,8 @@ def test_a_parent_that_cannot_be_written_is_refused(
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exporter.tempfile, "mkdtemp", refuse)
-    with pytest.raises(ExportError, match=r"not writable.*Permission denied"):
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", refuse)
+    with pytest.raises(ExportError, match=r"cannot be written.*Permission denied"):
         export_bundle(tiny_checkpoint, tmp_path / "out")
     assert leftovers(tmp_path) == ["file"]
 
@@ -743,6 +745,42 @@ def test_a_checkpoint_that_is_none_is_refused_without_a_trace(tmp_path: Path) ->
     with pytest.raises(CheckpointError):
         export_bundle(tmp_path / "missing.pt", tmp_path / "out")
     assert leftovers(tmp_path) == []
+
+
+def test_a_refused_export_leaves_no_parents(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        export_bundle(tmp_path / "missing.pt", tmp_path / "a" / "b" / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_the_outputs_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(exporter, "open_source", refuse)
+    with pytest.raises(ExportError, match=r"^checkpoint: cannot be read.*Input/output error"):
+        export_bundle(tmp_path / "x.pt", tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_two_exports_to_one_place_the_first_wins(
+    tiny_checkpoint: Path, tiny_bundle: Path, spoil: dict[str, Spoil], tmp_path: Path
+) -> None:
+    """Whoever comes second must not overwrite unasked, however long ago it looked."""
+    target = tmp_path / "out"
+
+    def be_faster(which: str, path: Path) -> None:
+        if which == "decoder":
+            shutil.copytree(tiny_bundle, target)
+
+    spoil["graph"] = be_faster
+    with pytest.raises(ExportError, match="exists"):
+        export_bundle(tiny_checkpoint, target, ExportOptions(name="second"))
+    assert leftovers(tmp_path) == ["out"]
+    assert open_bundle(target).manifest == open_bundle(tiny_bundle).manifest
 
 
 # --- MobileSAM ------------------------------------------------------------------------------------
