@@ -43,6 +43,7 @@ PROMPTS = {
     "three boxes": Prompts(box=[[1, 2, 20, 18], [3, 4, 25, 15], [30, 20, 60, 45]]),
     "mask": Prompts([[30, 25]], [1], mask_input=np.linspace(-9, 9, 288 * 288).reshape(1, 288, 288)),
 }
+REDUCED = ["bf16", "bf16-encoder", "bf16-products"]
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no BF16")
 WRONG = Measurement("click", "masks", "least IoU", 0.5, 0.9, at_least=True)
@@ -85,7 +86,7 @@ def embedding(ov_model: SegmentationModel) -> ImageEmbedding:
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Decides what the gate measures of each recipe, and counts how often it is asked."""
-    plan: dict[str, Any] = {"bf16": RIGHT, "bf16-encoder": RIGHT, "asked": []}
+    plan: dict[str, Any] = dict.fromkeys(REDUCED, RIGHT) | {"asked": []}
 
     def measure(model: SegmentationModel, record: Any, limits: Any) -> Iterator[Measurement]:
         plan["asked"].append(model.backend.precision)
@@ -202,13 +203,18 @@ def test_the_bundled_model_agrees_with_onnxruntime(
 
 
 @needs_bf16
+@pytest.mark.parametrize("recipe", REDUCED)
 def test_bf16_is_near_fp32_and_float32_at_the_boundary(
-    small_bundle: Path, embedding: ImageEmbedding, ov_model: SegmentationModel, tmp_path: Path
+    small_bundle: Path,
+    embedding: ImageEmbedding,
+    ov_model: SegmentationModel,
+    tmp_path: Path,
+    recipe: str,
 ) -> None:
     model = load_model(
-        small_bundle, backend="openvino", precision="bf16-unproven", check_files=False
+        small_bundle, backend="openvino", precision=f"{recipe}-unproven", check_files=False
     )
-    assert model.backend.precision == "bf16"
+    assert model.backend.precision == recipe
     mine = model.encode(noise(50, 70))
     for name, array in mine.numpy().items():
         close(array, embedding.numpy()[name], 0.05)
@@ -339,19 +345,19 @@ def test_the_first_recipe_that_passes_is_used_and_remembered(
 def test_where_all_fail_auto_is_fp32_and_insisting_raises(
     copied: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    judged["bf16"] = judged["bf16-encoder"] = WRONG
+    judged |= dict.fromkeys(REDUCED, WRONG)
     assert load_model(copied, backend="openvino", check_files=False).backend.precision == "fp32"
-    assert sum(r.levelno == logging.WARNING for r in caplog.records) == 2
+    assert sum(r.levelno == logging.WARNING for r in caplog.records) == 3
     caplog.clear()
     insisting = load_model(copied, backend="openvino", precision="bf16", check_files=False)
     for _ in range(2):
         with pytest.raises(VerificationError, match=r"least IoU 0\.5, at least 0\.9"):
             insisting.encode(noise(5, 5))
-    assert judged["asked"] == ["bf16", "bf16-encoder"]
+    assert judged["asked"] == REDUCED
     unproven = load_model(copied, backend="openvino", precision="bf16-unproven", check_files=False)
     assert unproven.backend.precision == "bf16"
     assert "without proof" in caplog.text
-    assert judged["asked"] == ["bf16", "bf16-encoder"]
+    assert judged["asked"] == REDUCED
 
 
 def test_first_use_from_many_threads_is_judged_once(copied: Path, judged: dict[str, Any]) -> None:

@@ -36,10 +36,12 @@ _LOG = logging.getLogger(__name__)
 
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-# What each recipe computes the encoder and the decoder in, fastest first.
+# What each recipe computes the encoder and the decoder in, fastest first. "products" is FP32 but
+# for the matrix products, as in PyTorch's autocast: what is added up over the blocks stays exact.
 _RECIPES = {
     "bf16": ("bf16", "bf16"),
     "bf16-encoder": ("bf16", "f32"),
+    "bf16-products": ("products", "f32"),
     "fp32": ("f32", "f32"),
 }
 _FULL = "fp32"
@@ -71,11 +73,11 @@ class OpenVinoFeatures:
 class OpenVinoBackend:
     """Runs a bundle's graphs with OpenVINO's CPU plugin, compiled at first use.
 
-    There are three recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32; and
-    ``"fp32"``. Before one of the first two serves a result, it runs on the bundle's parity record
-    and is held to :data:`sam3rt.gate.GATE_LIMITS`; the verdict is remembered
-    (:mod:`sam3rt.verdicts`), so that the next start does not repeat it. Feature maps and outputs
-    are float32 either way.
+    There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
+    ``"bf16-products"``, whose encoder too is FP32 but for its matrix products; and ``"fp32"``.
+    Before one of the first three serves a result, it runs on the bundle's parity record and is
+    held to :data:`sam3rt.gate.GATE_LIMITS`; the verdict is remembered (:mod:`sam3rt.verdicts`), so
+    that the next start does not repeat it. Feature maps and outputs are float32 either way.
 
     Args:
         bundle: an opened bundle.
@@ -83,8 +85,8 @@ class OpenVinoBackend:
         threads: CPU threads; ``None`` leaves it to OpenVINO.
         precision: ``"auto"`` takes the first recipe that passes the gate, where the CPU has BF16;
             a recipe's name insists on it, and fails where the gate does;
-            ``"bf16-unproven"`` and ``"bf16-encoder-unproven"`` do without the gate, for those who
-            have compared by other means.
+            with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does without the gate,
+            for those who have compared by other means.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
@@ -332,7 +334,8 @@ class _Graphs:
     def _compile(self, graph: GraphSpec, element: str, batch: int | None = None) -> _CompiledGraph:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": element,
+            # Without a hint, OpenVINO computes in the types that stand in the graph.
+            "INFERENCE_PRECISION_HINT": "dynamic" if element == "products" else element,
             **self._threads,
         }
         try:
@@ -343,6 +346,8 @@ class _Graphs:
                 shape = model.inputs[0].get_partial_shape()
                 shape[0] = batch
                 model.reshape(shape)
+            if element == "products":
+                _products_in_bf16(model)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options))
         except BundleError:
             raise
@@ -388,6 +393,23 @@ def _failures(graph: str) -> Iterator[None]:
         yield
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
         raise BackendError(f"OpenVINO failed in the {graph}: {error}") from error
+
+
+def _products_in_bf16(model: Any) -> None:
+    """Let every matrix product of an FP32 graph take and give BF16."""
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        operands = [opset13.convert(port.get_source_output(), "bf16") for port in node.inputs()]
+        consumers = list(node.output(0).get_target_inputs())
+        transposed = node.get_attributes()
+        product = opset13.matmul(*operands, transposed["transpose_a"], transposed["transpose_b"])
+        widened = opset13.convert(product, "f32")
+        for consumer in consumers:
+            consumer.replace_source_output(widened.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def _loaded(port: Any) -> LoadedTensor:
