@@ -20,8 +20,6 @@ import contextlib
 import dataclasses
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,34 +28,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from predict_calls import HEIGHT, PROMPTS, WIDTH, measure
 from report import cpu_name, publish
 
 import sam3rt
 from sam3rt.transforms import ImageGeometry
-
-HEIGHT, WIDTH = 1080, 1920
-PROMPTS: dict[str, dict[str, Any]] = {
-    "one click": {"point_coords": [[900.0, 500.0]], "point_labels": [1]},
-    "one click, single mask": {
-        "point_coords": [[900.0, 500.0]],
-        "point_labels": [1],
-        "multimask_output": False,
-    },
-    "one box": {"box": [500.0, 200.0, 1500.0, 900.0], "multimask_output": False},
-    "five clicks": {
-        "point_coords": [[900.0, 500.0], [300.0, 200.0], [1500, 800], [60, 900], [1000, 100]],
-        "point_labels": [1, 0, 1, 0, 1],
-    },
-    "four boxes": {
-        "box": [
-            [500.0, 200.0, 1500.0, 900.0],
-            [100.0, 100.0, 700.0, 600.0],
-            [900.0, 300.0, 1900.0, 1000.0],
-            [300.0, 300.0, 600.0, 500.0],
-        ],
-        "multimask_output": False,
-    },
-}
 
 
 @contextlib.contextmanager
@@ -105,27 +80,6 @@ def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
     both = (actual & expected).sum(axis=(-2, -1))
     either = (actual | expected).sum(axis=(-2, -1))
     return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
-
-
-def measure(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Call each in turn, ``repetitions`` times; milliseconds."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {
-            "median_ms": round(statistics.median(values), 2),
-            "p95_ms": round(float(np.percentile(values, 95)), 2),
-            "min_ms": round(min(values), 2),
-        }
-        for name, values in times.items()
-    }
 
 
 def main() -> None:

@@ -1,0 +1,185 @@
+"""One call of ``predict``, the C++ runtime against the Python runtime, in one process.
+
+Both run the same bundle on ONNX Runtime with the same number of threads, have the same image set,
+and answer the same prompts in turn; the C++ library is called through its C interface. Then, in
+processes of their own, how long each takes from a loaded library to the first mask of an embedding
+on disk, and whether the encoder was loaded. Needs a build of ``make test-cpp``; run from the
+repository's root:
+
+    PYTHONPATH=runtime:tests/cpp python benchmarks/cpp_vs_python.py BUNDLE --builds build-cpp \\
+        --output benchmarks/results/NAME/cpp_vs_python.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from c_library import Library, PredictOptions, image, prompts
+from predict_calls import HEIGHT, PROMPTS, WIDTH, measure
+from report import cpu_name, publish
+
+import sam3rt
+
+CLICK = PROMPTS["one click"]
+
+
+def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int) -> None:
+    """A process that serves one mask from an embedding on disk; prints what it took."""
+    import resource
+
+    if kind == "cpp":
+        library = Library(builds)
+    start = time.perf_counter()
+    if kind == "cpp":
+        model = library.load(bundle, threads=threads, skip_file_checks=1)
+        loaded = library.make("embedding_load", model, str(embedding).encode())
+        predictor = library.predictor(model)
+        library.call("predictor_set_embedding", predictor, loaded)
+        shape = library.predict(predictor, CLICK)[0].shape
+        encoder = bool(library.c.sam3rt_model_encoder_loaded(model))
+    else:
+        served = sam3rt.load_model(
+            bundle, backend="onnxruntime", device="cpu", threads=threads, check_files=False
+        )
+        own = sam3rt.SAM3InteractiveImagePredictor(served, mask_dtype=np.uint8)
+        own.set_embedding(served.load_embedding(embedding))
+        shape = own.predict(**CLICK)[0].shape
+        encoder = "_encoder_session" in vars(served.backend)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        json.dumps(
+            {
+                "first_mask_ms": round(1e3 * seconds, 1),
+                "peak_mb": round(peak / 1024, 1),
+                "encoder_loaded": encoder,
+                "mask_shape": list(shape),
+            }
+        )
+    )
+
+
+def run_client(kind: str, options: argparse.Namespace, embedding: Path) -> dict[str, Any]:
+    """Run :func:`client` in a new process."""
+    command = [sys.executable, __file__, options.bundle, "--builds", options.builds]
+    command += ["--threads", options.threads, "--client", kind, "--embedding", embedding]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both runtimes' times for every prompt, with holes filled and not."""
+    model = sam3rt.load_model(
+        options.bundle, backend="onnxruntime", device="cpu", threads=options.threads
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    embedding = model.encode(pixels)
+    handle = library.load(options.bundle, threads=options.threads)
+    with tempfile.NamedTemporaryFile() as file:
+        embedding.save(file.name)
+        same = library.make("embedding_load", handle, file.name.encode())
+    rows = []
+    for holes in (0.0, 256.0):
+        python = sam3rt.SAM3InteractiveImagePredictor(
+            model, max_hole_area=holes, mask_dtype=np.uint8
+        )
+        python.set_embedding(embedding)
+        cpp = library.predictor(handle, max_hole_area=holes)
+        library.call("predictor_set_embedding", cpp, same)
+        for name, call in PROMPTS.items():
+            given = prompts(call)
+            single = int(not call.get("multimask_output", True))
+
+            def predict_cpp(cpp: Any = cpp, given: Any = given, single: int = single) -> None:
+                made = ctypes.c_void_p()
+                settings = PredictOptions(ctypes.sizeof(PredictOptions), single, 0)
+                library.call(
+                    "predictor_predict",
+                    cpp,
+                    ctypes.byref(given),
+                    ctypes.byref(settings),
+                    ctypes.byref(made),
+                )
+                library.c.sam3rt_prediction_free(made)
+
+            def predict_python(python: Any = python, call: Any = call) -> None:
+                python.predict(**call)
+
+            mine = library.predict(cpp, call)
+            theirs = python.predict(**call)
+            calls: dict[str, Callable[[], Any]] = {"cpp": predict_cpp, "python": predict_python}
+            times = measure(calls, options.repetitions)
+            rows.append(
+                {
+                    "prompt": name,
+                    "max_hole_area": holes,
+                    **times,
+                    "ratio": round(times["python"]["median_ms"] / times["cpp"]["median_ms"], 3),
+                    "differing_pixels": float((mine[0] != theirs[0]).mean()),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--builds", type=Path, default=Path("build-cpp"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=5, help="processes of each kind")
+    parser.add_argument("--client", choices=["cpp", "python"], help=argparse.SUPPRESS)
+    parser.add_argument("--embedding", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.builds = options.builds.resolve()
+    if options.client:
+        client(options.client, options.bundle, options.builds, options.embedding, options.threads)
+        return
+    library = Library(options.builds)
+    rows = compare_predict(library, options)
+    clients: dict[str, Any] = {"cpp": [], "python": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.embedding"
+        model = library.load(options.bundle, threads=options.threads, skip_file_checks=1)
+        pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        start = time.perf_counter()
+        made = library.make("model_encode", model, ctypes.byref(image(pixels)))
+        encode_ms = round(1e3 * (time.perf_counter() - start), 1)
+        library.call("embedding_save", made, str(path).encode())
+        for _ in range(options.clients):
+            for kind, found in clients.items():
+                found.append(run_client(kind, options, path))
+    publish(
+        {
+            "bundle": sam3rt.open_bundle(options.bundle, check_files=False).manifest.name,
+            "cpu": cpu_name(),
+            "threads": options.threads,
+            "onnxruntime": onnxruntime.__version__,
+            "image": [HEIGHT, WIDTH],
+            "repetitions": options.repetitions,
+            "median_ratio": statistics.median(row["ratio"] for row in rows),
+            "predict": rows,
+            "first_encode_with_loading_ms": encode_ms,
+            "embedding_clients": clients,
+        },
+        options.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

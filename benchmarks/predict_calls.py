@@ -1,0 +1,55 @@
+"""The calls of ``predict`` that are timed, and how they are timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+HEIGHT, WIDTH = 1080, 1920
+PROMPTS: dict[str, dict[str, Any]] = {
+    "one click": {"point_coords": [[900.0, 500.0]], "point_labels": [1]},
+    "one click, single mask": {
+        "point_coords": [[900.0, 500.0]],
+        "point_labels": [1],
+        "multimask_output": False,
+    },
+    "one box": {"box": [500.0, 200.0, 1500.0, 900.0], "multimask_output": False},
+    "five clicks": {
+        "point_coords": [[900.0, 500.0], [300.0, 200.0], [1500, 800], [60, 900], [1000, 100]],
+        "point_labels": [1, 0, 1, 0, 1],
+    },
+    "four boxes": {
+        "box": [
+            [500.0, 200.0, 1500.0, 900.0],
+            [100.0, 100.0, 700.0, 600.0],
+            [900.0, 300.0, 1900.0, 1000.0],
+            [300.0, 300.0, 600.0, 500.0],
+        ],
+        "multimask_output": False,
+    },
+}
+
+
+def measure(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
+    """Call each in turn, ``repetitions`` times; milliseconds."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "median_ms": round(statistics.median(values), 2),
+            "p95_ms": round(float(np.percentile(values, 95)), 2),
+            "min_ms": round(min(values), 2),
+        }
+        for name, values in times.items()
+    }
