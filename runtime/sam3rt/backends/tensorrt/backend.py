@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from .platform import Platform
 from .shapes import all_classes
 
 _LOG = logging.getLogger(__name__)
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 # Calls at a time. One thread's decoding leaves the GPU idle while it copies masks; more than a
 # few take turns on it anyway.
@@ -140,7 +143,7 @@ class TensorRtBackend:
         block = self._block(features)
         with self._pool.lane(holding=block) as lane:
             runs = [lane.decode(block, part, outputs)[0] for part in self._parts(prompts)]
-        return [np.concatenate(parts, axis=1) for parts in zip(*runs, strict=True)]
+        return [_joined(parts, 1) for parts in zip(*runs, strict=True)]
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
@@ -202,8 +205,8 @@ class TensorRtBackend:
                 runs.append(found)
                 masks.append(upsampled)
         return (
-            [np.concatenate(parts, axis=1) for parts in zip(*runs, strict=True)],
-            np.concatenate([part for part in masks if part is not None]),
+            [_joined(parts, 1) for parts in zip(*runs, strict=True)],
+            _joined([part for part in masks if part is not None], 0),
         )
 
     def upsample(
@@ -220,12 +223,11 @@ class TensorRtBackend:
         step = self._network.limits.objects
         with self._pool.lane() as lane:
             matrices = self._imaging.upsampling_matrices(place, lane.upload_block)
-            return np.concatenate(
-                [
-                    lane.upsample(logits[first : first + step], matrices, threshold)
-                    for first in range(0, len(logits), step)
-                ]
-            )
+            masks = [
+                lane.upsample(logits[first : first + step], matrices, threshold)
+                for first in range(0, len(logits), step)
+            ]
+        return _joined(masks, 0)
 
     def _parts(self, prompts: PackedPrompts) -> list[PackedPrompts]:
         """Prompts in as many parts as the engine needs for their objects."""
@@ -276,3 +278,8 @@ class TensorRtBackend:
                 name,
             )
         return self._platform.library.load(content, name)
+
+
+def _joined(parts: Sequence[NDArray[_Scalar]], axis: int) -> NDArray[_Scalar]:
+    """The parts along an axis; one part, the usual case, as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
