@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,7 +17,11 @@ from .default_model import default_bundle_path
 from .embedding import ImageEmbedding, read_embedding
 from .errors import BundleError, EmbeddingError, InvalidInputError
 from .prompts import PackedPrompts, Prompts, pack
+from .stages import StageListener, stage
 from .transforms import Image, geometry, preprocess, to_rgb
+
+if TYPE_CHECKING:
+    from .health import Health
 
 _MULTI = ("pred_masks", "iou_scores")
 _SINGLE = ("single_pred_masks", "single_iou_scores")
@@ -46,11 +50,18 @@ class SegmentationModel:
     Args:
         bundle: an opened bundle.
         backend: what runs it.
+
+    Attributes:
+        on_stage: a timing hook, or ``None``: called after each stage of a call with its name and
+            its seconds, on the call's own thread. Stages are ``"preprocess"``, ``"encode"``,
+            ``"pack prompts"``, ``"decode"`` and ``"postprocess"``; one that a backend does
+            together with the next on its device is counted with that.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self.backend = backend
+        self.on_stage: StageListener | None = None
         self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
         decoder_outputs = {spec.name for spec in bundle.manifest.decoder.outputs}
         self._object_score = (_OBJECT_SCORE,) if _OBJECT_SCORE in decoder_outputs else ()
@@ -84,9 +95,13 @@ class SegmentationModel:
         rgb = to_rgb(image)
         place = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
         if self._imaging is not None and self._imaging.preprocesses(place):
-            features = self._imaging.encode_image(rgb, place)
+            with stage("encode", self.on_stage):
+                features = self._imaging.encode_image(rgb, place)
         else:
-            features = self.backend.encode(preprocess(self.manifest.image, rgb)[0])
+            with stage("preprocess", self.on_stage):
+                pixels = preprocess(self.manifest.image, rgb)[0]
+            with stage("encode", self.on_stage):
+                features = self.backend.encode(pixels)
         return ImageEmbedding(features, place, self.manifest.fingerprint, self._names)
 
     def decode(
@@ -104,7 +119,7 @@ class SegmentationModel:
             EmbeddingError: the embedding belongs to another bundle or backend.
             BackendError: the backend failed.
         """
-        packed = pack(prompts, self.manifest.prompts, embedding.geometry)
+        packed = self._pack(prompts, embedding)
         return self.decode_packed(embedding, packed, multimask_output)
 
     def decode_packed(
@@ -113,7 +128,9 @@ class SegmentationModel:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
         self._check_embedding(embedding)
         outputs = self._outputs(multimask_output)
-        return self._decoded(self.backend.decode(embedding.features, prompts, outputs))
+        with stage("decode", self.on_stage):
+            results = self.backend.decode(embedding.features, prompts, outputs)
+        return self._decoded(results)
 
     def segment(
         self,
@@ -152,34 +169,38 @@ class SegmentationModel:
         imaging = None if return_logits else self._imaging
         if imaging is None or not imaging.upsamples(place):
             decoded = self.decode(embedding, prompts, multimask_output)
-            return decoded, postprocess.finish(
-                decoded.low_res_masks,
-                place,
-                manifest.image,
-                manifest.masks,
-                threshold=threshold,
-                max_hole_area=max_hole_area,
-                max_sprinkle_area=max_sprinkle_area,
-                return_logits=return_logits,
-                dtype=dtype,
-            )
+            with stage("postprocess", self.on_stage):
+                return decoded, postprocess.finish(
+                    decoded.low_res_masks,
+                    place,
+                    manifest.image,
+                    manifest.masks,
+                    threshold=threshold,
+                    max_hole_area=max_hole_area,
+                    max_sprinkle_area=max_sprinkle_area,
+                    return_logits=return_logits,
+                    dtype=dtype,
+                )
         if max_hole_area > 0 or max_sprinkle_area > 0:
             decoded = self.decode(embedding, prompts, multimask_output)
-            cleaned = postprocess.clean_all(
-                decoded.low_res_masks, threshold, max_hole_area, max_sprinkle_area
-            )
-            masks = imaging.upsample(cleaned, place, threshold)
+            with stage("postprocess", self.on_stage):
+                cleaned = postprocess.clean_all(
+                    decoded.low_res_masks, threshold, max_hole_area, max_sprinkle_area
+                )
+                masks = imaging.upsample(cleaned, place, threshold)
         else:
             self._check_embedding(embedding)
-            results, masks = imaging.decode_masks(
-                embedding.features,
-                pack(prompts, manifest.prompts, place),
-                self._outputs(multimask_output),
-                place,
-                threshold,
-            )
+            packed = self._pack(prompts, embedding)
+            with stage("decode", self.on_stage):
+                results, masks = imaging.decode_masks(
+                    embedding.features, packed, self._outputs(multimask_output), place, threshold
+                )
             decoded = self._decoded(results)
         return decoded, masks.astype(dtype, copy=False)
+
+    def _pack(self, prompts: Prompts, embedding: ImageEmbedding) -> PackedPrompts:
+        with stage("pack prompts", self.on_stage):
+            return pack(prompts, self.manifest.prompts, embedding.geometry)
 
     def _outputs(self, multimask_output: bool) -> tuple[str, ...]:
         return (*(_MULTI if multimask_output else _SINGLE), *self._object_score)
@@ -212,6 +233,15 @@ class SegmentationModel:
         self.backend.prepare()
         embedding = self.encode(np.zeros((8, 8, 3), np.uint8))
         self.decode(embedding, Prompts(point_coords=[[4.0, 4.0]], point_labels=[1]))
+
+    def health(self) -> Health:
+        """Put a known question to the model and judge the answer, as a readiness probe.
+
+        Takes about as long as one request. Raises nothing for a model that is not well.
+        """
+        from .health import check_health  # it imports this module
+
+        return check_health(self)
 
 
 def load_model(

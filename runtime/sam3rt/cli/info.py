@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..backends import BACKENDS
 from ..bundle import Bundle, Manifest, open_bundle
 from ..cuda.driver import probe_all
 from ..default_model import default_bundle_path
 from ..engines import find_engines
-from ..errors import BackendError
+from ..errors import BackendError, BundleError
+from ..machine import processor_name
 
 HELP = "show versions, backends and a bundle's description"
 DESCRIPTION = "Show this installation's versions, the backends that can run here, and a bundle."
@@ -33,6 +36,15 @@ _PACKAGES = (
     "torch",
     "transformers",
     "onnx",
+    "polygraphy",
+)
+# What changes how the libraries below sam3rt run.
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
 )
 
 
@@ -51,21 +63,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the information."""
     path = default_bundle_path() if options.bundle is None else options.bundle
-    bundle = open_bundle(path, check_files=False)
-    information = {
+    information: dict[str, Any] = {
         "sam3rt": __version__,
+        "installed_at": str(Path(__file__).resolve().parents[1]),
         "machine": _machine(),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "packages": _packages(),
         "onnxruntime_providers": _providers(),
-        "openvino_recipes": _recipes(bundle),
+        "backends": _backends(),
         "gpus": _gpus(),
-        "bundle": _bundle(path, bundle.manifest),
-        "engines": _engines(bundle),
     }
+    problem: BundleError | None = None
+    try:
+        bundle = open_bundle(path, check_files=False)
+    except BundleError as error:  # the bug may be just this: everything else is shown
+        problem = error
+        information["bundle"] = {"path": str(path), "problem": str(error)}
+    else:
+        information |= {
+            "openvino_recipes": _recipes(bundle),
+            "bundle": _bundle(path, bundle.manifest) | {"files": _files(bundle)},
+            "engines": _engines(bundle),
+        }
     if options.json:
         print(json.dumps(information, indent=2))
     else:
         _print(information, "")
+    if problem is not None:
+        raise problem
     return 0
 
 
@@ -73,9 +98,48 @@ def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "architecture": platform.machine(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "memory_gb": _memory_gb(),
     }
+
+
+def _usable_cores() -> int | None:
+    """Cores this process may run on, which a container may limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def _backends() -> dict[str, str]:
+    """Whether each backend's libraries can be imported; nothing is loaded onto a device."""
+    said = {}
+    for name, path in BACKENDS.items():
+        try:
+            importlib.import_module(path.partition(":")[0])
+            said[name] = "can be imported"
+        except BackendError as error:
+            said[name] = str(error)
+        except Exception as error:  # a broken installation of somebody else's library
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def _files(bundle: Bundle) -> str:
+    try:
+        bundle.check_files()
+    except BundleError as error:
+        return str(error)
+    return "match their hashes"
 
 
 def _packages() -> dict[str, str]:
