@@ -270,13 +270,23 @@ class ParityRecord:
         score = self._arrays.get(f"{case.name}/object_score")
         if score is not None:
             said = actual.object_score
+            error = math.inf if said is None else _largest_error(said, score)
             yield Measurement(
                 case.name,
                 "object score",
                 "relative error",
-                float("inf") if said is None else relative_error(said, score),
+                error / self._largest_score(),
                 limits.logit_error,
             )
+
+    def _largest_score(self) -> float:
+        """The largest absolute object score of all cases.
+
+        One case has one score per object, and one near zero says "perhaps": an error relative to
+        itself would be of no meaning.
+        """
+        scores = (self._arrays.get(f"{case.name}/object_score") for case in self.cases())
+        return max(1e-6, *(float(np.abs(s).max()) for s in scores if s is not None), 0.0)
 
 
 def verify_model(
