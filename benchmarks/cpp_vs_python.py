@@ -37,8 +37,6 @@ CLICK = PROMPTS["one click"]
 
 def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int) -> None:
     """A process that serves one mask from an embedding on disk; prints what it took."""
-    import resource
-
     if kind == "cpp":
         library = Library(builds)
     start = time.perf_counter()
@@ -58,7 +56,9 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
         shape = own.predict(**CLICK)[0].shape
         encoder = "_encoder_session" in vars(served.backend)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage, whose figure a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     print(
         json.dumps(
             {
