@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK = 1 << 20
+# Linux's names for a process's open files.
+_HANDLES = Path("/proc/self/fd")
 
 
 def sha256_file(path: Path) -> str:
@@ -31,21 +34,45 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that takes its place when the block succeeds.
 
     The content is flushed to disk before the rename, so that a crash leaves the old file or the
-    new one. When the block raises, the temporary file is removed and ``path`` is untouched.
+    new one. When the block raises, the temporary file is removed and ``path`` is untouched. On
+    Linux the file has no name until it is whole, so that a process killed meanwhile leaves nothing.
 
     Raises:
         OSError: the folder is missing, read-only or full.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    # Unlike tempfile, which makes files that only their owner may read.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = _open_unnamed(path.parent)
+    named = handle is None
+    if handle is None:
+        # Unlike tempfile, which makes files that only their owner may read.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+            if not named:
+                # Given any folder, Python follows the link, which alone names such a file.
+                os.link(f"{_HANDLES}/{handle}", temporary, src_dir_fd=handle)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def _open_unnamed(folder: Path) -> int | None:
+    """A file that has no name yet, or ``None`` where the system has no such files.
+
+    Raises:
+        OSError: the folder is missing, read-only or full.
+    """
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is None or not _HANDLES.is_dir():
+        return None
+    try:
+        return os.open(folder, os.O_WRONLY | flag, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return None
         raise
