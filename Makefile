@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export -name '*.py') $(wildcard engines/mobile_s
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cpp lint locks default-bundle clean
+.PHONY: help demo test test-slow test-cpp cpp-dependencies lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -28,6 +28,8 @@ test-slow: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the tests that take minute
 test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
 	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
 	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp
+
+cpp-dependencies: $(CPP_BUILDS)/dependencies/.done ## Fetch what building the C++ runtime takes
 
 $(CPP_BUILDS)/dependencies/.done: $(TEST_ENV)/.done runtime/cpp/tools/fetch_dependencies.sh
 	runtime/cpp/tools/fetch_dependencies.sh $(CPP_BUILDS)/dependencies $(TEST_BIN)/python
