@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from helpers import examples
 from hypothesis import given
@@ -18,6 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import targets
 
 from sam3rt.errors import Sam3rtError
+
+
+@pytest.fixture(autouse=True)
+def pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what a target sets."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
