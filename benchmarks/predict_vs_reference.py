@@ -157,7 +157,12 @@ def main() -> None:
             "machine": {"processor": cpu_name(), "platform": platform.platform()},
             "versions": {
                 "sam3rt": sam3rt.__version__,
-                **{k: v for m in models.values() for k, v in m.backend.versions().items()},
+                **{
+                    k: v
+                    for m in models.values()
+                    for k, v in m.backend.versions().items()
+                    if k != "precision"
+                },
                 "torch": torch.__version__,
                 "numpy": np.__version__,
             },
