@@ -461,15 +461,29 @@ def test_fp16_weights(
     with one_thread():
         half = export_bundle(tiny_checkpoint, tmp_path / "out", ExportOptions(weights="float16"))
     assert half.manifest.weights == "float16"
-    assert half.manifest.parity.limits == LIMITS["float16"]
+    # Its record expects the rounded weights, so that it finds what a machine adds to them.
+    assert half.manifest.parity.limits == LIMITS["float32"]
     assert half.manifest.export_id != open_bundle(tiny_bundle).manifest.export_id
     for name in ("encoder.onnx", "decoder.onnx"):
         onnx.checker.check_model(str(tmp_path / "out" / name))
         kinds = {t.data_type for t in onnx.load(tmp_path / "out" / name).graph.initializer}
         assert onnx.TensorProto.FLOAT16 in kinds
         assert (tmp_path / "out" / name).stat().st_size < (tiny_bundle / name).stat().st_size
+    self_check(tmp_path / "out", load_record(half), LIMITS["float32"])
+    unrounded = load_record(open_bundle(tiny_bundle))
+    self_check(tmp_path / "out", unrounded, LIMITS["float16"])
     with pytest.raises(SelfCheckError):
-        self_check(tmp_path / "out", load_record(half), LIMITS["float32"])
+        self_check(tmp_path / "out", unrounded, LIMITS["float32"])
+
+
+def test_rounded_weights_are_held_to_the_unrounded_model(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tracing, "MIN_FP16_VALUES", 64)
+    monkeypatch.setitem(exporter.LIMITS, "float16", LIMITS["float32"])
+    with one_thread(), pytest.raises(SelfCheckError):
+        export_bundle(tiny_checkpoint, tmp_path / "out", ExportOptions(weights="float16"))
+    assert leftovers(tmp_path) == []
 
 
 def test_weights_beside_the_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
