@@ -43,7 +43,7 @@ PROMPTS = {
     "three boxes": Prompts(box=[[1, 2, 20, 18], [3, 4, 25, 15], [30, 20, 60, 45]]),
     "mask": Prompts([[30, 25]], [1], mask_input=np.linspace(-9, 9, 288 * 288).reshape(1, 288, 288)),
 }
-REDUCED = ["bf16", "bf16-encoder", "bf16-products"]
+REDUCED = ["bf16", "bf16-encoder", "bf16-mixed"]
 HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no BF16")
 WRONG = Measurement("click", "masks", "least IoU", 0.5, 0.9, at_least=True)

@@ -32,16 +32,18 @@ except ImportError as _error:
         "the openvino backend needs OpenVINO: pip install 'sam3rt[openvino]'"
     ) from _error
 
+from .openvino_mixed import products_in_bf16
+
 _LOG = logging.getLogger(__name__)
 
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-# What each recipe computes the encoder and the decoder in, fastest first. "products" is FP32 but
-# for the matrix products, as in PyTorch's autocast: what is added up over the blocks stays exact.
+# What each recipe computes the encoder and the decoder in, fastest first. "mixed" is BF16 but for
+# what is added up over the blocks, and normalizations, as in PyTorch's autocast.
 _RECIPES = {
     "bf16": ("bf16", "bf16"),
     "bf16-encoder": ("bf16", "f32"),
-    "bf16-products": ("products", "f32"),
+    "bf16-mixed": ("mixed", "f32"),
     "fp32": ("f32", "f32"),
 }
 _FULL = "fp32"
@@ -74,7 +76,7 @@ class OpenVinoBackend:
     """Runs a bundle's graphs with OpenVINO's CPU plugin, compiled at first use.
 
     There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
-    ``"bf16-products"``, whose encoder too is FP32 but for its matrix products; and ``"fp32"``.
+    ``"bf16-mixed"``, whose encoder also sums up its blocks in FP32; and ``"fp32"``.
     Before one of the first three serves a result, it runs on the bundle's parity record and is
     held to :data:`sam3rt.gate.GATE_LIMITS`; the verdict is remembered (:mod:`sam3rt.verdicts`), so
     that the next start does not repeat it. Feature maps and outputs are float32 either way.
@@ -335,7 +337,7 @@ class _Graphs:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
-            "INFERENCE_PRECISION_HINT": "dynamic" if element == "products" else element,
+            "INFERENCE_PRECISION_HINT": "dynamic" if element == "mixed" else element,
             **self._threads,
         }
         try:
@@ -346,8 +348,8 @@ class _Graphs:
                 shape = model.inputs[0].get_partial_shape()
                 shape[0] = batch
                 model.reshape(shape)
-            if element == "products":
-                _products_in_bf16(model)
+            if element == "mixed":
+                products_in_bf16(model)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options))
         except BundleError:
             raise
@@ -393,23 +395,6 @@ def _failures(graph: str) -> Iterator[None]:
         yield
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
         raise BackendError(f"OpenVINO failed in the {graph}: {error}") from error
-
-
-def _products_in_bf16(model: Any) -> None:
-    """Let every matrix product of an FP32 graph take and give BF16."""
-    from openvino import opset13
-
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MatMul":
-            continue
-        operands = [opset13.convert(port.get_source_output(), "bf16") for port in node.inputs()]
-        consumers = list(node.output(0).get_target_inputs())
-        transposed = node.get_attributes()
-        product = opset13.matmul(*operands, transposed["transpose_a"], transposed["transpose_b"])
-        widened = opset13.convert(product, "f32")
-        for consumer in consumers:
-            consumer.replace_source_output(widened.output(0))
-    model.validate_nodes_and_infer_types()
 
 
 def _loaded(port: Any) -> LoadedTensor:

@@ -72,7 +72,7 @@ def stage_limits(
 
 def _element(precision: str, stage: str) -> str:
     """The type of a stage's matrix products by the name of a precision."""
-    if stage == "decode" and precision in ("bf16-encoder", "bf16-products"):
+    if stage == "decode" and precision in ("bf16-encoder", "bf16-mixed"):
         return "fp32"
     return next((e for e in ("bf16", "fp16") if e in precision), "fp32")
 

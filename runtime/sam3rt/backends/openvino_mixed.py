@@ -1,0 +1,86 @@
+"""Mixed precision for OpenVINO: an FP32 graph, retyped so that what costs time runs in BF16.
+
+OpenVINO's own BF16 mode also rounds what the blocks add up, at each addition, which is most of
+its error. PyTorch's autocast keeps that sum and the normalizations in FP32; so does this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openvino import Type, opset13
+
+# What is computed in BF16 where all it takes is BF16 already: biases, activations, rotary
+# embeddings and attention's softmax, and what only moves values. Left in FP32 halfway between two
+# products, they would cost two conversions each and keep OpenVINO from fusing them.
+_BETWEEN = frozenset(
+    {
+        "Add",
+        "Concat",
+        "Divide",
+        "Erf",
+        "Gelu",
+        "Multiply",
+        "Negative",
+        "Reshape",
+        "Softmax",
+        "Split",
+        "Squeeze",
+        "Subtract",
+        "Transpose",
+        "Unsqueeze",
+        "VariadicSplit",
+    }
+)
+
+
+def products_in_bf16(model: Any) -> None:
+    """Retype an FP32 graph in place: matrix products in BF16, and what follows from them alone.
+
+    An operator that also takes an FP32 result, such as the addition of a block's result to the
+    stream of all blocks, stays FP32; so do normalizations, and convolutions, of which the encoder
+    has few.
+
+    Args:
+        model: an ``openvino.Model`` that nothing else uses.
+    """
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        wide = [p for p in node.inputs() if p.get_element_type() == Type.f32]
+        if kind == "MatMul" or (kind in _BETWEEN and _follows_from_products(wide)):
+            _retype(node, wide)
+    model.validate_nodes_and_infer_types()
+
+
+def _follows_from_products(ports: list[Any]) -> bool:
+    sources = [port.get_source_output() for port in ports]
+    return any(map(_is_widened, sources)) and all(
+        _is_widened(s) or s.get_node().get_type_name() == "Constant" for s in sources
+    )
+
+
+def _is_widened(source: Any) -> bool:
+    """Whether an FP32 value is a BF16 one, converted."""
+    node = source.get_node()
+    if node.get_type_name() != "Convert":
+        return False
+    return bool(node.input_value(0).get_element_type() == Type.bf16)
+
+
+def _retype(node: Any, ports: list[Any]) -> None:
+    """Let a node compute in BF16, and give FP32 to those that have taken its results so far."""
+    for port in ports:
+        source = port.get_source_output()
+        narrow = (
+            source.get_node().input_value(0)
+            if _is_widened(source)
+            else opset13.convert(source, "bf16").output(0)
+        )
+        port.replace_source_output(narrow)
+    node.validate_and_infer_types()
+    for output in node.outputs():
+        # Before the conversion takes it as well.
+        consumers = list(output.get_target_inputs())
+        widened = opset13.convert(output, "f32").output(0)
+        for consumer in consumers:
+            consumer.replace_source_output(widened)

@@ -1,0 +1,122 @@
+"""Tests of `sam3rt.backends.openvino_mixed`, on graphs written here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+from sam3rt.backends.openvino_mixed import products_in_bf16
+
+RNG = np.random.default_rng(0)
+
+
+def weight(*shape: int) -> Any:
+    """A constant of normal values, scaled for products along its first side."""
+    values = RNG.standard_normal(shape) / np.sqrt(shape[0])
+    return ops.constant(values.astype(np.float32))
+
+
+def transformer_block() -> ov.Model:
+    """x + Wo softmax(a aT) a, then the MLP with GELU added to that, over a normalization each."""
+    x = ops.parameter([1, 12, 16], np.float32, name="x")
+    normal = ops.mvn(x, ops.constant(np.array([2])), True, 1e-5, "INSIDE_SQRT")
+    normal.set_friendly_name("norm 1")
+    a = ops.add(ops.matmul(normal, weight(16, 16), False, False), weight(16))
+    scores = ops.multiply(ops.matmul(a, a, False, True), ops.constant(np.float32(0.25)))
+    attended = ops.matmul(ops.softmax(scores, 2), a, False, False)
+    stream = ops.add(x, ops.matmul(attended, weight(16, 16), False, False))
+    stream.set_friendly_name("stream 1")
+    again = ops.mvn(stream, ops.constant(np.array([2])), True, 1e-5, "INSIDE_SQRT")
+    again.set_friendly_name("norm 2")
+    hidden = ops.add(ops.matmul(again, weight(16, 64), False, False), weight(64))
+    active = ops.gelu(hidden, "ERF")
+    second = ops.add(stream, ops.matmul(active, weight(64, 16), False, False))
+    second.set_friendly_name("stream 2")
+    return ov.Model([ops.result(second)], [x], "block")
+
+
+def kinds(model: ov.Model, element: Any) -> list[str]:
+    """Types of the operators that give this element type, constants and conversions aside."""
+    return sorted(
+        node.get_type_name()
+        for node in model.get_ordered_ops()
+        if node.get_type_name() not in ("Constant", "Convert", "Parameter", "Result")
+        and node.get_output_element_type(0) == element
+    )
+
+
+def test_sums_over_blocks_and_normalizations_stay_fp32() -> None:
+    model = transformer_block()
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.f32) == ["Add", "Add", "MVN", "MVN"]
+    wide = {n.get_friendly_name() for n in model.get_ordered_ops()}
+    assert {"norm 1", "stream 1", "norm 2", "stream 2"} <= wide
+    assert kinds(model, ov.Type.bf16) == [
+        *("Add", "Add", "Gelu"),
+        *["MatMul"] * 6,
+        *("Multiply", "Softmax"),
+    ]
+
+
+def test_no_value_is_converted_there_and_back() -> None:
+    model = transformer_block()
+    products_in_bf16(model)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.bf16:
+            assert node.input_value(0).get_node().get_type_name() != "Convert"
+
+
+def test_the_boundary_stays_fp32_and_results_stay_near() -> None:
+    plain, mixed = transformer_block(), transformer_block()
+    # The same weights in both.
+    for a, b in zip(
+        *(
+            [n for n in m.get_ordered_ops() if n.get_type_name() == "Constant"]
+            for m in (plain, mixed)
+        ),
+        strict=True,
+    ):
+        b.output(0).replace(ops.constant(a.data).output(0))
+    products_in_bf16(mixed)
+    assert mixed.inputs[0].get_element_type() == mixed.outputs[0].get_element_type() == ov.Type.f32
+    core = ov.Core()
+    x = RNG.standard_normal((1, 12, 16)).astype(np.float32)
+    said = [
+        core.compile_model(m, "CPU", {"INFERENCE_PRECISION_HINT": hint})(x)[0]
+        for m, hint in ((plain, "f32"), (mixed, "dynamic"))
+    ]
+    assert np.abs(said[0] - said[1]).max() < 0.02 * np.abs(said[0]).max()
+
+
+def test_a_result_used_by_both_kinds_is_given_to_both() -> None:
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    product = ops.matmul(x, weight(8, 8), False, False)
+    wide = ops.exp(product)
+    narrow = ops.softmax(product, 2)
+    model = ov.Model([ops.result(wide), ops.result(narrow)], [x], "fork")
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.f32) == ["Exp"]
+    assert kinds(model, ov.Type.bf16) == ["MatMul", "Softmax"]
+    assert [o.get_element_type() for o in model.outputs] == [ov.Type.f32] * 2
+
+
+@pytest.mark.parametrize("kind", ["Add", "Multiply"])
+def test_an_operator_with_an_exact_operand_stays_fp32(kind: str) -> None:
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    product = ops.matmul(x, weight(8, 8), False, False)
+    make = {"Add": ops.add, "Multiply": ops.multiply}[kind]
+    model = ov.Model([ops.result(make(product, x))], [x], "operand")
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.f32) == [kind]
+
+
+def test_a_graph_without_products_is_left_alone() -> None:
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    model = ov.Model([ops.result(ops.softmax(ops.add(x, weight(8)), 2))], [x], "plain")
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.f32) == ["Add", "Softmax"]
+    assert not any(n.get_type_name() == "Convert" for n in model.get_ordered_ops())
