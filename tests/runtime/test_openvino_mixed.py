@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,33 @@ def test_a_graph_without_products_is_left_alone() -> None:
     products_in_bf16(model)
     assert kinds(model, ov.Type.f32) == ["Add", "Softmax"]
     assert not any(n.get_type_name() == "Convert" for n in model.get_ordered_ops())
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [
+        ("blocks.0.attention/MatMul_1", ov.Type.f32),
+        ("blocks.1.fc2/MatMul_0", ov.Type.f32),
+        ("project2/MatMul_0", ov.Type.f32),
+        ("up0_second/MatMul_0", ov.Type.f32),
+        ("blocks.10.fc2/MatMul_0", ov.Type.bf16),
+        ("blocks.2.attention.qkv/MatMul_0", ov.Type.bf16),
+        ("MatMul_7", ov.Type.bf16),
+    ],
+)
+def test_the_first_blocks_and_the_neck_stay_exact(name: str, element: Any) -> None:
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    product = ops.matmul(x, weight(8, 8), False, False)
+    product.set_friendly_name(name)
+    model = ov.Model([ops.result(product)], [x], "named")
+    products_in_bf16(model)
+    assert kinds(model, element) == ["MatMul"]
+
+
+@pytest.mark.parametrize("where", ["blocks.0.", "blocks.1.", "project", "up"])
+def test_exported_encoders_have_the_modules_that_stay_exact(small_bundle: Path, where: str) -> None:
+    """Names are all there is to find them by: were they to change, the recipe would lose them."""
+    model = ov.Core().read_model(small_bundle / "encoder.onnx")
+    products = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
+    found = [n.get_friendly_name() for n in products if n.get_friendly_name().startswith(where)]
+    assert 0 < len(found) < len(products)

@@ -6,10 +6,15 @@ its error. PyTorch's autocast keeps that sum and the normalizations in FP32; so 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from openvino import Type, opset13
 
+# Matrix products that stay FP32, by the module paths that the export names nodes after: the first
+# two blocks, on whose results all others build, and what makes the feature maps of the last
+# block's. 7 % of the products, a third of the error's square (benchmarks/NOTES.md).
+_EXACT = re.compile(r"blocks\.[01]\.|project|up")
 # What is computed in BF16 where all it takes is BF16 already: biases, activations, rotary
 # embeddings and attention's softmax, and what only moves values. Left in FP32 halfway between two
 # products, they would cost two conversions each and keep OpenVINO from fusing them.
@@ -37,6 +42,8 @@ _BETWEEN = frozenset(
 def products_in_bf16(model: Any) -> None:
     """Retype an FP32 graph in place: matrix products in BF16, and what follows from them alone.
 
+    Products of the first two blocks and of the neck stay FP32.
+
     An operator that also takes an FP32 result, such as the addition of a block's result to the
     stream of all blocks, stays FP32; so do normalizations, and convolutions, of which the encoder
     has few.
@@ -47,7 +54,12 @@ def products_in_bf16(model: Any) -> None:
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         wide = [p for p in node.inputs() if p.get_element_type() == Type.f32]
-        if kind == "MatMul" or (kind in _BETWEEN and _follows_from_products(wide)):
+        narrow = (
+            not _EXACT.match(node.get_friendly_name())
+            if kind == "MatMul"
+            else kind in _BETWEEN and _follows_from_products(wide)
+        )
+        if narrow:
             _retype(node, wide)
     model.validate_nodes_and_infer_types()
 
