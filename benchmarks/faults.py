@@ -11,7 +11,11 @@ between giving it that name and the final one.
 
 The export is that of a tiny SAM 3 whose graphs were traced once and are copied, the build's engines
 are made up: what is tested is what happens to files. The bundled model needs no unpacking: it is
-read where it is installed. Fails at the first thing wrong. Needs the extras export and test.
+read where it is installed.
+
+Then the same is done by two processes at once: one at least must succeed, the other may do so too
+or say that it was not alone, and what is there must be whole. Fails at the first thing wrong. Needs
+the extras export and test.
 """
 
 from __future__ import annotations
@@ -51,11 +55,14 @@ from sam3rt.embedding import read_embedding, write_embedding  # noqa: E402
 from sam3rt.engines import find_engines  # noqa: E402
 from sam3rt.errors import EmbeddingError  # noqa: E402
 from sam3rt.transforms import ImageGeometry  # noqa: E402
+from sam3rt_build.errors import BuildError  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 _PLACE = ImageGeometry((480, 640), (1008, 1008))
 _SPECS = (TensorSpec("image_embeddings.0", "float32", ("batch", 64, 64, 64)),)
 _FINGERPRINT = "f" * 64
+# Exit status of a run that made room for another.
+_GAVE_WAY = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Work:
         leftovers: what a run that was not killed should not have left.
         hidden: how many hidden files of killed runs there are.
         seconds: about how long a run takes.
+        gives_way: whether a run that raised this made room for another.
     """
 
     run: Callable[[], object]
@@ -75,6 +83,7 @@ class Work:
     leftovers: Callable[[], list[str]]
     hidden: Callable[[], int]
     seconds: float
+    gives_way: Callable[[Exception], bool] = lambda _: False
 
 
 def finish(run: Callable[[], object]) -> float:
@@ -124,6 +133,41 @@ def torment(work: Work, kills: int, rng: random.Random) -> dict[str, int]:
         "runs_afterwards": reruns,
         "hidden_files_left": work.hidden(),
     }
+
+
+def race(work: Work, rounds: int) -> dict[str, int]:
+    """Let two processes do the same work at the same moment, over and over.
+
+    Raises:
+        RuntimeError: neither succeeded, one failed, or what is there is not whole.
+    """
+    gave_way = 0
+    for _ in range(rounds):
+        start = FORK.Barrier(2)
+        runners = [FORK.Process(target=_compete, args=(work, start)) for _ in range(2)]
+        for process in runners:
+            process.start()
+        for process in runners:
+            process.join()
+        codes = [process.exitcode for process in runners]
+        if 0 not in codes or not {0, _GAVE_WAY}.issuperset(codes):
+            raise RuntimeError(f"two runs at once ended with {codes}")
+        gave_way += codes.count(_GAVE_WAY)
+        work.check()
+        left = work.leftovers()
+        if left:
+            raise RuntimeError(f"left over: {left}")
+    return {"pairs_of_runs": rounds, "runs_that_gave_way": gave_way}
+
+
+def _compete(work: Work, start: Any) -> None:
+    start.wait()
+    try:
+        work.run()
+    except Exception as error:
+        if work.gives_way(error):
+            os._exit(_GAVE_WAY)
+        raise
 
 
 @contextmanager
@@ -191,7 +235,10 @@ def build_work(folder: Path) -> Iterator[Work]:
         test_build.consistent(bundle)
         return [str(path) for path in (bundle.path / "engines").glob(".build-*")]
 
-    yield Work(run, check, leftovers, lambda: 0, finish(run))
+    def gives_way(error: Exception) -> bool:
+        return isinstance(error, BuildError) and "another build is at work" in str(error)
+
+    yield Work(run, check, leftovers, lambda: 0, finish(run), gives_way)
 
 
 @contextmanager
@@ -255,24 +302,29 @@ def main() -> None:
     """Run, print and write the counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--races", type=int, default=50)
     parser.add_argument("--work", action="append", choices=list(WORKS), dest="names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     results: dict[str, Any] = {}
+    races: dict[str, Any] = {}
     for name in options.names or WORKS:
         with tempfile.TemporaryDirectory() as folder, WORKS[name](Path(folder)) as work:
             kills = options.kills * (3 if name == "embedding" else 1)
             results[name] = torment(work, kills, rng)
-            print(name, results[name], file=sys.stderr, flush=True)
+            races[name] = race(work, options.races)
+            print(name, results[name], races[name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         damage = damaged_embeddings(Path(folder), rng, 20 * options.kills)
     publish(
         {
-            "command": f"python benchmarks/faults.py --kills {options.kills}",
+            "command": f"python benchmarks/faults.py --kills {options.kills} "
+            f"--races {options.races}",
             "machine": {"processor": cpu_name(), "platform": platform.platform()},
             "killed": results,
+            "two_at_once": races,
             "damaged_embeddings": damage,
         },
         options.output,

@@ -25,6 +25,8 @@ PHOTOS = ROOT / "tests" / "photos"
 sys.path.insert(0, str(GOLDEN / "sam3"))
 # Tests of other consumers of bundles use the same broken bundles as the runtime's.
 sys.path.append(str(ROOT / "tests" / "runtime"))
+# Scripts that stand by themselves; their tests run them in short.
+sys.path.append(str(ROOT / "benchmarks"))
 
 import synthetic  # noqa: E402
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import onnx
 
-from sam3rt.bundle import Bundle, TensorSpec, file_entry
+from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
 from sam3rt.cuda.driver import Device, probe
 from sam3rt.engines import (
     EngineFile,
@@ -39,7 +39,7 @@ from sam3rt.engines.imaging import (
 from sam3rt.engines.selection import ENGINES
 from sam3rt.engines.sidecar import CAPABILITY, BackendName
 from sam3rt.engines.sidecar import Role as EngineRole
-from sam3rt.errors import BackendError, InvalidInputError
+from sam3rt.errors import BackendError, BundleError, InvalidInputError
 from sam3rt.gate import Verdict
 
 from .builder_process import MODULES, EngineRequest, Sizes, build_engine
@@ -132,11 +132,13 @@ def build_bundle(
 
     Raises:
         InvalidInputError: an option makes no sense.
+        BundleError: its engines lie elsewhere, behind a link, where the runtime would not look.
         BackendError: TensorRT, the driver or the GPU is missing.
         BuildError: a build failed, no recipe passes the gate, or another build is at work.
         OSError: the bundle's folder cannot be written to.
     """
     recipes = _check(options)
+    _check_place(bundle)
     version = _version(options.backend)
     if options.targets:
         device = None
@@ -153,6 +155,15 @@ def build_bundle(
             engines = _on_this_gpu(shop, recipes, say, prove)
         say("building the preprocessing and the postprocessing")
         return (*engines, *shop.build_imaging())
+
+
+def _check_place(bundle: Bundle) -> None:
+    try:
+        inside = is_inside(bundle.path / ENGINES, bundle.path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
+        raise BundleError(f"cannot be read: {error}", ENGINES) from error
+    if not inside:
+        raise BundleError("is a link that leaves the bundle", ENGINES)
 
 
 def _ahead_of_time(

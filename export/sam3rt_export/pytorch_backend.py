@@ -86,12 +86,12 @@ class PyTorchBackend:
         self._autocast = precision.endswith("bf16")
         model = _open(checkpoint, device)
         self._encode: Callable[..., Any] = model.encode
-        self._decode: Callable[..., Any] = model.decode
+        self._decode: Callable[..., Any] = model.decode_together
         if precision.startswith("compile-"):
             # Objects and points vary from call to call; a graph for each number of them would be
             # compiled over and over, and after eight not at all.
             self._encode = torch.compile(model.encode)
-            self._decode = torch.compile(model.decode, dynamic=True)
+            self._decode = torch.compile(model.decode_together, dynamic=True)
 
     def prepare(self) -> None:
         """Nothing: what is compiled is compiled for the shapes of its first calls."""
@@ -151,45 +151,6 @@ class PyTorchBackend:
             torch.cuda.synchronize(self.device)
 
 
-class _Sam3:
-    """SAM 3's two halves."""
-
-    def __init__(self, oracle: TransformersOracle, device: str) -> None:
-        self._model = oracle.model.to(device)
-        self.encode = oracle.encode
-
-    def decode(
-        self,
-        features: tuple[Tensor, ...],
-        points: Tensor,
-        labels: Tensor,
-        masks: Tensor | None,
-        multimask: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [P, C, h, w], IoUs [P, C] and object scores [P, 1]."""
-        prompt_encoder = self._model.prompt_encoder
-        sparse = prompt_encoder._embed_points(points[None], labels[None], pad=False)
-        grid = features[-1].shape[-1]
-        if masks is None:
-            dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-            dense = dense.expand(1, -1, grid, grid)
-        else:
-            dense = prompt_encoder.mask_embed(masks[:, None])
-            if len(masks) > 1:
-                # One mask per object: objects take the place of images, which have one each.
-                sparse = sparse.transpose(0, 1)
-                features = tuple(f.expand(len(masks), -1, -1, -1) for f in features)
-        logits, iou, _, score = self._model.mask_decoder(
-            image_embeddings=features[-1],
-            image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-            high_resolution_features=list(features[:-1]),
-        )
-        return logits.flatten(0, 1), iou.flatten(0, 1), score.flatten(0, 1)
-
-
 class _MobileSam:
     """MobileSAM's two halves."""
 
@@ -199,7 +160,7 @@ class _MobileSam:
         self._oracle = oracle
         self.encode = oracle.encode
 
-    def decode(
+    def decode_together(
         self,
         features: tuple[Tensor, ...],
         points: Tensor,
@@ -214,11 +175,11 @@ class _MobileSam:
 
 
 @lru_cache(maxsize=1)
-def _open(checkpoint: Path, device: str) -> _Sam3 | _MobileSam:
+def _open(checkpoint: Path, device: str) -> TransformersOracle | _MobileSam:
     """The model, loaded once for all precisions."""
     oracle = open_source(checkpoint).oracle
     if isinstance(oracle, TransformersOracle):
-        return _Sam3(oracle, device)
+        return oracle.to(device)
     return _MobileSam(oracle, device)
 
 

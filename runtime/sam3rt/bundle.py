@@ -278,6 +278,15 @@ class Bundle:
             check_file(self.path, entry)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder when all links are followed.
+
+    Raises:
+        OSError, RuntimeError: links form a loop, or a folder may not be read.
+    """
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
     """Compare one file with what is on record about it.
 
@@ -311,7 +320,7 @@ def check_length(folder: Path, entry: FileEntry, described_by: str = "the manife
     """
     path = folder / entry.file
     try:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        if path.is_symlink() and not is_inside(path, folder):
             raise BundleError("is a link that leaves the bundle", entry.file)
         if not path.is_file():
             raise BundleError(f"is missing from the bundle {folder}", entry.file)

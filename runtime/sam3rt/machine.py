@@ -1,12 +1,30 @@
-"""What this machine is, in words that tell two kinds of machine apart."""
+"""What this machine is, in words that tell two kinds of machine apart, and what is installed."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import os
 import platform
 from functools import lru_cache
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
+# What results and speed may depend on.
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
+    "torch",
+    "transformers",
+    "onnx",
+    "polygraphy",
+)
 
 
 @lru_cache(maxsize=1)
@@ -31,3 +49,27 @@ def processor_name() -> str:
         if field in fields
     ]
     return ", ".join([name, " ".join(numbers)]) if numbers else name
+
+
+def usable_cores() -> int:
+    """Logical cores this process may run on, which a container may limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_gb() -> float | None:
+    """Memory of the machine, 10^9 bytes; ``None`` where the system does not say."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed libraries that sam3rt may use."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import atomic_write
-from .bundle import Bundle
+from .bundle import Bundle, is_inside
 from .gate import GATE_LIMITS, Verdict
 
 _LOG = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _folders(bundle: Bundle) -> list[Path]:
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a loop of links, before 3.13
         beside = bundle.path / "verdicts"
         # A bundle from elsewhere must not choose where on this machine files are written.
-        if beside.resolve().is_relative_to(bundle.path.resolve()):
+        if is_inside(beside, bundle.path):
             folders.append(beside)
     with contextlib.suppress(RuntimeError):  # there may be no home folder
         folders.append(_cache_folder() / "sam3rt" / "verdicts")

@@ -30,7 +30,7 @@ from sam3rt.engines import (
     sidecar_path,
 )
 from sam3rt.engines.selection import ENGINES
-from sam3rt.errors import BackendError, InvalidInputError
+from sam3rt.errors import BackendError, BundleError, InvalidInputError
 from sam3rt.gate import Verdict
 from sam3rt.parity import Measurement
 from sam3rt_build import build
@@ -477,6 +477,24 @@ def test_no_pair_can_be_built(toy: Bundle, role: str) -> None:
     for recipe in ("fp16", "tf32"):
         assert f"{recipe}: no {role} {recipe}" in str(caught.value)
     assert find_engines(toy) == ()
+
+
+# --- where they lie -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "engines"])
+def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
+    toy: Bundle, tmp_path: Path, target: str
+) -> None:
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (toy.path / "engines").symlink_to(outside if target == "elsewhere" else target)
+    make = Maker()
+    with pytest.raises(BundleError) as caught:
+        ahead(toy, make)
+    assert caught.value.file == "engines"
+    assert make.requests == []
+    assert list(outside.iterdir()) == []
 
 
 # --- options and machines -------------------------------------------------------------------------

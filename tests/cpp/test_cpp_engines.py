@@ -181,6 +181,35 @@ def test_changed_engine(cpp_build: Build, engines: Engines, role: str) -> None:
     assert "link" in engines.choose(cpp_build).refusal("BundleError", f"{role}.engine")
 
 
+@pytest.mark.parametrize("linked", ["engines", f"engines/{FP16}", "engines/{}/encoder.engine.json"])
+def test_engines_behind_a_link_that_leaves_the_bundle_are_passed_over(
+    cpp_build: Build, engines: Engines, tmp_path: Path, linked: str
+) -> None:
+    engines.pair(FP16)
+    assert FP16 in engines.choose(cpp_build).value["encoder"]
+    place = engines.path / linked.format(FP16)
+    outside = tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
+
+
+def test_engines_behind_a_link_inside_the_bundle_are_used(
+    cpp_build: Build, engines: Engines
+) -> None:
+    engines.pair(FP16)
+    folder = engines.path / "engines" / FP16
+    folder.rename(engines.path / "kept")
+    folder.symlink_to(engines.path / "kept")
+    assert FP16 in engines.choose(cpp_build).value["encoder"]
+
+
+def test_a_build_at_work_is_no_folder_of_engines(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16)
+    (engines.path / "engines" / FP16).rename(engines.path / "engines" / ".build-x")
+    engines.choose(cpp_build).refusal("BackendError")
+
+
 def test_missing_wrapper(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16)
     wrapper = engines.path / "engines" / FP16 / "decoder_ctx.onnx"

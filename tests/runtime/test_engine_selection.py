@@ -203,6 +203,52 @@ def test_engines_without_a_readable_sidecar_are_passed_over(
     assert "is passed over" in caplog.text
 
 
+@pytest.mark.parametrize("what", ["engines", "folder", "engine", "sidecar"])
+def test_engines_behind_a_link_that_leaves_the_bundle_are_passed_over(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    encoder, decoder = add_pair(bundle, "fp16")
+    place = {
+        "engines": bundle.path / "engines",
+        "folder": encoder.path.parent,
+        "engine": encoder.path,
+        "sidecar": sidecar_path(encoder.path),
+    }[what]
+    outside = tmp_path / "elsewhere" / place.name
+    outside.parent.mkdir()
+    place.rename(outside)
+    place.symlink_to(outside)
+    left = [decoder.path] if what in ("engine", "sidecar") else []
+    assert [engine.path for engine in find_engines(bundle)] == left
+    assert "leaves the bundle" in caplog.text
+
+
+def test_engines_behind_a_link_inside_the_bundle_are_found(bundle: Bundle) -> None:
+    encoder, decoder = add_pair(bundle, "fp16")
+    kept = bundle.path / "kept"
+    encoder.path.parent.rename(kept)
+    encoder.path.parent.symlink_to(kept)
+    assert {engine.path for engine in find_engines(bundle)} == {encoder.path, decoder.path}
+
+
+def test_a_loop_of_links_is_passed_over(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, decoder = add_pair(bundle, "fp16")
+    encoder.path.unlink()
+    encoder.path.symlink_to(encoder.path.name)
+    assert [engine.path for engine in find_engines(bundle)] == [decoder.path]
+    assert "encoder.engine is passed over" in caplog.text
+
+
+def test_a_build_at_work_is_passed_over_in_silence(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = bundle.path / "engines" / ".build-x1"
+    place.mkdir(parents=True)
+    (place / "encoder.engine").write_bytes(b"half")
+    assert find_engines(bundle) == ()
+    assert caplog.text == ""
+
+
 def test_a_recipe_can_be_insisted_on(bundle: Bundle) -> None:
     for recipe in ("fp16", "fp32"):
         add_pair(bundle, recipe)

@@ -17,6 +17,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
+from plain_predictor import components, slow_clean
 
 from sam3rt.bundle import ImageSpec, MaskSpec
 from sam3rt.postprocess import clean, finish, upsample
@@ -29,39 +30,6 @@ OFF: dict[str, Any] = {"threshold": 0.0, "max_hole_area": 0.0, "max_sprinkle_are
 
 
 # --- clean ----------------------------------------------------------------------------------------
-
-
-def components(wanted: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
-    """The 8-connected components, each as a list of (row, column), by flood fill."""
-    height, width = wanted.shape
-    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(wanted), strict=True)}
-    found = []
-    while left:
-        queue = [left.pop()]
-        for y, x in queue:
-            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= around
-            queue.extend(around)
-        found.append(queue)
-    assert sum(map(len, found)) == wanted.sum() <= height * width
-    return found
-
-
-def slow_clean(logits: Logits, threshold: float, holes: float, sprinkles: float) -> Logits:
-    """The reference's order of operations, pixel by pixel."""
-    result = logits.copy()
-    limit = np.float32(threshold)
-    if holes > 0:
-        for component in components(logits <= limit):
-            if len(component) <= holes:
-                for place in component:
-                    result[place] = limit + np.float32(10)
-    if sprinkles > 0:
-        for component in components(logits > limit):  # of the logits as they came
-            if len(component) <= sprinkles:
-                for place in component:
-                    result[place] = limit - np.float32(10)
-    return result
 
 
 @st.composite

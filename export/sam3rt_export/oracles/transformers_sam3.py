@@ -89,10 +89,10 @@ class TransformersOracle:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    @property
-    def model(self) -> Any:
-        """The ``Sam3TrackerModel``."""
-        return self._model
+    def to(self, device: str) -> TransformersOracle:
+        """Move the model to a device, such as ``"cuda:0"``; returns itself."""
+        self._model.to(device)
+        return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -110,40 +110,57 @@ class TransformersOracle:
         self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
     ) -> OracleMasks:
         """See :class:`~sam3rt_export.source.Oracle`. Objects are decoded one by one."""
-        parts = [
-            self._decode_one(
-                features,
-                points[i : i + 1],
-                labels[i : i + 1],
-                None if masks is None else masks[i % len(masks)],
+        parts = []
+        for i in range(len(points)):
+            mask = None if masks is None else masks[i % len(masks)][None]
+            one = (features, points[i : i + 1], labels[i : i + 1], mask)
+            logits, iou, score = self.decode_together(*one, multimask=True)
+            single_logits, single_iou, _ = self.decode_together(*one, multimask=False)
+            parts.append(
+                (torch.cat([logits, single_logits], 1), torch.cat([iou, single_iou], 1), score)
             )
-            for i in range(len(points))
-        ]
         logits, iou, score = (torch.cat(values) for values in zip(*parts, strict=True))
         return OracleMasks(logits, iou, score[:, 0])
 
-    def _decode_one(
-        self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, mask: Tensor | None
+    @torch.no_grad()
+    def decode_together(
+        self,
+        features: tuple[Tensor, ...],
+        points: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass of the mask decoder for all objects.
+
+        Args:
+            features: from :meth:`encode`, of one image.
+            points: float32 [P, N, 2], pixels of the encoder's input.
+            labels: int64 [P, N].
+            masks: float32 [1, h, w] or [P, h, w], or ``None``.
+            multimask: three masks per object, or one.
+
+        Returns:
+            Logits [P, C, h, w], IoUs [P, C] and object scores [P, 1].
+        """
         prompt_encoder = self._model.prompt_encoder
         sparse = prompt_encoder._embed_points(points[None], labels[None], pad=False)
         grid = features[-1].shape[-1]
-        if mask is None:
+        if masks is None:
             dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
             dense = dense.expand(1, -1, grid, grid)
         else:
-            dense = prompt_encoder.mask_embed(mask[None, None])
-        parts = []
-        for multimask in (True, False):
-            logits, iou, _, score = self._model.mask_decoder(
-                image_embeddings=features[-1],
-                image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=multimask,
-                high_resolution_features=list(features[:-1]),
-            )
-            parts.append((logits[0], iou[0]))
-        logits = torch.cat([part[0] for part in parts], dim=1)
-        iou = torch.cat([part[1] for part in parts], dim=1)
-        return logits, iou, score[0]
+            dense = prompt_encoder.mask_embed(masks[:, None])
+            if len(masks) > 1:
+                # One mask per object: objects take the place of images, which have one each.
+                sparse = sparse.transpose(0, 1)
+                features = tuple(f.expand(len(masks), -1, -1, -1) for f in features)
+        logits, iou, _, score = self._model.mask_decoder(
+            image_embeddings=features[-1],
+            image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+            high_resolution_features=list(features[:-1]),
+        )
+        return logits.flatten(0, 1), iou.flatten(0, 1), score.flatten(0, 1)

@@ -252,14 +252,14 @@ std::string fingerprint_of(Bytes raw, const std::string& current) {
     return sha256_hex(raw.data(), raw.size());
 }
 
+}  // namespace
+
 bool is_inside(const fs::path& path, const fs::path& folder) {
     const fs::path target = fs::weakly_canonical(path);
     const fs::path base = fs::canonical(folder);
     return std::mismatch(base.begin(), base.end(), target.begin(), target.end()).first ==
            base.end();
 }
-
-}  // namespace
 
 std::vector<FileEntry> Manifest::files() const {
     std::vector<FileEntry> entries;

@@ -28,6 +28,9 @@ void check_file(const std::filesystem::path& folder, const FileEntry& entry);
 /// The part of check_file that opens nothing. Throws BundleError.
 void check_length(const std::filesystem::path& folder, const FileEntry& entry);
 
+/// Whether a path lies in a folder when all links are followed. Throws std::system_error.
+bool is_inside(const std::filesystem::path& path, const std::filesystem::path& folder);
+
 /// Whether a text may name a file of a bundle: no separators, no leading dot, at most 128 letters,
 /// digits, dots, dashes and underscores.
 bool is_safe_name(const std::string& name);

@@ -5,6 +5,7 @@
 #include <system_error>
 #include <vector>
 
+#include "bundle.hpp"
 #include "json_reader.hpp"
 
 namespace fs = std::filesystem;
@@ -86,7 +87,19 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
     return engine;
 }
 
-/// Every engine of a role whose sidecar can be read. About any other nothing is known.
+/// Whether an engine's sidecar lies in the bundle, links followed; its other files are checked
+/// against its folder where they are used.
+bool is_in_bundle(const fs::path& bundle, const fs::path& folder, const std::string& role) {
+    try {
+        return is_inside(folder / (role + ".engine.json"), bundle);
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
+
+/// Every engine of a role whose sidecar can be read. About any other nothing is known. What lies
+/// elsewhere, behind a link, is passed over, and so is a build's own folder, whose name begins
+/// with a dot and in which nothing is finished.
 std::vector<Engine> find_engines(const fs::path& bundle, const std::string& role) {
     std::vector<fs::path> folders;
     std::error_code no_folder;
@@ -96,6 +109,9 @@ std::vector<Engine> find_engines(const fs::path& bundle, const std::string& role
     std::sort(folders.begin(), folders.end());
     std::vector<Engine> engines;
     for (const fs::path& folder : folders) {
+        if (folder.filename().string().front() == '.' || !is_in_bundle(bundle, folder, role)) {
+            continue;
+        }
         try {
             engines.push_back(read_sidecar(folder, role));
         } catch (const BundleError&) {

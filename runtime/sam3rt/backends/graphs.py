@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphSpec, TensorSpec, check_length
 from ..errors import BundleError
+from ..prompts import PackedPrompts
 from ..tensor_places import check_tensor_places
 
 EXPORT_ID = "sam3rt.export_id"
@@ -85,6 +89,24 @@ def check_graph(
         wanted = [_signature(tensor) for tensor in promised]
         if not _agree(found, wanted):
             raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
+
+
+def decoder_inputs(
+    prompts: PackedPrompts, no_mask: NDArray[np.float32]
+) -> tuple[tuple[str, NDArray[Any]], ...]:
+    """What the decoder takes beside the feature maps, by name, contiguous in memory.
+
+    Args:
+        prompts: packed.
+        no_mask: float32 [1, 1, h, w], which stands where there is no mask prompt.
+    """
+    masks = no_mask if prompts.masks is None else prompts.masks[None]
+    return (
+        ("input_points", np.ascontiguousarray(prompts.points[None])),
+        ("input_labels", np.ascontiguousarray(prompts.labels[None])),
+        ("input_masks", np.ascontiguousarray(masks)),
+        ("has_input_masks", np.array([prompts.masks is not None], np.float32)),
+    )
 
 
 _Signature = tuple[str, str, tuple[int | None, ...]]

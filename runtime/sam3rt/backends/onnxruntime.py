@@ -16,7 +16,7 @@ from ..bundle import Bundle, GraphSpec
 from ..errors import BackendError, BundleError, EmbeddingError
 from ..prompts import PackedPrompts
 from .base import Features
-from .graphs import EXPORT_ID, LoadedTensor, check_graph, graph_source
+from .graphs import EXPORT_ID, LoadedTensor, check_graph, decoder_inputs, graph_source
 
 try:
     import onnxruntime as ort
@@ -90,7 +90,7 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._kind, self._device_id = _choose_device(device)
         self._feature_names = [spec.name for spec in bundle.manifest.encoder.outputs]
-        self._blank_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
+        self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         # Two threads may ask for a session at once; it must be made once.
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
@@ -146,15 +146,8 @@ class OnnxRuntimeBackend:
         binding = session.io_binding()
         for name, value in zip(self._feature_names, features.values, strict=True):
             binding.bind_ortvalue_input(name, value)
-        masks = self._blank_mask if prompts.masks is None else prompts.masks[None]
-        present = np.array([prompts.masks is not None], np.float32)
-        # The binding does not keep arrays alive; these locals do until the run is over.
-        inputs = (
-            ("input_points", np.ascontiguousarray(prompts.points[None])),
-            ("input_labels", np.ascontiguousarray(prompts.labels[None])),
-            ("input_masks", masks),
-            ("has_input_masks", present),
-        )
+        # The binding does not keep arrays alive; this local does until the run is over.
+        inputs = decoder_inputs(prompts, self._no_mask)
         for name, array in inputs:
             binding.bind_cpu_input(name, array)
         for name in outputs:

@@ -23,7 +23,7 @@ from ..parity import load_record, verify_model
 from ..prompts import PackedPrompts
 from ..verdicts import StoredVerdict, Subject, load_verdict, save_verdict
 from .base import Features
-from .graphs import EXPORT_ID, LoadedTensor, check_graph, graph_source
+from .graphs import EXPORT_ID, LoadedTensor, check_graph, decoder_inputs, graph_source
 
 try:
     import openvino as ov
@@ -273,7 +273,7 @@ class _Graphs:
         self._core = core
         self._bundle = bundle
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._blank_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
+        self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -298,19 +298,12 @@ class _Graphs:
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         assert isinstance(features, OpenVinoFeatures)
-        masks = self._blank_mask if prompts.masks is None else prompts.masks[None]
-        present = np.array([prompts.masks is not None], np.float32)
         names = [spec.name for spec in self._bundle.manifest.encoder.outputs]
         with self._decoder().request() as request, _failures("decoder"):
             for name, tensor in zip(names, features.tensors, strict=True):
                 request.set_tensor(name, tensor)
-            for name, array in (
-                ("input_points", prompts.points[None]),
-                ("input_labels", prompts.labels[None]),
-                ("input_masks", masks),
-                ("has_input_masks", present),
-            ):
-                request.set_tensor(name, ov.Tensor(np.ascontiguousarray(array)))
+            for name, array in decoder_inputs(prompts, self._no_mask):
+                request.set_tensor(name, ov.Tensor(array))
             request.infer()
             return [np.array(request.get_tensor(name).data) for name in outputs]
 

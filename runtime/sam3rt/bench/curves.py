@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..embedding import ImageEmbedding
+from ..machine import usable_cores
 from ..predictor import SAM3InteractiveImagePredictor
 from ..prompts import Prompts
 from ..transforms import geometry
@@ -220,17 +220,10 @@ class CurveMaker:
 
 def thread_counts(quick: bool) -> tuple[int, ...]:
     """1, 2, 4 and so on, up to the cores this process may use."""
-    cores = available_cores()
+    cores = usable_cores()
     counts = [2**i for i in range(cores.bit_length()) if 2**i < cores]
     counts.append(cores)
     return tuple(counts[:2] if quick else counts)
-
-
-def available_cores() -> int:
-    """Logical cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def threads_curve(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -18,12 +16,12 @@ from numpy.typing import NDArray
 from .._version import __version__
 from ..bundle import Bundle
 from ..errors import BackendError, VerificationError
-from ..machine import processor_name
+from ..machine import memory_gb, package_versions, processor_name, usable_cores
 from ..predictor import SAM3InteractiveImagePredictor
 from .agreement import compare_masks, pick_reference
 from .candidates import PYTORCH, Candidate, Choice, Settings, load_candidate
 from .ceilings import measure_ceilings
-from .curves import CurveMaker, available_cores, threads_curve
+from .curves import CurveMaker, threads_curve
 from .document import FORMAT, FORMAT_VERSION, Machine, Model, Result
 from .limits import stage_limits
 from .stages import Progress, time_calls, time_stages
@@ -32,16 +30,6 @@ from .timing import Effort
 
 PARTS = ("stages", "calls", "curves", "starts", "limits")
 _START_TIMEOUT = 1800.0
-_PACKAGES = (
-    "numpy",
-    "pillow",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "torch",
-    "transformers",
-)
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,7 @@ def run_benchmark(plan: Plan, progress: Progress) -> Result:
         quick=plan.quick,
         revision=source_revision(),
         machine=describe_machine(candidates, load_average),
-        versions=_versions(),
+        versions={"sam3rt": __version__} | package_versions(),
         model=_describe_model(plan),
         image=(plan.image.shape[0], plan.image.shape[1]),
         candidates=tuple(c.info() for c in candidates),
@@ -213,15 +201,12 @@ def _measure_limits(
 
 def describe_machine(candidates: list[Candidate], load_average: float | None) -> Machine:
     """The machine, and the accelerators the candidates use."""
-    memory = None
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     devices = {c.model.device for c in candidates} - {"cpu"}
     names = [getattr(c.model.backend, "device_name", None) for c in candidates]
     return Machine(
         processor=processor_name(),
-        cores=available_cores(),
-        memory_gb=memory,
+        cores=usable_cores(),
+        memory_gb=memory_gb(),
         load_average=load_average,
         accelerators=tuple(sorted({str(n) for n in names if n} or devices)),
         platform=platform.platform(),
@@ -243,14 +228,6 @@ def source_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return described.stdout.strip() if described.returncode == 0 else ""
-
-
-def _versions() -> dict[str, str]:
-    versions = {"sam3rt": __version__}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _describe_model(plan: Plan) -> Model:

@@ -86,6 +86,8 @@ def _run(task: dict[str, Any]) -> StartRow:
         _milliseconds(lambda: predictor.predict(**arguments)) for _ in range(1 + _STEADY_CALLS)
     ]
     peak_device: Any = getattr(candidate.model.backend, "peak_device_bytes", None)
+    if candidate.model.device == "cpu":
+        peak_device = None
     return StartRow(
         candidate=candidate.name,
         load_ms=round(1e3 * load, 1),

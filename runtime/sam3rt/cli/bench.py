@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import BackendError, InvalidInputError
-from .options import positive_int
+from .options import add_bundle_argument, positive_int
 from .segment import read_image
 
 HELP = "measure a bundle on this machine, side by side with PyTorch, or compare two results"
@@ -35,13 +35,7 @@ PARTS = ("stages", "calls", "curves", "starts", "limits")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle folder (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for the results (default: print only)"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,25 +18,12 @@ from ..cuda.driver import probe_all
 from ..default_model import default_bundle_path
 from ..engines import find_engines
 from ..errors import BackendError, BundleError
-from ..machine import processor_name
+from ..machine import memory_gb, package_versions, processor_name, usable_cores
+from .options import add_bundle_argument
 
 HELP = "show versions, backends and a bundle's description"
 DESCRIPTION = "Show this installation's versions, the backends that can run here, and a bundle."
 
-_PACKAGES = (
-    "numpy",
-    "pillow",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-python",
-    "torch",
-    "transformers",
-    "onnx",
-    "polygraphy",
-)
 # What changes how the libraries below sam3rt run.
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -50,13 +36,7 @@ _VARIABLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle folder (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -68,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         "installed_at": str(Path(__file__).resolve().parents[1]),
         "machine": _machine(),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "packages": _packages(),
+        "packages": package_versions(),
         "onnxruntime_providers": _providers(),
         "backends": _backends(),
         "gpus": _gpus(),
@@ -101,23 +81,9 @@ def _machine() -> dict[str, Any]:
         "processor": processor_name(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
-        "memory_gb": _memory_gb(),
+        "usable_cores": usable_cores(),
+        "memory_gb": memory_gb(),
     }
-
-
-def _usable_cores() -> int | None:
-    """Cores this process may run on, which a container may limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
 
 
 def _backends() -> dict[str, str]:
@@ -140,16 +106,6 @@ def _files(bundle: Bundle) -> str:
     except BundleError as error:
         return str(error)
     return "match their hashes"
-
-
-def _packages() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _providers() -> list[str]:

@@ -6,9 +6,21 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ..backends import BACKENDS
 from ..model import SegmentationModel, load_model
+
+
+def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the bundle, which may be left out."""
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle folder (default: the bundled MobileSAM)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

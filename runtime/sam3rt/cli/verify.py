@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ..bundle import check_file, open_bundle
 from ..default_model import default_bundle_path
 from ..errors import BundleError
 from ..gate import GATE_LIMITS
 from ..parity import Measurement, load_record, verify_model
-from .options import add_model_options, load_from_options
+from .options import add_bundle_argument, add_model_options, load_from_options
 
 HELP = "check a bundle's files and its outputs on this machine"
 DESCRIPTION = """\
@@ -25,13 +24,7 @@ off, with a table of what.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle folder (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser)
     parser.add_argument("--all", action="store_true", help="show what is right as well")
     add_model_options(parser)
 

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bundle import Bundle
+from ..bundle import Bundle, is_inside
 from ..errors import BackendError, BundleError
-from .sidecar import BackendName, EngineSidecar, Gpu, Role, read_sidecar
+from .sidecar import BackendName, EngineSidecar, Gpu, Role, read_sidecar, sidecar_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -125,14 +125,27 @@ def find_engines(bundle: Bundle) -> tuple[EngineFile, ...]:
     """Every engine of a bundle whose sidecar can be read, by path.
 
     What has no sidecar, or a damaged one, is left out with a warning: nothing is known about it.
+    So is what lies elsewhere, behind a link. A build's own folder, whose name begins with a dot,
+    holds nothing that is finished.
     """
     found = []
-    for path in sorted((bundle.path / ENGINES).glob("*/*.engine")):
+    for path in sorted((bundle.path / ENGINES).glob("[!.]*/*.engine")):
         try:
+            _check_place(path, bundle.path)
             found.append(EngineFile(path, read_sidecar(path)))
         except BundleError as error:
             _LOG.warning("%s is passed over: %s", path, error)
     return tuple(found)
+
+
+def _check_place(engine: Path, folder: Path) -> None:
+    for path in (engine, sidecar_path(engine)):
+        try:
+            inside = is_inside(path, folder)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
+            raise BundleError(f"cannot be read: {error}", path.name) from error
+        if not inside:
+            raise BundleError("leaves the bundle through a link", path.name)
 
 
 def candidates(
