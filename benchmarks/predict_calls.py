@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+from sam3rt.bench.timing import Effort, alternate
 
 HEIGHT, WIDTH = 1080, 1920
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -36,20 +34,8 @@ PROMPTS: dict[str, dict[str, Any]] = {
 
 def measure(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
     """Call each in turn, ``repetitions`` times; milliseconds."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = alternate(calls, Effort(repetitions, float("inf"), 3))
     return {
-        name: {
-            "median_ms": round(statistics.median(values), 2),
-            "p95_ms": round(float(np.percentile(values, 95)), 2),
-            "min_ms": round(min(values), 2),
-        }
-        for name, values in times.items()
+        name: {"median_ms": t.median_ms, "p95_ms": t.p95_ms, "min_ms": t.min_ms}
+        for name, t in times.items()
     }

@@ -57,6 +57,13 @@ def factories_on_the_cpu() -> Iterator[None]:
 
 def reference_predictor(checkpoint: Path, embedding: sam3rt.ImageEmbedding) -> Any:
     """The reference's predictor with the checkpoint's decoder and the given features."""
+    # Beside another build of PyTorch, torchvision's wheel lacks these. Nothing here uses them.
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):
+            torch.library.define(
+                f"torchvision::{name}",
+                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            )
     with factories_on_the_cpu():
         from sam3.model.sam1_task_predictor import SAM3InteractiveImagePredictor
         from sam3.model_builder import build_tracker

@@ -70,10 +70,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that only moves when a test moves it."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda _: None)
     return now
 
 
-def test_calls_take_turns_and_each_begins_a_round(clock: list[float]) -> None:
+def test_calls_take_turns_and_each_follows_every_other(clock: list[float]) -> None:
     order = ""
 
     def call(name: str, seconds: float) -> Any:
@@ -85,10 +86,36 @@ def test_calls_take_turns_and_each_begins_a_round(clock: list[float]) -> None:
         return run
 
     calls = {"a": call("a", 0.001), "b": call("b", 0.002), "c": call("c", 0.003)}
-    times = alternate(calls, Effort(repetitions=4, seconds=60, warm_up=2))
-    assert order == "abcabc" + "abc" + "bca" + "cab" + "abc"
-    assert [times[n].count for n in "abc"] == [4, 4, 4]
+    times = alternate(calls, Effort(repetitions=20, seconds=60, warm_up=2))
+    assert order.startswith("abcabc")
+    rounds = [order[at : at + 3] for at in range(6, len(order), 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    followed = {names[at : at + 2] for names in rounds for at in (0, 1)}
+    assert followed == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert [times[n].count for n in "abc"] == [20, 20, 20]
     assert [times[n].median_ms for n in "abc"] == [1, 2, 3]
+    repeated = order
+    order = ""
+    alternate(calls, Effort(repetitions=20, seconds=60, warm_up=2))
+    assert order == repeated
+
+
+def test_calls_rest_between_one_another_outside_their_times(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    times = alternate(dict.fromkeys("ab", lambda: None), Effort(3, 60, 0))
+    assert len(slept) == 6
+    assert min(slept) > 0.01
+    assert times["a"].max_ms == 0
+    alternate({"a": lambda: None}, Effort(3, 60, 0))
+    assert slept[6:] == [0.0] * 3
 
 
 def test_slow_calls_are_repeated_three_times_whatever_the_time(clock: list[float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .document import Times
 Call = Callable[[], Any]
 # Fewer than this say nothing about spread, however slow the call is.
 _FEWEST_ROUNDS = 3
+# Seconds. Threads of GNU's OpenMP, which PyTorch uses, spin for some milliseconds.
+_PAUSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ def summarize(seconds: Sequence[float]) -> Times:
 def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
     """Time calls in turn, so that a machine that gets slower or faster does so for all of them.
 
-    Every round starts with another call, so that none always follows the same one.
+    Every round has another order, the same in every run, so that none always follows the same one;
+    and between two of them there is a pause, in which the threads of the one before, which some
+    libraries let spin for a while in wait of more work, come to rest.
 
     Args:
         calls: what to time, by name.
@@ -61,6 +66,8 @@ def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
         The durations of each.
     """
     names = list(calls)
+    chance = random.Random(0)
+    pause = _PAUSE if len(names) > 1 else 0.0
     for _ in range(effort.warm_up):
         start = time.perf_counter()
         for name in names:
@@ -73,9 +80,9 @@ def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
     for number in range(effort.repetitions):
         if number >= _FEWEST_ROUNDS and time.perf_counter() - begin > effort.seconds:
             break
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in chance.sample(names, len(names)):
             call = calls[name]
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
