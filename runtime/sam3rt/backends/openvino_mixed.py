@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from openvino import Type, opset13
-
 # Matrix products that stay FP32, by the module paths that the export names nodes after: the first
 # two blocks, on whose results all others build, and what makes the feature maps of the last
 # block's. 7 % of the products, a third of the error's square (benchmarks/NOTES.md).
@@ -53,7 +51,7 @@ def products_in_bf16(model: Any) -> None:
     """
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        wide = [p for p in node.inputs() if p.get_element_type() == Type.f32]
+        wide = [p for p in node.inputs() if _type_name(p) == "f32"]
         narrow = (
             not _EXACT.match(node.get_friendly_name())
             if kind == "MatMul"
@@ -76,11 +74,17 @@ def _is_widened(source: Any) -> bool:
     node = source.get_node()
     if node.get_type_name() != "Convert":
         return False
-    return bool(node.input_value(0).get_element_type() == Type.bf16)
+    return _type_name(node.input_value(0)) == "bf16"
+
+
+def _type_name(port: Any) -> str:
+    return str(port.get_element_type().get_type_name())
 
 
 def _retype(node: Any, ports: list[Any]) -> None:
     """Let a node compute in BF16, and give FP32 to those that have taken its results so far."""
+    from openvino import opset13  # here, so that the module imports where OpenVINO is not installed
+
     for port in ports:
         source = port.get_source_output()
         narrow = (
