@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from conftest import ROOT
 from sam3rt import BackendError, InvalidInputError, SegmentationModel, load_model, open_bundle
-from sam3rt.bench import timing
+from sam3rt.bench import plots, timing
 from sam3rt.bench.agreement import compare_masks, pick_reference
 from sam3rt.bench.candidates import (
     Candidate,
@@ -34,6 +34,7 @@ from sam3rt.bench.document import (
     AgreementRow,
     CallRow,
     Ceiling,
+    Curve,
     Result,
     StageRow,
     Times,
@@ -363,6 +364,28 @@ def test_a_run_writes_tables_and_pictures(run_folder: Path) -> None:
             assert len(picture.convert("L").getcolors() or range(99)) > 20
     names = {"bench.json", "bench.md", "calls.png", "curves.png", "limits.png"}
     assert {path.name for path in run_folder.iterdir()} == names
+
+
+def test_a_slower_candidate_is_not_cut_off(run_folder: Path) -> None:
+    """The first candidate drawn must not decide how high an axis reaches."""
+    result = read_result(run_folder / "bench.json")
+    curve = next(c for c in result.curves if c.name == "points per object")
+
+    def slower(factor: float) -> Curve:
+        points = tuple(
+            dataclasses.replace(
+                p, times=dataclasses.replace(p.times, median_ms=factor * p.times.median_ms)
+            )
+            for p in curve.points
+        )
+        return dataclasses.replace(curve, candidate=f"{factor} times", points=points)
+
+    figure = plots._draw_curves(
+        dataclasses.replace(result, curves=(curve, slower(10), slower(100)))
+    )
+    lowest, highest = figure.axes[0].get_ylim()
+    assert lowest == 0
+    assert highest > 100 * max(p.times.median_ms for p in curve.points)
 
 
 def test_the_committed_schema_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:

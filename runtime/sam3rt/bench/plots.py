@@ -86,7 +86,8 @@ def _draw_calls(result: Result) -> Any:
         handles, shown, loc="lower center", ncols=min(3, len(shown)), fontsize=_SMALL, frameon=False
     )
     _title(figure, result, "One image, one call")
-    figure.tight_layout(rect=(0, 0.02 + 0.05 * -(-len(shown) // 3), 1, 0.93))
+    legend_inches = 0.1 + 0.2 * -(-len(shown) // 3)
+    figure.tight_layout(rect=(0, legend_inches / figure.get_figheight(), 1, 1))
     return figure
 
 
@@ -115,12 +116,14 @@ def _draw_curves(result: Result) -> Any:
     for axis, name in zip(axes.flat, names, strict=False):
         for index, curve in enumerate(c for c in result.curves if c.name == name):
             _draw_curve(axis, curve, _COLOURS[index % len(_COLOURS)])
+        # Once all are drawn: it ends the fitting of the upper limit.
+        axis.set_ylim(bottom=0)
         axis.set_title(f"{name}", fontsize=_SMALL + 2, loc="left", color=_INK)
         axis.legend(fontsize=_SMALL - 1, frameon=False)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _title(figure, result, "How the duration depends on ...")
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout()
     return figure
 
 
@@ -145,7 +148,6 @@ def _draw_curve(axis: Any, curve: Curve, colour: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(x, [point.label for point in curve.points])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
     axis.set_xlabel(f"{curve.unit}: {curve.call}", fontsize=_SMALL)
     axis.set_ylabel("milliseconds", fontsize=_SMALL)
     _plain(axis, "y")
@@ -182,7 +184,7 @@ def _draw_limits(result: Result) -> Any:
     )
     _plain(axis, "x")
     _title(figure, result, "Distance to the limit")
-    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    figure.tight_layout()
     return figure
 
 
