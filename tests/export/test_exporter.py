@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -795,6 +797,33 @@ def test_of_two_exports_to_one_place_the_first_wins(
         export_bundle(tiny_checkpoint, target, ExportOptions(name="second"))
     assert leftovers(tmp_path) == ["out"]
     assert open_bundle(target).manifest == open_bundle(tiny_bundle).manifest
+
+
+def test_of_two_whole_exports_at_once_one_wins(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In processes of their own, from the checkpoint to the bundle."""
+    target = tmp_path / "out"
+
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "sam3rt", "export", str(tiny_checkpoint)]
+        return subprocess.Popen(
+            [*command, "--output", str(target), "--name", name],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    exports = {name: start(name) for name in ("one", "other")}
+    said = {name: process.communicate(timeout=300)[1] for name, process in exports.items()}
+    winners = [name for name, process in exports.items() if process.returncode == 0]
+    assert len(winners) == 1, said
+    (loser,) = exports.keys() - set(winners)
+    assert "exists" in said[loser]
+    assert leftovers(tmp_path) == ["out"]
+    bundle = open_bundle(target)
+    assert bundle.manifest.name == winners[0]
+    assert not [
+        m for m in self_check(target, load_record(bundle), LIMITS["float32"]) if not m.passed
+    ]
 
 
 # --- MobileSAM ------------------------------------------------------------------------------------
