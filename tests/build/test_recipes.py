@@ -42,7 +42,7 @@ def test_every_narrow_recipe_keeps_what_loses_most(recipe: Recipe) -> None:
         ("blocks.1.token_to_image", True),
         ("blocks.1.image_to_token", True),
         ("final", True),
-        ("blocks.3.attention.qkv", False),
+        ("blocks.3.attention.q", False),
         ("blocks.3.attention.out", False),
         ("final_norm", False),
         ("blocks.3", False),

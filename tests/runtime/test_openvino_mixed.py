@@ -10,7 +10,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sam3rt.backends.openvino_mixed import products_in_bf16
+from sam3rt.backends.openvino_mixed import LEAST_EXACT, MORE_EXACT, products_in_bf16
 
 RNG = np.random.default_rng(0)
 
@@ -123,31 +123,68 @@ def test_a_graph_without_products_is_left_alone() -> None:
     assert not any(n.get_type_name() == "Convert" for n in model.get_ordered_ops())
 
 
+def test_values_are_converted_before_they_are_moved() -> None:
+    """Half as many bytes are moved, and moves are not mixed with conversions."""
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    wide = ops.exp(x)
+    moved = ops.transpose(ops.reshape(wide, np.array([1, 4, 2, 4]), False), np.array([0, 2, 1, 3]))
+    model = ov.Model([ops.result(ops.matmul(moved, moved, False, True))], [x], "moves")
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.bf16) == ["MatMul"]
+    single = ops.transpose(ops.reshape(ops.exp(x), np.array([1, 4, 2, 4]), False), [0, 2, 1, 3])
+    model = ov.Model([ops.result(ops.matmul(single, weight(4, 4), False, False))], [x], "moves")
+    products_in_bf16(model)
+    assert kinds(model, ov.Type.bf16) == ["MatMul", "Reshape", "Transpose"]
+    assert kinds(model, ov.Type.f32) == ["Exp"]
+
+
 @pytest.mark.parametrize(
-    ("name", "element"),
+    ("name", "least", "more"),
     [
-        ("blocks.0.attention/MatMul_1", ov.Type.f32),
-        ("blocks.1.fc2/MatMul_0", ov.Type.f32),
-        ("project2/MatMul_0", ov.Type.f32),
-        ("up0_second/MatMul_0", ov.Type.f32),
-        ("blocks.10.fc2/MatMul_0", ov.Type.bf16),
-        ("blocks.2.attention.qkv/MatMul_0", ov.Type.bf16),
-        ("MatMul_7", ov.Type.bf16),
+        ("patch/Conv_0", True, True),
+        ("blocks.0.attention.v/MatMul_0", True, True),
+        ("blocks.0.attention.out/MatMul_0", True, True),
+        ("project2/MatMul_0", True, True),
+        ("blocks.0.attention/MatMul_1", False, True),
+        ("blocks.0.attention.q/MatMul_0", False, True),
+        ("blocks.1.fc2/MatMul_0", False, True),
+        ("up0_second/MatMul_0", False, True),
+        ("out0/Conv_0", False, True),
+        ("blocks.10.attention.v/MatMul_0", False, False),
+        ("blocks.2.attention.out/MatMul_0", False, False),
+        ("MatMul_7", False, False),
     ],
 )
-def test_the_first_blocks_and_the_neck_stay_exact(name: str, element: Any) -> None:
-    x = ops.parameter([1, 4, 8], np.float32, name="x")
-    product = ops.matmul(x, weight(8, 8), False, False)
-    product.set_friendly_name(name)
-    model = ov.Model([ops.result(product)], [x], "named")
-    products_in_bf16(model)
-    assert kinds(model, element) == ["MatMul"]
+def test_what_stays_exact(name: str, least: bool, more: bool) -> None:
+    for exact, expected in ((LEAST_EXACT, least), (MORE_EXACT, more)):
+        x = ops.parameter([1, 4, 8], np.float32, name="x")
+        product = ops.matmul(x, weight(8, 8), False, False)
+        product.set_friendly_name(name)
+        model = ov.Model([ops.result(product)], [x], "named")
+        products_in_bf16(model, exact)
+        assert kinds(model, ov.Type.f32 if expected else ov.Type.bf16) == ["MatMul"]
 
 
-@pytest.mark.parametrize("where", ["blocks.0.", "blocks.1.", "project", "up"])
+@pytest.mark.parametrize(
+    "where", ["patch", "blocks.0.attention.v", "blocks.0.attention.out", "blocks.1.", "project"]
+)
 def test_exported_encoders_have_the_modules_that_stay_exact(small_bundle: Path, where: str) -> None:
     """Names are all there is to find them by: were they to change, the recipe would lose them."""
     model = ov.Core().read_model(small_bundle / "encoder.onnx")
-    products = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
+    products = [
+        n for n in model.get_ordered_ops() if n.get_type_name() in ("MatMul", "Convolution")
+    ]
     found = [n.get_friendly_name() for n in products if n.get_friendly_name().startswith(where)]
     assert 0 < len(found) < len(products)
+
+
+def test_rotary_embeddings_of_exported_encoders_are_fused(small_bundle: Path) -> None:
+    """The export writes them as OpenVINO recognizes them; else each takes four passes."""
+    core = ov.Core()
+    model = core.read_model(small_bundle / "encoder.onnx")
+    blocks = {n.get_friendly_name().split("/")[0] for n in model.get_ordered_ops()}
+    attentions = [name for name in blocks if name.endswith(".attention")]
+    model.reshape([1, *(side.get_length() for side in model.inputs[0].get_partial_shape()[1:])])
+    run = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
+    kinds_run = [node.get_rt_info()["layerType"].astype(str) for node in run.get_ordered_ops()]
+    assert kinds_run.count("RoPE") == 2 * len(attentions) > 0

@@ -26,6 +26,16 @@ def regroup(x: Tensor, *shape: int) -> Tensor:
     return x.contiguous().view(shape)
 
 
+def interleave_cells(cells: Tensor, side: int) -> Tensor:
+    """[B, side^2, (row, column, channel) of a 2x2 cell] to [B, (2 side)^2, channel].
+
+    With channels last, whole runs of them move.
+    """
+    channels = cells.shape[-1] // 4
+    y = regroup(cells, -1, side, side, 2, 2 * channels).permute(0, 1, 3, 2, 4)
+    return regroup(y, -1, 4 * side * side, channels)
+
+
 def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> nn.LayerNorm:
     """A normalization over the last axis that holds the given tensors without copying them."""
     module = nn.LayerNorm(weight.shape[0], eps=eps, device="meta")

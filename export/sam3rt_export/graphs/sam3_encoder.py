@@ -6,9 +6,11 @@ tracker's ``sam2_convs`` neck), rearranged without changing a result:
 * Tokens stay in window order from the patch embedding to the neck. Attention does not care
   about the order of its tokens as long as the position tables share it, so windowed blocks
   need a reshape where the reference partitions and unpartitions.
-* Q, K and V are one matrix product; the softmax scale is part of Q's weights.
-* RoPE is real-valued, on (real, imaginary) halves.
-* The neck's linear chains are folded (:mod:`.folding`).
+* Q, K and V are a matrix product each, so that none is cut out of a larger result; the softmax
+  scale is part of Q's weights.
+* RoPE is real-valued, on (real, imaginary) halves, in the form that runtimes have a kernel for.
+* The neck's linear chains are folded (:mod:`.folding`), and its maps keep their channels last up to
+  the final convolutions.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..architecture import Sam3Architecture
 from . import folding
-from .operators import Linear, conv3x3, gelu, layer_norm, regroup
+from .operators import Linear, conv3x3, gelu, interleave_cells, layer_norm, regroup
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 NECK = "detector.backbone.vision_backbone.sam2_convs."
@@ -85,33 +87,35 @@ class RotaryAttention(nn.Module):
         def halves(rows: Tensor) -> Tensor:
             return folding.rope_halves(rows, self.head_dim)
 
-        self.qkv = Linear(
-            torch.cat([halves(q) * scale, halves(k), v]).T,
-            torch.cat([halves(q_bias) * scale, halves(k_bias), v_bias]),
-        )
+        self.q = Linear(halves(q).T * scale, halves(q_bias) * scale)
+        self.k = Linear(halves(k).T, halves(k_bias))
+        self.v = Linear(v.T, v_bias)
         self.out = linear(tensors, prefix + "proj")
-        self.register_buffer("cos", cos[:, None].contiguous(), persistent=False)
-        self.register_buffer("sin", sin[:, None].contiguous(), persistent=False)
+        # For either half, and for all groups and heads.
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", torch.cat([cos, cos], dim=1)[None, None], persistent=False)
+        self.register_buffer("sin", torch.cat([sin, sin], dim=1)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [B, T, C] with T a multiple of ``tokens``, to the same shape."""
-        total = x.shape[1]
-        qk, v = regroup(self.qkv(x), -1, self.tokens, 3 * self.heads, self.head_dim).split(
-            [2 * self.heads, self.heads], dim=2
-        )
-        real, imaginary = qk.split(self.head_dim // 2, dim=3)
-        qk = torch.cat(
-            [
-                real * self.cos - imaginary * self.sin,
-                real * self.sin + imaginary * self.cos,
-            ],
-            dim=3,
-        )
-        q, k = qk.split(self.heads, dim=2)
-        scores = torch.matmul(q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), v.permute(0, 2, 1, 3))
-        mixed = regroup(mixed.permute(0, 2, 1, 3), -1, total, self.width)
-        return self.out(mixed)
+        q, k = self.rotate(self.per_head(self.q(x))), self.rotate(self.per_head(self.k(x)))
+        scores = torch.matmul(q, k.transpose(2, 3))
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), self.per_head(self.v(x)))
+        return self.out(regroup(mixed.permute(0, 2, 1, 3), -1, x.shape[1], self.width))
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """[B, T, heads * d] to [groups, heads, tokens, d]."""
+        return regroup(x, -1, self.tokens, self.heads, self.head_dim).permute(0, 2, 1, 3)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turn [groups, heads, tokens, (real, imaginary)] by each token's position.
+
+        Written as OpenVINO recognizes it (its ``RoPEFusionGPTNEOX``) and fuses it to one pass.
+        """
+        real, imaginary = x.split([self.head_dim // 2] * 2, dim=-1)
+        turned = torch.cat([imaginary * -1.0, real], dim=-1)
+        return x * self.cos + turned * self.sin
 
 
 class Block(nn.Module):
@@ -235,20 +239,19 @@ class Sam3EncoderGraph(nn.Module):
         return self._level0(x), self._level1(x), self._level2(x)
 
     def _level0(self, x: Tensor) -> Tensor:
-        grid = self.grid
-        y = regroup(gelu(self.up0(x)), -1, grid * grid * 4, self.up0_second.matrix.shape[0])
-        y = regroup(self.up0_second(y), -1, grid, grid, 2, 2, 2, 2, self.out0.in_channels)
-        y = y.permute(0, 7, 1, 3, 5, 2, 4, 6)
-        return self.out0(regroup(y, -1, self.out0.in_channels, 4 * grid, 4 * grid))
+        y = interleave_cells(gelu(self.up0(x)), self.grid)
+        y = interleave_cells(self.up0_second(y), 2 * self.grid)
+        return self._convolve(self.out0, y, 4 * self.grid)
 
     def _level1(self, x: Tensor) -> Tensor:
-        grid = self.grid
-        y = regroup(self.up1(x), -1, grid, grid, 2, 2, self.out1.in_channels)
-        y = y.permute(0, 5, 1, 3, 2, 4)
-        return self.out1(regroup(y, -1, self.out1.in_channels, 2 * grid, 2 * grid))
+        return self._convolve(self.out1, interleave_cells(self.up1(x), self.grid), 2 * self.grid)
 
     def _level2(self, x: Tensor) -> Tensor:
-        grid = self.grid
-        y = self.project2(x)
-        y = regroup(y, -1, grid, grid, self.out2.in_channels).permute(0, 3, 1, 2)
-        return self.out2(y)
+        return self._convolve(self.out2, self.project2(x), self.grid)
+
+    @staticmethod
+    def _convolve(convolution: nn.Conv2d, pixels: Tensor, side: int) -> Tensor:
+        """A convolution of [B, side^2, C], to [B, C', side, side]."""
+        x = regroup(pixels, -1, side, side, convolution.in_channels)
+        result: Tensor = convolution(x.permute(0, 3, 1, 2))
+        return result

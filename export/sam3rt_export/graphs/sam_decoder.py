@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import folding
-from .operators import Linear, gelu, layer_norm, regroup
+from .operators import Linear, gelu, interleave_cells, layer_norm, regroup
 
 Pair = tuple[Tensor, Tensor]
 
@@ -471,23 +471,16 @@ class SamDecoderGraph(nn.Module):
         runs of channels, and the high-resolution maps need one plain transpose each.
         """
         g = self.architecture.grid
-        y = self._interleave(self.up1(keys), g)
+        y = interleave_cells(self.up1(keys), g)
         if self.architecture.high_resolution:
             y = y + details[1].flatten(2).transpose(1, 2)
-        y = self._interleave(self.up2(gelu(self.up1_norm(y))), 2 * g)
+        y = interleave_cells(self.up2(gelu(self.up1_norm(y))), 2 * g)
         if self.architecture.high_resolution:
             y = y + details[0].flatten(2).transpose(1, 2)
         y = gelu(y)
         hyper = self.hyper(mask_tokens[:, :, None])[:, :, 0]
         logits = torch.matmul(hyper, y.transpose(1, 2))
         return regroup(logits, -1, self.masks, 4 * g, 4 * g)
-
-    @staticmethod
-    def _interleave(cells: Tensor, side: int) -> Tensor:
-        """[P, side^2, (row, column, channel) of a 2x2 cell] to [P, (2 side)^2, channel]."""
-        channels = cells.shape[-1] // 4
-        y = regroup(cells, -1, side, side, 2, 2 * channels).permute(0, 1, 3, 2, 4)
-        return regroup(y, -1, 4 * side * side, channels)
 
 
 def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:

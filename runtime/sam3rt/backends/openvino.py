@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,20 +33,23 @@ except ImportError as _error:
         "the openvino backend needs OpenVINO: pip install 'sam3rt[openvino]'"
     ) from _error
 
-from .openvino_mixed import products_in_bf16
+from .openvino_mixed import LEAST_EXACT, MORE_EXACT, products_in_bf16
 
 _LOG = logging.getLogger(__name__)
 
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-# What each recipe computes the encoder and the decoder in, fastest first. "mixed" is BF16 but for
-# what is added up over the blocks, and normalizations, as in PyTorch's autocast.
-_RECIPES = {
-    "bf16": ("bf16", "bf16"),
-    "bf16-encoder": ("bf16", "f32"),
-    "bf16-mixed": ("mixed", "f32"),
+# What each recipe computes the encoder and the decoder in, fastest first. A pattern stands for BF16
+# products, with FP32 for those it names, what is added up over the blocks, and normalizations, as
+# in PyTorch's autocast; OpenVINO's own BF16, which rounds those too, is hardly faster.
+_RECIPES: dict[str, tuple[str | re.Pattern[str], str]] = {
+    "bf16": (LEAST_EXACT, "bf16"),
+    "bf16-encoder": (LEAST_EXACT, "f32"),
+    "bf16-mixed": (MORE_EXACT, "f32"),
     "fp32": ("f32", "f32"),
 }
+# Part of what a verdict is about: counts up when a recipe comes to mean something else.
+_RECIPES_REVISION = 2
 _FULL = "fp32"
 _REDUCED = tuple(name for name in _RECIPES if name != _FULL)
 _UNPROVEN = "-unproven"
@@ -76,7 +80,8 @@ class OpenVinoBackend:
     """Runs a bundle's graphs with OpenVINO's CPU plugin, compiled at first use.
 
     There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
-    ``"bf16-mixed"``, whose encoder also sums up its blocks in FP32; and ``"fp32"``.
+    ``"bf16-mixed"``, whose encoder also computes its first blocks and its neck in FP32; and
+    ``"fp32"``. Encoders sum up their blocks in FP32 in each of them.
     Before one of the first three serves a result, it runs on the bundle's parity record and is
     held to :data:`sam3rt.gate.GATE_LIMITS`; the verdict is remembered (:mod:`sam3rt.verdicts`), so
     that the next start does not repeat it. Feature maps and outputs are float32 either way.
@@ -247,7 +252,8 @@ def known_recipes(bundle: Bundle) -> dict[str, str]:
 
 
 def _subject(recipe: str) -> Subject:
-    return Subject(OpenVinoBackend.name, ov.__version__, processor_name(), recipe)
+    version = f"{ov.__version__}, recipes {_RECIPES_REVISION}"
+    return Subject(OpenVinoBackend.name, version, processor_name(), recipe)
 
 
 def _has_bf16(core: Any) -> bool:
@@ -326,11 +332,13 @@ class _Graphs:
     def _compiled_decoder(self) -> _CompiledGraph:
         return self._compile(self._bundle.manifest.decoder, _RECIPES[self.precision][1])
 
-    def _compile(self, graph: GraphSpec, element: str, batch: int | None = None) -> _CompiledGraph:
+    def _compile(
+        self, graph: GraphSpec, element: str | re.Pattern[str], batch: int | None = None
+    ) -> _CompiledGraph:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
-            "INFERENCE_PRECISION_HINT": "dynamic" if element == "mixed" else element,
+            "INFERENCE_PRECISION_HINT": element if isinstance(element, str) else "dynamic",
             **self._threads,
         }
         try:
@@ -341,8 +349,8 @@ class _Graphs:
                 shape = model.inputs[0].get_partial_shape()
                 shape[0] = batch
                 model.reshape(shape)
-            if element == "mixed":
-                products_in_bf16(model)
+            if isinstance(element, re.Pattern):
+                products_in_bf16(model, element)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options))
         except BundleError:
             raise

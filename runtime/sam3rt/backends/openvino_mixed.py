@@ -9,10 +9,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# Matrix products that stay FP32, by the module paths that the export names nodes after: the first
-# two blocks, on whose results all others build, and what makes the feature maps of the last
-# block's. 7 % of the products, a third of the error's square (benchmarks/NOTES.md).
-_EXACT = re.compile(r"blocks\.[01]\.|project|up")
+# What stays FP32 all the same, by the module paths that the export names nodes after: the patches'
+# convolution, before all else; and of the products that were tried, those that gain the most for
+# their cost, which is 0.5 % of all operations (benchmarks/NOTES.md).
+LEAST_EXACT = re.compile(r"patch/|blocks\.0\.attention\.(v|out)/|project")
+# The first two blocks, on whose results all others build, and what makes the feature maps of the
+# last block's: 7 % of the operations.
+MORE_EXACT = re.compile(r"patch/|blocks\.[01]\.|project|up|out")
+_PRODUCTS = frozenset({"MatMul", "Convolution"})
+_MOVES = frozenset({"Reshape", "Transpose"})
 # What is computed in BF16 where all it takes is BF16 already: biases, activations, rotary
 # embeddings and attention's softmax, and what only moves values. Left in FP32 halfway between two
 # products, they would cost two conversions each and keep OpenVINO from fusing them.
@@ -37,27 +42,22 @@ _BETWEEN = frozenset(
 )
 
 
-def products_in_bf16(model: Any) -> None:
-    """Retype an FP32 graph in place: matrix products in BF16, and what follows from them alone.
-
-    Products of the first two blocks and of the neck stay FP32.
+def products_in_bf16(model: Any, exact: re.Pattern[str] = LEAST_EXACT) -> None:
+    """Retype an FP32 graph in place: products in BF16, and what follows from them alone.
 
     An operator that also takes an FP32 result, such as the addition of a block's result to the
-    stream of all blocks, stays FP32; so do normalizations, and convolutions, of which the encoder
-    has few.
+    stream of all blocks, stays FP32; so do normalizations.
 
     Args:
         model: an ``openvino.Model`` that nothing else uses.
+        exact: of the names of operators that stay FP32, from their beginning.
     """
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         wide = [p for p in node.inputs() if _type_name(p) == "f32"]
-        narrow = (
-            not _EXACT.match(node.get_friendly_name())
-            if kind == "MatMul"
-            else kind in _BETWEEN and _follows_from_products(wide)
-        )
-        if narrow:
+        if exact.match(node.get_friendly_name()):
+            continue
+        if kind in _PRODUCTS or (kind in _BETWEEN and _follows_from_products(wide)):
             _retype(node, wide)
     model.validate_nodes_and_infer_types()
 
@@ -86,13 +86,7 @@ def _retype(node: Any, ports: list[Any]) -> None:
     from openvino import opset13  # here, so that the module imports where OpenVINO is not installed
 
     for port in ports:
-        source = port.get_source_output()
-        narrow = (
-            source.get_node().input_value(0)
-            if _is_widened(source)
-            else opset13.convert(source, "bf16").output(0)
-        )
-        port.replace_source_output(narrow)
+        port.replace_source_output(_narrowed(port.get_source_output()))
     node.validate_and_infer_types()
     for output in node.outputs():
         # Before the conversion takes it as well.
@@ -100,3 +94,17 @@ def _retype(node: Any, ports: list[Any]) -> None:
         widened = opset13.convert(output, "f32").output(0)
         for consumer in consumers:
             consumer.replace_source_output(widened)
+
+
+def _narrowed(source: Any) -> Any:
+    """An FP32 value in BF16, converted where that is cheapest: before it is moved around."""
+    from openvino import opset13
+
+    node = source.get_node()
+    if _is_widened(source):
+        return node.input_value(0)
+    if node.get_type_name() in _MOVES and len(source.get_target_inputs()) == 1:
+        node.input(0).replace_source_output(_narrowed(node.input_value(0)))
+        node.validate_and_infer_types()
+        return source
+    return opset13.convert(source, "bf16").output(0)
