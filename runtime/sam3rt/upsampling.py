@@ -1,9 +1,13 @@
 """Bilinear resizing of logits without antialiasing, as PyTorch's ``interpolate`` does it.
 
 Resizing is linear and separable, and so are several resizes and crops after each other: each axis
-is one matrix, worked out once per size. Columns are interpolated by one matrix product. A row
-mixes a few neighbouring input rows, so rows are done in groups that mix the same ones, each a
-small product whose result is thresholded while it is still in the cache.
+is one banded matrix, worked out once per size. Columns are interpolated first, by gathering the few
+that each mixes. Rows are done in groups that mix the same ones, each a small product whose result
+is thresholded while it is still in the cache.
+
+No product is large enough for NumPy's library to give it to several threads (OpenBLAS; 2^18
+multiplications): its threads then spin in wait of more for a tenth of a second, and on a machine of
+few cores the next decoder call took half as long again (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -15,17 +19,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# Half of what OpenBLAS computes on one thread (SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD).
+_MAX_MULTIPLICATIONS = 1 << 17
+
 
 class Resampling(NamedTuple):
     """How maps of one size become maps of another.
 
     Attributes:
-        columns: float32 [w, W], the matrix of the horizontal axis.
+        columns: int64 [taps, W], the input columns that each output column mixes.
+        column_weights: float32 [taps, W], how much it takes of each.
         weights: float32 [H, band], what each output row takes of the input rows it mixes.
         groups: (first, last, start): output rows first..last-1 mix input rows start..start+band-1.
     """
 
-    columns: NDArray[np.float32]
+    columns: NDArray[np.int64]
+    column_weights: NDArray[np.float32]
     weights: NDArray[np.float32]
     groups: tuple[tuple[int, int, int], ...]
 
@@ -86,7 +95,7 @@ def resize(
             and 0 elsewhere, in any dtype.
         threshold: ``None`` writes values.
     """
-    wide = source @ resampling.columns
+    wide = _mix_columns(source, resampling)
     band = resampling.weights.shape[1]
     if threshold is None:
         for first, last, start in resampling.groups:
@@ -102,48 +111,76 @@ def resize(
         np.greater(values, limit, out=out[first:last], casting="unsafe")
 
 
+def _mix_columns(source: NDArray[np.float32], resampling: Resampling) -> NDArray[np.float32]:
+    wide: NDArray[np.float32] | None = None
+    for columns, weights in zip(resampling.columns, resampling.column_weights, strict=True):
+        # "clip" changes nothing, since all are within; NumPy gathers faster where it cannot fail.
+        taken = np.take(source, columns, axis=1, mode="clip")
+        taken *= weights
+        if wide is None:
+            wide = taken
+        else:
+            wide += taken
+    assert wide is not None
+    return wide
+
+
 def _unpadding(
     source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rows, columns = (
-        _bilinear(kept[axis], target[axis]) @ _bilinear(source[axis], padded[axis])[: kept[axis]]
+        _interpolate(_bilinear(source[axis], padded[axis])[: kept[axis]], target[axis])
         for axis in (0, 1)
     )
     return rows, columns
 
 
 def _bilinear(inputs: int, outputs: int) -> NDArray[np.float64]:
-    """One axis as a matrix [outputs, inputs]: half-pixel centres, clamped at the borders.
+    """One axis as a matrix [outputs, inputs]."""
+    return _interpolate(np.eye(inputs), outputs)
+
+
+def _interpolate(values: NDArray[np.float64], outputs: int) -> NDArray[np.float64]:
+    """Resize the first axis: half-pixel centres, clamped at the borders.
 
     Positions are rounded as PyTorch's are (``area_pixel_compute_source_index``, compiled to one
     fused multiply-add): the step to float32, then the position, once. That agrees with PyTorch
     to 1e-6 where exact positions differ by 2e-4.
     """
+    inputs = len(values)
     step = np.float64(np.float32(inputs / outputs))
     centre = (step * (np.arange(outputs) + 0.5) - 0.5).astype(np.float32)
     centre = np.maximum(centre, np.float32(0.0))
     lower = np.minimum(centre.astype(np.int64), inputs - 1)
-    fraction = centre - lower.astype(np.float32)
-    matrix = np.zeros((outputs, inputs))
-    output = np.arange(outputs)
-    np.add.at(matrix, (output, lower), 1 - fraction)
-    np.add.at(matrix, (output, np.minimum(lower + 1, inputs - 1)), fraction)
-    return matrix
+    upper = np.minimum(lower + 1, inputs - 1)
+    fraction = (centre - lower.astype(np.float32))[:, None].astype(np.float64)
+    result: NDArray[np.float64] = values[lower] * (1 - fraction) + values[upper] * fraction
+    return result
 
 
 def _resampling(rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Resampling:
-    """Group the output rows of a banded matrix [H, h]; columns are [W, w]."""
-    height, inputs = rows.shape
-    used = rows != 0
+    """From one matrix per axis, [H, h] and [W, w]."""
+    start, weights = _band(rows)
+    first_column, column_weights = _band(columns)
+    taps = np.arange(column_weights.shape[1])
+    most = max(1, _MAX_MULTIPLICATIONS // (weights.shape[1] * len(columns)))
+    changes = np.flatnonzero(np.diff(start)) + 1
+    bounds = sorted({0, *changes.tolist(), *range(0, len(rows), most), len(rows)})
+    groups = tuple((first, last, int(start[first])) for first, last in itertools.pairwise(bounds))
+    return Resampling(
+        np.ascontiguousarray((first_column[:, None] + taps).T),
+        np.ascontiguousarray(column_weights.T, np.float32),
+        np.ascontiguousarray(weights, np.float32),
+        groups,
+    )
+
+
+def _band(matrix: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The part of each row that is not zero: where it starts, and its values, of equal length."""
+    inputs = matrix.shape[1]
+    used = matrix != 0
     start = used.argmax(axis=1)
     end = inputs - used[:, ::-1].argmax(axis=1)
     band = int((end - start).max())
     start = np.minimum(start, inputs - band)
-    weights = np.take_along_axis(rows, start[:, None] + np.arange(band), axis=1)
-    bounds = [0, *(np.flatnonzero(np.diff(start)) + 1).tolist(), height]
-    groups = tuple((first, last, int(start[first])) for first, last in itertools.pairwise(bounds))
-    return Resampling(
-        np.ascontiguousarray(columns.T, np.float32),
-        np.ascontiguousarray(weights, np.float32),
-        groups,
-    )
+    return start, np.take_along_axis(matrix, start[:, None] + np.arange(band), axis=1)

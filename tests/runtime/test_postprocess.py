@@ -22,6 +22,7 @@ from plain_predictor import components, slow_clean
 from sam3rt.bundle import ImageSpec, MaskSpec
 from sam3rt.postprocess import clean, finish, upsample
 from sam3rt.transforms import ImageGeometry, geometry
+from sam3rt.upsampling import direct, unpadded
 
 Logits = NDArray[np.float32]
 
@@ -370,6 +371,23 @@ def test_upsample_of_read_only_and_strided_logits(model: str) -> None:
         np.testing.assert_allclose(
             upsampled(view, place, image, masks), expected, rtol=1e-5, atol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    "size", [(1080, 1920), (480, 640), (1, 1), (4320, 7680), (9000, 40), (40, 20_000)]
+)
+@pytest.mark.parametrize("unpad", [False, True], ids=["direct", "unpad"])
+def test_no_product_is_given_to_several_threads(size: tuple[int, int], unpad: bool) -> None:
+    """OpenBLAS would let them spin after it, which slows the next decoder call down by half."""
+    source = (256, 256)
+    resampling = (
+        unpadded(source, (1024, 1024), (700, 1024), size) if unpad else direct(source, size)
+    )
+    bounds = [0, *(last for _, last, _ in resampling.groups)]
+    assert bounds[-1] == size[0]
+    assert [first for first, _, _ in resampling.groups] == bounds[:-1]
+    band = resampling.weights.shape[1]
+    assert max((b - a) * band * size[1] for a, b in zip(bounds, bounds[1:], strict=False)) < 1 << 18
 
 
 def test_upsample_from_many_threads() -> None:
