@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -387,7 +388,7 @@ def test_no_product_is_given_to_several_threads(size: tuple[int, int], unpad: bo
     assert bounds[-1] == size[0]
     assert [first for first, _, _ in resampling.groups] == bounds[:-1]
     band = resampling.weights.shape[1]
-    assert max((b - a) * band * size[1] for a, b in zip(bounds, bounds[1:], strict=False)) < 1 << 18
+    assert max((b - a) * band * size[1] for a, b in itertools.pairwise(bounds)) < 1 << 18
 
 
 def test_upsample_from_many_threads() -> None:
