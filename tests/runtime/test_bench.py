@@ -357,6 +357,7 @@ def test_a_run_measures_every_part(result: Result) -> None:
 def test_a_run_writes_tables_and_pictures(run_folder: Path) -> None:
     text = (run_folder / "bench.md").read_text()
     assert "| set_image |" in text
+    assert "| mean mask IoU against onnxruntime:fp32 | " in text
     assert "sam3rt bench --candidate onnxruntime" in text
     for name in ("calls", "curves", "limits"):
         with PIL.Image.open(run_folder / f"{name}.png") as picture:

@@ -263,9 +263,10 @@ def _has_bf16(core: Any) -> bool:
 
 def upload(maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
     """Copies of feature maps in OpenVINO's memory."""
-    return OpenVinoFeatures(
-        tuple(ov.Tensor(np.array(array, np.float32, order="C")) for array in maps)
-    )
+    tensors = tuple(ov.Tensor(ov.Type.f32, ov.Shape(array.shape)) for array in maps)
+    for tensor, array in zip(tensors, maps, strict=True):
+        tensor.data[...] = array
+    return OpenVinoFeatures(tensors)
 
 
 class _Graphs:

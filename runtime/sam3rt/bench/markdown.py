@@ -67,6 +67,11 @@ def _calls(result: Result) -> list[str]:
     for call in dict.fromkeys(row.call for row in result.calls):
         times = {row.candidate: row.times for row in result.calls if row.call == call}
         rows.append([call, *(milliseconds(times[n].median_ms) for n in names)])
+    if result.agreement:
+        # Beside the times, for speed with wrong masks is no speed.
+        near = {row.candidate: f"{row.mean_iou:.4f}" for row in result.agreement}
+        against = result.agreement[0].reference
+        rows.append([f"mean mask IoU against {against}", *(near.get(n, "") for n in names)])
     return [
         "## Side by side",
         "",
