@@ -9,13 +9,13 @@ import soak
 
 
 def test_a_short_run_counts_what_it_did() -> None:
-    found = soak.run(predictions=108, images=6, embeddings=2, threads=1)
-    assert found["predictions"] == 108
+    found = soak.run(predictions=54, images=6, embeddings=2, threads=1)
+    assert found["predictions"] == 54
     assert found["image_changes"] == 6
     assert found["embeddings_saved_and_loaded"] == 2
     assert found["resident_mb"]["most"] >= found["resident_mb"]["at_the_end"] > 100
-    # The first image of the size followed is warm-up; the other has 18 predictions of six kinds.
-    assert found["clicks_followed"] == 3
+    # A click is every sixth; those on the first and the last image count, less a tenth as warm-up.
+    assert found["clicks_followed"] == 2
     for name in ("one_click_ms", "one_click_processor_ms"):
         assert found[name]["median_of_first_half"] > 1, name
         assert found[name]["median_of_second_half"] > 1, name
