@@ -26,6 +26,11 @@ def regroup(x: Tensor, *shape: int) -> Tensor:
     return x.contiguous().view(shape)
 
 
+def split_heads(x: Tensor, tokens: int, heads: int, head_dim: int) -> Tensor:
+    """[B, T, heads * d] to [groups, heads, tokens, d]; a group is ``tokens`` of a row's tokens."""
+    return regroup(x, -1, tokens, heads, head_dim).permute(0, 2, 1, 3)
+
+
 def interleave_cells(cells: Tensor, side: int) -> Tensor:
     """[B, side^2, (row, column, channel) of a 2x2 cell] to [B, (2 side)^2, channel].
 

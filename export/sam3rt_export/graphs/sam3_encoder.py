@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from ..architecture import Sam3Architecture
 from . import folding
-from .operators import Linear, conv3x3, gelu, interleave_cells, layer_norm, regroup
+from .operators import (
+    Linear,
+    conv3x3,
+    gelu,
+    interleave_cells,
+    layer_norm,
+    regroup,
+    split_heads,
+)
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 NECK = "detector.backbone.vision_backbone.sam2_convs."
@@ -105,8 +113,7 @@ class RotaryAttention(nn.Module):
         return self.out(regroup(mixed.permute(0, 2, 1, 3), -1, x.shape[1], self.width))
 
     def per_head(self, x: Tensor) -> Tensor:
-        """[B, T, heads * d] to [groups, heads, tokens, d]."""
-        return regroup(x, -1, self.tokens, self.heads, self.head_dim).permute(0, 2, 1, 3)
+        return split_heads(x, self.tokens, self.heads, self.head_dim)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Turn [groups, heads, tokens, (real, imaginary)] by each token's position.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import folding
-from .operators import Linear, gelu, interleave_cells, layer_norm, regroup
+from .operators import Linear, gelu, interleave_cells, layer_norm, regroup, split_heads
 
 Pair = tuple[Tensor, Tensor]
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def per_head(self, x: Tensor, tokens: int) -> Tensor:
         """[P, T, heads * d] to [P, heads, T, d]."""
-        return regroup(x, -1, tokens, self.heads, self.head_dim).permute(0, 2, 1, 3)
+        return split_heads(x, tokens, self.heads, self.head_dim)
 
     def merge_heads(self, x: Tensor, tokens: int) -> Tensor:
         """[P, heads, T, d] to [P, T, heads * d]."""
