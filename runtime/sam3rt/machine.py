@@ -33,15 +33,9 @@ def processor_name() -> str:
 
     A virtual machine's processor may be called "AMD EPYC" and no more.
     """
-    try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    fields = _cpuinfo()
+    if not fields:
         return platform.processor() or platform.machine()
-    first = text.split("\n\n", 1)[0]
-    fields = {
-        name.strip(): value.strip()
-        for name, _, value in (line.partition(":") for line in first.splitlines())
-    }
     name = fields.get("model name") or platform.machine()
     numbers = [
         f"{label} {fields[field]}"
@@ -49,6 +43,27 @@ def processor_name() -> str:
         if field in fields
     ]
     return ", ".join([name, " ".join(numbers)]) if numbers else name
+
+
+def processor_has(flag: str) -> bool:
+    """Whether Linux lists an extension of the instruction set, such as ``"amx_bf16"``.
+
+    ``False`` on systems that do not say.
+    """
+    return flag in _cpuinfo().get("flags", "").split()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    first = text.split("\n\n", 1)[0]
+    return {
+        name.strip(): value.strip()
+        for name, _, value in (line.partition(":") for line in first.splitlines())
+    }
 
 
 def usable_cores() -> int:

@@ -30,6 +30,7 @@ from sam3rt import (
     open_bundle,
 )
 from sam3rt.backends import openvino as backend_module
+from sam3rt.backends.openvino_parts import split_hidden_layers
 from sam3rt.bundle import Bundle
 from sam3rt.cli import main
 from sam3rt.parity import Measurement, load_record, verify_model
@@ -228,6 +229,32 @@ def test_bf16_is_near_fp32_and_float32_at_the_boundary(
     )
 
 
+@needs_bf16
+@pytest.mark.parametrize("tiles", [True, False])
+def test_hidden_layers_come_in_parts_where_there_are_tiles(
+    small_bundle: Path,
+    embedding: ImageEmbedding,
+    monkeypatch: pytest.MonkeyPatch,
+    tiles: bool,
+) -> None:
+    counts: list[int] = []
+
+    def count(model: Any, width: int) -> int:
+        counts.append(split_hidden_layers(model, width))
+        return counts[-1]
+
+    monkeypatch.setattr(backend_module, "processor_has", lambda flag: tiles and flag == "amx_bf16")
+    monkeypatch.setattr(backend_module, "split_hidden_layers", count)
+    monkeypatch.setattr(backend_module, "_PART_WIDTH", 64)
+    model = load_model(
+        small_bundle, backend="openvino", precision="bf16-encoder-unproven", check_files=False
+    )
+    mine = model.encode(noise(50, 70))
+    assert [n > 0 for n in counts] == [True] * tiles
+    for name, array in mine.numpy().items():
+        close(array, embedding.numpy()[name], 0.05)
+
+
 def test_results_are_the_callers_own(
     ov_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
@@ -340,6 +367,17 @@ def test_the_first_recipe_that_passes_is_used_and_remembered(
     names = sorted(path.name.rsplit("-", 1)[0] for path in (copied / "verdicts").iterdir())
     assert names == ["openvino-bf16", "openvino-bf16-encoder"]
     open_bundle(copied)
+
+
+def test_a_verdict_on_graphs_in_parts_is_not_one_on_whole_ones(
+    copied: Path, judged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine may hide the tiles of a processor that has the same name elsewhere."""
+    for tiles in (True, False, True):
+        monkeypatch.setattr(backend_module, "processor_has", lambda flag, found=tiles: found)
+        model = load_model(copied, backend="openvino", precision="bf16", check_files=False)
+        assert model.backend.precision == "bf16"
+    assert judged["asked"] == ["bf16", "bf16"]
 
 
 def test_where_all_fail_auto_is_fp32_and_insisting_raises(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..bundle import Bundle, GraphSpec
 from ..errors import BackendError, BundleError, EmbeddingError, VerificationError
 from ..gate import GATE_LIMITS, judge
-from ..machine import processor_name
+from ..machine import processor_has, processor_name
 from ..model import SegmentationModel
 from ..parity import load_record, verify_model
 from ..prompts import PackedPrompts
@@ -34,6 +34,7 @@ except ImportError as _error:
     ) from _error
 
 from .openvino_mixed import LEAST_EXACT, MORE_EXACT, products_in_bf16
+from .openvino_parts import split_hidden_layers
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +50,10 @@ _RECIPES: dict[str, tuple[str | re.Pattern[str], str]] = {
     "fp32": ("f32", "f32"),
 }
 # Part of what a verdict is about: counts up when a recipe comes to mean something else.
-_RECIPES_REVISION = 2
+_RECIPES_REVISION = 3
+# Channels of a hidden layer that are computed at a time where the processor has tiles: of what was
+# tried, the fastest (benchmarks/NOTES.md). Without tiles, parts are no faster.
+_PART_WIDTH = 640
 _FULL = "fp32"
 _REDUCED = tuple(name for name in _RECIPES if name != _FULL)
 _UNPROVEN = "-unproven"
@@ -252,13 +256,18 @@ def known_recipes(bundle: Bundle) -> dict[str, str]:
 
 
 def _subject(recipe: str) -> Subject:
-    version = f"{ov.__version__}, recipes {_RECIPES_REVISION}"
+    version = f"{ov.__version__}, recipes {_RECIPES_REVISION}{' in parts' if _has_tiles() else ''}"
     return Subject(OpenVinoBackend.name, version, processor_name(), recipe)
 
 
 def _has_bf16(core: Any) -> bool:
     """Whether this CPU multiplies in BF16; OpenVINO lists it only where it does."""
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _has_tiles() -> bool:
+    """Whether BF16 products run on tiles (AMX), which OpenVINO's Python interface does not tell."""
+    return processor_has("amx_bf16")
 
 
 def upload(maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
@@ -351,6 +360,8 @@ class _Graphs:
                 shape[0] = batch
                 model.reshape(shape)
             if isinstance(element, re.Pattern):
+                if _has_tiles():
+                    split_hidden_layers(model, _PART_WIDTH)
                 products_in_bf16(model, element)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options))
         except BundleError:

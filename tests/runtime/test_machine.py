@@ -1,0 +1,73 @@
+"""Tests of `sam3rt.machine`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sam3rt import machine
+
+XEON = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 143
+model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz
+stepping\t: 8
+flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile
+bugs\t\t: spectre_v1
+
+processor\t: 1
+cpu family\t: 6
+model name\t: another
+flags\t\t: fpu amx_fp16
+"""
+ARM = """processor\t: 0
+Features\t: fp asimd bf16
+CPU implementer\t: 0x41
+"""
+
+
+@pytest.fixture(autouse=True)
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file to write what Linux says of the processor to."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "_CPUINFO", path)
+    machine.processor_name.cache_clear()
+    yield path
+    machine.processor_name.cache_clear()
+
+
+def test_the_name_tells_models_apart(cpuinfo: Path) -> None:
+    cpuinfo.write_text(XEON)
+    assert machine.processor_name() == (
+        "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz, family 6 model 143 stepping 8"
+    )
+
+
+def test_a_processor_without_a_name_is_called_by_its_architecture(cpuinfo: Path) -> None:
+    cpuinfo.write_text(ARM)
+    assert machine.processor_name() == platform.machine()
+
+
+def test_without_the_file_python_is_asked() -> None:
+    assert machine.processor_name() == (platform.processor() or platform.machine())
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("amx_bf16", True), ("fpu", True), ("amx", False), ("amx_fp16", False), ("", False)],
+)
+def test_extensions_are_whole_words_of_the_first_processor(
+    cpuinfo: Path, flag: str, expected: bool
+) -> None:
+    cpuinfo.write_text(XEON)
+    assert machine.processor_has(flag) is expected
+
+
+def test_a_system_that_does_not_say_has_no_extension(cpuinfo: Path) -> None:
+    assert not machine.processor_has("amx_bf16")
+    cpuinfo.write_text(ARM)
+    assert not machine.processor_has("amx_bf16")
