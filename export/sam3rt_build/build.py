@@ -18,6 +18,7 @@ from typing import Literal
 
 import onnx
 
+from sam3rt._files import remove_temporaries
 from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
 from sam3rt.cuda.driver import Device, probe
 from sam3rt.engines import (
@@ -532,9 +533,21 @@ def _exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BuildError(f"another build is at work in {folder}") from error
-        for left_over in folder.glob(".build-*"):  # of a build that was killed
-            shutil.rmtree(left_over, ignore_errors=True)
+        _clear(folder)
         yield
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a build left that was killed; the folder of engines is locked.
+
+    A runtime that is just writing what it found of an engine, without the lock, would say that it
+    could not, and find it again next time.
+    """
+    for place in [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]:
+        if place.name.startswith(".build-"):
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            remove_temporaries(place)
 
 
 def _size(engine: EngineFile) -> str:

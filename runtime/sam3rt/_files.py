@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import BinaryIO
 _BLOCK = 1 << 20
 # Linux's names for a process's open files.
 _HANDLES = Path("/proc/self/fd")
+# The names of temporary files, and of nothing else.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 def sha256_file(path: Path) -> str:
@@ -59,6 +62,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files in a folder, of processes that were killed while they wrote.
+
+    One that is writing there at this moment gets a FileNotFoundError, so this is for those who have
+    locked the folder, or where the others can do without their file.
+
+    Raises:
+        OSError: the folder cannot be read or written to.
+    """
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _open_unnamed(folder: Path) -> int | None:

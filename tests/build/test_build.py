@@ -415,6 +415,44 @@ def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> Non
     assert not left.exists()
 
 
+def test_a_half_written_file_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from sam3rt import _files\n"
+        "from sam3rt.bundle import open_bundle\n"
+        "from sam3rt_build.build import BuildOptions, build_bundle\n"
+        "_files._open_unnamed = lambda folder: None\n"
+        "_files.os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
+        "build_bundle(open_bundle(sys.argv[1]), BuildOptions(backend='tensorrt-rtx',\n"
+        "             targets=('8.9',)), make=lambda r: Path(r.engine).write_bytes(b'engine'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(toy.path)], check=False)
+    assert done.returncode == -9
+    (left,) = (toy.path / ENGINES).glob("[!.]*/.*.tmp")
+    (lonely,) = left.parent.glob("*.engine")
+    mine = left.with_name(".notes.tmp")
+    mine.write_text("not a name that a build gives")
+    run(toy, precision=("fp32",))
+    assert not left.exists()
+    assert mine.exists()
+    mine.unlink()
+    lonely.unlink()
+
+
+def test_no_half_written_file_is_looked_for_behind_a_link(toy: Bundle, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    other = outside / f".{'0' * 32}.tmp"
+    other.write_text("somebody else's")
+    (toy.path / ENGINES).mkdir(exist_ok=True)
+    link = toy.path / ENGINES / "linked"
+    link.symlink_to(outside)
+    run(toy, precision=("fp32",))
+    link.unlink()
+    assert other.exists()
+
+
 # --- ahead of time --------------------------------------------------------------------------------
 
 

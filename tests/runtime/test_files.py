@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sam3rt import _files
-from sam3rt._files import atomic_write
+from sam3rt._files import atomic_write, remove_temporaries
 
 FORK = multiprocessing.get_context("fork")
 
@@ -186,3 +186,26 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path: Path, way: str) -> None:
     if way == "unnamed":
         # A file has a name of its own for the moment between getting it and losing it again.
         assert len(names(tmp_path)) <= 2
+
+
+def test_temporaries_of_killed_writers_are_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"a.engine", ".lock", ".notes.tmp", f".{'0' * 31}.tmp", f"x.{'0' * 32}.tmp"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"kept")
+    monkeypatch.setattr(Path, "replace", lambda self, target: os.kill(os.getpid(), signal.SIGKILL))
+    process = FORK.Process(target=_write, args=(tmp_path / "a.engine",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left = {path.name for path in tmp_path.iterdir()} - others
+    assert len(left) == 1
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others
+    assert (tmp_path / "a.engine").read_bytes() == b"kept"
+
+
+def _write(path: Path) -> None:
+    with atomic_write(path) as stream:
+        stream.write(b"new")
