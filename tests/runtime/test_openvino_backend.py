@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -239,8 +240,8 @@ def test_hidden_layers_come_in_parts_where_there_are_tiles(
 ) -> None:
     counts: list[int] = []
 
-    def count(model: Any, width: int) -> int:
-        counts.append(split_hidden_layers(model, width))
+    def count(model: Any, width: int, exact: re.Pattern[str]) -> int:
+        counts.append(split_hidden_layers(model, width, exact))
         return counts[-1]
 
     monkeypatch.setattr(backend_module, "processor_has", lambda flag: tiles and flag == "amx_bf16")

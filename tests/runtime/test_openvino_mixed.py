@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import numpy as np
 import openvino as ov
 import pytest
+from hypothesis import given
+from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sam3rt.backends.openvino_mixed import LEAST_EXACT, MORE_EXACT, products_in_bf16
+from sam3rt.backends.openvino_mixed import (
+    FIRST_BLOCKS,
+    NOTHING,
+    TOKENS,
+    products_in_bf16,
+    rounded_constant,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -139,43 +150,164 @@ def test_values_are_converted_before_they_are_moved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "more"),
+    ("name", "exact_in"),
     [
-        ("patch/Conv_0", True, True),
-        ("blocks.0.attention.v/MatMul_0", True, True),
-        ("blocks.0.attention.out/MatMul_0", True, True),
-        ("project2/MatMul_0", True, True),
-        ("blocks.0.attention/MatMul_1", False, True),
-        ("blocks.0.attention.q/MatMul_0", False, True),
-        ("blocks.1.fc2/MatMul_0", False, True),
-        ("up0_second/MatMul_0", False, True),
-        ("out0/Conv_0", False, True),
-        ("blocks.10.attention.v/MatMul_0", False, False),
-        ("blocks.2.attention.out/MatMul_0", False, False),
-        ("MatMul_7", False, False),
+        ("patch/Conv_0", {FIRST_BLOCKS}),
+        ("project2/MatMul_0", {FIRST_BLOCKS}),
+        ("blocks.0.attention.v/MatMul_0", {FIRST_BLOCKS}),
+        ("blocks.1.fc2/MatMul_0", {FIRST_BLOCKS}),
+        ("up0_second/MatMul_0", {FIRST_BLOCKS}),
+        ("blocks.10.attention.v/MatMul_0", set()),
+        ("blocks.2.attention.out/MatMul_0", set()),
     ],
 )
-def test_what_stays_exact(name: str, least: bool, more: bool) -> None:
-    for exact, expected in ((LEAST_EXACT, least), (MORE_EXACT, more)):
-        x = ops.parameter([1, 4, 8], np.float32, name="x")
-        product = ops.matmul(x, weight(8, 8), False, False)
-        product.set_friendly_name(name)
-        model = ov.Model([ops.result(product)], [x], "named")
-        products_in_bf16(model, exact)
-        assert kinds(model, ov.Type.f32 if expected else ov.Type.bf16) == ["MatMul"]
+def test_what_stays_exact_in_an_encoder(name: str, exact_in: set[re.Pattern[str]]) -> None:
+    for exact in (NOTHING, FIRST_BLOCKS):
+        assert stays_exact(name, exact) == (exact in exact_in)
 
 
 @pytest.mark.parametrize(
-    "where", ["patch", "blocks.0.attention.v", "blocks.0.attention.out", "blocks.1.", "project"]
+    ("name", "exact"),
+    [
+        ("positions/MatMul_0", True),
+        ("blocks.0.self_attention.q/MatMul_0", True),
+        ("blocks.1.mlp.0/MatMul_0", True),
+        ("hyper.0/MatMul_0", True),
+        ("graph/MatMul_0", True),
+        ("iou_head.0/MatMul_0", True),
+        ("blocks.0.token_to_image/MatMul_1", False),
+        ("blocks.11.image_to_token/MatMul_4", False),
+        ("final/MatMul_2", False),
+        ("up1/MatMul_0", False),
+        ("up2/MatMul_0", False),
+    ],
 )
-def test_exported_encoders_have_the_modules_that_stay_exact(small_bundle: Path, where: str) -> None:
+def test_what_stays_exact_in_a_decoder(name: str, exact: bool) -> None:
+    assert stays_exact(name, TOKENS) == exact
+
+
+def stays_exact(name: str, exact: re.Pattern[str]) -> bool:
+    """Whether a product of that name is left in FP32."""
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    product = ops.matmul(x, weight(8, 8), False, False)
+    product.set_friendly_name(name)
+    model = ov.Model([ops.result(product)], [x], "named")
+    products_in_bf16(model, exact)
+    return kinds(model, ov.Type.f32) == ["MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "where"),
+    [
+        *(("encoder", name) for name in ("patch", "blocks.0.", "blocks.1.", "project", "up")),
+        *(("decoder", f"blocks.0.{name}") for name in ("token_to_image", "image_to_token")),
+        *(("decoder", name) for name in ("final", "up1/", "up2/", "positions", "hyper", "graph/")),
+    ],
+)
+def test_exports_have_the_modules_that_recipes_name(
+    small_bundle: Path, graph: str, where: str
+) -> None:
     """Names are all there is to find them by: were they to change, the recipe would lose them."""
-    model = ov.Core().read_model(small_bundle / "encoder.onnx")
+    model = ov.Core().read_model(small_bundle / f"{graph}.onnx")
     products = [
         n for n in model.get_ordered_ops() if n.get_type_name() in ("MatMul", "Convolution")
     ]
     found = [n.get_friendly_name() for n in products if n.get_friendly_name().startswith(where)]
     assert 0 < len(found) < len(products)
+
+
+def as_float(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Values of BF16 numbers, given as their bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bits_of(constant: Any) -> NDArray[np.uint16]:
+    """BF16 numbers of a constant, as their bits."""
+    assert constant.get_output_element_type(0) == ov.Type.bf16
+    bits: NDArray[np.uint16] = constant.data.view(np.uint16)
+    return bits
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(max_dims=3),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    )
+)
+def test_constants_are_rounded_to_the_nearest_of_two_the_even(values: NDArray[np.float32]) -> None:
+    bits = bits_of(rounded_constant(values))
+    assert bits.shape == values.shape
+    near = as_float(bits)
+    exact = values.astype(np.float64)
+    # The next BF16 numbers either way; infinity stands for 2^128, as it does in rounding.
+    sides = [as_float((bits.astype(np.int32) + step).astype(np.uint16)) for step in (-1, 1)]
+    for side in sides:
+        usable = ~np.isnan(side) & (np.signbit(side) == np.signbit(values))
+        error, other = (
+            np.abs(
+                np.clip(np.where(usable, v, 0).astype(np.float64), -(2.0**128), 2.0**128) - exact
+            )
+            for v in (near, side)
+        )
+        assert (error <= other)[usable].all()
+        ties = usable & (error == other) & (error > 0)
+        assert (bits[ties] % 2 == 0).all()
+
+
+def test_infinity_and_nan_stay_what_they_are() -> None:
+    nan = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32).view(np.float32)
+    assert np.isnan(as_float(bits_of(rounded_constant(nan)))).all()
+    infinite = np.array([np.inf, -np.inf], np.float32)
+    assert np.array_equal(as_float(bits_of(rounded_constant(infinite))), infinite)
+
+
+def test_values_that_are_not_contiguous_are_rounded_like_others() -> None:
+    values = RNG.standard_normal((6, 8)).astype(np.float32)
+    part = bits_of(rounded_constant(values[:, 2:5]))
+    assert np.array_equal(part, bits_of(rounded_constant(values))[:, 2:5])
+
+
+def test_weights_are_rounded_and_not_left_to_be_converted() -> None:
+    """OpenVINO's own conversion of constants cuts off what should be rounded up."""
+    values = RNG.standard_normal((8, 8)).astype(np.float32)
+    x = ops.parameter([1, 4, 8], np.float32, name="x")
+    model = ov.Model([ops.result(ops.matmul(x, ops.constant(values), False, False))], [x], "one")
+    products_in_bf16(model)
+    (product,) = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
+    weights = product.input_value(1).get_node()
+    assert weights.get_type_name() == "Constant"
+    assert np.array_equal(bits_of(weights), bits_of(rounded_constant(values)))
+
+
+@pytest.mark.parametrize(("graph", "exact"), [("encoder", NOTHING), ("decoder", TOKENS)])
+def test_no_constant_of_an_export_is_left_to_be_converted(
+    small_bundle: Path, graph: str, exact: re.Pattern[str]
+) -> None:
+    model = ov.Core().read_model(small_bundle / f"{graph}.onnx")
+    products_in_bf16(model, exact)
+    narrowing = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.bf16
+    ]
+    assert narrowing
+    for node in narrowing:
+        assert not comes_from_constants_alone(node), node.get_friendly_name()
+
+
+def comes_from_constants_alone(node: Any) -> bool:
+    """Whether nothing that goes into a value depends on an input."""
+    seen: set[str] = set()
+    todo = [node]
+    while todo:
+        found = todo.pop()
+        if found.get_type_name() == "Parameter":
+            return False
+        if found.get_name() not in seen:
+            seen.add(found.get_name())
+            todo += [source.get_node() for source in found.input_values()]
+    return True
 
 
 def test_rotary_embeddings_of_exported_encoders_are_fused(small_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sam3rt.backends.openvino_mixed import products_in_bf16
+from sam3rt.backends.openvino_mixed import products_in_bf16, rounded_constant
 from sam3rt.backends.openvino_parts import split_hidden_layers
 
 RNG = np.random.default_rng(0)
 
 
 def weight(*shape: int) -> Any:
-    """A constant of normal values, scaled for products along its first side."""
-    values = RNG.standard_normal(shape) / np.sqrt(shape[0])
-    return ops.constant(values.astype(np.float32))
+    """A constant of normal values that BF16 has, scaled for products along its first side."""
+    values = (RNG.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+    return ops.constant((values.view(np.uint32) & 0xFFFF0000).view(np.float32))
 
 
 def gelu(x: Any, root: float = np.sqrt(2.0), one: float = 1.0, half: float = 0.5) -> Any:
@@ -151,6 +152,32 @@ def test_parts_are_added_in_fp32_where_products_are_bf16() -> None:
     assert typed["Add", "bf16"] == 5  # four parts' first biases, the second bias once
     assert typed["Add", "f32"] == 4
     assert ("MatMul", "f32") not in typed
+
+
+def test_layers_that_stay_exact_are_left_alone() -> None:
+    model = mlp(32)
+    before = products(model)
+    for name in ("fc1", "fc2"):
+        assert split_hidden_layers(model, 8, re.compile(name)) == 0
+    assert products(model) == before
+    assert split_hidden_layers(model, 8, re.compile("c1")) == 1
+
+
+def test_weights_of_parts_are_rounded() -> None:
+    model = mlp(32)
+    values = RNG.standard_normal((16, 32)).astype(np.float32)
+    (first,) = [n for n in model.get_ordered_ops() if n.get_friendly_name() == "fc1/MatMul"]
+    first.input(1).replace_source_output(ops.constant(values).output(0))
+    split_hidden_layers(model, 16)
+    products_in_bf16(model)
+    found = [
+        node.input_value(1).get_node()
+        for node in model.get_ordered_ops()
+        if node.get_friendly_name().startswith("fc1/MatMul") and node.get_type_name() == "MatMul"
+    ]
+    assert [n.get_type_name() for n in found] == ["Constant"] * 2
+    expected = rounded_constant(values).data.view(np.uint16)
+    assert np.array_equal(np.hstack([n.data.view(np.uint16) for n in found]), expected)
 
 
 def test_exported_encoders_have_such_layers(small_bundle: Path) -> None:

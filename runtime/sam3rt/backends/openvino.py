@@ -33,27 +33,28 @@ except ImportError as _error:
         "the openvino backend needs OpenVINO: pip install 'sam3rt[openvino]'"
     ) from _error
 
-from .openvino_mixed import LEAST_EXACT, MORE_EXACT, products_in_bf16
+from .openvino_mixed import FIRST_BLOCKS, NOTHING, TOKENS, products_in_bf16
 from .openvino_parts import split_hidden_layers
 
 _LOG = logging.getLogger(__name__)
 
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-# What each recipe computes the encoder and the decoder in, fastest first. A pattern stands for BF16
-# products, with FP32 for those it names, what is added up over the blocks, and normalizations, as
-# in PyTorch's autocast; OpenVINO's own BF16, which rounds those too, is hardly faster.
-_RECIPES: dict[str, tuple[str | re.Pattern[str], str]] = {
-    "bf16": (LEAST_EXACT, "bf16"),
-    "bf16-encoder": (LEAST_EXACT, "f32"),
-    "bf16-mixed": (MORE_EXACT, "f32"),
-    "fp32": ("f32", "f32"),
+# What of the encoder and of the decoder stays FP32 in each recipe, fastest first; ``None`` for all
+# of it. In the others products are BF16; what is added up over the blocks and normalizations are
+# FP32 all the same, as in PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is no
+# faster.
+_RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
+    "bf16": (NOTHING, TOKENS),
+    "bf16-encoder": (NOTHING, None),
+    "bf16-mixed": (FIRST_BLOCKS, None),
+    "fp32": (None, None),
 }
 # Part of what a verdict is about: counts up when a recipe comes to mean something else.
-_RECIPES_REVISION = 3
+_RECIPES_REVISION = 4
 # Channels of a hidden layer that are computed at a time where the processor has tiles: of what was
 # tried, the fastest (benchmarks/NOTES.md). Without tiles, parts are no faster.
-_PART_WIDTH = 640
+_PART_WIDTH = 576
 _FULL = "fp32"
 _REDUCED = tuple(name for name in _RECIPES if name != _FULL)
 _UNPROVEN = "-unproven"
@@ -85,7 +86,8 @@ class OpenVinoBackend:
 
     There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
     ``"bf16-mixed"``, whose encoder also computes its first blocks and its neck in FP32; and
-    ``"fp32"``. Encoders sum up their blocks in FP32 in each of them.
+    ``"fp32"``. What is summed up over blocks, normalizations and, in the decoder, what does not run
+    over the image are FP32 in each of them.
     Before one of the first three serves a result, it runs on the bundle's parity record and is
     held to :data:`sam3rt.gate.GATE_LIMITS`; the verdict is remembered (:mod:`sam3rt.verdicts`), so
     that the next start does not repeat it. Feature maps and outputs are float32 either way.
@@ -343,12 +345,12 @@ class _Graphs:
         return self._compile(self._bundle.manifest.decoder, _RECIPES[self.precision][1])
 
     def _compile(
-        self, graph: GraphSpec, element: str | re.Pattern[str], batch: int | None = None
+        self, graph: GraphSpec, exact: re.Pattern[str] | None, batch: int | None = None
     ) -> _CompiledGraph:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
-            "INFERENCE_PRECISION_HINT": element if isinstance(element, str) else "dynamic",
+            "INFERENCE_PRECISION_HINT": "f32" if exact is None else "dynamic",
             **self._threads,
         }
         try:
@@ -359,10 +361,10 @@ class _Graphs:
                 shape = model.inputs[0].get_partial_shape()
                 shape[0] = batch
                 model.reshape(shape)
-            if isinstance(element, re.Pattern):
+            if exact is not None:
                 if _has_tiles():
-                    split_hidden_layers(model, _PART_WIDTH)
-                products_in_bf16(model, element)
+                    split_hidden_layers(model, _PART_WIDTH, exact)
+                products_in_bf16(model, exact)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options))
         except BundleError:
             raise

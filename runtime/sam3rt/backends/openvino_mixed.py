@@ -9,13 +9,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# What stays FP32 all the same, by the module paths that the export names nodes after: the patches'
-# convolution, before all else; and of the products that were tried, those that gain the most for
-# their cost, which is 0.5 % of all operations (benchmarks/NOTES.md).
-LEAST_EXACT = re.compile(r"patch/|blocks\.0\.attention\.(v|out)/|project")
-# The first two blocks, on whose results all others build, and what makes the feature maps of the
-# last block's: 7 % of the operations.
-MORE_EXACT = re.compile(r"patch/|blocks\.[01]\.|project|up|out")
+import numpy as np
+from numpy.typing import NDArray
+
+# Operators that stay FP32 all the same, by the module paths that the export names nodes after.
+NOTHING = re.compile(r"(?!)")
+# Of an encoder, the patches' convolution and the first two blocks, on whose results all others
+# build, and what makes the feature maps of the last block's: 7 % of the operations.
+FIRST_BLOCKS = re.compile(r"patch/|blocks\.[01]\.|project|up|out")
+# Of a decoder, all but what runs over the image: the prompt's few tokens cost little, and in BF16 a
+# click would be some pixels off.
+TOKENS = re.compile(r"(?!up[12]/|blocks\.\d+\.(token_to_image|image_to_token)|final)")
 _PRODUCTS = frozenset({"MatMul", "Convolution"})
 _MOVES = frozenset({"Reshape", "Transpose"})
 # What is computed in BF16 where all it takes is BF16 already: biases, activations, rotary
@@ -42,7 +46,7 @@ _BETWEEN = frozenset(
 )
 
 
-def products_in_bf16(model: Any, exact: re.Pattern[str] = LEAST_EXACT) -> None:
+def products_in_bf16(model: Any, exact: re.Pattern[str] = NOTHING) -> None:
     """Retype an FP32 graph in place: products in BF16, and what follows from them alone.
 
     An operator that also takes an FP32 result, such as the addition of a block's result to the
@@ -60,6 +64,31 @@ def products_in_bf16(model: Any, exact: re.Pattern[str] = LEAST_EXACT) -> None:
         if kind in _PRODUCTS or (kind in _BETWEEN and _follows_from_products(wide)):
             _retype(node, wide)
     model.validate_nodes_and_infer_types()
+
+
+def rounded_constant(values: NDArray[np.float32]) -> Any:
+    """FP32 values as a constant of the nearest BF16 ones, of two the even one.
+
+    A conversion left in the graph is carried out when it is compiled, and (OpenVINO 2026.4) cuts
+    the even half of the values off instead: a quarter end up one step too small, which biases every
+    product.
+
+    Args:
+        values: float32 of any shape.
+
+    Returns:
+        An ``openvino`` constant node of element type bf16.
+    """
+    import openvino
+    from openvino import opset13
+
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    # Half a step less a bit, and that bit for odd ones; NaN would overflow to a number.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded[np.isnan(values)] = 0x7FC0
+    tensor = openvino.Tensor(openvino.Type.bf16, openvino.Shape(values.shape))
+    tensor.data.view(np.uint16)[...] = rounded
+    return opset13.constant(tensor)
 
 
 def _follows_from_products(ports: list[Any]) -> bool:
@@ -103,6 +132,8 @@ def _narrowed(source: Any) -> Any:
     node = source.get_node()
     if _is_widened(source):
         return node.input_value(0)
+    if node.get_type_name() == "Constant":
+        return rounded_constant(node.data).output(0)
     if node.get_type_name() in _MOVES and len(source.get_target_inputs()) == 1:
         node.input(0).replace_source_output(_narrowed(node.input_value(0)))
         node.validate_and_infer_types()

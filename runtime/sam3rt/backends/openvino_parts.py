@@ -8,10 +8,14 @@ values leaves the caches before it is read again; both are less where the layer 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from .openvino_mixed import NOTHING, rounded_constant
 
 # What exact GELU, x/2 (1 + erf(x / sqrt 2)), is made of.
 _ROOT_2, _ONE, _HALF = math.sqrt(2.0), 1.0, 0.5
@@ -21,17 +25,20 @@ _ROOT_2, _ONE, _HALF = math.sqrt(2.0), 1.0, 0.5
 _UNIT = 64
 
 
-def split_hidden_layers(model: Any, width: int) -> int:
-    """Compute wide hidden layers part by part, in place; exact but for the order of additions.
+def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING) -> int:
+    """Compute wide hidden layers part by part, in place, for products that will be BF16.
 
     What is split is an MLP with exact GELU together with the sum it ends in,
     ``s + (W2 gelu(W1 x + b1) + b2)``: the same as ``s`` plus, in turn, the share of every part of
-    the hidden channels. Parts are equally wide to within one channel. Products and additions keep
-    their names, from which other passes know them.
+    the hidden channels. Parts are about equally wide. Their weights are rounded to BF16 on the way,
+    so that no second FP32 copy is made of them. Products and additions keep their names, from which
+    other passes know them.
 
     Args:
         model: an FP32 ``openvino.Model`` that nothing else uses.
         width: most channels of a part, at least 1; layers that are no wider are left alone.
+        exact: of the names of products that stay FP32, from their beginning: their layers are left
+            alone.
 
     Returns:
         How many layers were split.
@@ -40,7 +47,7 @@ def split_hidden_layers(model: Any, width: int) -> int:
     count = 0
     for node in model.get_ordered_ops():
         layer = pattern.match(node)
-        if layer is not None and layer.hidden > width:
+        if layer is not None and layer.hidden > width and not layer.has_names(exact):
             _replace(layer, width)
             count += 1
     model.validate_nodes_and_infer_types()
@@ -64,6 +71,10 @@ class _Layer:
     @property
     def hidden(self) -> int:
         return int(self.weight1.get_shape()[1])
+
+    def has_names(self, names: re.Pattern[str]) -> bool:
+        products = (self.product1, self.product2)
+        return any(names.match(product.get_node().get_friendly_name()) for product in products)
 
 
 class _Pattern:
@@ -133,21 +144,22 @@ def _sizes(hidden: int, width: int) -> list[int]:
 def _replace(layer: _Layer, width: int) -> None:
     from openvino import opset13
 
-    # Weights are cut in the graph, which OpenVINO does at compile time without another copy here;
-    # biases right away, since a pass to mixed precision looks for constants.
+    def part(values: NDArray[np.float32]) -> Any:
+        return opset13.convert(rounded_constant(values), "f32")
+
     sizes = _sizes(layer.hidden, width)
-    columns = opset13.variadic_split(layer.weight1, 1, sizes)
-    rows = opset13.variadic_split(layer.weight2, 0, sizes)
-    biases = np.split(layer.bias1.get_node().data.reshape(-1), np.cumsum(sizes)[:-1])
+    ends = np.cumsum(sizes)[:-1]
+    columns = np.split(layer.weight1.get_node().data, ends, axis=1)
+    rows = np.split(layer.weight2.get_node().data, ends, axis=0)
+    biases = np.split(layer.bias1.get_node().data.reshape(-1), ends)
     names = [p.get_node().get_friendly_name() for p in (layer.product1, layer.product2)]
     total = layer.stream
-    for index, bias in enumerate(biases):
-        first = opset13.matmul(layer.x, columns.output(index), False, False)
+    for index, (column, bias, row) in enumerate(zip(columns, biases, rows, strict=True)):
+        first = opset13.matmul(layer.x, part(column), False, False)
         first.set_friendly_name(f"{names[0]}/part_{index}")
-        biased = opset13.add(first, opset13.constant(bias.copy()))
-        hidden = opset13.gelu(biased, "erf")
+        hidden = opset13.gelu(opset13.add(first, part(bias)), "erf")
         hidden.set_friendly_name(f"{names[0]}/gelu_{index}")
-        share = opset13.matmul(hidden, rows.output(index), False, False)
+        share = opset13.matmul(hidden, part(row), False, False)
         share.set_friendly_name(f"{names[1]}/part_{index}")
         if index == len(sizes) - 1:
             share = opset13.add(share, layer.bias2)
