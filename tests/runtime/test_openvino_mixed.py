@@ -231,7 +231,7 @@ def bits_of(constant: Any) -> NDArray[np.uint16]:
 @given(
     hnp.arrays(
         np.float32,
-        hnp.array_shapes(max_dims=3),
+        hnp.array_shapes(min_dims=0, max_dims=3),
         elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
     )
 )
