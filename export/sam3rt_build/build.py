@@ -547,7 +547,8 @@ def _clear(folder: Path) -> None:
         if place.name.startswith(".build-"):
             shutil.rmtree(place, ignore_errors=True)
         else:
-            remove_temporaries(place)
+            with contextlib.suppress(OSError):  # somebody else's; nothing reads them
+                remove_temporaries(place)
 
 
 def _size(engine: EngineFile) -> str:

@@ -42,8 +42,8 @@ _LOG = logging.getLogger(__name__)
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # What of the encoder and of the decoder stays FP32 in each recipe, fastest first; ``None`` for all
 # of it. In the others products are BF16; what is added up over the blocks and normalizations are
-# FP32 all the same, as in PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is no
-# faster.
+# FP32 all the same, as in PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is
+# little faster.
 _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
     "bf16": (NOTHING, TOKENS),
     "bf16-encoder": (NOTHING, None),
