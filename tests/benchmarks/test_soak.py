@@ -9,7 +9,7 @@ import soak
 
 
 def test_a_short_run_counts_what_it_did() -> None:
-    found = soak.run(predictions=54, images=6, embeddings=2, threads=1)
+    found = soak.run(predictions=54, images=6, embeddings=2, threads=2)
     assert found["predictions"] == 54
     assert found["image_changes"] == 6
     assert found["embeddings_saved_and_loaded"] == 2
