@@ -397,18 +397,24 @@ def test_a_second_build_waits_for_no_one(toy: Bundle) -> None:
     run(toy)  # the lock is free again
 
 
-def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
-    script = (
-        "import os, sys\n"
-        "from sam3rt.bundle import open_bundle\n"
-        "from sam3rt_build.build import BuildOptions, build_bundle\n"
-        "def die(request):\n"
-        "    os.kill(os.getpid(), 9)\n"
-        "build_bundle(open_bundle(sys.argv[1]), BuildOptions(backend='tensorrt-rtx',\n"
-        "             targets=('8.9',)), make=die)\n"
+def build_and_be_killed(bundle: Bundle, *changes: str, make: str) -> None:
+    """A build in a process of its own, after these lines of Python, that kills itself."""
+    lines = (
+        "import os, sys",
+        "from pathlib import Path",
+        "from sam3rt import _files",
+        "from sam3rt.bundle import open_bundle",
+        "from sam3rt_build.build import BuildOptions, build_bundle",
+        *changes,
+        "options = BuildOptions(backend='tensorrt-rtx', targets=('8.9',))",
+        f"build_bundle(open_bundle(sys.argv[1]), options, make={make})",
     )
-    done = subprocess.run([sys.executable, "-c", script, str(toy.path)], check=False)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines), str(bundle.path)], check=False)
     assert done.returncode == -9
+
+
+def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
+    build_and_be_killed(toy, make="lambda request: os.kill(os.getpid(), 9)")
     (left,) = (toy.path / ENGINES).glob(".build-*")
     assert list(left.iterdir())
     run(toy, precision=("fp32",))
@@ -416,19 +422,12 @@ def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> Non
 
 
 def test_a_half_written_file_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
-    script = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from sam3rt import _files\n"
-        "from sam3rt.bundle import open_bundle\n"
-        "from sam3rt_build.build import BuildOptions, build_bundle\n"
-        "_files._open_unnamed = lambda folder: None\n"
-        "_files.os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
-        "build_bundle(open_bundle(sys.argv[1]), BuildOptions(backend='tensorrt-rtx',\n"
-        "             targets=('8.9',)), make=lambda r: Path(r.engine).write_bytes(b'engine'))\n"
+    build_and_be_killed(
+        toy,
+        "_files._open_unnamed = lambda folder: None",
+        "_files.os.fsync = lambda handle: os.kill(os.getpid(), 9)",
+        make="lambda request: Path(request.engine).write_bytes(b'engine')",
     )
-    done = subprocess.run([sys.executable, "-c", script, str(toy.path)], check=False)
-    assert done.returncode == -9
     (left,) = (toy.path / ENGINES).glob("[!.]*/.*.tmp")
     (lonely,) = left.parent.glob("*.engine")
     mine = left.with_name(".notes.tmp")

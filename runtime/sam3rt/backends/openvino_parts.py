@@ -47,7 +47,7 @@ def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING
     count = 0
     for node in model.get_ordered_ops():
         layer = pattern.match(node)
-        if layer is not None and layer.hidden > width and not layer.has_names(exact):
+        if layer is not None and layer.hidden > width and not any(map(exact.match, layer.names)):
             _replace(layer, width)
             count += 1
     model.validate_nodes_and_infer_types()
@@ -56,25 +56,28 @@ def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING
 
 @dataclass(frozen=True)
 class _Layer:
-    """An MLP in a graph, as outputs of nodes: ``total = stream + W2 gelu(W1 x + b1) + b2``."""
+    """An MLP's nodes, ``total = stream + W2 gelu(W1 x + b1) + b2``; the stream is an output."""
 
-    x: Any
-    weight1: Any
+    product1: Any
     bias1: Any
-    weight2: Any
+    product2: Any
     bias2: Any
     stream: Any
-    product1: Any
-    product2: Any
     total: Any
 
     @property
-    def hidden(self) -> int:
-        return int(self.weight1.get_shape()[1])
+    def weights(self) -> list[NDArray[np.float32]]:
+        """W1, [inputs, hidden], and W2, [hidden, outputs]."""
+        return [p.input_value(1).get_node().data for p in (self.product1, self.product2)]
 
-    def has_names(self, names: re.Pattern[str]) -> bool:
-        products = (self.product1, self.product2)
-        return any(names.match(product.get_node().get_friendly_name()) for product in products)
+    @property
+    def hidden(self) -> int:
+        return int(self.product1.input_value(1).get_shape()[1])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the products."""
+        return [p.get_friendly_name() for p in (self.product1, self.product2)]
 
 
 class _Pattern:
@@ -90,16 +93,14 @@ class _Pattern:
         def both(kind: str, *inputs: Any) -> Any:
             return WrapType(f"opset13.{kind}", list(inputs))
 
-        self._x, self._stream = AnyInput(), AnyInput()
-        self._weight1, self._bias1 = constant(), constant()
-        self._weight2, self._bias2 = constant(), constant()
+        self._stream, self._bias1, self._bias2 = AnyInput(), constant(), constant()
         self._scalars = {constant(): _ROOT_2, constant(): _ONE, constant(): _HALF}
         root_2, one, half = self._scalars
-        self._product1 = both("MatMul", self._x, self._weight1)
+        self._product1 = both("MatMul", AnyInput(), constant())
         hidden = both("Add", self._product1, self._bias1)
         erf = both("Erf", both("Divide", hidden, root_2))
         gelu = both("Multiply", both("Multiply", hidden, both("Add", erf, one)), half)
-        self._product2 = both("MatMul", gelu, self._weight2)
+        self._product2 = both("MatMul", gelu, constant())
         self._total = both("Add", self._stream, both("Add", self._product2, self._bias2))
 
     def match(self, node: Any) -> _Layer | None:
@@ -112,24 +113,20 @@ class _Pattern:
         if not matcher.match(node.output(0)):
             return None
         values = matcher.get_pattern_value_map()
-        products = [values[self._product1], values[self._product2]]
-        if any(
-            any(product.get_node().get_attributes().values()) for product in products
-        ) or not all(
-            np.allclose(values[scalar].get_node().data, value)
-            for scalar, value in self._scalars.items()
+        nodes = {key: value.get_node() for key, value in values.items()}
+        products = nodes[self._product1], nodes[self._product2]
+        transposed = any(any(product.get_attributes().values()) for product in products)
+        if transposed or not all(
+            np.allclose(nodes[scalar].data, value) for scalar, value in self._scalars.items()
         ):
             return None
         return _Layer(
-            x=values[self._x],
-            weight1=values[self._weight1],
-            bias1=values[self._bias1],
-            weight2=values[self._weight2],
-            bias2=values[self._bias2],
-            stream=values[self._stream],
             product1=products[0],
+            bias1=nodes[self._bias1],
             product2=products[1],
-            total=node.output(0),
+            bias2=nodes[self._bias2],
+            stream=values[self._stream],
+            total=node,
         )
 
 
@@ -149,13 +146,14 @@ def _replace(layer: _Layer, width: int) -> None:
 
     sizes = _sizes(layer.hidden, width)
     ends = np.cumsum(sizes)[:-1]
-    columns = np.split(layer.weight1.get_node().data, ends, axis=1)
-    rows = np.split(layer.weight2.get_node().data, ends, axis=0)
-    biases = np.split(layer.bias1.get_node().data.reshape(-1), ends)
-    names = [p.get_node().get_friendly_name() for p in (layer.product1, layer.product2)]
+    weight1, weight2 = layer.weights
+    columns, rows = np.split(weight1, ends, axis=1), np.split(weight2, ends, axis=0)
+    biases = np.split(layer.bias1.data.reshape(-1), ends)
+    names = layer.names
+    x = layer.product1.input_value(0)
     total = layer.stream
     for index, (column, bias, row) in enumerate(zip(columns, biases, rows, strict=True)):
-        first = opset13.matmul(layer.x, part(column), False, False)
+        first = opset13.matmul(x, part(column), False, False)
         first.set_friendly_name(f"{names[0]}/part_{index}")
         hidden = opset13.gelu(opset13.add(first, part(bias)), "erf")
         hidden.set_friendly_name(f"{names[0]}/gelu_{index}")
@@ -165,5 +163,5 @@ def _replace(layer: _Layer, width: int) -> None:
             share = opset13.add(share, layer.bias2)
         # To the stream, not to each other: what adds to an FP32 value stays FP32.
         total = opset13.add(total, share)
-    total.set_friendly_name(layer.total.get_node().get_friendly_name())
-    layer.total.replace(total.output(0))
+    total.set_friendly_name(layer.total.get_friendly_name())
+    layer.total.output(0).replace(total.output(0))
