@@ -5,7 +5,7 @@ DEMO_ENV := .venv-demo
 TEST_ENV := .venv-test
 TEST_BIN := $(TEST_ENV)/bin
 CPP_BUILDS := build-cpp
-SOURCES := $(shell find runtime export -name '*.py') $(wildcard engines/mobile_sam/*)
+SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(wildcard engines/mobile_sam/*)
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help

@@ -12,7 +12,7 @@ import argparse
 import resource
 from pathlib import Path
 
-from report import cpu_name, publish
+from benchmarks.report import cpu_name, publish
 
 from sam3rt.bundle import open_bundle
 from sam3rt_build.build import BuildOptions, build_bundle

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from predict_vs_reference import PROMPTS, factories_on_the_cpu
-from report import cpu_name, publish
+from benchmarks.predict_vs_reference import PROMPTS, factories_on_the_cpu
+from benchmarks.report import cpu_name, publish
 
 import sam3rt
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from c_library import Library, PredictOptions, image, prompts
-from predict_calls import HEIGHT, PROMPTS, WIDTH, measure
-from report import cpu_name, publish
+from benchmarks.predict_calls import HEIGHT, PROMPTS, WIDTH, measure
+from benchmarks.report import cpu_name, publish
+from tests.support.c_library import Library, PredictOptions, image, prompts
 
 import sam3rt
 

@@ -1,6 +1,6 @@
 """How far this machine's results are from the golden outputs of the two reference predictors.
 
-    python benchmarks/golden_errors.py SMALL_BUNDLE [--output FILE]
+    python -m benchmarks.golden_errors SMALL_BUNDLE [--output FILE]
 
 SMALL_BUNDLE is an export of the small SAM 3 of tests/golden/sam3. The tests hold the same
 comparisons to fixed limits; this prints what is reached.
@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from report import publish
+from benchmarks.report import publish
+from tests import conftest
+from tests.golden import test_golden_mobile_sam as mobile
+from tests.golden import test_golden_sam3 as sam3_cases
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import conftest  # noqa: E402
-import sam3rt  # noqa: E402
-import test_golden_mobile_sam as mobile  # noqa: E402
-import test_golden_sam3 as sam3_cases  # noqa: E402
+import sam3rt
 
 
 def sam3_errors(bundle: Path) -> dict[str, float]:
@@ -84,7 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     document = {
-        "command": "python benchmarks/golden_errors.py SMALL_BUNDLE",
+        "command": "python -m benchmarks.golden_errors SMALL_BUNDLE",
         "machine": platform.platform(),
         "versions": {"sam3rt": sam3rt.__version__, "onnxruntime": onnxruntime.__version__},
         "sam3": sam3_errors(options.bundle),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sam3rt.bench.timing import Effort, alternate
+from sam3rt_bench.timing import Effort, alternate
 
 HEIGHT, WIDTH = 1080, 1920
 PROMPTS: dict[str, dict[str, Any]] = {

@@ -28,11 +28,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from predict_calls import HEIGHT, PROMPTS, WIDTH, measure
-from report import cpu_name, publish
+from benchmarks.predict_calls import HEIGHT, PROMPTS, WIDTH, measure
+from benchmarks.report import cpu_name, publish
 
 import sam3rt
-from sam3rt.transforms import ImageGeometry
+from sam3rt.geometry import ImageGeometry
 
 
 @contextlib.contextmanager

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from sam3rt.backends.openvino import _RECIPES, _Graphs
+from sam3rt.backends.openvino.backend import _RECIPES, _Graphs
 from sam3rt.bundle import open_bundle
+from sam3rt.geometry import geometry
 from sam3rt.prompts import Prompts, pack
-from sam3rt.transforms import geometry
 
 RUNS = 3
 

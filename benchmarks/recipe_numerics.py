@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from report import cpu_name, publish
+from benchmarks.report import cpu_name, publish
 
 import sam3rt
+from sam3rt.accuracy.gate import GATE_LIMITS, judge
+from sam3rt.accuracy.record import load_record, verify_model
 from sam3rt.bundle import Bundle, open_bundle
-from sam3rt.gate import GATE_LIMITS, judge
 from sam3rt.model import SegmentationModel
-from sam3rt.parity import load_record, verify_model
 from sam3rt_build.recipes import RECIPES, Recipe
 from sam3rt_build.simulated import SimulatedBackend
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,13 @@ from numpy.typing import NDArray
 
 import sam3rt
 from sam3rt import backends
-from sam3rt.default_model import default_bundle_path
+from sam3rt.bundle.default import default_bundle_path
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 PHOTOS = ROOT / "tests" / "photos"
 
-sys.path.insert(0, str(GOLDEN / "sam3"))
-# Tests of other consumers of bundles use the same broken bundles as the runtime's.
-sys.path.append(str(ROOT / "tests" / "runtime"))
-# Scripts that stand by themselves; their tests run them in short.
-sys.path.append(str(ROOT / "benchmarks"))
-
-import synthetic  # noqa: E402
+from tests.golden.sam3 import synthetic  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -148,7 +141,7 @@ def cpp_build(
     request: pytest.FixtureRequest, cpp_builds: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """The C++ runtime as users build it, then with AddressSanitizer and UBSan."""
-    from cpp_driver import Build
+    from tests.support.cpp_driver import Build
 
     return Build(cpp_builds / request.param, tmp_path_factory.mktemp(request.param))
 
@@ -158,7 +151,7 @@ def sam3_golden(
     cpp_builds: Path, small_bundle: Path, golden_images: dict[int, NDArray[np.uint8]]
 ) -> Any:
     """SAM 3's golden cases as calls, with the Python runtime's results."""
-    import golden_calls
+    from tests.support import golden_calls
 
     model = sam3rt.load_model(small_bundle, backend="onnxruntime", device="cpu")
     return golden_calls.sam3_golden(model, golden_images)
@@ -167,7 +160,7 @@ def sam3_golden(
 @pytest.fixture(scope="session")
 def mobile_sam_golden(cpp_builds: Path) -> Any:
     """MobileSAM's golden cases as calls, with the Python runtime's results."""
-    import golden_calls
+    from tests.support import golden_calls
 
     model = sam3rt.load_model(backend="onnxruntime", device="cpu")
     photos = {path.stem: photo(path.stem) for path in sorted(PHOTOS.glob("*.png"))}

@@ -18,10 +18,9 @@ from typing import Literal
 
 import onnx
 
-from sam3rt._files import remove_temporaries
-from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
-from sam3rt.cuda.driver import Device, probe
-from sam3rt.engines import (
+from sam3rt.accuracy.gate import Verdict
+from sam3rt.backends.tensorrt.cuda.driver import Device, probe
+from sam3rt.backends.tensorrt.engines import (
     EngineFile,
     EngineSet,
     EngineShapes,
@@ -31,21 +30,22 @@ from sam3rt.engines import (
     sidecar_path,
     write_sidecar,
 )
-from sam3rt.engines.imaging import (
+from sam3rt.backends.tensorrt.engines.selection import ENGINES
+from sam3rt.backends.tensorrt.engines.sidecar import CAPABILITY, BackendName
+from sam3rt.backends.tensorrt.engines.sidecar import Role as EngineRole
+from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
+from sam3rt.bundle.files import remove_temporaries
+from sam3rt.errors import BackendError, BundleError, InvalidInputError
+
+from .builder_process import MODULES, EngineRequest, Sizes, build_engine
+from .ep_context import wrapper_path, write_wrapper
+from .errors import BuildError
+from .imaging_graphs import (
     postprocess_graph,
     postprocess_shapes,
     preprocess_graph,
     preprocess_shapes,
 )
-from sam3rt.engines.selection import ENGINES
-from sam3rt.engines.sidecar import CAPABILITY, BackendName
-from sam3rt.engines.sidecar import Role as EngineRole
-from sam3rt.errors import BackendError, BundleError, InvalidInputError
-from sam3rt.gate import Verdict
-
-from .builder_process import MODULES, EngineRequest, Sizes, build_engine
-from .ep_context import wrapper_path, write_wrapper
-from .errors import BuildError
 from .ladder import Trial, climb_down, trial_of
 from .recipes import RECIPES, Recipe, recipe_named
 from .typed_graph import FeaturesType, Role, apply_recipe, load_graph, save_graph

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sam3rt._files import atomic_write
-from sam3rt.engines.sidecar import BackendName
+from sam3rt.backends.tensorrt.engines.sidecar import BackendName
+from sam3rt.bundle.files import atomic_write
 
 from .errors import BuildError
 

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
+from sam3rt.accuracy.record import load_record, restate, verify_model
 from sam3rt.backends import BACKENDS, create_backend
+from sam3rt.backends.tensorrt.engines.sidecar import BackendName
 from sam3rt.bundle import Bundle
-from sam3rt.engines.sidecar import BackendName
 from sam3rt.errors import InvalidInputError
-from sam3rt.gate import GATE_LIMITS, Verdict, judge
+from sam3rt.geometry import preprocess
 from sam3rt.model import SegmentationModel
-from sam3rt.parity import load_record, restate, verify_model
 from sam3rt.prompts import PackedPrompts
-from sam3rt.transforms import preprocess
 
 from .build import BuildOptions, graph_profile
 from .builder_process import EngineRequest, build_engine

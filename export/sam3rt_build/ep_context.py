@@ -19,9 +19,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from sam3rt._files import atomic_write
+from sam3rt.backends.tensorrt.engines.sidecar import BackendName
 from sam3rt.bundle import TensorSpec
-from sam3rt.engines.sidecar import BackendName
+from sam3rt.bundle.files import atomic_write
 
 _DOMAIN = "com.microsoft"
 _SOURCES: dict[BackendName, str] = {

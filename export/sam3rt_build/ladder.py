@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sam3rt.gate import Verdict
+from sam3rt.accuracy.gate import Verdict
 
 from .errors import BuildError
 from .recipes import Recipe

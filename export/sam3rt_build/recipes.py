@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sam3rt.engines import RECIPE_ORDER
+from sam3rt.backends.tensorrt.engines import RECIPE_ORDER
 
 Narrow = Literal["float16", "bfloat16"]
 
@@ -47,7 +47,7 @@ class Recipe:
     """One way to compute a graph.
 
     Attributes:
-        name: as in :data:`sam3rt.engines.RECIPE_ORDER`.
+        name: as in :data:`sam3rt.backends.tensorrt.engines.RECIPE_ORDER`.
         summary: what it does, in words.
         narrow: the type of everything no rule keeps in FP32; ``None`` keeps all.
         rules: what stays in FP32.
@@ -129,7 +129,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("fp32", "FP32", None),
 )
 if tuple(recipe.name for recipe in RECIPES) != RECIPE_ORDER:
-    raise ImportError("the recipes are not those of sam3rt.engines.RECIPE_ORDER")
+    raise ImportError("the recipes are not those of sam3rt.backends.tensorrt.engines.RECIPE_ORDER")
 
 
 def recipe_named(name: str) -> Recipe:

@@ -25,8 +25,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sam3rt.bundle import Bundle, GraphSpec, check_file
+from sam3rt.bundle.onnx_locations import check_tensor_places
 from sam3rt.errors import BundleError
-from sam3rt.tensor_places import check_tensor_places
 
 from .errors import BuildError, RecipeError
 from .recipes import Narrow, Recipe

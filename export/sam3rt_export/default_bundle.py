@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from sam3rt._files import sha256_file
+from sam3rt.bundle.files import sha256_file
 from sam3rt.errors import Sam3rtError
 
 from .errors import CheckpointError, ExportError

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import sam3rt
+from sam3rt.accuracy.record import ExpectedCase, Measurement, ParityRecord, restate, verify_model
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -37,19 +38,18 @@ from sam3rt.bundle import (
     open_bundle,
     write_manifest,
 )
+from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
-from sam3rt.parity import ExpectedCase, Measurement, ParityRecord, restate, verify_model
-from sam3rt.transforms import preprocess
 
 from . import contracts
-from .conditioning import SHIFTS, most_decided
 from .errors import ExportError, SelfCheckError
-from .memory import release
+from .free_memory import release
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
 from .sources import open_source
-from .staging import publish, restore, staging
+from .stable_prompts import SHIFTS, most_decided
 from .tracing import TraceRequest, trace_to_file
+from .transaction import publish, restore, staging
 
 _LOG = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[Path]:
-    """:func:`sam3rt_export.staging.staging`, whose errors are about the output."""
+    """:func:`sam3rt_export.transaction.staging`, whose errors are about the output."""
     try:
         with staging(target) as folder:
             yield folder

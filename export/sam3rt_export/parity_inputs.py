@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3rt.accuracy.record import ParityCase
 from sam3rt.bundle import ImageSpec, PromptSpec
-from sam3rt.parity import ParityCase
+from sam3rt.geometry import geometry
 from sam3rt.prompts import Prompts, pack
-from sam3rt.transforms import geometry
 
 _BOXES = np.array(
     [[0.2, 0.25, 0.7, 0.8], [0.1, 0.1, 0.95, 0.95], [0.3, 0.15, 0.85, 0.7]], np.float32

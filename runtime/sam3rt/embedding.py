@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._files import atomic_write
 from .backends.base import ExportableFeatures, Features
 from .bundle import TensorSpec
-from .device_array import DeviceArray, of_host
+from .bundle.files import atomic_write
 from .errors import EmbeddingError
-from .transforms import ImageGeometry
+from .features import DeviceArray, of_host
+from .geometry import ImageGeometry
 
 _FORMAT = "sam3rt-embedding-1"
 _NO_DIGEST = "0" * 64

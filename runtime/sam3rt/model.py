@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import postprocess
+from . import masks as postprocess
 from .backends import Backend, ImagingBackend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
-from .default_model import default_bundle_path
+from .bundle.default import default_bundle_path
 from .embedding import ImageEmbedding, read_embedding
 from .errors import BundleError, EmbeddingError, InvalidInputError
+from .geometry import Image, geometry, preprocess, to_rgb
 from .prompts import PackedPrompts, Prompts, pack
-from .stages import StageListener, stage
-from .transforms import Image, geometry, preprocess, to_rgb
+from .timer import StageListener, stage
 
 if TYPE_CHECKING:
-    from .health import Health
+    from .accuracy.health import Health
 
 _MULTI = ("pred_masks", "iou_scores")
 _SINGLE = ("single_pred_masks", "single_iou_scores")
@@ -86,7 +86,7 @@ class SegmentationModel:
         """Run the encoder on one image.
 
         Args:
-            image: uint8 [H, W, 3] RGB or a PIL image; see :func:`sam3rt.transforms.to_rgb`.
+            image: uint8 [H, W, 3] RGB or a PIL image; see :func:`sam3rt.geometry.to_rgb`.
 
         Raises:
             ImageError: it is not such an image.
@@ -154,8 +154,8 @@ class SegmentationModel:
             prompts: as for :meth:`decode`.
             multimask_output: as for :meth:`decode`.
             threshold: logits above it are foreground.
-            max_hole_area: see :func:`sam3rt.postprocess.clean`.
-            max_sprinkle_area: see :func:`sam3rt.postprocess.clean`.
+            max_hole_area: see :func:`sam3rt.masks.clean`.
+            max_sprinkle_area: see :func:`sam3rt.masks.clean`.
             return_logits: logits of the image's size instead of masks.
             dtype: type of the masks: float32, bool or uint8.
 
@@ -239,7 +239,7 @@ class SegmentationModel:
 
         Takes about as long as one request. Raises nothing for a model that is not well.
         """
-        from .health import check_health  # it imports this module
+        from .accuracy.health import check_health  # it imports this module
 
         return check_health(self)
 

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError
+from .geometry import Image, to_rgb
 from .model import SegmentationModel
 from .prompts import Prompts
-from .transforms import Image, to_rgb
 
 
 class _ModelDefault(float):

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import PromptSpec
 from .errors import PromptError
-from .transforms import ImageGeometry
+from .geometry import ImageGeometry
 
 IGNORED, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 
@@ -87,6 +87,24 @@ def pack(prompts: Prompts, spec: PromptSpec, place: ImageGeometry) -> PackedProm
         coords.append(np.zeros((objects, 0, 2), np.float32))
         codes.append(np.zeros((objects, 0), np.int64))
     return PackedPrompts(np.concatenate(coords, axis=1), np.concatenate(codes, axis=1), masks)
+
+
+def decoder_inputs(
+    prompts: PackedPrompts, no_mask: NDArray[np.float32]
+) -> tuple[tuple[str, NDArray[Any]], ...]:
+    """What the decoder takes beside the feature maps, by name, contiguous in memory.
+
+    Args:
+        prompts: packed.
+        no_mask: float32 [1, 1, h, w], which stands where there is no mask prompt.
+    """
+    masks = no_mask if prompts.masks is None else prompts.masks[None]
+    return (
+        ("input_points", np.ascontiguousarray(prompts.points[None])),
+        ("input_labels", np.ascontiguousarray(prompts.labels[None])),
+        ("input_masks", np.ascontiguousarray(masks)),
+        ("has_input_masks", np.array([prompts.masks is not None], np.float32)),
+    )
 
 
 def _read_points(

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_bundle
-from cpp_driver import Build
-from helpers import edit_manifest, read_document, relist, sign, tiny_bundle
-from test_bundle import FILES, at, damages, objects, places, put
+from tests.support.cpp_driver import Build
+from tests.support.helpers import edit_manifest, read_document, relist, sign, tiny_bundle
+from tests.unit.runtime.bundle import test_manifest as test_bundle
+from tests.unit.runtime.bundle.test_manifest import FILES, at, damages, objects, places, put
 
 from sam3rt import BundleError, open_bundle
 from sam3rt.bundle import NO_FINGERPRINT, parse_manifest
-from sam3rt.default_model import default_bundle_path
+from sam3rt.bundle.default import default_bundle_path
 
 Document = dict[str, Any]
 
@@ -345,7 +345,7 @@ def test_graph_of_another_export(
 
 
 def test_signature_other_than_the_manifests(cpp_build: Build, copied: Path) -> None:
-    from test_onnxruntime_backend import SIGNATURES
+    from tests.unit.runtime.backends.test_onnxruntime import SIGNATURES
 
     original = (copied / "bundle.json").read_bytes()
     assert len(SIGNATURES) > 12

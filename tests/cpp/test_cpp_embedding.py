@@ -8,10 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_embedding
-from cpp_driver import Build, Step, as_prompts
-from golden_calls import Golden
-from test_embedding import FINGERPRINT, FORGERIES, NOT_FILES, PLACE, SPECS, forge, random_maps
+from tests.support.cpp_driver import Build, Step, as_prompts
+from tests.support.golden_calls import Golden
+from tests.unit.runtime import test_embedding
+from tests.unit.runtime.test_embedding import (
+    FINGERPRINT,
+    FORGERIES,
+    NOT_FILES,
+    PLACE,
+    SPECS,
+    forge,
+    random_maps,
+)
 
 import sam3rt
 from sam3rt.embedding import read_embedding, write_embedding
@@ -133,7 +141,7 @@ def test_geometry_of_another_resize_rule(
 ) -> None:
     maps = sam3_golden.features["2"]
     manifest = sam3rt.open_bundle(sam3_golden.bundle).manifest
-    from sam3rt.transforms import ImageGeometry
+    from sam3rt.geometry import ImageGeometry
 
     wrong = ImageGeometry((48, 64), (720, 1008))
     write_embedding(tmp_path / "wrong", maps, wrong, manifest.fingerprint)

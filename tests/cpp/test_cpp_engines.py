@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpp_driver import Build, Result
-from helpers import tiny_bundle
+from tests.support.cpp_driver import Build, Result
+from tests.support.helpers import tiny_bundle
 
+from sam3rt.backends.tensorrt.engines import (
+    EngineShapes,
+    EngineSidecar,
+    Gpu,
+    read_sidecar,
+    write_sidecar,
+)
 from sam3rt.bundle import Manifest, file_entry
-from sam3rt.engines import EngineShapes, EngineSidecar, Gpu, read_sidecar, write_sidecar
 
 GPU = Gpu("NVIDIA L4", "8.9")
 FP16 = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_driver import Build, Result, as_prompts
-from golden_calls import Call, Golden
 from numpy.typing import NDArray
+from tests.support.cpp_driver import Build, Result, as_prompts
+from tests.support.golden_calls import Call, Golden
 
 LOGIT_LIMIT = 1e-4
 IOU_LIMIT = 1e-5

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import test_prompts
-from cpp_driver import Build, Step
-from golden_calls import Golden
-from helpers import MOBILE_IMAGE, MOBILE_PROMPTS, SAM3_IMAGE, SAM3_PROMPTS, noise
 from numpy.typing import NDArray
+from tests.support.cpp_driver import Build, Step
+from tests.support.golden_calls import Golden
+from tests.support.helpers import MOBILE_IMAGE, MOBILE_PROMPTS, SAM3_IMAGE, SAM3_PROMPTS, noise
+from tests.unit.runtime import test_prompts
 
 import sam3rt
 from sam3rt import PromptError, Prompts
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
-from sam3rt.components import small_components
-from sam3rt.postprocess import finish
+from sam3rt.geometry import ImageGeometry, geometry, preprocess
+from sam3rt.masks import finish
+from sam3rt.masks.components import small_components
 from sam3rt.prompts import pack
-from sam3rt.transforms import ImageGeometry, geometry, preprocess
 
 SIZES = [(1, 1), (1, 7), (300, 451), (5, 2000), (1008, 1008), (1024, 1024), (1300, 700), (37, 1024)]
 PIXEL_LIMIT = 1e-5

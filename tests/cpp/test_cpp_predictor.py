@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpp_driver import Build, Result, Step, as_prompts
-from golden_calls import Golden
-from helpers import noise
+from tests.support.cpp_driver import Build, Result, Step, as_prompts
+from tests.support.golden_calls import Golden
+from tests.support.helpers import noise
 
 import sam3rt
 

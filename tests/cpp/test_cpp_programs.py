@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from cpp_driver import ROOT, Build
-from golden_calls import Golden
-from helpers import noise
 from numpy.typing import NDArray
+from tests.conftest import PHOTOS
+from tests.support.cpp_driver import ROOT, Build
+from tests.support.golden_calls import Golden
+from tests.support.helpers import noise
 
 import sam3rt
-from conftest import PHOTOS
+from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
-from sam3rt.default_model import default_bundle_path
 
 BUNDLE = default_bundle_path()
 CHELSEA = PHOTOS / "chelsea.png"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_tensor_places as places
-from cpp_driver import Build, Result
-from helpers import flip
+from tests.support.cpp_driver import Build, Result
+from tests.support.helpers import flip
+from tests.unit.runtime.bundle import test_onnx_locations as places
 
 from sam3rt import BundleError
-from sam3rt.default_model import default_bundle_path
-from sam3rt.tensor_places import check_tensor_places
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.bundle.onnx_locations import check_tensor_places
 
 
 def outcomes(build: Build, contents: list[bytes], tmp_path: Path) -> list[Result]:

@@ -22,15 +22,7 @@ from torch import Tensor, nn
 
 from ..architecture import Sam3Architecture
 from . import folding
-from .operators import (
-    Linear,
-    conv3x3,
-    gelu,
-    interleave_cells,
-    layer_norm,
-    regroup,
-    split_heads,
-)
+from .operators import Linear, conv3x3, gelu, interleave_cells, layer_norm, regroup, split_heads
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 NECK = "detector.backbone.vision_backbone.sam2_convs."

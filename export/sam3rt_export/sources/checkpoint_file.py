@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sam3rt._files import sha256_file
+from sam3rt.bundle.files import sha256_file
 
 from ..errors import CheckpointError
 

@@ -12,7 +12,7 @@ from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 from ..errors import CheckpointError
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..graphs.tiny_vit import TinyViTArchitecture, TinyViTGraph
-from ..oracles.mobile_sam import MobileSamOracle
+from ..references.mobile_sam import MobileSamOracle
 from ..source import ExportSource
 
 # The ImageNet statistics on the 0..255 scale that build_sam.py of the original sets.

@@ -16,7 +16,7 @@ from ..checkpoint_keys import DECODER, PROMPT
 from ..errors import CheckpointError
 from ..graphs.sam3_encoder import Sam3EncoderGraph
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
-from ..oracles.transformers_sam3 import TransformersOracle
+from ..references.transformers_sam3 import TransformersOracle
 from ..source import ExportSource
 
 # (x - 0.5) / 0.5 on [0, 1] values (the reference's SAM2Transforms), on the 0..255 scale.

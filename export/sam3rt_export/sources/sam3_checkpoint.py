@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..oracles.transformers_sam3 import build_tracker_model
 from ..read_architecture import read_architecture
+from ..references.transformers_sam3 import build_tracker_model
 from ..source import ExportSource
 from .sam3 import sam3_source
 

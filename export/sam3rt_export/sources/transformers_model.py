@@ -11,8 +11,8 @@ from torch import nn
 from ..architecture import Sam3Architecture
 from ..checkpoint_keys import from_transformers
 from ..errors import CheckpointError
-from ..oracles.transformers_sam3 import Sam3TrackerModel
 from ..read_architecture import check_architecture
+from ..references.transformers_sam3 import Sam3TrackerModel
 from ..source import ExportSource
 from .checkpoint_file import as_float32
 from .sam3 import describe, sam3_source

@@ -27,7 +27,7 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "sam3rt.backends.tensorrt:open_tensorrt",
     "tensorrt-rtx": "sam3rt.backends.tensorrt:open_tensorrt_rtx",
     "onnxruntime": "sam3rt.backends.onnxruntime:OnnxRuntimeBackend",
-    "openvino": "sam3rt.backends.openvino:OpenVinoBackend",
+    "openvino": "sam3rt.backends.openvino.backend:OpenVinoBackend",
 }
 # What "auto" tries, best first, and the device each is tried on.
 AUTO_ORDER: tuple[tuple[str, str], ...] = (

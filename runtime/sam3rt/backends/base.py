@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device_array import DeviceArray
+from ..features import DeviceArray
+from ..geometry import ImageGeometry
 from ..prompts import PackedPrompts
-from ..transforms import ImageGeometry
 
 
 class Features(Protocol):

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, GraphSpec
+from ..bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source
 from ..errors import BackendError, BundleError, EmbeddingError
-from ..prompts import PackedPrompts
+from ..prompts import PackedPrompts, decoder_inputs
 from .base import Features
-from .graphs import EXPORT_ID, LoadedTensor, check_graph, decoder_inputs, graph_source
 
 try:
     import onnxruntime as ort

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from .._version import __version__
 from ..errors import Sam3rtError
+from . import info, segment, verify
 
-# Subcommand modules by name. Each has HELP, add_arguments(parser) and run(arguments) -> int, and
-# imports what it needs when it runs, so that --help is quick and needs no extra.
-_SUBCOMMANDS = {
-    "segment": "sam3rt.cli.segment",
-    "export": "sam3rt.cli.export",
-    "build": "sam3rt.cli.build",
-    "verify": "sam3rt.cli.verify",
-    "compare": "sam3rt.cli.compare",
-    "bench": "sam3rt.cli.bench",
-    "info": "sam3rt.cli.info",
-}
+_LOG = logging.getLogger(__name__)
+
+# A subcommand is a module with HELP, DESCRIPTION, add_arguments(parser) and run(arguments) -> int.
+# It imports what it needs when it runs, so that --help is quick and needs no extra.
+_OWN = (segment, verify, info)
+_GROUP = "sam3rt.commands"
+# In the order in which people need them; whatever else is installed comes last.
+_ORDER = ("segment", "export", "build", "verify", "compare", "bench", "info")
 
 _EPILOG = """\
 examples:
@@ -46,8 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sam3rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, path in _SUBCOMMANDS.items():
-        module = importlib.import_module(path)
+    for name, module in _subcommands().items():
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -60,6 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=module.run)
     return parser
+
+
+def _subcommands() -> dict[str, ModuleType]:
+    """The runtime's own subcommands and those that other installed packages offer."""
+    found = {module.__name__.rpartition(".")[2]: module for module in _OWN}
+    for entry in importlib.metadata.entry_points(group=_GROUP):
+        try:
+            found[entry.name] = entry.load()
+        except ImportError as error:  # somebody else's broken package must not break this one
+            _LOG.warning("the subcommand %s cannot be loaded: %s", entry.name, error)
+    order = [name for name in _ORDER if name in found]
+    return {name: found[name] for name in (*order, *sorted(set(found) - set(order)))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 from .._version import __version__
 from ..backends import BACKENDS
+from ..backends.tensorrt.cuda.driver import probe_all
+from ..backends.tensorrt.engines import find_engines
 from ..bundle import Bundle, Manifest, open_bundle
-from ..cuda.driver import probe_all
-from ..default_model import default_bundle_path
-from ..engines import find_engines
+from ..bundle.default import default_bundle_path
 from ..errors import BackendError, BundleError
 from ..machine import memory_gb, package_versions, processor_name, usable_cores
 from .options import add_bundle_argument
@@ -120,7 +120,7 @@ def _providers() -> list[str]:
 def _recipes(bundle: Bundle) -> dict[str, str]:
     if importlib.util.find_spec("openvino") is None:
         return {}
-    from ..backends.openvino import known_recipes
+    from ..backends.openvino.backend import known_recipes
 
     return known_recipes(bundle)
 

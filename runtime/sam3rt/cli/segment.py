@@ -14,12 +14,12 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
-from .._files import atomic_write
+from ..bundle.files import atomic_write
 from ..errors import ImageError, PromptError
+from ..geometry import to_rgb
 from ..model import SegmentationModel
 from ..overlay import draw_overlay
 from ..predictor import SAM3InteractiveImagePredictor
-from ..transforms import to_rgb
 from .options import add_model_options, load_from_options, numbers
 
 HELP = "segment one image from clicks and boxes"

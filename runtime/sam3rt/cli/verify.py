@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..accuracy.gate import GATE_LIMITS
+from ..accuracy.record import Measurement, load_record, verify_model
 from ..bundle import check_file, open_bundle
-from ..default_model import default_bundle_path
+from ..bundle.default import default_bundle_path
 from ..errors import BundleError
-from ..gate import GATE_LIMITS
-from ..parity import Measurement, load_record, verify_model
 from .options import add_bundle_argument, add_model_options, load_from_options
 
 HELP = "check a bundle's files and its outputs on this machine"

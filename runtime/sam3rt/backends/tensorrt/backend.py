@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle import Bundle
-from ...engines.selection import EngineFile, EngineSet
 from ...errors import BackendError, BundleError, EmbeddingError
+from ...geometry import ImageGeometry, geometry
 from ...prompts import PackedPrompts
-from ...transforms import ImageGeometry, geometry
 from ..base import Features
-from .engine import Engine
+from .engines.selection import EngineFile, EngineSet
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
 from .lanes import Lane, LanePool
@@ -24,6 +23,7 @@ from .memory import Block, Memory
 from .network import Network
 from .platform import Platform
 from .shapes import all_classes
+from .trt import Engine
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ...device_array import DeviceArray
+from ...features import DeviceArray
 from .memory import Block, Layout
 
 if TYPE_CHECKING:

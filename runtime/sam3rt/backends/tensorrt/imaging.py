@@ -1,6 +1,6 @@
 """Preprocessing and postprocessing on the device, where engines for them are there.
 
-The graphs are those of :mod:`sam3rt.engines.imaging`: two matrix products each. The matrices
+The graphs are those of :mod:`sam3rt_build.imaging_graphs`: two matrix products each. The matrices
 depend on the image's size alone; those of the sizes used last stay on the device.
 """
 
@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3rt_build import imaging_graphs as graphs
+
 from ...bundle import Manifest
-from ...engines import imaging as graphs
 from ...errors import BackendError
-from ...transforms import ImageGeometry, resize_matrices, rows_first
-from ...upsampling import upsampling_matrices
-from .engine import Context, Engine
+from ...geometry import ImageGeometry, resize_matrices, rows_first
+from ...masks.upsampling import upsampling_matrices
 from .memory import ALIGNMENT, Block, Layout
+from .trt import Context, Engine
 
 _KEPT_SIZES = 8
 
@@ -56,8 +57,8 @@ class DeviceImaging:
 
     Args:
         manifest: of the bundle.
-        preprocess: engine of :func:`sam3rt.engines.imaging.preprocess_graph`, or ``None``.
-        postprocess: engine of :func:`sam3rt.engines.imaging.postprocess_graph`, or ``None``.
+        preprocess: engine of :func:`sam3rt_build.imaging_graphs.preprocess_graph`, or ``None``.
+        postprocess: engine of :func:`sam3rt_build.imaging_graphs.postprocess_graph`, or ``None``.
 
     Attributes:
         low_res_size: (height, width) of the logits that are upsampled.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 
 from ...bundle import Bundle
-from ...cuda import probe
-from ...engines.selection import EngineSet, candidates, find_engines
-from ...engines.sidecar import BackendName
 from ...errors import BackendError, BundleError, InvalidInputError
 from .backend import TensorRtBackend
+from .cuda import probe
+from .engines.selection import EngineSet, candidates, find_engines
+from .engines.sidecar import BackendName
 from .platform import Platform, open_platform
 from .proof import Refusal, RefusedError, allow_imaging, prove_set, settle
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cuda.api import Cuda
 from ...errors import BackendError
+from .cuda.api import Cuda
 
 ALIGNMENT = 256
 # Feature maps of one model are all of one size: a few spare blocks save cudaMalloc and cudaFree,

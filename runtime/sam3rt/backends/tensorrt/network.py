@@ -8,9 +8,9 @@ import numpy as np
 
 from ...bundle import Bundle, GraphSpec
 from ...errors import BackendError
-from .engine import Engine, Tensor
 from .memory import Layout
 from .shapes import Limits, ShapeClass
+from .trt import Engine, Tensor
 
 POINTS, LABELS = "input_points", "input_labels"
 MASKS, HAS_MASKS = "input_masks", "has_input_masks"

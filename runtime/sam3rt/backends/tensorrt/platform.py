@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...cuda import Cuda, CudaRuntime, Device
-from ...engines.selection import Machine
-from ...engines.sidecar import BackendName
-from .engine import Library
+from .cuda import Cuda, CudaRuntime, Device
+from .engines.selection import Machine
+from .engines.sidecar import BackendName
+from .trt import Library
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Platform:
 def open_platform(flavour: BackendName, device: Device) -> Platform:
     """Load the libraries for a GPU.
 
-    The driver has to be asked first, with :func:`sam3rt.cuda.probe`: TensorRT ends the process
-    where it finds none.
+    Ask the driver first, with :func:`.cuda.probe`: TensorRT ends the process where it finds none.
 
     Args:
         flavour: which TensorRT.

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...accuracy.gate import GATE_LIMITS, Verdict, judge
+from ...accuracy.record import Measurement, load_record, verify_model
 from ...bundle import Bundle
-from ...engines.selection import EngineFile, EngineSet, Machine, proven_on
-from ...engines.sidecar import EngineSidecar, State, write_sidecar
 from ...errors import BackendError
-from ...gate import GATE_LIMITS, Verdict, judge
-from ...parity import Measurement, load_record, verify_model
-from ...postprocess import upsample
-from ...transforms import ImageGeometry, geometry, preprocess
+from ...geometry import ImageGeometry, geometry, preprocess
+from ...masks import upsample
 from .backend import TensorRtBackend
+from .engines.selection import EngineFile, EngineSet, Machine, proven_on
+from .engines.sidecar import EngineSidecar, State, write_sidecar
 
 _LOG = logging.getLogger(__name__)
 

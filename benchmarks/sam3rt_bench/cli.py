@@ -1,0 +1,189 @@
+"""``sam3rt bench``: how fast, how right, and how far from the limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from sam3rt.cli.options import add_bundle_argument, positive_int
+from sam3rt.cli.segment import read_image
+from sam3rt.errors import BackendError, InvalidInputError
+
+HELP = "measure a bundle on this machine, side by side with PyTorch, or compare two results"
+DESCRIPTION = """\
+Measure a bundle on this machine: stages apart and end to end, ways of running it side by side,
+curves, fresh processes, and the distance to what the machine can do at most.
+
+Ways of running it are BACKEND or BACKEND:PRECISION, such as onnxruntime or openvino:fp32. PyTorch
+(pytorch:fp32, pytorch:bf16, pytorch:compile-fp32, pytorch:compile-bf16) needs the export's extra
+and --checkpoint, the model the bundle was exported from. Masks of all of them are compared with
+FP32's.
+
+Writes to the output folder:
+  bench.json        everything; its schema is printed by --schema
+  bench.md          as tables
+  *.png             as pictures, where matplotlib is installed
+
+With --compare: two such JSON files. Exits with 1 where the second is slower or further from FP32.
+"""
+
+PARTS = ("stages", "calls", "curves", "starts", "limits")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    add_bundle_argument(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the results (default: print only)"
+    )
+    parser.add_argument(
+        "--candidate",
+        dest="candidates",
+        action="append",
+        default=[],
+        metavar="BACKEND[:PRECISION]",
+        help="what to measure; repeatable (default: everything that works here)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="the PyTorch model, to run it beside"
+    )
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help=f"comma-separated, of {', '.join(PARTS)} (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions: a look, no report")
+    parser.add_argument(
+        "--repetitions", type=positive_int, help="rounds at most (default: 50; 5 with --quick)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive_int,
+        help="seconds per table after which no round begins (default: 60; 5 with --quick)",
+    )
+    parser.add_argument("--image", type=Path, metavar="IMAGE", help="(default: a drawn scene)")
+    parser.add_argument(
+        "--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: auto)'
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, help="CPU threads (default: left to each candidate)"
+    )
+    parser.add_argument(
+        "--note", default="", help="what a reader must know, such as that weights are synthetic"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON results"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="share by which a median may grow in a comparison (default: 0.1)",
+    )
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of results")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, or compare."""
+    from .document import json_schema
+
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    return _compare(options) if options.compare else _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from sam3rt.bundle import open_bundle
+    from sam3rt.bundle.default import default_bundle_path
+
+    from .candidates import Settings, default_choices, parse_choice
+    from .document import write_result
+    from .markdown import to_markdown
+    from .plots import draw_plots
+    from .runner import Plan, run_benchmark
+    from .scene import FULL_HD, draw_scene
+    from .timing import Effort
+
+    parts = tuple(part.strip() for part in options.parts.split(","))
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise InvalidInputError("--parts", repr(unknown[0]), f"some of {', '.join(PARTS)}")
+    choices = [parse_choice(text) for text in options.candidates] or default_choices(
+        options.checkpoint is not None
+    )
+    if len(set(choices)) != len(choices):
+        raise InvalidInputError("--candidate", "the same twice", "each once")
+    repetitions = options.repetitions or (5 if options.quick else 50)
+    seconds = options.seconds or (5 if options.quick else 60)
+    plan = Plan(
+        bundle=open_bundle(options.bundle or default_bundle_path()),
+        choices=tuple(choices),
+        settings=Settings(options.device, options.threads, options.checkpoint),
+        parts=parts,
+        image=draw_scene(*FULL_HD) if options.image is None else read_image(options.image),
+        effort=Effort(repetitions, seconds, 1 if options.quick else 3),
+        quick=options.quick,
+        command=_command(options),
+        note=options.note,
+    )
+    result = run_benchmark(plan, lambda line: print(line, file=sys.stderr, flush=True))
+    text = to_markdown(result)
+    print(text)
+    if options.output is None:
+        return 0
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_result(options.output / "bench.json", result)
+    (options.output / "bench.md").write_text(text, encoding="utf-8")
+    try:
+        draw_plots(result, options.output)
+    except BackendError as error:
+        print(error, file=sys.stderr)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare_results, lost_agreement, same_conditions, to_markdown
+    from .document import read_result
+
+    before, after = (read_result(path) for path in options.compare)
+    for line in same_conditions(before, after):
+        print(f"not the same {line}")
+    changes = compare_results(before, after, options.tolerance)
+    if not changes:
+        raise InvalidInputError("--compare", "results without a common row", "the same candidates")
+    print(to_markdown(changes))
+    slower = sum(change.is_slower for change in changes)
+    lost = lost_agreement(before, after)
+    for line in lost:
+        print(line)
+    faster = sum(change.is_faster for change in changes)
+    print(f"{len(changes)} rows: {slower} slower, {faster} faster")
+    return 1 if slower or lost else 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command, with files by their names alone: folders say nothing on another machine."""
+    words = ["sam3rt", "bench"]
+    if options.bundle is not None:
+        words.append(options.bundle.name)
+    for name in options.candidates:
+        words += ["--candidate", name]
+    for option, value in (
+        ("--checkpoint", options.checkpoint and options.checkpoint.name),
+        ("--parts", options.parts if options.parts != ",".join(PARTS) else None),
+        ("--repetitions", options.repetitions),
+        ("--seconds", options.seconds),
+        ("--image", options.image and options.image.name),
+        ("--device", options.device if options.device != "auto" else None),
+        ("--threads", options.threads),
+        ("--output", options.output and options.output.name),
+    ):
+        if value is not None:
+            words += [option, str(value)]
+    if options.quick:
+        words.append("--quick")
+    return shlex.join(words)

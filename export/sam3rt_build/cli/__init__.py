@@ -1,0 +1,1 @@
+"""The subcommands of ``sam3rt`` that need the build extra."""

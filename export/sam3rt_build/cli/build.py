@@ -1,0 +1,122 @@
+"""``sam3rt build``: a bundle's TensorRT engines, proved on the GPU that will run them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from sam3rt.backends.tensorrt.engines import RECIPE_ORDER, EngineFile
+from sam3rt.bundle import open_bundle
+from sam3rt.cli.options import positive_int
+from sam3rt.errors import BackendError
+
+HELP = "build a bundle's TensorRT engines (needs the gpu or the rtx extra)"
+DESCRIPTION = """\
+Build TensorRT engines of a bundle and prove them on its parity record.
+
+Engines run on the kind of GPU and the TensorRT version they were built with, so they are built
+where they will run, from the ONNX files that travel. Precisions are tried fastest first; one whose
+outputs are off is refused, saying what failed by how much, and the next is tried. Engines go into
+the bundle's folder "engines".
+
+With --backend tensorrt-rtx and --target, engines are built ahead of time on any machine. They are
+unproven until they first load on their target, which proves them before it serves.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument(
+        "--backend",
+        choices=("tensorrt", "tensorrt-rtx"),
+        default="tensorrt",
+        help="which TensorRT builds and will run them (default: tensorrt)",
+    )
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=("auto", *RECIPE_ORDER),
+        help="recipe to try; repeatable (default: auto: all, fastest first; ahead of time fp16 "
+        "and tf32)",
+    )
+    parser.add_argument(
+        "--target",
+        dest="targets",
+        action="append",
+        default=[],
+        type=_capability,
+        metavar="CAPABILITY",
+        help="compute capability to build for ahead of time, such as 8.9 or sm89; repeatable",
+    )
+    for name, default, what in (
+        ("objects", 16, "objects in one decoder call; more are run in parts"),
+        ("points", 32, "points per object, box corners and padding included"),
+        ("images", 1, "images in one encoder call"),
+        ("side", 4096, "pixels of height or width that the GPU resizes; the host does larger ones"),
+    ):
+        parser.add_argument(
+            f"--max-{name}",
+            type=positive_int,
+            default=default,
+            metavar="N",
+            help=f"greatest number of {what} (default: {default})",
+        )
+    parser.add_argument(
+        "--workspace",
+        type=positive_int,
+        metavar="MIB",
+        help="memory the builder may try layers with, MiB (default: all there is)",
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="N", help="number of the GPU (default: 0)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build."""
+    bundle = open_bundle(options.bundle)
+    try:
+        from ..build import BuildOptions, build_bundle
+    except ModuleNotFoundError as error:
+        extra = "rtx" if options.backend == "tensorrt-rtx" else "gpu"
+        raise BackendError(
+            f"the build needs {(error.name or '').split('.')[0]}: pip install 'sam3rt[{extra}]', "
+            "or 'sam3rt[build]' beside a TensorRT that is there already, as on a Jetson"
+        ) from error
+    precision = options.precision or ["auto"]
+    engines = build_bundle(
+        bundle,
+        BuildOptions(
+            backend=options.backend,
+            precision="auto" if "auto" in precision else tuple(precision),
+            targets=tuple(dict.fromkeys(options.targets)),
+            max_objects=options.max_objects,
+            max_points=options.max_points,
+            max_images=options.max_images,
+            max_side=options.max_side,
+            workspace=None if options.workspace is None else options.workspace << 20,
+            device=options.device,
+        ),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for engine in engines:
+        _print(engine)
+    return 0
+
+
+def _print(engine: EngineFile) -> None:
+    sidecar = engine.sidecar
+    print(f"{engine.path}: {sidecar.state}, {sidecar.engine.bytes / 1e6:.1f} MB")
+    for name, value in sidecar.parity.items():
+        print(f"  {name}: {value:.6g}")
+
+
+def _capability(text: str) -> str:
+    """``8.9``, ``sm89`` or ``sm_120`` as ``8.9`` and ``12.0``."""
+    match = re.fullmatch(r"(?:sm_?)?([1-9]\d??)\.?(\d)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.9")
+    return f"{match.group(1)}.{match.group(2)}"

@@ -1,0 +1,1 @@
+"""Accuracy: run the parity record, compare, judge, remember and choose."""

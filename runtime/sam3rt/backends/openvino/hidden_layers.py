@@ -1,0 +1,167 @@
+"""Wide hidden layers in parts, for OpenVINO's products on processors with tiles (AMX).
+
+There, a product is the slower per operation the wider it is, and a hidden layer of 5,184 by 4,736
+values leaves the caches before it is read again; both are less where the layer comes in parts
+(benchmarks/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bf16 import NOTHING, rounded_constant
+
+# What exact GELU, x/2 (1 + erf(x / sqrt 2)), is made of.
+_ROOT_2, _ONE, _HALF = math.sqrt(2.0), 1.0, 0.5
+
+# Parts of whole multiples of this many channels take a fifth less time than others of about the
+# same width (measured, OpenVINO 2026.4).
+_UNIT = 64
+
+
+def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING) -> int:
+    """Compute wide hidden layers part by part, in place, for products that will be BF16.
+
+    What is split is an MLP with exact GELU together with the sum it ends in,
+    ``s + (W2 gelu(W1 x + b1) + b2)``: the same as ``s`` plus, in turn, the share of every part of
+    the hidden channels. Parts are about equally wide. Their weights are rounded to BF16 on the way,
+    so that no second FP32 copy is made of them. Products and additions keep their names, from which
+    other passes know them.
+
+    Args:
+        model: an FP32 ``openvino.Model`` that nothing else uses.
+        width: most channels of a part, at least 1; layers that are no wider are left alone.
+        exact: of the names of products that stay FP32, from their beginning: their layers are left
+            alone.
+
+    Returns:
+        How many layers were split.
+    """
+    pattern = _Pattern()
+    count = 0
+    for node in model.get_ordered_ops():
+        layer = pattern.match(node)
+        if layer is not None and layer.hidden > width and not any(map(exact.match, layer.names)):
+            _replace(layer, width)
+            count += 1
+    model.validate_nodes_and_infer_types()
+    return count
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """An MLP's nodes, ``total = stream + W2 gelu(W1 x + b1) + b2``; the stream is an output."""
+
+    product1: Any
+    bias1: Any
+    product2: Any
+    bias2: Any
+    stream: Any
+    total: Any
+
+    @property
+    def weights(self) -> list[NDArray[np.float32]]:
+        """W1, [inputs, hidden], and W2, [hidden, outputs]."""
+        return [p.input_value(1).get_node().data for p in (self.product1, self.product2)]
+
+    @property
+    def hidden(self) -> int:
+        return int(self.product1.input_value(1).get_shape()[1])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the products."""
+        return [p.get_friendly_name() for p in (self.product1, self.product2)]
+
+
+class _Pattern:
+    """Recognizes layers by the node they end in."""
+
+    def __init__(self) -> None:
+        # Here, so that the module imports where OpenVINO is not installed.
+        from openvino.passes import AnyInput, WrapType
+
+        def constant() -> Any:
+            return WrapType("opset13.Constant")
+
+        def both(kind: str, *inputs: Any) -> Any:
+            return WrapType(f"opset13.{kind}", list(inputs))
+
+        self._stream, self._bias1, self._bias2 = AnyInput(), constant(), constant()
+        self._scalars = {constant(): _ROOT_2, constant(): _ONE, constant(): _HALF}
+        root_2, one, half = self._scalars
+        self._product1 = both("MatMul", AnyInput(), constant())
+        hidden = both("Add", self._product1, self._bias1)
+        erf = both("Erf", both("Divide", hidden, root_2))
+        gelu = both("Multiply", both("Multiply", hidden, both("Add", erf, one)), half)
+        self._product2 = both("MatMul", gelu, constant())
+        self._total = both("Add", self._stream, both("Add", self._product2, self._bias2))
+
+    def match(self, node: Any) -> _Layer | None:
+        """The layer that ends in this node, if one does."""
+        from openvino.passes import Matcher
+
+        if node.get_type_name() != "Add":
+            return None
+        matcher = Matcher(self._total, "HiddenLayer")
+        if not matcher.match(node.output(0)):
+            return None
+        values = matcher.get_pattern_value_map()
+        nodes = {key: value.get_node() for key, value in values.items()}
+        products = nodes[self._product1], nodes[self._product2]
+        transposed = any(any(product.get_attributes().values()) for product in products)
+        if transposed or not all(
+            np.allclose(nodes[scalar].data, value) for scalar, value in self._scalars.items()
+        ):
+            return None
+        return _Layer(
+            product1=products[0],
+            bias1=nodes[self._bias1],
+            product2=products[1],
+            bias2=nodes[self._bias2],
+            stream=values[self._stream],
+            total=node,
+        )
+
+
+def _sizes(hidden: int, width: int) -> list[int]:
+    """Channels of each part: about equal, none wider than asked, whole vectors where that goes."""
+    unit = _UNIT if hidden % _UNIT == 0 and width >= _UNIT else 1
+    units, most = hidden // unit, width // unit
+    parts = np.array_split(np.empty(units), -(-units // most))
+    return [unit * len(part) for part in parts]
+
+
+def _replace(layer: _Layer, width: int) -> None:
+    from openvino import opset13
+
+    def part(values: NDArray[np.float32]) -> Any:
+        return opset13.convert(rounded_constant(values), "f32")
+
+    sizes = _sizes(layer.hidden, width)
+    ends = np.cumsum(sizes)[:-1]
+    weight1, weight2 = layer.weights
+    columns, rows = np.split(weight1, ends, axis=1), np.split(weight2, ends, axis=0)
+    biases = np.split(layer.bias1.data.reshape(-1), ends)
+    names = layer.names
+    x = layer.product1.input_value(0)
+    total = layer.stream
+    for index, (column, bias, row) in enumerate(zip(columns, biases, rows, strict=True)):
+        first = opset13.matmul(x, part(column), False, False)
+        first.set_friendly_name(f"{names[0]}/part_{index}")
+        hidden = opset13.gelu(opset13.add(first, part(bias)), "erf")
+        hidden.set_friendly_name(f"{names[0]}/gelu_{index}")
+        share = opset13.matmul(hidden, part(row), False, False)
+        share.set_friendly_name(f"{names[1]}/part_{index}")
+        if index == len(sizes) - 1:
+            share = opset13.add(share, layer.bias2)
+        # To the stream, not to each other: what adds to an FP32 value stays FP32.
+        total = opset13.add(total, share)
+    total.set_friendly_name(layer.total.get_friendly_name())
+    layer.total.output(0).replace(total.output(0))

@@ -1,0 +1,315 @@
+"""Which of a bundle's engines fit this machine, and in which order to try them.
+
+Engines lie in ``BUNDLE/engines/<GPU>-sm<cc>-<backend>-<version>-<recipe>/<role>.engine``. Folder
+names are for people; what counts stands in the sidecars.
+
+A set is an encoder and a decoder of the same bundle that agree on the type of the feature maps.
+They may be of different recipes: the encoder decides how accurate the features are, and a decoder
+costs little in any precision. A set is *proven* where both engines passed the gate on this kind
+of GPU, together. Proven sets come first, then those that nobody has run yet; each in the order of
+:data:`RECIPE_ORDER`, fastest first. A set with an engine that failed here is never offered.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ....bundle import Bundle, is_inside
+from ....errors import BackendError, BundleError
+from .sidecar import BackendName, EngineSidecar, Gpu, Role, read_sidecar, sidecar_path
+
+_LOG = logging.getLogger(__name__)
+
+ENGINES = "engines"
+# Fastest first. A recipe that is not listed comes last.
+RECIPE_ORDER: tuple[str, ...] = (
+    "fp16",
+    "bf16",
+    "fp16-attention-fp32",
+    "bf16-attention-fp32",
+    "fp16-blocks-fp32",
+    "tf32",
+    "fp32",
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine has to fit.
+
+    Attributes:
+        gpu: the GPU it is to run on.
+        backend: the TensorRT flavour that is to load it.
+        tensorrt_version: of that flavour, in full.
+        driver_version: of the GPU's driver.
+    """
+
+    gpu: Gpu
+    backend: BackendName
+    tensorrt_version: str
+    driver_version: str
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine and its sidecar.
+
+    Attributes:
+        path: the engine file.
+        sidecar: what is on record about it.
+    """
+
+    path: Path
+    sidecar: EngineSidecar
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """Engines that can serve together.
+
+    Attributes:
+        encoder: image encoder.
+        decoder: prompt decoder.
+        preprocess: resize and normalization on the device, or ``None`` where none fits.
+        postprocess: upsampling and threshold on the device, or ``None`` where none fits.
+        proven: whether encoder and decoder passed the gate together on this kind of GPU. Where
+            not, they may serve only after they have.
+    """
+
+    encoder: EngineFile
+    decoder: EngineFile
+    preprocess: EngineFile | None
+    postprocess: EngineFile | None
+    proven: bool
+
+    @property
+    def precision(self) -> str:
+        """The recipe, or ``"ENCODER+DECODER"`` where the two differ."""
+        encoder, decoder = self.encoder.sidecar.recipe, self.decoder.sidecar.recipe
+        return encoder if encoder == decoder else f"{encoder}+{decoder}"
+
+
+def folder_name(
+    gpu: Gpu | None,
+    targets: Sequence[str],
+    backend: BackendName,
+    tensorrt_version: str,
+    recipe: str,
+) -> str:
+    """The folder of engines built alike, such as ``nvidia-l4-sm89-tensorrt-10.3.0-fp16``.
+
+    Args:
+        gpu: the GPU they were built on; ``None`` for an ahead-of-time build, whose folder is
+            named for its targets: ``any-sm86-sm89-tensorrt-rtx-1.7.1.116-fp16``.
+        targets: compute capabilities of an ahead-of-time build.
+        backend: the TensorRT flavour.
+        tensorrt_version: its version.
+        recipe: the precision recipe.
+    """
+    kind = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    capabilities = targets if gpu is None else (gpu.compute_capability,)
+    architectures = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
+    return f"{kind}-{architectures}-{backend}-{tensorrt_version}-{recipe}"
+
+
+def engine_path(bundle: Path, folder: str, role: Role) -> Path:
+    """Where the engine for one role lies in a bundle."""
+    return bundle / ENGINES / folder / f"{role}.engine"
+
+
+def find_engines(bundle: Bundle) -> tuple[EngineFile, ...]:
+    """Every engine of a bundle whose sidecar can be read, by path.
+
+    What has no sidecar, or a damaged one, is left out with a warning: nothing is known about it.
+    So is what lies elsewhere, behind a link. A build's own folder, whose name begins with a dot,
+    holds nothing that is finished.
+    """
+    found = []
+    for path in sorted((bundle.path / ENGINES).glob("[!.]*/*.engine")):
+        try:
+            _check_place(path, bundle.path)
+            found.append(EngineFile(path, read_sidecar(path)))
+        except BundleError as error:
+            _LOG.warning("%s is passed over: %s", path, error)
+    return tuple(found)
+
+
+def _check_place(engine: Path, folder: Path) -> None:
+    for path in (engine, sidecar_path(engine)):
+        try:
+            inside = is_inside(path, folder)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
+            raise BundleError(f"cannot be read: {error}", path.name) from error
+        if not inside:
+            raise BundleError("leaves the bundle through a link", path.name)
+
+
+def candidates(
+    bundle: Bundle,
+    machine: Machine,
+    precision: str = "auto",
+    engines: Iterable[EngineFile] | None = None,
+) -> tuple[EngineSet, ...]:
+    """The sets that fit this machine, in the order in which to try them.
+
+    Hashes are not compared here: whoever loads an engine hashes what it loads.
+
+    Args:
+        bundle: the bundle they must belong to.
+        machine: what they must fit.
+        precision: ``"auto"``, the recipe both engines must be of, or ``"ENCODER+DECODER"``.
+        engines: to choose from; by default those of the bundle.
+
+    Raises:
+        BackendError: nothing fits; the message says which field differs, with both values, and
+            which command builds what fits.
+    """
+    found = find_engines(bundle) if engines is None else tuple(engines)
+    fingerprint = bundle.manifest.fingerprint
+    recipes = {"encoder": precision, "decoder": precision}
+    if "+" in precision:
+        recipes["encoder"], _, recipes["decoder"] = precision.partition("+")
+    fitting: dict[str, list[EngineFile]] = {}
+    for role in ("encoder", "decoder", "preprocess", "postprocess"):
+        of_role = [engine for engine in found if engine.sidecar.role == role]
+        wanted = recipes.get(role, "auto")
+        fitting[role] = sorted(
+            (e for e in of_role if not _differences(e, fingerprint, machine, wanted)),
+            key=lambda e: (_rank(e.sidecar.recipe), e.path),
+        )
+        if not fitting[role] and role in recipes:
+            raise BackendError(_explain(role, of_role, bundle, machine, wanted))
+    sets = [
+        EngineSet(
+            encoder,
+            decoder,
+            next(iter(fitting["preprocess"]), None),
+            next(iter(fitting["postprocess"]), None),
+            _proven_together(encoder.sidecar, decoder.sidecar, machine),
+        )
+        for encoder in fitting["encoder"]
+        for decoder in fitting["decoder"]
+        if encoder.sidecar.features_dtype == decoder.sidecar.features_dtype
+    ]
+    if not sets:
+        types = {
+            role: sorted({e.sidecar.features_dtype for e in fitting[role]}) for role in recipes
+        }
+        raise BackendError(
+            f"no {machine.backend} encoder and decoder of {bundle.path} fit each other: "
+            f"features_dtype is {types['encoder']} for encoders and {types['decoder']} for "
+            f"decoders; build both: {_command(bundle, machine, precision)}"
+        )
+    # Stable, so that encoders stay in their order and decoders in theirs.
+    return tuple(sorted(sets, key=lambda candidate: not candidate.proven))
+
+
+def choose(
+    bundle: Bundle,
+    machine: Machine,
+    precision: str = "auto",
+    engines: Iterable[EngineFile] | None = None,
+) -> EngineSet:
+    """The first of :func:`candidates`.
+
+    Raises:
+        BackendError: nothing fits; see :func:`candidates`.
+    """
+    return candidates(bundle, machine, precision, engines)[0]
+
+
+def proven_on(sidecar: EngineSidecar, machine: Machine) -> bool:
+    """Whether an engine passed the gate on this kind of GPU."""
+    return sidecar.state == "proven" and sidecar.gpu == machine.gpu
+
+
+def _proven_together(encoder: EngineSidecar, decoder: EngineSidecar, machine: Machine) -> bool:
+    return (
+        proven_on(encoder, machine)
+        and proven_on(decoder, machine)
+        and decoder.paired_with == encoder.engine.sha256
+    )
+
+
+def _differences(
+    engine: EngineFile, fingerprint: str, machine: Machine, recipe: str
+) -> tuple[str, ...]:
+    """What keeps an engine from serving here, each with both values; empty where it fits."""
+    sidecar = engine.sidecar
+    differences = []
+
+    def compare(field: str, built: object, here: object) -> None:
+        if built != here:
+            differences.append(f"{field} is {built}, here it is {here}")
+
+    compare("backend", sidecar.backend, machine.backend)
+    if sidecar.bundle_fingerprint != fingerprint:
+        differences.append(
+            f"bundle_fingerprint is {sidecar.bundle_fingerprint[:16]}..., this bundle's is "
+            f"{fingerprint[:16]}..."
+        )
+    if sidecar.targets:
+        if machine.gpu.compute_capability not in sidecar.targets:
+            differences.append(
+                f"targets are {', '.join(sidecar.targets)}, the compute capability here is "
+                f"{machine.gpu.compute_capability}"
+            )
+    elif sidecar.gpu is not None:
+        compare("gpu.name", sidecar.gpu.name, machine.gpu.name)
+        compare(
+            "gpu.compute_capability",
+            sidecar.gpu.compute_capability,
+            machine.gpu.compute_capability,
+        )
+    compare("tensorrt_version", sidecar.tensorrt_version, machine.tensorrt_version)
+    if recipe not in ("auto", sidecar.recipe):
+        differences.append(f"recipe is {sidecar.recipe}, {recipe} was asked for")
+    if sidecar.state == "refused" and sidecar.gpu == machine.gpu:
+        differences.append("state is refused: it failed the gate on this kind of GPU")
+    try:
+        length = engine.path.stat().st_size
+    except OSError:
+        differences.append(f"engine.bytes is {sidecar.engine.bytes}, the file cannot be read")
+    else:
+        compare("engine.bytes", sidecar.engine.bytes, length)
+    return tuple(differences)
+
+
+def _explain(
+    role: str, engines: Sequence[EngineFile], bundle: Bundle, machine: Machine, recipe: str
+) -> str:
+    """Why no engine of a role fits: for the nearest one, every field that differs."""
+    command = _command(bundle, machine, recipe)
+    if not engines:
+        return (
+            f"{bundle.path} has no {machine.backend} {role} engine; "
+            f"build one on this machine: {command}"
+        )
+    nearest = min(
+        engines,
+        key=lambda e: len(_differences(e, bundle.manifest.fingerprint, machine, recipe)),
+    )
+    differences = "; ".join(_differences(nearest, bundle.manifest.fingerprint, machine, recipe))
+    where = (
+        nearest.path.relative_to(bundle.path)
+        if nearest.path.is_relative_to(bundle.path)
+        else nearest.path
+    )
+    return (
+        f"none of {len(engines)} {role} engines of {bundle.path} fits this machine. The nearest, "
+        f"{where}: {differences}. Build one that does: {command}"
+    )
+
+
+def _command(bundle: Bundle, machine: Machine, precision: str) -> str:
+    # A build makes both engines by one recipe, or by what the gate allows.
+    recipe = "" if precision == "auto" or "+" in precision else f" --precision {precision}"
+    return f"sam3rt build {bundle.path} --backend {machine.backend}{recipe}"
+
+
+def _rank(recipe: str) -> int:
+    return RECIPE_ORDER.index(recipe) if recipe in RECIPE_ORDER else len(RECIPE_ORDER)

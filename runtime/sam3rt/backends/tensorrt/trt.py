@@ -1,0 +1,250 @@
+"""TensorRT's runtime API: the only module that touches its objects.
+
+Only what exists in TensorRT 10.3, 10.16 and 11.4 and in TensorRT for RTX 1.7 is used; a test holds
+this file to the names of each. Names that hold TensorRT's own objects begin with ``trt``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BackendError
+from .engines.sidecar import BackendName
+
+_LOG = logging.getLogger(__name__)
+
+_MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_PACKAGES: dict[BackendName, str] = {
+    "tensorrt": "pip install 'sam3rt[gpu]', or on a Jetson the python3-libnvinfer of JetPack",
+    "tensorrt-rtx": "pip install 'sam3rt[rtx]'",
+}
+_DTYPES: dict[str, type[np.generic]] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of an engine.
+
+    Attributes:
+        name: its name.
+        dtype: its type.
+        is_input: whether it is read.
+        shape: sizes; -1 for a dynamic axis.
+        least: for an input, the smallest sizes that the engine takes.
+        most: for an input, the greatest.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    is_input: bool
+    shape: tuple[int, ...]
+    least: tuple[int, ...]
+    most: tuple[int, ...]
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this type and the given shape."""
+        return int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Library:
+    """One flavour of TensorRT, imported. Ask the driver first: see :mod:`.cuda.driver`.
+
+    Args:
+        flavour: which.
+
+    Raises:
+        BackendError: it is not installed, or its libraries cannot be loaded.
+    """
+
+    def __init__(self, flavour: BackendName) -> None:
+        self.flavour = flavour
+        try:
+            self._trt = importlib.import_module(_MODULES[flavour])
+        except (ImportError, OSError, RuntimeError) as error:
+            raise BackendError(
+                f"the {flavour} backend needs the Python module {_MODULES[flavour]} "
+                f"({error}): {_PACKAGES[flavour]}"
+            ) from error
+        self.version = str(self._trt.__version__)
+        self._trt_logger, self._messages = _logger_of(self._trt)
+        self._trt_runtime = self._trt.Runtime(self._trt_logger)
+        if self._trt_runtime is None:
+            raise BackendError(f"{flavour} {self.version} cannot start{self.said()}")
+
+    def said(self) -> str:
+        """What TensorRT last complained about, to end an error message with."""
+        said = "; ".join(self._messages)
+        self._messages.clear()
+        return f": {said}" if said else ""
+
+    def load(self, content: bytes | memoryview, name: str) -> Engine:
+        """Load an engine from its file's content.
+
+        Raises:
+            BackendError: TensorRT refuses it.
+        """
+        trt_engine = self._trt_runtime.deserialize_cuda_engine(content)
+        if trt_engine is None:
+            raise BackendError(
+                f"{self.flavour} {self.version} cannot load {name}{self.said()}; build it again "
+                "on this machine"
+            )
+        trt = self._trt
+        return Engine(trt_engine, self, trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def tensors(self, trt_engine: Any) -> dict[str, Tensor]:
+        """What an engine reads and writes, by name."""
+        tensors = {}
+        for index in range(trt_engine.num_io_tensors):
+            name = str(trt_engine.get_tensor_name(index))
+            kind = str(trt_engine.get_tensor_dtype(name)).rpartition(".")[2]
+            if kind not in _DTYPES:
+                raise BackendError(f"tensor {name} of an engine has type {kind}: build it again")
+            is_input = trt_engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            shape = tuple(int(side) for side in trt_engine.get_tensor_shape(name))
+            least = most = shape
+            if is_input and -1 in shape:
+                profile = trt_engine.get_tensor_profile_shape(name, 0)
+                least, _, most = (tuple(int(side) for side in sizes) for sizes in profile)
+            dtype = np.dtype(_DTYPES[kind])
+            tensors[name] = Tensor(name, dtype, is_input, shape, least, most)
+        return tensors
+
+
+class Engine:
+    """A loaded engine: weights on the device, shared by all its contexts.
+
+    Attributes:
+        tensors: what it reads and writes, by name.
+        scratch_bytes: working memory that a context needs while it runs.
+    """
+
+    def __init__(self, trt_engine: Any, library: Library, trt_strategy: Any) -> None:
+        self._trt_engine = trt_engine
+        self._library = library
+        self._trt_strategy = trt_strategy
+        self._lock = threading.Lock()
+        self.tensors: Mapping[str, Tensor] = library.tensors(trt_engine)
+        self.scratch_bytes = int(trt_engine.device_memory_size_v2)
+
+    def context(self) -> Context:
+        """A context for one shape at a time, without working memory of its own.
+
+        Raises:
+            BackendError: TensorRT cannot make one, for example for lack of memory.
+        """
+        with self._lock:
+            trt_context = self._trt_engine.create_execution_context(self._trt_strategy)
+        if trt_context is None:
+            raise BackendError(
+                f"{self._library.flavour} cannot create an execution context"
+                f"{self._library.said()}; free device memory, or build engines with fewer "
+                "objects at once (--max-objects)"
+            )
+        return Context(trt_context, self, self._library)
+
+
+class Context:
+    """One way of running an engine: shapes and addresses. Serves one stream at a time."""
+
+    def __init__(self, trt_context: Any, engine: Engine, library: Library) -> None:
+        self._trt_context = trt_context
+        self._library = library
+        # TensorRT needs the engine for as long as the context lives.
+        self.engine = engine
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """Lend working memory; what runs at the same time must not share it."""
+        if nbytes < self.engine.scratch_bytes:
+            raise BackendError(
+                f"{nbytes} bytes of scratch memory, {self.engine.scratch_bytes} are needed"
+            )
+        self._trt_context.set_device_memory(address, nbytes)
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
+        tensor = self.engine.tensors[name]
+        if -1 in tensor.shape:
+            self._require(self._trt_context.set_input_shape(name, shape), f"{name} of {shape}")
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies on the device."""
+        if address % 256:
+            raise BackendError(f"the address of {name} is not a multiple of 256")
+        self._require(self._trt_context.set_tensor_address(name, address), f"the address of {name}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The size of a tensor, once all inputs have theirs."""
+        return tuple(int(side) for side in self._trt_context.get_tensor_shape(name))
+
+    def enqueue(self, stream: int) -> None:
+        """Queue one run.
+
+        Raises:
+            BackendError: TensorRT cannot.
+        """
+        self._require(self._trt_context.execute_async_v3(stream), "to run")
+
+    def _require(self, done: bool, what: str) -> None:
+        if not done:
+            raise BackendError(f"{self._library.flavour} refuses {what}{self._library.said()}")
+
+
+# By module: a process has one logger, the first that TensorRT is given, which must never go away.
+_loggers: dict[Any, tuple[Any, deque[str]]] = {}
+
+
+def _logger_of(trt: Any) -> tuple[Any, deque[str]]:
+    """The logger of a TensorRT module, and the last errors it was told."""
+    if trt not in _loggers:
+        messages: deque[str] = deque(maxlen=4)
+        _loggers[trt] = (_make_logger(trt, messages), messages)
+    return _loggers[trt]
+
+
+def _make_logger(trt: Any, messages: deque[str]) -> Any:
+    """A logger that hands TensorRT's messages to Python's and keeps the last errors."""
+    severity = trt.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.ERROR,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.DEBUG,
+        severity.VERBOSE: logging.DEBUG,
+    }
+
+    class PythonLogger(trt.ILogger):  # type: ignore[misc]
+        """TensorRT calls ``log`` from its own threads."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            python_level = levels.get(level, logging.DEBUG)
+            if python_level >= logging.ERROR:
+                messages.append(message)
+            _LOG.log(python_level, "%s", message)
+
+    return PythonLogger()
+
+
+def contiguous(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The array as a tensor of the given type lies in memory."""
+    return np.ascontiguousarray(array, dtype)

@@ -1,0 +1,131 @@
+"""From low-resolution logits to masks of the image's size.
+
+The order is the reference's: small holes and sprinkles on the unclamped low-resolution logits,
+then upsampling, then the threshold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ..bundle import ImageSpec, MaskSpec
+from ..geometry import ImageGeometry
+from .components import small_components
+from .upsampling import direct, resize, unpadded
+
+# The reference moves a filled pixel this far from the threshold (SAM2Transforms).
+_FILL_MARGIN = np.float32(10.0)
+
+
+def clean(
+    logits: NDArray[np.float32],
+    threshold: float,
+    max_hole_area: float,
+    max_sprinkle_area: float,
+) -> NDArray[np.float32]:
+    """Fill small holes and remove small islands of one mask.
+
+    Components are 8-connected. Islands are found on the logits as they came, not as the hole
+    filling left them.
+
+    Args:
+        logits: float32 [h, w].
+        threshold: logits above it are foreground.
+        max_hole_area: background components of at most this many pixels are filled; 0 for none.
+        max_sprinkle_area: foreground components of at most this many are removed; 0 for none.
+
+    Returns:
+        float32 [h, w]: the input itself where nothing changed, else a changed copy.
+    """
+    cleaned = logits
+    inside = logits > np.float32(threshold)
+    for area, wanted, value in (
+        (max_hole_area, ~inside, np.float32(threshold) + _FILL_MARGIN),
+        (max_sprinkle_area, inside, np.float32(threshold) - _FILL_MARGIN),
+    ):
+        if area <= 0:
+            continue
+        small = small_components(wanted, area)
+        if small is not None:
+            cleaned = np.where(small, value, cleaned)
+    return cleaned
+
+
+def clean_all(
+    low_res: NDArray[np.float32], threshold: float, max_hole_area: float, max_sprinkle_area: float
+) -> NDArray[np.float32]:
+    """:func:`clean` for every mask of a decoder call, float32 [P, C, h, w]."""
+    if max_hole_area <= 0 and max_sprinkle_area <= 0:
+        return low_res
+    cleaned = np.empty_like(low_res)
+    for index in np.ndindex(*low_res.shape[:2]):
+        cleaned[index] = clean(low_res[index], threshold, max_hole_area, max_sprinkle_area)
+    return cleaned
+
+
+def upsample(
+    logits: NDArray[np.float32],
+    place: ImageGeometry,
+    image: ImageSpec,
+    masks: MaskSpec,
+    out: NDArray[Any],
+    threshold: float | None = None,
+) -> None:
+    """Resize one mask's logits to the original image, bilinear without antialiasing.
+
+    Args:
+        logits: float32 [h, w].
+        place: where the image lies in the encoder's input.
+        image: the model's image rules.
+        masks: the model's mask rules.
+        out: [H, W] of the original image to write to; see :func:`sam3rt.masks.upsampling.resize`.
+        threshold: ``None`` writes logits, a number 0 and 1.
+    """
+    shape = (logits.shape[0], logits.shape[1])
+    if masks.upsampling == "unpad":
+        resampling = unpadded(shape, image.size, place.input_size, place.original_size)
+    else:
+        resampling = direct(shape, place.original_size)
+    resize(logits, resampling, out, threshold)
+
+
+def finish(
+    low_res: NDArray[np.float32],
+    place: ImageGeometry,
+    image: ImageSpec,
+    masks: MaskSpec,
+    *,
+    threshold: float,
+    max_hole_area: float,
+    max_sprinkle_area: float,
+    return_logits: bool,
+    dtype: DTypeLike = np.float32,
+) -> NDArray[Any]:
+    """Clean, upsample and threshold the masks of a decoder call.
+
+    Args:
+        low_res: float32 [P, C, h, w], unclamped logits.
+        place: where the image lies in the encoder's input.
+        image: the model's image rules.
+        masks: the model's mask rules.
+        threshold: logits above it are foreground.
+        max_hole_area: see :func:`clean`.
+        max_sprinkle_area: see :func:`clean`.
+        return_logits: skip the threshold.
+        dtype: type of thresholded masks; logits are always float32.
+
+    Returns:
+        [P, C, H, W], 0 and 1 in ``dtype``, or float32 logits.
+    """
+    objects, count = low_res.shape[:2]
+    result = np.empty(
+        (objects, count, *place.original_size), np.float32 if return_logits else dtype
+    )
+    limit = None if return_logits else threshold
+    for index in np.ndindex(objects, count):
+        logits = clean(low_res[index], threshold, max_hole_area, max_sprinkle_area)
+        upsample(logits, place, image, masks, result[index], limit)
+    return result

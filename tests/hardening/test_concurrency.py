@@ -1,0 +1,38 @@
+"""`benchmarks/concurrency.py` in short: 16 threads over one model, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.hardening import concurrency
+
+from sam3rt import SegmentationModel
+from sam3rt.prompts import PackedPrompts
+
+
+def test_sixteen_threads_get_what_one_gets(default_model: SegmentationModel) -> None:
+    found = concurrency.compare(default_model, workers=16, count=96, calls_per_image=6)
+    assert found["predictions"] == 96
+    assert found["image_changes"] == 16
+    assert found["results_that_differ"] == 0
+
+
+def test_results_of_another_thread_are_noticed(
+    default_model: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend whose threads share one buffer, as a broken one might."""
+    original = default_model.backend.decode
+    main = threading.get_ident()
+
+    def shared(features: Any, prompts: PackedPrompts, outputs: Any) -> Any:
+        found = original(features, prompts, outputs)
+        if threading.get_ident() != main:
+            found[0].flat[0] = np.nextafter(found[0].flat[0], np.float32(np.inf))
+        return found
+
+    monkeypatch.setattr(default_model.backend, "decode", shared)
+    found = concurrency.compare(default_model, workers=2, count=4, calls_per_image=4)
+    assert found["results_that_differ"] == 4

@@ -1,0 +1,119 @@
+"""What a user installs: the wheel with its ``cpu`` extra, and nothing of PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import PHOTOS, ROOT
+
+LIMIT_MB = 350
+
+# Refuses every import of a torch library, then uses the whole runtime.
+PROGRAM = """
+import importlib, json, pkgutil, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "transformers", "sam3", "onnx"}:
+            raise AssertionError(f"the runtime imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+import sam3rt
+for module in pkgutil.walk_packages(sam3rt.__path__, "sam3rt."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except sam3rt.BackendError as error:  # a backend whose extra is not installed
+            assert "pip install" in str(error), module.name
+import numpy as np
+from PIL import Image
+predictor = sam3rt.SAM3InteractiveImagePredictor(sam3rt.load_model())
+predictor.set_image(np.asarray(Image.open(sys.argv[1])))
+masks, scores, low_res = predictor.predict(
+    point_coords=np.array([[225, 150]]), point_labels=np.array([1])
+)
+print(json.dumps({"file": sam3rt.__file__, "score": float(scores.max()),
+                  "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+"""
+
+
+@pytest.fixture(scope="module")
+def runtime_env(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with ``sam3rt[cpu]``: the one of ``make demo``, or a new one."""
+    given = os.environ.get("SAM3RT_RUNTIME_ENV")
+    if given:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("runtime") / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    options = ["--quiet", "--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([str(folder / "bin" / "pip"), "install", *options, f"{ROOT}[cpu]"], check=True)
+    return folder
+
+
+def site_packages(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/python3*/site-packages")
+    return folder
+
+
+def test_runtime_needs_no_torch(runtime_env: Path) -> None:
+    result = subprocess.run(
+        [str(runtime_env / "bin" / "python"), "-I", "-c", PROGRAM, str(PHOTOS / "chelsea.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["score"] == pytest.approx(0.994, abs=1e-3)
+    assert str(runtime_env.resolve()) in str(Path(report["file"]).resolve())
+    assert "torch" not in report["modules"]
+
+
+def test_runtime_environment_is_small(runtime_env: Path) -> None:
+    files = [p for p in site_packages(runtime_env).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) / 1e6 < LIMIT_MB
+
+
+def test_environment_holds_only_the_runtime(runtime_env: Path) -> None:
+    names = {p.name.split("-")[0].lower() for p in site_packages(runtime_env).glob("*.dist-info")}
+    assert "sam3rt" in names
+    assert not names & {"torch", "transformers", "onnx", "opencv_python", "opencv_python_headless"}
+
+
+def test_command_line_of_the_wheel(runtime_env: Path) -> None:
+    result = subprocess.run(
+        [str(runtime_env / "bin" / "sam3rt"), "verify"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run(
+        [str(runtime_env / "bin" / "sam3rt"), "export", "x.pt", "--output", "y"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "pip install 'sam3rt[export,cpu]'" in result.stderr
+
+
+def test_runtime_sources_never_import_torch() -> None:
+    for path in (ROOT / "runtime").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] not in {"torch", "transformers", "sam3"}, path
+
+
+def test_every_package_is_listed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for root in (ROOT / "runtime", ROOT / "export"):
+        for init in root.rglob("__init__.py"):
+            name = ".".join(init.parent.relative_to(root).parts)
+            assert f'"{name}"' in text, f"{name} is missing from pyproject.toml"

@@ -1,0 +1,254 @@
+"""Toy models and plain implementations that the tests of the export share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from tests.golden.sam3 import synthetic
+from torch import Tensor, nn
+
+TRUNK = "detector.backbone.vision_backbone.trunk."
+NECK = "detector.backbone.vision_backbone.sam2_convs."
+PROMPT = "tracker.sam_prompt_encoder."
+DECODER = "tracker.sam_mask_decoder."
+NO_MEMORY = "tracker.no_mem_embed"
+
+# The interactive predictor reads these and nothing else.
+USED = (TRUNK, NECK, PROMPT, DECODER, NO_MEMORY)
+
+Mutation = Callable[[dict[str, Tensor]], Any]
+
+
+# --- SAM 3 checkpoints ----------------------------------------------------------------------------
+
+
+def keys() -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the golden data's small SAM 3."""
+    lines = (synthetic.FOLDER / "keys.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {name: tuple(int(side) for side in sides.split("x")) for name, sides, _ in rows}
+
+
+def stored_ropes() -> dict[str, Tensor]:
+    """The reference's own rotary tables: ``window`` [576, 32] and ``global_`` [5184, 32]."""
+    tables = np.load(synthetic.FOLDER / "freqs_cis.npz")
+    return {name: torch.from_numpy(tables[name]) for name in tables.files}
+
+
+def rope(side: int, head_dim: int, scale: float, theta: float = 10000.0) -> Tensor:
+    """The reference's ``compute_axial_cis``: complex64 [side^2, head_dim / 2]."""
+    steps = torch.arange(0, head_dim, 4)[: head_dim // 4].float() / head_dim
+    frequencies = 1.0 / theta**steps
+    index = torch.arange(side * side)
+    x, y = (index % side).float() * scale, (index // side).float() * scale
+    angle = torch.cat([torch.outer(x, frequencies), torch.outer(y, frequencies)], dim=1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinySizes:
+    """Geometry of a tiny SAM 3; its widths are fixed."""
+
+    grid: int = 4
+    window: int = 2
+    pretrain: int = 2
+    global_blocks: tuple[int, ...] = (1,)
+    depth: int = 2
+
+
+_TINY_TRUNK = {128: 16, 384: 48, 592: 24, 64: 8, 32: 4, 256: 32, 14: 2}
+_TINY_DECODER = {256: 32, 128: 16, 64: 8, 32: 4, 2048: 24}
+
+
+def tiny_tensors(sizes: TinySizes | None = None, salt: str = "tiny-") -> dict[str, Tensor]:
+    """A SAM 3 of 8x8 pixels in ``sam3.pt`` naming, interactive part only: opens in no time."""
+    sizes = sizes or TinySizes()
+    tensors = {}
+    for name, published in keys().items():
+        if not name.startswith(USED):
+            continue
+        shape = published
+        if name == TRUNK + "pos_embed":
+            shape = (1, 1 + sizes.pretrain**2, 16)
+        elif name.startswith((TRUNK, NECK)):
+            shape = tuple(_TINY_TRUNK.get(side, side) for side in shape)
+        elif name == DECODER + "iou_prediction_head.layers.0.weight":
+            shape = (256, 32)
+        elif "iou_prediction_head" not in name:
+            shape = tuple(_TINY_DECODER.get(side, side) for side in shape)
+        if not name.startswith(TRUNK + "blocks."):
+            tensors[name] = torch.from_numpy(synthetic.weight(name, shape, salt))
+        elif name.startswith(TRUNK + "blocks.0."):
+            for block in range(sizes.depth):
+                own = name.replace("blocks.0.", f"blocks.{block}.")
+                if own.endswith("freqs_cis"):
+                    tensors[own] = _tiny_rope(sizes, block)
+                else:
+                    tensors[own] = torch.from_numpy(synthetic.weight(own, shape, salt))
+    return tensors
+
+
+def _tiny_rope(sizes: TinySizes, block: int) -> Tensor:
+    if block in sizes.global_blocks:
+        return rope(sizes.grid, 8, sizes.window / sizes.grid)
+    return rope(sizes.window, 8, 1.0)
+
+
+def small_tensors() -> dict[str, Tensor]:
+    """Every tensor of the golden data's small SAM 3, unused ones included."""
+    return {name: torch.from_numpy(np.asarray(a)) for name, a in synthetic.checkpoint().items()}
+
+
+def register(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a tensor under a dotted name, making plain modules along the way."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    if tensor.is_floating_point():
+        root.register_parameter(leaf, nn.Parameter(tensor))
+    else:
+        root.register_buffer(leaf, tensor)
+
+
+class ReferenceTracker(nn.Module):
+    """A stand-in for the reference's tracker: its parameter names, and no code."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, backbone: bool = True) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if name.startswith("tracker."):
+                register(self, name.removeprefix("tracker."), tensor)
+            elif backbone and name.startswith("detector.backbone."):
+                register(self, name.removeprefix("detector."), tensor)
+
+
+# --- MobileSAM ------------------------------------------------------------------------------------
+
+
+def random_mobile_sam(seed: int = 0) -> nn.Module:
+    """The official MobileSAM with random parameters and batch statistics, in evaluation mode.
+
+    Fresh batch normalizations are almost the identity, and fresh position biases are zero, so
+    mistakes in either would go unnoticed.
+    """
+    import sam3rt_export.references  # noqa: F401  (makes torchvision importable)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mobile_sam import build_sam_vit_t
+
+    torch.manual_seed(seed)
+    model: nn.Module = build_sam_vit_t()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2.0)
+            elif name.endswith("running_mean") or name.endswith("bias"):
+                tensor.normal_(0.0, 0.2)
+            elif name.endswith("attention_biases"):
+                tensor.normal_(0.0, 1.0)
+            elif name.endswith("weight") and tensor.ndim == 1:
+                tensor.normal_(1.0, 0.2)
+    return model.eval()
+
+
+# --- plain implementations ------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Neighbouring channels of [..., tokens, d] as complex numbers, turned by [tokens, d / 2]."""
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2)
+
+
+def plain_attention(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Multi-head attention head by head, with every projection written out."""
+
+    def project(name: str, x: Tensor) -> Tensor:
+        return nn.functional.linear(
+            x, tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"]
+        )
+
+    q, k, v = project("q_proj", query), project("k_proj", key), project("v_proj", value)
+    size = q.shape[-1] // heads
+    mixed = []
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = q[..., part] @ k[..., part].transpose(-1, -2) / math.sqrt(size)
+        mixed.append(torch.softmax(scores, dim=-1) @ v[..., part])
+    return project("out_proj", torch.cat(mixed, dim=-1))
+
+
+def attention_tensors(
+    prefix: str, width: int, inner: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random projections of one attention in SAM's naming."""
+    tensors = {}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        outputs, inputs = (width, inner) if name == "out_proj" else (inner, width)
+        weight = torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs)
+        tensors[f"{prefix}{name}.weight"] = weight
+        tensors[f"{prefix}{name}.bias"] = torch.randn(outputs, generator=generator)
+    return tensors
+
+
+def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalization over the channels of [B, C, H, W]."""
+    mean = x.mean(1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + eps) * weight[:, None, None] + bias[:, None, None]
+
+
+# --- comparing and running ------------------------------------------------------------------------
+
+
+def relative(actual: Tensor | NDArray[Any], expected: Tensor | NDArray[Any]) -> float:
+    """Largest absolute difference over the largest absolute expected value; shapes must agree."""
+    a, b = (torch.as_tensor(x).detach().double() for x in (actual, expected))
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    if not a.numel():
+        return 0.0
+    return float((a - b).abs().max()) / max(float(b.abs().max()), 1e-9)
+
+
+def run_onnx(path: Path, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """All outputs of an ONNX file in ONNX Runtime on the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(inputs))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch on one thread: for tiny models, more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Names of everything in a folder, hidden things included."""
+    return sorted(entry.name for entry in folder.iterdir())

@@ -1,0 +1,381 @@
+"""A CUDA that really queues: device memory lies in host buffers, work runs late, misuse raises.
+
+Nothing queued runs before it must, except at random: whatever is queued may run at any moment
+from then on, in its stream's order. So code that reads a result before it has synchronized, or
+reuses memory that a queued operation still needs, is caught sooner or later; most of it at once,
+since every operation says what it reads and writes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import random
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam3rt.backends.tensorrt.cuda.api import out_of_memory
+from sam3rt.errors import BackendError
+
+_ALIGNMENT = 256
+_POISON = 0xCB
+
+
+class CudaMisuse(AssertionError):
+    """Something a real GPU would answer with garbage, a crash or a hang."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of device or host memory that an operation touches."""
+
+    address: int
+    nbytes: int
+    writes: bool
+
+    def overlaps(self, other: Region) -> bool:
+        return (
+            self.address < other.address + other.nbytes
+            and other.address < self.address + self.nbytes
+        )
+
+
+@dataclass
+class Operation:
+    """One piece of queued work."""
+
+    what: str
+    regions: tuple[Region, ...]
+    run: Callable[[], None]
+    graph: int | None = None
+    # Keeps Python memory alive that the operation reads or writes.
+    keep: Any = None
+
+
+@dataclass
+class Stream:
+    pending: list[Operation] = field(default_factory=list)
+    recording: list[Operation] | None = None
+    recorder: int | None = None
+
+
+class FakeCuda:
+    """Implements :class:`sam3rt.backends.tensorrt.cuda.Cuda`.
+
+    Args:
+        total: device memory, bytes.
+        seed: of the moments at which queued work runs by itself.
+    """
+
+    index = 0
+    # Device memory is host memory, so that NumPy can read what is exported.
+    dlpack_device = (1, 0)
+
+    def __init__(self, total: int = 4 << 30, seed: int = 0) -> None:
+        self.total = total
+        self.used = 0
+        self.log: list[tuple[str, int]] = []
+        self.forbid_allocation = False
+        self._random = random.Random(seed)
+        self._lock = threading.RLock()
+        self._current = threading.local()
+        self._blocks: dict[int, NDArray[np.uint8]] = {}
+        self._starts: list[int] = []
+        self._pinned: dict[int, NDArray[np.uint8]] = {}
+        self._streams: dict[int, Stream] = {}
+        self._events: dict[int, int] = {}
+        self._graphs: dict[int, list[Operation]] = {}
+        self._next = 1000
+
+    # What tests look at.
+
+    @property
+    def live(self) -> dict[str, int]:
+        """How many of each kind of thing have not been given back."""
+        return {
+            "blocks": len(self._blocks),
+            "pinned": len(self._pinned),
+            "streams": len(self._streams),
+            "graphs": len(self._graphs),
+        }
+
+    def count(self, kind: str) -> int:
+        return sum(entry[0] == kind for entry in self.log)
+
+    @contextlib.contextmanager
+    def no_allocation(self) -> Iterator[None]:
+        self.forbid_allocation = True
+        try:
+            yield
+        finally:
+            self.forbid_allocation = False
+
+    def view(self, address: int, nbytes: int) -> NDArray[np.uint8]:
+        """Device memory as an array; refuses what was not allocated."""
+        with self._lock:
+            at = bisect.bisect_right(self._starts, address) - 1
+            if at < 0:
+                raise CudaMisuse(f"{address:#x} was never allocated")
+            start = self._starts[at]
+            block = self._blocks[start]
+            offset = address - start
+            if offset + nbytes > len(block):
+                raise CudaMisuse(f"{nbytes} bytes at {offset} of a block of {len(block)}")
+            return block[offset : offset + nbytes]
+
+    # The protocol.
+
+    def activate(self) -> None:
+        self._current.active = True
+
+    def memory(self) -> tuple[int, int]:
+        self._check_active()
+        return self.total - self.used, self.total
+
+    def allocate(self, nbytes: int) -> int:
+        self._check_active()
+        with self._lock:
+            self._check_not_capturing("allocation")
+            if self.forbid_allocation:
+                raise CudaMisuse(f"{nbytes} bytes were allocated in the middle of a prompt")
+            if nbytes <= 0:
+                raise CudaMisuse(f"an allocation of {nbytes} bytes")
+            if self.used + nbytes > self.total:
+                raise out_of_memory(nbytes, self.total - self.used, self.total)
+            raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+            shift = -raw.ctypes.data % _ALIGNMENT
+            block = raw[shift : shift + nbytes]
+            block[:] = _POISON
+            address = int(block.ctypes.data)
+            self._blocks[address] = block
+            bisect.insort(self._starts, address)
+            self.used += nbytes
+            self.log.append(("allocate", nbytes))
+            return address
+
+    def free(self, address: int) -> None:
+        self._check_active()
+        with self._lock:
+            self._check_not_capturing("freeing")
+            if address not in self._blocks:
+                raise CudaMisuse(f"{address:#x} is freed but not allocated")
+            block = self._blocks[address]
+            self._check_unused(Region(address, len(block), True), "freed")
+            del self._blocks[address]
+            self._starts.remove(address)
+            self.used -= len(block)
+            # Whoever still reads it reads nonsense.
+            block[:] = _POISON
+
+    def allocate_host(self, nbytes: int) -> NDArray[np.uint8]:
+        self._check_active()
+        with self._lock:
+            self._check_not_capturing("allocation")
+            if self.forbid_allocation:
+                raise CudaMisuse(f"{nbytes} bytes were pinned in the middle of a prompt")
+            array = np.full(nbytes, _POISON, np.uint8)
+            self._pinned[array.ctypes.data] = array
+            return array
+
+    def free_host(self, array: NDArray[np.uint8]) -> None:
+        self._check_active()
+        with self._lock:
+            address = array.ctypes.data
+            if address not in self._pinned:
+                raise CudaMisuse("host memory is freed but was not pinned")
+            self._check_unused(Region(address, array.nbytes, True), "unpinned")
+            del self._pinned[address]
+
+    def create_stream(self) -> int:
+        self._check_active()
+        with self._lock:
+            self._streams[self._number()] = Stream()
+            return self._next
+
+    def destroy_stream(self, stream: int) -> None:
+        self._check_active()
+        with self._lock:
+            if self._stream(stream).pending:
+                raise CudaMisuse("a stream with queued work is destroyed")
+            del self._streams[stream]
+
+    def synchronize(self, stream: int) -> None:
+        self._check_active()
+        with self._lock:
+            chosen = self._stream(stream)
+            if chosen.recording is not None:
+                raise CudaMisuse("a stream is synchronized while it records")
+            self._run(chosen, len(chosen.pending))
+
+    def create_event(self) -> int:
+        self._check_active()
+        with self._lock:
+            self._events[self._number()] = 0
+            return self._next
+
+    def destroy_event(self, event: int) -> None:
+        del self._events[event]
+
+    def record(self, event: int, stream: int) -> None:
+        self._events[event] = len(self.log)
+
+    def milliseconds(self, start: int, end: int) -> float:
+        return float(self._events[end] - self._events[start])
+
+    def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
+        self._check_contiguous(source)
+        device = self.view(target, source.nbytes)
+        flat = source.reshape(-1).view(np.uint8)
+        before = zlib.crc32(flat)
+
+        def run() -> None:
+            if zlib.crc32(flat) != before:
+                raise CudaMisuse("host memory was changed before its upload was done")
+            device[:] = flat
+
+        regions = (
+            Region(target, source.nbytes, True),
+            Region(source.ctypes.data, source.nbytes, False),
+        )
+        self.queue(stream, Operation("upload", regions, run, keep=source), source.nbytes)
+
+    def download(self, target: NDArray[Any], source: int, stream: int) -> None:
+        self._check_contiguous(target)
+        device = self.view(source, target.nbytes)
+        flat = target.reshape(-1).view(np.uint8)
+        flat[:] = _POISON
+
+        def run() -> None:
+            flat[:] = device
+
+        regions = (
+            Region(source, target.nbytes, False),
+            Region(target.ctypes.data, target.nbytes, True),
+        )
+        self.queue(stream, Operation("download", regions, run, keep=target), target.nbytes)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        to, origin = self.view(target, nbytes), self.view(source, nbytes)
+
+        def run() -> None:
+            to[:] = origin
+
+        regions = (Region(target, nbytes, True), Region(source, nbytes, False))
+        self.queue(stream, Operation("copy", regions, run), nbytes)
+
+    def begin_capture(self, stream: int) -> None:
+        self._check_active()
+        with self._lock:
+            chosen = self._stream(stream)
+            if chosen.recording is not None or chosen.pending:
+                raise CudaMisuse("a capture begins on a stream that is busy")
+            chosen.recording, chosen.recorder = [], threading.get_ident()
+
+    def end_capture(self, stream: int) -> int:
+        self._check_active()
+        with self._lock:
+            chosen = self._stream(stream)
+            if chosen.recording is None:
+                raise CudaMisuse("a capture ends that never began")
+            recorded, chosen.recording, chosen.recorder = chosen.recording, None, None
+            if any(operation.what == "uncapturable" for operation in recorded):
+                raise BackendError("cudaStreamEndCapture failed: the capture was invalidated")
+            self._graphs[self._number()] = recorded
+            return self._next
+
+    def launch(self, graph: int, stream: int) -> None:
+        with self._lock:
+            if graph not in self._graphs:
+                raise CudaMisuse("a graph is launched that does not exist")
+            operations = self._graphs[graph]
+            for operation in operations:
+                self.queue(
+                    stream,
+                    Operation(
+                        operation.what, operation.regions, operation.run, graph, operation.keep
+                    ),
+                    0,
+                    log=False,
+                )
+            self.log.append(("launch", len(operations)))
+
+    def destroy_graph(self, graph: int) -> None:
+        self._check_active()
+        with self._lock:
+            if any(o.graph == graph for s in self._streams.values() for o in s.pending):
+                raise CudaMisuse("a queued graph is destroyed")
+            del self._graphs[graph]
+
+    # For the fake TensorRT.
+
+    def is_capturing(self, stream: int) -> bool:
+        return self._stream(stream).recording is not None
+
+    def queue(self, stream: int, operation: Operation, nbytes: int, log: bool = True) -> None:
+        """Queue or record an operation, after checking it against what other streams do."""
+        self._check_active()
+        with self._lock:
+            chosen = self._stream(stream)
+            if chosen.recording is not None:
+                if chosen.recorder != threading.get_ident():
+                    raise CudaMisuse("another thread queues on a stream that records")
+                chosen.recording.append(operation)
+                return
+            for other in self._streams.values():
+                if other is not chosen:
+                    self._check_race(operation, other)
+            chosen.pending.append(operation)
+            if log:
+                self.log.append((operation.what, nbytes))
+            for candidate in self._streams.values():
+                if candidate.pending and self._random.random() < 0.2:
+                    self._run(candidate, self._random.randint(1, len(candidate.pending)))
+
+    def _run(self, stream: Stream, count: int) -> None:
+        for _ in range(count):
+            stream.pending[0].run()
+            del stream.pending[0]
+
+    def _check_race(self, operation: Operation, other: Stream) -> None:
+        for pending in other.pending:
+            for a in operation.regions:
+                for b in pending.regions:
+                    if a.overlaps(b) and (a.writes or b.writes):
+                        raise CudaMisuse(
+                            f"{operation.what} and {pending.what} touch the same memory at once"
+                        )
+
+    def _check_unused(self, region: Region, how: str) -> None:
+        for stream in self._streams.values():
+            for operation in (*stream.pending, *(stream.recording or ())):
+                if any(region.overlaps(used) for used in operation.regions):
+                    raise CudaMisuse(f"memory is {how} while a queued {operation.what} uses it")
+
+    def _check_not_capturing(self, what: str) -> None:
+        for stream in self._streams.values():
+            if stream.recorder == threading.get_ident():
+                raise CudaMisuse(f"{what} while this thread records a graph")
+
+    def _check_active(self) -> None:
+        if not getattr(self._current, "active", False):
+            raise CudaMisuse("this thread has not made the GPU its current one")
+
+    @staticmethod
+    def _check_contiguous(array: NDArray[Any]) -> None:
+        if not array.flags.c_contiguous:
+            raise CudaMisuse("a copy of an array that is not contiguous")
+
+    def _stream(self, stream: int) -> Stream:
+        if stream not in self._streams:
+            raise CudaMisuse(f"there is no stream {stream}")
+        return self._streams[stream]
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next

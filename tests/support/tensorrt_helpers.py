@@ -1,0 +1,152 @@
+"""A bundle with fake engines beside it, and the platform that runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_tensorrt import Perturbation, engine_content, make_module
+
+import sam3rt
+from sam3rt.backends.tensorrt import Platform, TensorRtBackend
+from sam3rt.backends.tensorrt.cuda import Device
+from sam3rt.backends.tensorrt.engines import (
+    EngineFile,
+    EngineShapes,
+    EngineSidecar,
+    Gpu,
+    choose,
+    engine_path,
+    folder_name,
+    write_sidecar,
+)
+from sam3rt.backends.tensorrt.trt import Library
+from sam3rt.bundle import Bundle, FileEntry, open_bundle
+from sam3rt_build import imaging_graphs as imaging
+
+GPU = Gpu("NVIDIA Fake 9000", "8.9")
+DRIVER = "580.65"
+VERSION = "10.16.0"
+MAX_OBJECTS, MAX_POINTS, MAX_SIDE = 4, 16, 2048
+
+
+def copy_bundle(source: Path, target: Path) -> Path:
+    """A bundle of its own for engines to be put into; files are linked where that is possible."""
+
+    def link(origin: str, copy: str) -> None:
+        try:
+            os.link(origin, copy)
+        except OSError:
+            shutil.copy2(origin, copy)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns("engines"))
+    return target
+
+
+@dataclass
+class Rig:
+    """A bundle, a fake GPU and a fake TensorRT."""
+
+    source: Path
+    bundle: Bundle
+    cuda: FakeCuda
+    platform: Platform
+    perturbations: dict[str, Perturbation] = field(default_factory=dict)
+
+    def build(self, recipe: str = "fp32", **changes: Any) -> dict[str, EngineFile]:
+        """Put an encoder and a decoder engine into the bundle."""
+        encoder = self.engine("encoder", recipe, **changes)
+        decoder = self.engine(
+            "decoder", recipe, paired_with=encoder.sidecar.engine.sha256, **changes
+        )
+        return {"encoder": encoder, "decoder": decoder}
+
+    def engine(
+        self,
+        role: str,
+        recipe: str = "fp32",
+        *,
+        perturbation: str = "",
+        features: str = "float32",
+        labels: str = "int64",
+        state: str = "proven",
+        paired_with: str | None = None,
+        max_objects: int = MAX_OBJECTS,
+        max_points: int = MAX_POINTS,
+        **changes: Any,
+    ) -> EngineFile:
+        """Put one engine into the bundle."""
+        manifest = self.bundle.manifest
+        axes = {
+            "num_objects": max_objects,
+            "num_masks": max_objects,
+            "num_points": max_points,
+            "height": MAX_SIDE,
+            "width": MAX_SIDE,
+            "masks": manifest.masks.multimask,
+        }
+        folder = folder_name(GPU, (), "tensorrt", VERSION, recipe)
+        path = engine_path(self.bundle.path, folder, role)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if role in ("encoder", "decoder"):
+            # Where all rigs have it, so that one session serves them.
+            graph = self.source / getattr(manifest, role).model.file
+        else:
+            graph = path.with_name(f"{role}.onnx")
+            model = getattr(imaging, f"{role}_graph")(manifest)
+            onnx.save(model, graph)
+        content = engine_content(
+            graph, axes, features=features, labels=labels, perturbation=perturbation
+        )
+        path.write_bytes(content)
+        fields: dict[str, Any] = {
+            "role": role,
+            "backend": "tensorrt",
+            "engine": FileEntry(path.name, hashlib.sha256(content).hexdigest(), len(content)),
+            "bundle_fingerprint": manifest.fingerprint,
+            "gpu": GPU,
+            "targets": (),
+            "tensorrt_version": VERSION,
+            "driver_version": DRIVER,
+            "recipe": recipe,
+            "features_dtype": features,
+            "shapes": EngineShapes(max_objects, max_points, 1, MAX_SIDE),
+            "state": state,
+            "parity": {},
+            "paired_with": paired_with if role == "decoder" else None,
+            "build_seconds": 1.0,
+        }
+        sidecar = EngineSidecar(**(fields | changes))
+        write_sidecar(path, sidecar)
+        return EngineFile(path, sidecar)
+
+    def load(self, **options: Any) -> TensorRtBackend:
+        """The backend over the first fitting set, without proof."""
+        engines = choose(self.bundle, self.platform.machine)
+        return TensorRtBackend(self.bundle, engines, self.platform, **options)
+
+    def model(self, **options: Any) -> sam3rt.SegmentationModel:
+        return sam3rt.SegmentationModel(self.bundle, self.load(**options))
+
+
+def make_rig(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Rig:
+    """A rig over a copy of a bundle."""
+    cuda = FakeCuda(**{k: options.pop(k) for k in ("total", "seed") if k in options})
+    perturbations: dict[str, Perturbation] = {}
+    module = make_module(cuda, VERSION, perturbations, **options)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    copied = open_bundle(copy_bundle(bundle, folder / bundle.name), check_files=False)
+    device = Device(0, GPU, cuda.total, DRIVER, (13, 0))
+    rig = Rig(bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), perturbations)
+    loading = "sam3rt.backends.tensorrt.loading"
+    monkeypatch.setattr(f"{loading}.probe", lambda index=0: device)
+    monkeypatch.setattr(f"{loading}.open_platform", lambda flavour, gpu: rig.platform)
+    return rig

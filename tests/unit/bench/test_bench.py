@@ -1,0 +1,529 @@
+"""The benchmark: its arithmetic on known input, and whole runs of the bundled model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnx
+import PIL.Image
+import pytest
+from onnx import TensorProto, helper
+from tests.conftest import ROOT
+from tests.support.helpers import tiny_bundle, wrapped
+
+from sam3rt import BackendError, InvalidInputError, SegmentationModel, load_model, open_bundle
+from sam3rt.bundle import Bundle, FileEntry, GraphSpec, TensorSpec
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.cli import main
+from sam3rt_bench import plots, timing
+from sam3rt_bench.agreement import compare_masks, pick_reference
+from sam3rt_bench.candidates import (
+    Candidate,
+    Choice,
+    Settings,
+    default_choices,
+    load_candidate,
+    parse_choice,
+)
+from sam3rt_bench.ceilings import best
+from sam3rt_bench.compare import compare_results, lost_agreement, same_conditions
+from sam3rt_bench.document import (
+    AgreementRow,
+    CallRow,
+    Ceiling,
+    Curve,
+    Result,
+    StageRow,
+    Times,
+    json_schema,
+    read_result,
+    write_result,
+)
+from sam3rt_bench.graph_cost import GraphCost, graph_cost
+from sam3rt_bench.limits import stage_limits
+from sam3rt_bench.scene import draw_scene, requests
+from sam3rt_bench.starts import measure_start
+from sam3rt_bench.timing import Effort, alternate, summarize
+
+SCHEMA = ROOT / "benchmarks" / "result.schema.json"
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def test_summary_of_known_durations() -> None:
+    times = summarize([i / 1000 for i in range(1, 102)])
+    assert times.count == 101
+    assert times.median_ms == times.mean_ms == 51
+    assert (times.p95_ms, times.p99_ms) == (96, 100)
+    assert (times.min_ms, times.max_ms) == (1, 101)
+    assert times.spread == pytest.approx(50 / 51, rel=1e-4)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only moves when a test moves it."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda _: None)
+    return now
+
+
+def test_calls_take_turns_and_each_follows_every_other(clock: list[float]) -> None:
+    order = ""
+
+    def call(name: str, seconds: float) -> Any:
+        def run() -> None:
+            nonlocal order
+            order += name
+            clock[0] += seconds
+
+        return run
+
+    calls = {"a": call("a", 0.001), "b": call("b", 0.002), "c": call("c", 0.003)}
+    times = alternate(calls, Effort(repetitions=20, seconds=60, warm_up=2))
+    assert order.startswith("abcabc")
+    rounds = [order[at : at + 3] for at in range(6, len(order), 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    followed = {names[at : at + 2] for names in rounds for at in (0, 1)}
+    assert followed == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert [times[n].count for n in "abc"] == [20, 20, 20]
+    assert [times[n].median_ms for n in "abc"] == [1, 2, 3]
+    repeated = order
+    order = ""
+    alternate(calls, Effort(repetitions=20, seconds=60, warm_up=2))
+    assert order == repeated
+
+
+def test_calls_rest_between_one_another_outside_their_times(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    times = alternate(dict.fromkeys("ab", lambda: None), Effort(3, 60, 0))
+    assert len(slept) == 6
+    assert min(slept) > 0.01
+    assert times["a"].max_ms == 0
+    alternate({"a": lambda: None}, Effort(3, 60, 0))
+    assert slept[6:] == [0.0] * 3
+
+
+def test_slow_calls_are_repeated_three_times_whatever_the_time(clock: list[float]) -> None:
+    counts = {"a": 0}
+
+    def slow() -> None:
+        counts["a"] += 1
+        clock[0] += 30
+
+    times = alternate({"a": slow}, Effort(repetitions=50, seconds=60, warm_up=5))
+    assert counts["a"] == 1 + 3  # one to warm up: a round of a second or more is warm
+    assert times["a"].count == 3
+    times = alternate({"a": slow}, Effort(repetitions=50, seconds=100, warm_up=5))
+    assert times["a"].count == 4
+
+
+# --- counting -------------------------------------------------------------------------------------
+
+
+def bundle_with(folder: Path, graph: onnx.GraphProto, specs: list[TensorSpec]) -> Bundle:
+    tiny_bundle(folder)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    onnx.save(model, folder / "counted.onnx")
+    entry = FileEntry("counted.onnx", "0" * 64, 0)
+    outputs = (TensorSpec("y", "float32", ("n", 5)),)
+    spec = GraphSpec(entry, (), 18, len(graph.node), tuple(specs), outputs)
+    bundle = open_bundle(folder)
+    return Bundle(folder, dataclasses.replace(bundle.manifest, decoder=spec))
+
+
+def test_operations_and_bytes_of_a_known_graph(tmp_path: Path) -> None:
+    """A product whose size goes through a computed shape, a Gemm and two convolutions."""
+    weights = {
+        "w": (4, 6),
+        "g": (5, 6),
+        "c": (8, 2, 3, 3),  # two groups
+        "t": (8, 3, 2, 2),
+    }
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["rows"]),
+        helper.make_node("Concat", ["rows", "four"], ["target"], axis=0),
+        helper.make_node("Reshape", ["x", "target"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["product"]),
+        helper.make_node("Gemm", ["product", "g"], ["y"], transB=1),
+        helper.make_node("Conv", ["image", "c"], ["deep"], group=2, pads=[1, 1, 1, 1]),
+        helper.make_node("ConvTranspose", ["deep", "t"], ["wide"], strides=[2, 2]),
+    ]
+    constants = [
+        helper.make_tensor(name, TensorProto.FLOAT, shape, np.zeros(math.prod(shape)))
+        for name, shape in weights.items()
+    ]
+    constants += [
+        helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("four", TensorProto.INT64, [1], [4]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "counted",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, 2]),
+            helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 4, 10, 10]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5]),
+            helper.make_tensor_value_info("wide", TensorProto.FLOAT, [1, 3, 20, 20]),
+        ],
+        constants,
+    )
+    specs = [
+        TensorSpec("x", "float32", ("n", 2, 2)),
+        TensorSpec("image", "float32", (1, 4, 10, 10)),
+    ]
+    bundle = bundle_with(tmp_path / "b", graph, specs)
+    cost = graph_cost(bundle, bundle.manifest.decoder, {"n": 7})
+    product, gemm = 2 * 7 * 4 * 6, 2 * 7 * 6 * 5
+    conv, transposed = 2 * 100 * 8 * 2 * 9, 2 * 100 * 8 * 3 * 4
+    assert cost.operations == product + gemm + conv + transposed
+    assert cost.weight_bytes == 4 * sum(math.prod(s) for s in weights.values()) + 16
+    assert cost.input_bytes == 4 * (7 * 4 + 400)
+    assert cost.output_bytes == 4 * 7 * 5
+
+
+def test_cost_of_the_real_graphs(small_bundle: Path) -> None:
+    for path in (small_bundle, default_bundle_path()):
+        bundle = open_bundle(path, check_files=False)
+        manifest = bundle.manifest
+        sizes = {"batch": 1, "num_objects": 1, "num_points": 2, "num_masks": 1}
+        encoder = graph_cost(bundle, manifest.encoder, sizes)
+        one = graph_cost(bundle, manifest.decoder, sizes)
+        eight = graph_cost(bundle, manifest.decoder, sizes | {"num_objects": 8})
+        two = graph_cost(bundle, manifest.encoder, sizes | {"batch": 2})
+        assert two.operations == 2 * encoder.operations
+        assert two.weight_bytes == encoder.weight_bytes
+        assert one.operations < eight.operations <= 8 * one.operations
+        stored = manifest.encoder.model.bytes + sum(e.bytes for e in manifest.encoder.external_data)
+        assert 0.95 * stored < encoder.weight_bytes < stored
+    # MobileSAM's encoder: 38 GMAC, as its authors count (arXiv 2306.14289 says about 40 GFLOPs).
+    assert 70e9 < encoder.operations < 85e9
+
+
+def test_limits_take_the_slower_of_compute_and_memory(default_model: SegmentationModel) -> None:
+    candidate = Candidate(Choice("onnxruntime", "fp32"), default_model, None)
+    times = summarize([0.5, 0.5, 0.5])
+    stages = [
+        StageRow(candidate.name, "encode", "host", times),
+        StageRow("host", "preprocess", "host", times),
+        StageRow("host", "pack prompts", "host", times),
+    ]
+    fast = Ceiling("matrix product", "fp32", "cpu", "b", 1e12)
+    ceilings = [
+        Ceiling("matrix product", "fp32", "cpu", "a", 1e9),
+        fast,
+        Ceiling("matrix product", "bf16", "cpu", "c", 1e15),
+        Ceiling("copy", "", "cpu", "a", 1e10),
+    ]
+    assert best(ceilings, "matrix product", "fp32", "cpu") is fast
+    assert best(ceilings, "matrix product", "fp32", "cuda:0") is None
+    rows = stage_limits(default_model.bundle, (100, 200), [candidate], stages, ceilings)
+    assert [row.stage for row in rows] == ["encode", "preprocess"]
+    assert rows[0].limit_ms == pytest.approx(rows[0].operations / 1e9, rel=1e-3)
+    assert rows[0].ratio == pytest.approx(500 / rows[0].limit_ms, rel=1e-3)
+    assert rows[1].least_bytes == 3 * 100 * 200 + 4 * 3 * 1024 * 1024
+    assert rows[1].limit_ms == pytest.approx(rows[1].least_bytes / 1e7, rel=1e-3)
+    starved = [*ceilings[:3], Ceiling("copy", "", "cpu", "a", 1e6)]
+    (row, _) = stage_limits(default_model.bundle, (100, 200), [candidate], stages, starved)
+    assert row.limit_ms == pytest.approx(row.least_bytes / 1e3, rel=1e-3)
+    assert GraphCost(1, 2, 3, 4).least_bytes == 9
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "torch", ":fp32", "pytorch:fp8", "onnxruntime fp32"])
+def test_unknown_candidates_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parse_choice(text)
+    assert caught.value.argument == "candidate"
+
+
+def test_candidates_as_written() -> None:
+    assert parse_choice("openvino") == Choice("openvino", "auto")
+    assert parse_choice("openvino:fp32").name == "openvino:fp32"
+    assert parse_choice("pytorch") == Choice("pytorch", "fp32")
+    assert Choice("pytorch", "bf16") in default_choices(with_pytorch=True)
+    assert not any(c.backend == "pytorch" for c in default_choices(with_pytorch=False))
+
+
+def test_pytorch_needs_a_checkpoint(default_model: SegmentationModel) -> None:
+    with pytest.raises(BackendError, match="--checkpoint"):
+        load_candidate(default_model.bundle, Choice("pytorch", "fp32"), Settings("cpu", None, None))
+
+
+# --- agreement ------------------------------------------------------------------------------------
+
+
+def test_wrong_masks_are_seen(default_model: SegmentationModel) -> None:
+    def invert(outputs: dict[str, np.ndarray]) -> None:
+        for name in outputs:
+            if name.startswith("pred_masks"):
+                outputs[name] *= -1
+
+    right = Candidate(Choice("onnxruntime", "fp32"), default_model, None)
+    wrong = Candidate(
+        Choice("onnxruntime", "other"), wrapped(default_model, on_decode=invert), None
+    )
+    image = draw_scene(120, 160)
+    rows = compare_masks([right, wrong], right, image)
+    assert (rows[0].mean_iou, rows[0].least_iou, rows[0].single_least_iou) == (1, 1, 1)
+    assert rows[0].feature_cosine == pytest.approx(1)
+    assert rows[1].mean_iou < 0.1
+    assert rows[1].single_least_iou == 1
+    # Five requests, of which the last has four objects.
+    assert (rows[0].masks, rows[0].single_masks) == (3 * 8, 8)
+    assert pick_reference([wrong, right]) is wrong  # both say fp32; nothing else tells them apart
+    assert len(requests((120, 160))) == 5
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole quick run of the bundled model, on a small image."""
+    folder = tmp_path_factory.mktemp("bench")
+    image = folder / "scene.png"
+    PIL.Image.fromarray(draw_scene(96, 128)).save(image)
+    arguments = ["--candidate", "onnxruntime", "--candidate", "openvino:fp32"]
+    arguments += ["--image", str(image), "--repetitions", "1", "--seconds", "1", "--quick"]
+    assert main(["bench", *arguments, "--output", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def result(run_folder: Path) -> Result:
+    """Its result."""
+    return read_result(run_folder / "bench.json")
+
+
+def test_a_run_measures_every_part(result: Result) -> None:
+    names = ["onnxruntime:fp32", "openvino:fp32"]
+    assert [c.name for c in result.candidates] == names
+    stages = {(row.candidate, row.stage) for row in result.stages}
+    for stage in ("decode image", "preprocess", "pack prompts", "fill holes, one mask"):
+        assert ("host", stage) in stages
+    for name in names:
+        for stage in ("encode", "decode", "upload features", "download features"):
+            assert (name, stage) in stages
+    calls = {row.call for row in result.calls}
+    assert "set_image" in calls
+    assert len(calls) == 6
+    for row in result.agreement:
+        assert row.mean_iou > 0.99
+    assert {row.reference for row in result.agreement} == {"onnxruntime:fp32"}
+    curves = {curve.name for curve in result.curves if curve.candidate == names[1]}
+    assert curves == {
+        "objects per call",
+        "points per object",
+        "prompts per image",
+        "image size",
+        "images per batch",
+        "concurrent callers",
+        "embedding files",
+        "threads",
+    }
+    assert [row.candidate for row in result.starts] == names
+    for row in result.starts:
+        assert row.load_ms > 0
+        assert row.peak_host_mb is not None
+        assert 100 < row.peak_host_mb < 5000
+    assert {c.what for c in result.ceilings} == {"matrix product", "copy"}
+    assert {(r.candidate, r.stage) for r in result.limits} >= {(n, "encode") for n in names}
+    assert result.skipped == ()
+    assert result.image == (96, 128)
+    assert str(Path.home()) not in result.command
+
+
+def test_a_run_writes_tables_and_pictures(run_folder: Path) -> None:
+    text = (run_folder / "bench.md").read_text()
+    assert "| set_image |" in text
+    assert "| mean mask IoU against onnxruntime:fp32 | " in text
+    assert "sam3rt bench --candidate onnxruntime" in text
+    for name in ("calls", "curves", "limits"):
+        with PIL.Image.open(run_folder / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("L").getcolors() or range(99)) > 20
+    names = {"bench.json", "bench.md", "calls.png", "curves.png", "limits.png"}
+    assert {path.name for path in run_folder.iterdir()} == names
+
+
+def test_a_slower_candidate_is_not_cut_off(run_folder: Path) -> None:
+    """The first candidate drawn must not decide how high an axis reaches."""
+    result = read_result(run_folder / "bench.json")
+    curve = next(c for c in result.curves if c.name == "points per object")
+
+    def slower(factor: float) -> Curve:
+        points = tuple(
+            dataclasses.replace(
+                p, times=dataclasses.replace(p.times, median_ms=factor * p.times.median_ms)
+            )
+            for p in curve.points
+        )
+        return dataclasses.replace(curve, candidate=f"{factor} times", points=points)
+
+    figure = plots._draw_curves(
+        dataclasses.replace(result, curves=(curve, slower(10), slower(100)))
+    )
+    lowest, highest = figure.axes[0].get_ylim()
+    assert lowest == 0
+    assert highest > 100 * max(p.times.median_ms for p in curve.points)
+
+
+def test_the_committed_schema_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
+    assert json.loads(SCHEMA.read_text()) == json_schema()
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def test_a_result_fits_the_schema_and_changes_to_it_do_not(run_folder: Path) -> None:
+    document = json.loads((run_folder / "bench.json").read_text())
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    validator.validate(document)
+    for change in (
+        {"format_version": "1"},
+        {"image": [1, 2, 3]},
+        {"more": 1},
+        {"stages": [{}]},
+        {"machine": None},
+    ):
+        assert not validator.is_valid(document | change), change
+    del document["calls"]
+    assert not validator.is_valid(document)
+
+
+def test_every_committed_result_fits_the_schema() -> None:
+    files = sorted((ROOT / "benchmarks" / "results").rglob("bench*.json"))
+    for path in files:
+        assert read_result(path).quick is False, path
+        jsonschema.validate(json.loads(path.read_text()), json_schema())
+
+
+def test_a_result_is_read_back(result: Result, tmp_path: Path) -> None:
+    write_result(tmp_path / "again.json", result)
+    assert read_result(tmp_path / "again.json") == result
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"format": "sam3rt-bench", "format_version": 99}', b"\xff"]
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidInputError, match=r"x\.json"):
+        read_result(path)
+    assert main(["bench", "--compare", str(path), str(path)]) == 1
+
+
+# --- comparing results ----------------------------------------------------------------------------
+
+
+def with_median(result: Result, call: str, factor: float, spread: float = 0.0) -> Result:
+    """The result with one call's median changed, and the spread of all calls set."""
+
+    def changed(row: CallRow) -> CallRow:
+        scale = factor if row.call == call else 1.0
+        times: Times = dataclasses.replace(
+            row.times, median_ms=row.times.median_ms * scale, spread=spread
+        )
+        return dataclasses.replace(row, times=times)
+
+    return dataclasses.replace(result, calls=tuple(map(changed, result.calls)))
+
+
+def test_regressions_are_found(result: Result, tmp_path: Path, capsys: Any) -> None:
+    steady = with_median(result, "set_image", 1.0)
+    slower = with_median(result, "set_image", 1.3)
+    assert not any(c.is_slower or c.is_faster for c in compare_results(steady, steady, 0.1))
+    found = [c.what for c in compare_results(steady, slower, 0.1) if c.is_slower]
+    assert found == ["onnxruntime:fp32: set_image", "openvino:fp32: set_image"]
+    assert sum(c.is_faster for c in compare_results(slower, steady, 0.1)) == 2
+    assert not any(c.is_slower for c in compare_results(steady, slower, 0.35))
+    # What varies by more than it changed says nothing.
+    noisy = with_median(result, "set_image", 1.3, spread=0.4)
+    assert not any(c.is_slower for c in compare_results(steady, noisy, 0.1))
+    for name, value in (("a", steady), ("b", slower)):
+        write_result(tmp_path / f"{name}.json", value)
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
+    assert main(["bench", "--compare", paths[0], paths[0]]) == 0
+    assert main(["bench", "--compare", *paths]) == 1
+    assert "2 slower" in capsys.readouterr().out
+    assert main(["bench", "--compare", *paths[::-1]]) == 0
+
+
+def test_worse_masks_and_other_machines_are_found(
+    result: Result, tmp_path: Path, capsys: Any
+) -> None:
+    def worse(row: AgreementRow) -> AgreementRow:
+        return dataclasses.replace(row, mean_iou=row.mean_iou - 0.01)
+
+    other = dataclasses.replace(
+        result,
+        agreement=tuple(map(worse, result.agreement)),
+        machine=dataclasses.replace(result.machine, cores=999),
+    )
+    assert len(lost_agreement(result, other)) == 2
+    assert lost_agreement(other, result) == []
+    assert same_conditions(result, result) == []
+    assert "cores" in same_conditions(result, other)[0]
+    for name, value in (("a", result), ("b", other)):
+        write_result(tmp_path / f"{name}.json", value)
+    assert main(["bench", "--compare", *(str(tmp_path / f"{n}.json") for n in "ab")]) == 1
+    assert "not the same cores" in capsys.readouterr().out
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_nonsense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--parts", "stages,everything"]) == 1
+    assert "everything" in capsys.readouterr().err
+    assert main(["bench", "--candidate", "tensorflow"]) == 1
+    assert main(["bench", "--candidate", "openvino", "--candidate", "openvino"]) == 1
+    assert main(["bench", str(tmp_path / "nothing")]) == 1
+
+
+def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "tiny")
+    with pytest.raises(BackendError, match=r"onnxruntime:fp32 failed .*encoder\.onnx"):
+        measure_start(
+            tmp_path / "tiny",
+            Choice("onnxruntime", "fp32"),
+            Settings("cpu", 1, None),
+            (8, 8),
+            timeout=120,
+        )
+
+
+def test_what_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None:
+    image = tmp_path / "i.png"
+    PIL.Image.fromarray(draw_scene(32, 32)).save(image)
+    out = tmp_path / "out"
+    arguments = ["--candidate", "onnxruntime", "--candidate", "pytorch", "--parts", "stages"]
+    arguments += ["--image", str(image), "--repetitions", "1", "--seconds", "1"]
+    assert main(["bench", *arguments, "--output", str(out)]) == 0
+    result = read_result(out / "bench.json")
+    assert [c.name for c in result.candidates] == ["onnxruntime:fp32"]
+    assert any("pytorch:fp32" in line and "--checkpoint" in line for line in result.skipped)
+    assert result.calls == result.curves == result.starts == ()
+    assert load_model(device="cpu").backend.name == "onnxruntime"

@@ -1,0 +1,624 @@
+"""Builds of whole bundles with engines and verdicts made up: what is published and what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto
+from tests.support.build_helpers import float_types, toy_bundle
+
+from sam3rt.accuracy.gate import Verdict
+from sam3rt.accuracy.record import Measurement
+from sam3rt.backends.tensorrt.cuda.driver import Device
+from sam3rt.backends.tensorrt.engines import (
+    EngineFile,
+    EngineSet,
+    Gpu,
+    Machine,
+    candidates,
+    find_engines,
+    sidecar_path,
+)
+from sam3rt.backends.tensorrt.engines.selection import ENGINES
+from sam3rt.bundle import Bundle
+from sam3rt.errors import BackendError, BundleError, InvalidInputError
+from sam3rt_build import build
+from sam3rt_build.build import BuildOptions, build_bundle, graph_profile
+from sam3rt_build.builder_process import EngineRequest
+from sam3rt_build.ep_context import wrapper_path
+from sam3rt_build.errors import BuildError
+from sam3rt_build.recipes import RECIPES
+
+GPU = Gpu("NVIDIA Test 4090", "8.9")
+DEVICE = Device(0, GPU, 24 << 30, "580.65", (13, 0))
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Bundle:
+    return toy_bundle(tmp_path / "toy")
+
+
+class Maker:
+    """Stands in for the builder: looks at what it is given and writes some bytes as the engine."""
+
+    def __init__(self) -> None:
+        self.requests: list[EngineRequest] = []
+        self.made: list[str] = []
+        self.fails: Callable[[str], BaseException | None] = lambda _: None
+
+    def __call__(self, request: EngineRequest) -> None:
+        graph = Path(request.graph)
+        model = onnx.load(graph)
+        onnx.checker.check_model(model)
+        recipe = {entry.key: entry.value for entry in model.metadata_props}.get("sam3rt.recipe")
+        what = f"{graph.stem} {recipe}" if recipe else graph.stem
+        (types,) = ({float_types(model)["image_embeddings.0"]} if recipe else {TensorProto.FLOAT},)
+        features = "float16" if TensorProto.FLOAT16 in types else "float32"
+        self.requests.append(request)
+        self.made.append(what)
+        failure = self.fails(what)
+        if failure is not None:
+            raise failure
+        Path(request.engine).write_bytes(f"{what} {features} {len(self.made)}".encode())
+
+
+def measured(output: str, value: float) -> Measurement:
+    return Measurement("image 0", output, "cosine", value, 0.999, at_least=True)
+
+
+FEATURES_OFF = Verdict((measured("features 0", 0.04), measured("masks", 1.0)))
+MASKS_OFF = Verdict((measured("features 0", 1.0), measured("masks", float("nan"))))
+FINE = Verdict((measured("features 0", 0.9999), measured("masks", 0.9995)))
+
+
+class Prover:
+    """Stands in for the gate: verdicts by encoder and decoder recipe."""
+
+    def __init__(self, **verdicts: Verdict) -> None:
+        self.verdicts = {tuple(name.split("__")): verdict for name, verdict in verdicts.items()}
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, bundle: Bundle, engines: EngineSet) -> Verdict:
+        for engine in (engines.encoder, engines.decoder):
+            # What is judged lies where it would serve from, whole.
+            content = engine.path.read_bytes()
+            assert engine.sidecar.engine.sha256 == hashlib.sha256(content).hexdigest()
+            assert engine.sidecar.state == "unproven"
+        assert engines.encoder.sidecar.features_dtype == engines.decoder.sidecar.features_dtype
+        names = (engines.encoder.sidecar.recipe, engines.decoder.sidecar.recipe)
+        self.seen.append(names)
+        for key in (names, (names[0], "any"), ("any", names[1]), ("any", "any")):
+            if key in self.verdicts:
+                return self.verdicts[key]
+        return FINE
+
+
+def run(
+    bundle: Bundle, make: Maker | None = None, prove: Prover | None = None, **options: Any
+) -> tuple[Any, ...]:
+    """A build with TensorRT for RTX, the flavour that is installed here, on a made-up GPU."""
+    return build_bundle(
+        bundle,
+        BuildOptions(**{"backend": RTX, **options}),
+        lambda _: None,
+        make=make or Maker(),
+        prove=prove or Prover(),
+        device=DEVICE,
+    )
+
+
+def files(bundle: Bundle) -> dict[str, list[str]]:
+    """What lies in the bundle's folder of engines, by folder; the lock is not counted."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((bundle.path / ENGINES).rglob("*")):
+        if path.is_dir():
+            found.setdefault(path.name, [])
+        elif path.name != ".lock":
+            found.setdefault(path.parent.name, []).append(path.name)
+    return found
+
+
+def by_path(engines: Iterable[EngineFile]) -> list[EngineFile]:
+    return sorted(engines, key=lambda engine: engine.path)
+
+
+def consistent(bundle: Bundle) -> None:
+    """Nothing on disk claims what is not so."""
+    for path in (bundle.path / ENGINES).rglob("*"):
+        if path.is_dir():
+            assert not path.name.startswith(".build-"), path
+            continue
+        assert not path.name.endswith((".tmp", ".request.json", ".onnx.data")), path
+        if path.suffix == ".engine":
+            document = json.loads(sidecar_path(path).read_text())
+            assert document["engine"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert document["state"] in ("proven", "unproven")
+        if path.name.endswith(".engine.json"):
+            engine = path.with_name(path.name.removesuffix(".json"))
+            refused = json.loads(path.read_text())["state"] == "refused"
+            assert engine.is_file() != refused, path
+        if path.name.endswith("_ctx.onnx"):
+            assert path.with_name(path.name.replace("_ctx.onnx", ".engine")).is_file()
+
+
+@pytest.fixture(autouse=True)
+def everything_is_consistent(toy: Bundle) -> Iterator[None]:
+    yield
+    if (toy.path / ENGINES).is_dir():
+        consistent(toy)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> None:
+    make, prove = Maker(), Prover()
+    encoder, decoder, *around = run(toy, make, prove)
+    assert make.made == ["encoder fp16", "decoder fp16", "preprocess", "postprocess"]
+    assert prove.seen == [("fp16", "fp16")]
+    for engine, role in ((encoder, "encoder"), (decoder, "decoder")):
+        sidecar = engine.sidecar
+        assert (sidecar.role, sidecar.recipe, sidecar.state) == (role, "fp16", "proven")
+        assert sidecar.features_dtype == "float16"
+        assert sidecar.gpu == GPU
+        assert sidecar.targets == ()
+        assert sidecar.driver_version == "580.65"
+        assert sidecar.bundle_fingerprint == toy.manifest.fingerprint
+        assert sidecar.parity == {"features 0 cosine": 0.9999, "masks cosine": 0.9995}
+        assert dataclasses.astuple(sidecar.shapes) == (
+            BuildOptions.max_objects,
+            BuildOptions.max_points,
+            BuildOptions.max_images,
+            BuildOptions.max_side,
+        )
+        assert sidecar.build_seconds >= 0
+        assert sidecar.engine.file == f"{role}.engine"
+        assert wrapper_path(engine.path).is_file()
+        assert engine.path.parent.name.startswith("nvidia-test-4090-sm89-tensorrt-rtx-")
+    assert encoder.sidecar.paired_with is None
+    assert decoder.sidecar.paired_with == encoder.sidecar.engine.sha256
+    assert [(e.sidecar.role, e.sidecar.state, e.sidecar.recipe) for e in around] == [
+        ("preprocess", "unproven", "fp32"),
+        ("postprocess", "unproven", "fp32"),
+    ]
+    assert list(find_engines(toy)) == by_path([encoder, decoder, *around])
+    machine = Machine(GPU, RTX, encoder.sidecar.tensorrt_version, "580.65")
+    (fitting,) = candidates(toy, machine)
+    assert fitting.proven
+    assert (fitting.encoder, fitting.decoder) == (encoder, decoder)
+
+
+def test_what_is_asked_of_the_builder(toy: Bundle) -> None:
+    make = Maker()
+    run(
+        toy, make, precision=("tf32",), max_objects=7, max_points=9, max_images=2, workspace=5 << 20
+    )
+    encoder, decoder, before, after = make.requests
+    assert {r.backend for r in make.requests} == {RTX}
+    assert {r.workspace for r in make.requests} == {5 << 20}
+    assert [r.tf32 for r in make.requests] == [True, True, False, False]
+    assert {r.targets for r in make.requests} == {()}
+    caches = {r.timing_cache for r in make.requests}
+    assert len(caches) == 1
+    assert Path(str(caches.pop())).parent == toy.path / ENGINES
+    side = (3, 1008, 1008)
+    assert encoder.profile == {"pixel_values": ((1, *side), (1, *side), (2, *side))}
+    assert decoder.profile == {
+        "image_embeddings.0": ((1, 8, 72, 72), (1, 8, 72, 72), (2, 8, 72, 72)),
+        "input_points": ((1, 1, 1, 2), (1, 1, 4, 2), (1, 7, 9, 2)),
+    }
+    assert before.profile
+    assert after.profile
+
+
+def test_a_profile_is_never_tuned_for_more_than_its_greatest(toy: Bundle) -> None:
+    profile = graph_profile(toy, "decoder", BuildOptions(max_points=2, max_objects=64))
+    assert profile["input_points"] == ((1, 1, 1, 2), (1, 1, 2, 2), (1, 64, 2, 2))
+
+
+def test_refused_engines_are_removed_and_their_record_is_left(toy: Bundle) -> None:
+    prove = Prover(fp16__any=FEATURES_OFF, bf16__fp16=MASKS_OFF)
+    encoder, decoder, *_ = run(toy, prove=prove, precision=("fp16", "bf16", "fp32"))
+    assert prove.seen == [("fp16", "fp16"), ("bf16", "fp16"), ("bf16", "bf16")]
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("bf16", "bf16")
+    assert decoder.sidecar.paired_with == encoder.sidecar.engine.sha256
+    (folder,) = (f for f in (toy.path / ENGINES).iterdir() if f.name.endswith("-fp16"))
+    assert files(toy)[folder.name] == ["decoder.engine.json", "encoder.engine.json"]
+    document = json.loads((folder / "encoder.engine.json").read_text())
+    assert document["state"] == "refused"
+    assert document["parity"]["features 0 cosine"] == 0.04
+    document = json.loads((folder / "decoder.engine.json").read_text())
+    assert document["state"] == "refused"
+    assert document["parity"]["masks cosine"] is None
+
+
+def test_what_was_built_on_the_way_and_is_not_at_fault_is_removed(toy: Bundle) -> None:
+    """The FP16 encoder is never blamed by itself here: no decoder is good enough on it."""
+    prove = Prover(fp16__any=MASKS_OFF)
+    encoder, decoder, *_ = run(toy, prove=prove, precision=("fp16", "fp32"))
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("fp32", "fp16")
+    folders = files(toy)
+    (fp16,) = (name for name in folders if name.endswith("-fp16"))
+    assert folders[fp16] == ["decoder.engine", "decoder.engine.json", "decoder_ctx.onnx"]
+    (fp32,) = (name for name in folders if name.endswith("-fp32"))
+    assert "encoder.engine" in folders[fp32]
+    assert "decoder.engine" not in folders[fp32]
+
+
+def test_a_decoder_rebuilt_for_other_features_is_not_thrown_away(toy: Bundle) -> None:
+    """The FP16 decoder for FP16 maps and the one for FP32 maps have one place between them."""
+    make, prove = Maker(), Prover(fp16__any=FEATURES_OFF)
+    encoder, decoder, *_ = run(toy, make, prove, precision=("fp16", "fp32"))
+    assert make.made[:4] == ["encoder fp16", "decoder fp16", "encoder fp32", "decoder fp16"]
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("fp32", "fp16")
+    assert decoder.sidecar.features_dtype == "float32"
+    assert decoder.path.read_bytes() == b"decoder fp16 float32 4"
+    assert decoder in find_engines(toy)
+    assert wrapper_path(decoder.path).is_file()
+    inputs = onnx.load(wrapper_path(decoder.path)).graph.input
+    assert inputs[0].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_none_passes(toy: Bundle) -> None:
+    make = Maker()
+    with pytest.raises(BuildError, match="no precision passes the gate") as caught:
+        run(toy, make, Prover(any__any=MASKS_OFF), precision=("fp16", "tf32"))
+    message = str(caught.value)
+    for pair in ("encoder fp16, decoder tf32", "encoder tf32, decoder fp16"):
+        assert pair in message
+    assert "masks: cosine nan, at least 0.999 allowed" in message
+    assert not list((toy.path / ENGINES).rglob("*.engine"))
+    assert find_engines(toy) == ()
+    assert not any(made in ("preprocess", "postprocess") for made in make.made)
+
+
+def test_what_cannot_be_built_is_passed_over(toy: Bundle) -> None:
+    make = Maker()
+    make.fails = lambda what: BuildError("no kernel") if what == "encoder fp16" else None
+    said: list[str] = []
+    encoder, decoder, *_ = build_bundle(
+        toy,
+        BuildOptions(backend=RTX),
+        said.append,
+        make=make,
+        prove=Prover(),
+        device=DEVICE,
+    )
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("bf16", "fp16")
+    assert "encoder fp16, decoder fp16: the encoder cannot be built: no kernel" in said
+
+
+def test_an_engine_is_not_built_twice(toy: Bundle) -> None:
+    make = Maker()
+    run(
+        toy,
+        make,
+        Prover(fp16__any=FEATURES_OFF, bf16__any=FEATURES_OFF),
+        precision=("fp16", "bf16", "fp16-attention-fp32"),
+    )
+    assert make.made[:4] == [
+        "encoder fp16",
+        "decoder fp16",
+        "encoder bf16",
+        "encoder fp16-attention-fp32",
+    ]
+
+
+def test_a_builder_that_leaves_nothing_has_failed(toy: Bundle) -> None:
+    def nothing(request: EngineRequest) -> None:
+        Path(request.engine).write_bytes(b"")
+
+    with pytest.raises(BuildError, match="the build of the encoder in fp32 left no engine"):
+        build_bundle(
+            toy,
+            BuildOptions(backend=RTX, precision=("fp32",)),
+            lambda _: None,
+            make=nothing,
+            prove=Prover(),
+            device=DEVICE,
+        )
+    assert find_engines(toy) == ()
+
+
+@pytest.mark.parametrize("when", ["encoder fp16", "decoder fp16", "preprocess"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left"), MemoryError()]
+)
+def test_an_interrupted_build_leaves_nothing_half_done(
+    toy: Bundle, when: str, error: BaseException
+) -> None:
+    make = Maker()
+    make.fails = lambda what: error if what == when else None
+    with pytest.raises(type(error)):
+        run(toy, make)
+    left = [engine.sidecar.role for engine in find_engines(toy)]
+    assert left == (["decoder", "encoder"] if when == "preprocess" else [])
+
+
+def test_a_gate_that_breaks_leaves_nothing(toy: Bundle) -> None:
+    def broken(bundle: Bundle, engines: EngineSet) -> Verdict:
+        raise BackendError("out of device memory")
+
+    with pytest.raises(BackendError, match="out of device memory"):
+        build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), prove=broken, device=DEVICE)
+    assert find_engines(toy) == ()
+
+
+def test_no_sidecar_is_left_where_publishing_stops(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the second engine's sidecar is written over an older engine's."""
+    run(toy)
+    real = build.write_sidecar
+
+    def full(engine: Path, sidecar: Any) -> None:
+        if engine.name == "decoder.engine":
+            raise OSError(28, "No space left on device")
+        real(engine, sidecar)
+
+    monkeypatch.setattr(build, "write_sidecar", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(toy)
+    assert not list((toy.path / ENGINES).rglob("decoder*"))
+
+
+def test_a_second_build_waits_for_no_one(toy: Bundle) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    class Waiting(Maker):
+        def __call__(self, request: EngineRequest) -> None:
+            inside.set()
+            assert leave.wait(30)
+            super().__call__(request)
+
+    built: list[tuple[Any, ...]] = []
+    first = threading.Thread(target=lambda: built.append(run(toy, Waiting(), precision=("fp32",))))
+    first.start()
+    assert inside.wait(30)
+    try:
+        with pytest.raises(BuildError, match="another build is at work in"):
+            run(toy)
+    finally:
+        leave.set()
+        first.join()
+    assert len(built[0]) == 4
+    run(toy)  # the lock is free again
+
+
+def build_and_be_killed(bundle: Bundle, *changes: str, make: str) -> None:
+    """A build in a process of its own, after these lines of Python, that kills itself."""
+    lines = (
+        "import os, sys",
+        "from pathlib import Path",
+        "from sam3rt import _files",
+        "from sam3rt.bundle import open_bundle",
+        "from sam3rt_build.build import BuildOptions, build_bundle",
+        *changes,
+        "options = BuildOptions(backend='tensorrt-rtx', targets=('8.9',))",
+        f"build_bundle(open_bundle(sys.argv[1]), options, make={make})",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines), str(bundle.path)], check=False)
+    assert done.returncode == -9
+
+
+def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
+    build_and_be_killed(toy, make="lambda request: os.kill(os.getpid(), 9)")
+    (left,) = (toy.path / ENGINES).glob(".build-*")
+    assert list(left.iterdir())
+    run(toy, precision=("fp32",))
+    assert not left.exists()
+
+
+def test_a_half_written_file_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
+    build_and_be_killed(
+        toy,
+        "_files._open_unnamed = lambda folder: None",
+        "_files.os.fsync = lambda handle: os.kill(os.getpid(), 9)",
+        make="lambda request: Path(request.engine).write_bytes(b'engine')",
+    )
+    (left,) = (toy.path / ENGINES).glob("[!.]*/.*.tmp")
+    (lonely,) = left.parent.glob("*.engine")
+    mine = left.with_name(".notes.tmp")
+    mine.write_text("not a name that a build gives")
+    run(toy, precision=("fp32",))
+    assert not left.exists()
+    assert mine.exists()
+    mine.unlink()
+    lonely.unlink()
+
+
+def test_no_half_written_file_is_looked_for_behind_a_link(toy: Bundle, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    other = outside / f".{'0' * 32}.tmp"
+    other.write_text("somebody else's")
+    (toy.path / ENGINES).mkdir(exist_ok=True)
+    link = toy.path / ENGINES / "linked"
+    link.symlink_to(outside)
+    run(toy, precision=("fp32",))
+    link.unlink()
+    assert other.exists()
+
+
+# --- ahead of time --------------------------------------------------------------------------------
+
+
+def ahead(bundle: Bundle, make: Maker | None = None, **options: Any) -> tuple[Any, ...]:
+    return build_bundle(
+        bundle,
+        BuildOptions(**{"backend": RTX, "targets": ("8.9", "12.0"), **options}),
+        lambda _: None,
+        make=make or Maker(),
+    )
+
+
+def test_ahead_of_time_everything_is_unproven(toy: Bundle) -> None:
+    make = Maker()
+    engines = ahead(toy, make)
+    assert [(e.sidecar.role, e.sidecar.recipe) for e in engines] == [
+        ("encoder", "fp16"),
+        ("encoder", "tf32"),
+        ("decoder", "fp16"),
+        ("decoder", "tf32"),
+        ("preprocess", "fp32"),
+        ("postprocess", "fp32"),
+    ]
+    assert list(find_engines(toy)) == by_path(engines)
+    for engine in engines:
+        sidecar = engine.sidecar
+        assert sidecar.state == "unproven"
+        assert sidecar.gpu is None
+        assert sidecar.driver_version is None
+        assert sidecar.targets == ("8.9", "12.0")
+        assert sidecar.parity == {}
+        assert engine.path.parent.name.startswith("any-sm89-sm120-tensorrt-rtx-")
+    assert {r.targets for r in make.requests} == {("8.9", "12.0")}
+    assert {r.timing_cache for r in make.requests} == {None}
+    for capability, fits in (("8.9", True), ("12.0", True), ("8.6", False)):
+        machine = Machine(Gpu("any", capability), RTX, engines[0].sidecar.tensorrt_version, "1")
+        if fits:
+            offered = candidates(toy, machine)
+            assert [(s.precision, s.proven) for s in offered] == [("fp16", False), ("tf32", False)]
+        else:
+            with pytest.raises(BackendError, match=r"targets are 8\.9, 12\.0"):
+                candidates(toy, machine)
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_a_pair_that_cannot_be_built_whole_is_left_out(toy: Bundle, role: str) -> None:
+    make = Maker()
+    make.fails = lambda what: BuildError("no kernel") if what == f"{role} fp16" else None
+    engines = ahead(toy, make)
+    assert {e.sidecar.recipe for e in engines[:2]} == {"tf32"}
+    assert list(find_engines(toy)) == by_path(engines)
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_no_pair_can_be_built(toy: Bundle, role: str) -> None:
+    make = Maker()
+    make.fails = lambda what: BuildError(f"no {what}") if what.startswith(role) else None
+    with pytest.raises(BuildError, match="no precision can be built") as caught:
+        ahead(toy, make)
+    for recipe in ("fp16", "tf32"):
+        assert f"{recipe}: no {role} {recipe}" in str(caught.value)
+    assert find_engines(toy) == ()
+
+
+# --- where they lie -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "engines"])
+def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
+    toy: Bundle, tmp_path: Path, target: str
+) -> None:
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (toy.path / "engines").symlink_to(outside if target == "elsewhere" else target)
+    make = Maker()
+    with pytest.raises(BundleError) as caught:
+        ahead(toy, make)
+    assert caught.value.file == "engines"
+    assert make.requests == []
+    assert list(outside.iterdir()) == []
+
+
+# --- options and machines -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_objects": 0}, "max_objects: got 0, expected a whole number of at least 1"),
+        ({"max_points": -3}, "max_points: got -3, expected a whole number of at least 1"),
+        ({"max_images": 1.0}, r"max_images: got 1\.0, expected a whole number of at least 1"),
+        ({"max_images": True}, "max_images: got True, expected a whole number"),
+        ({"max_side": 32}, "max_side: got 32, expected a whole number of at least 64"),
+        ({"workspace": 0}, "workspace: got 0, expected a positive number of bytes"),
+        ({"device": -1}, "device: got -1, expected a whole number of at least 0"),
+        ({"precision": ("fp8",)}, "precision: got fp8, expected auto or some of fp16, bf16"),
+        ({"precision": ()}, "precision: got nothing, expected auto or some of"),
+        ({"backend": "tensorflow"}, "backend: got 'tensorflow', expected tensorrt or tensorrt-rtx"),
+        (
+            {"backend": "tensorrt", "targets": ("8.9",)},
+            r'targets: got 8\.9, expected none, as the backend "tensorrt"',
+        ),
+        (
+            {"targets": ("sm89",)},
+            r"targets: got 'sm89', expected a compute capability such as 8\.9",
+        ),
+        ({"targets": ("8.9", "0.1")}, r"targets: got '0\.1', expected a compute capability"),
+    ],
+)
+def test_options_that_make_no_sense(toy: Bundle, options: dict[str, Any], message: str) -> None:
+    make = Maker()
+    with pytest.raises(InvalidInputError, match=message):
+        run(toy, make, **options)
+    assert not make.made
+    assert not (toy.path / ENGINES).exists()
+
+
+def test_recipes_are_tried_in_the_order_of_the_ladder(toy: Bundle) -> None:
+    prove = Prover(any__any=FEATURES_OFF)
+    with pytest.raises(BuildError):
+        run(toy, prove=prove, precision=("fp32", "fp16"))
+    assert [pair[0] for pair in prove.seen] == ["fp16", "fp32"]
+    prove = Prover(any__any=FEATURES_OFF)
+    with pytest.raises(BuildError):
+        run(toy, prove=prove)
+    assert [pair[0] for pair in prove.seen] == [recipe.name for recipe in RECIPES]
+
+
+def test_without_a_driver_the_way_ahead_of_time_is_shown(toy: Bundle) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a driver here")
+    with pytest.raises(BackendError, match=r"--backend tensorrt-rtx --target 8\.9") as caught:
+        build_bundle(toy, BuildOptions(backend=RTX), make=Maker())
+    assert "NVIDIA driver" in str(caught.value)
+    assert not (toy.path / ENGINES).exists()
+
+
+def test_a_missing_tensorrt_is_named_with_its_extra(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"tensorrt is not installed .*sam3rt\[gpu\]"):
+        run(toy, backend="tensorrt")
+
+
+def test_the_gate_of_a_build_runs_on_the_device_that_was_probed(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU by default is called as it is declared."""
+    import sam3rt.backends.tensorrt as runtime
+
+    opened: list[tuple[str, Device]] = []
+
+    def open_platform(flavour: str, device: Device) -> str:
+        opened.append((flavour, device))
+        return "platform"
+
+    def backend(bundle: Bundle, engines: EngineSet, platform: str) -> EngineSet:
+        assert platform == "platform"
+        return engines
+
+    def prove(bundle: Bundle, engines: EngineSet) -> Verdict:
+        return FEATURES_OFF if engines.encoder.sidecar.recipe == "fp16" else FINE
+
+    monkeypatch.setattr(runtime, "open_platform", open_platform)
+    monkeypatch.setattr(runtime, "TensorRtBackend", backend)
+    monkeypatch.setattr(runtime, "prove", prove)
+    encoder, *_ = build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), device=DEVICE)
+    assert encoder.sidecar.recipe == "bf16"
+    assert opened == [(RTX, DEVICE)] * 2

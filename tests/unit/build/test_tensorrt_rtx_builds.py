@@ -1,0 +1,272 @@
+"""Typed graphs in the real parser and builder of TensorRT for RTX, ahead of time, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx as trt
+
+from sam3rt.backends.tensorrt.engines import EngineSidecar, find_engines
+from sam3rt.bundle import open_bundle
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.bundle.files import sha256_file
+from sam3rt.cli import main
+from sam3rt_build.recipes import RECIPES, Recipe
+from sam3rt_build.typed_graph import Role, apply_recipe, load_graph, save_graph
+
+LOGGER = trt.Logger(trt.Logger.ERROR)
+_STRONGLY_TYPED = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+FLAGS = 0 if _STRONGLY_TYPED is None else 1 << int(_STRONGLY_TYPED)
+TYPES = {"float32": trt.float32, "float16": trt.float16, "int64": trt.int64}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_every_recipe_parses_as_a_strongly_typed_network(
+    role: Role, recipe: Recipe, tmp_path: Path
+) -> None:
+    bundle = open_bundle(default_bundle_path(), check_files=False)
+    model = load_graph(bundle, role)
+    apply_recipe(model, recipe, recipe.features_dtype)
+    save_graph(model, tmp_path / "typed.onnx")
+    builder = trt.Builder(LOGGER)
+    network = builder.create_network(FLAGS)
+    parser = trt.OnnxParser(network, LOGGER)
+    parser.parse_from_file(str(tmp_path / "typed.onnx"))
+    assert [str(parser.get_error(i)) for i in range(parser.num_errors)] == []
+    maps = {spec.name for spec in bundle.manifest.encoder.outputs}
+    graph = getattr(bundle.manifest, role)
+    for count, get, specs in (
+        (network.num_inputs, network.get_input, graph.inputs),
+        (network.num_outputs, network.get_output, graph.outputs),
+    ):
+        assert count == len(specs)
+        for index, spec in enumerate(specs):
+            tensor = get(index)
+            dtype = recipe.features_dtype if spec.name in maps else spec.dtype
+            assert (tensor.name, tensor.dtype) == (spec.name, TYPES[dtype])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The bundled model in FP16, built by the command for one kind of GPU, and what it printed.
+
+    Two builds begin at once: one wins, the other says so and leaves things as they are.
+    """
+    path = tmp_path_factory.mktemp("built") / "mobile_sam"
+    shutil.copytree(default_bundle_path(), path, ignore=shutil.ignore_patterns("engines"))
+    command = ["build", str(path), "--backend", "tensorrt-rtx", "--target", "sm89"]
+    options = [
+        "--precision",
+        "fp16",
+        "--max-objects",
+        "2",
+        "--max-points",
+        "8",
+        "--max-side",
+        "512",
+    ]
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sam3rt", *command, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [build.communicate(timeout=600) for build in builds]
+    codes = [build.returncode for build in builds]
+    assert sorted(codes) == [0, 1], said
+    printed, log = said[codes.index(0)]
+    assert "the engines are unproven until they first load on their target" in log
+    assert "another build is at work" in said[codes.index(1)][1]
+    return path, printed
+
+
+def sidecars(path: Path) -> dict[str, EngineSidecar]:
+    return {e.sidecar.role: e.sidecar for e in find_engines(open_bundle(path, check_files=False))}
+
+
+def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, str]) -> None:
+    path, printed = built
+    found = sidecars(path)
+    assert set(found) == {"encoder", "decoder", "preprocess", "postprocess"}
+    manifest = open_bundle(path).manifest
+    for role, sidecar in found.items():
+        assert sidecar.state == "unproven"
+        assert sidecar.targets == ("8.9",)
+        assert sidecar.gpu is None
+        assert sidecar.parity == {}
+        assert sidecar.backend == "tensorrt-rtx"
+        assert sidecar.tensorrt_version == trt.__version__
+        assert sidecar.bundle_fingerprint == manifest.fingerprint
+        assert sidecar.build_seconds > 0
+        assert (sidecar.shapes.max_objects, sidecar.shapes.max_points) == (2, 8)
+        assert sidecar.recipe == ("fp16" if role in ("encoder", "decoder") else "fp32")
+        (engine,) = path.glob(f"engines/*/{role}.engine")
+        assert sidecar.engine.sha256 == sha256_file(engine)
+        assert f"{engine}: unproven" in printed
+    assert found["encoder"].features_dtype == found["decoder"].features_dtype == "float16"
+
+
+def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
+    path, _ = built
+    found = sidecars(path)
+    manifest = open_bundle(path).manifest
+    # The bundle's weights are stored in FP16 as well. Beside them an engine holds its kernels,
+    # about 10 MB for each of the two.
+    for role in ("encoder", "decoder"):
+        stored = getattr(manifest, role).model.bytes
+        assert stored < found[role].engine.bytes < stored + 20e6
+
+
+def test_nothing_else_is_left_beside_the_engines(built: tuple[Path, str]) -> None:
+    path, _ = built
+    names = sorted(entry.name for entry in path.glob("engines/*/*"))
+    around = [
+        f"{role}.engine{end}" for role in ("preprocess", "postprocess") for end in ("", ".json")
+    ]
+    network = [
+        f"{role}{end}"
+        for role in ("decoder", "encoder")
+        for end in (".engine", ".engine.json", "_ctx.onnx")
+    ]
+    assert names == sorted(around + network)
+    assert [p.name for p in (path / "engines").iterdir() if p.is_file()] == [".lock"]
+    assert open_bundle(path).manifest  # the bundle's own files are as they were
+
+
+def test_the_wrapper_states_the_engines_types(built: tuple[Path, str]) -> None:
+    path, _ = built
+    (wrapper,) = path.glob("engines/*/decoder_ctx.onnx")
+    kinds = {v.name: v.type.tensor_type.elem_type for v in onnx.load(wrapper).graph.input}
+    assert kinds["image_embeddings.0"] == onnx.TensorProto.FLOAT16
+    assert kinds["input_labels"] == onnx.TensorProto.INT64
+
+
+# --- the command's arguments ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The options that the command passes on, instead of a build."""
+    import sam3rt_build.build as module
+
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        module, "build_bundle", lambda bundle, options, say: seen.append(options) or ()
+    )
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "capability"),
+    [
+        ("8.9", "8.9"),
+        ("sm89", "8.9"),
+        ("89", "8.9"),
+        ("sm_120", "12.0"),
+        ("12.0", "12.0"),
+        ("sm_87", "8.7"),
+        ("120", "12.0"),
+    ],
+)
+def test_targets_are_read_as_people_write_them(
+    text: str, capability: str, asked: list[Any]
+) -> None:
+    bundle = str(default_bundle_path())
+    assert main(["build", bundle, "--backend", "tensorrt-rtx", "--target", text]) == 0
+    assert asked[0].targets == (capability,)
+
+
+@pytest.mark.parametrize("text", ["ada", "8", "0.9", "sm_", "8.9.1", "1200", "-8.9", "08.9"])
+def test_what_is_no_capability_is_refused(
+    text: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["build", str(default_bundle_path()), "--backend", "tensorrt-rtx", f"--target={text}"])
+    assert caught.value.code == 2
+    assert f"{text!r} is not a compute capability such as 8.9" in capsys.readouterr().err
+    assert not asked
+
+
+def test_options_reach_the_build(asked: list[Any]) -> None:
+    bundle = str(default_bundle_path())
+    several = ["--target", "8.9", "--target", "sm89", "--target", "12.0"]
+    recipes = ["--precision", "tf32", "--precision", "fp16"]
+    sizes = ["--max-objects", "3", "--max-points", "5", "--max-images", "2", "--max-side", "640"]
+    others = ["--workspace", "2", "--device", "1", "--backend", "tensorrt-rtx"]
+    assert main(["build", bundle, *several, *recipes, *sizes, *others]) == 0
+    (options,) = asked
+    assert options.targets == ("8.9", "12.0")
+    assert options.precision == ("tf32", "fp16")
+    assert (options.max_objects, options.max_points) == (3, 5)
+    assert (options.max_images, options.max_side) == (2, 640)
+    assert (options.workspace, options.device) == (2 << 20, 1)
+    assert main(["build", bundle, "--precision", "fp16", "--precision", "auto"]) == 0
+    assert asked[1].precision == "auto"
+    assert (asked[1].backend, asked[1].targets, asked[1].workspace) == ("tensorrt", (), None)
+
+
+def test_defaults_on_the_command_line_are_those_of_the_options(asked: list[Any]) -> None:
+    from sam3rt_build.build import BuildOptions
+
+    assert main(["build", str(default_bundle_path())]) == 0
+    assert asked == [BuildOptions()]
+
+
+def test_help_explains_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["build", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("--backend", "--precision", "--target", "--max-objects", "unproven", "fp16"):
+        assert word in shown
+
+
+def test_without_a_driver_the_command_points_ahead_of_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a driver here")
+    path = tmp_path / "mobile_sam"
+    shutil.copytree(default_bundle_path(), path, ignore=shutil.ignore_patterns("engines"))
+    assert main(["build", str(path), "--backend", "tensorrt-rtx"]) == 1
+    assert "--backend tensorrt-rtx --target 8.9" in capsys.readouterr().err
+    assert not (path / "engines").exists()
+
+
+# --- full size ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_full_size_builds_ahead_of_time_in_fp16(tmp_path: Path) -> None:
+    """SAM 3 of the published size; about 10 GB of memory and 15 minutes."""
+    import torch
+    from tests.golden.sam3 import synthetic
+
+    from sam3rt_export import export_bundle
+
+    checkpoint = tmp_path / "sam3.pt"
+    tensors = {n: torch.from_numpy(np.asarray(a)) for n, a in synthetic.full_size_checkpoint()}
+    torch.save(tensors, checkpoint)
+    del tensors
+    export_bundle(checkpoint, tmp_path / "sam3")
+    checkpoint.unlink()
+    command = ["build", str(tmp_path / "sam3"), "--backend", "tensorrt-rtx", "--target", "8.9"]
+    assert main([*command, "--precision", "fp16"]) == 0
+    found = sidecars(tmp_path / "sam3")
+    for role, sidecar in found.items():
+        print(json.dumps({"role": role, "bytes": sidecar.engine.bytes, "s": sidecar.build_seconds}))
+    # 446 million parameters in the encoder at two bytes each.
+    assert 0.8e9 < found["encoder"].engine.bytes < 1.1e9
+    assert found["decoder"].engine.bytes > 1e7

@@ -1,0 +1,638 @@
+"""Checkpoints of every kind: what opens, what is refused, and that nothing in a file is run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.export_helpers import (
+    DECODER,
+    NECK,
+    PROMPT,
+    TRUNK,
+    USED,
+    ReferenceTracker,
+    one_thread,
+    random_mobile_sam,
+    relative,
+    small_tensors,
+    tiny_tensors,
+)
+from torch import Tensor, nn
+
+from sam3rt.bundle.files import sha256_file
+from sam3rt_export.errors import CheckpointError
+from sam3rt_export.read_architecture import read_architecture
+from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
+from sam3rt_export.source import ExportSource
+from sam3rt_export.sources import open_source, transformers_model
+from sam3rt_export.sources.checkpoint_file import load_tensors
+from sam3rt_export.sources.sam3_checkpoint import source_from_tensors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """A tiny SAM 3."""
+    return tiny_tensors()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SAM 3 as a file."""
+    path = tmp_path_factory.mktemp("tiny") / "sam3_tiny.pt"
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.fixture
+def model(tensors: dict[str, Tensor]) -> Any:
+    """The tiny SAM 3 as a transformers model that shares nothing with other tests."""
+    return tracker_model({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def tracker_model(tensors: dict[str, Tensor]) -> Any:
+    """A model as transformers itself makes it: ``save_pretrained`` wants no shared tensors."""
+    model = build_tracker_model(read_architecture(tensors), tensors)
+    positions = model.shared_image_embedding
+    positions.positional_embedding = positions.positional_embedding.clone()
+    return model
+
+
+@torch.no_grad()
+def outputs(source: ExportSource) -> list[Tensor]:
+    """Everything the graphs of a source yield for one image and three objects."""
+    generator = torch.Generator().manual_seed(0)
+    side = source.image.size[0]
+    rows, columns = source.masks.low_res_size
+    features = source.encoder(torch.randn(1, 3, side, side, generator=generator))
+    points = side * torch.rand(1, 3, 2, 2, generator=generator)
+    labels = torch.tensor([[[1, 0], [2, 3], [1, -1]]])
+    masks = 5 * torch.randn(1, 1, rows, columns, generator=generator)
+    decoded = source.decoder(features, points, labels, masks, torch.ones(1))
+    return [*features, *decoded]
+
+
+def differences(one: ExportSource, other: ExportSource) -> list[float]:
+    return [relative(a, b) for a, b in zip(outputs(other), outputs(one), strict=True)]
+
+
+# --- checkpoint files -----------------------------------------------------------------------------
+
+
+def test_a_sam3_file(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    source = open_source(checkpoint)
+    assert (source.model_type, source.kind, source.name) == ("sam3", "sam3.pt", "sam3")
+    assert source.reference == "sam3_tiny.pt"
+    assert source.sha256 == sha256_file(checkpoint)
+    assert source.license == "SAM License"
+    assert source.image.size == (8, 8)
+    assert (source.image.resize, source.image.resize_dtype) == ("stretch", "float32")
+    assert source.image.mean == source.image.std == (127.5, 127.5, 127.5)
+    assert (source.prompts.box_position, source.prompts.padding_point) == (
+        "before_points",
+        "always",
+    )
+    assert source.prompts.mask_size == source.masks.low_res_size == (16, 16)
+    assert (source.masks.multimask, source.masks.low_res_limit) == (3, 32.0)
+    assert (source.masks.upsampling, source.masks.max_hole_area) == ("direct", 256.0)
+    assert source.feature_shapes == [(4, 16, 16), (8, 8, 8), (32, 4, 4)]
+    assert not source.encoder.training
+    assert not source.decoder.training
+    assert set(source.versions) == {"transformers"}
+
+
+def test_the_graphs_are_those_of_the_oracle(checkpoint: Path) -> None:
+    source = open_source(checkpoint)
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pairs = zip(source.encoder(pixels), source.oracle.encode(pixels), strict=True)
+    assert max(relative(a, b) for a, b in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_a_path_or_its_text(checkpoint: Path, as_string: bool) -> None:
+    assert open_source(str(checkpoint) if as_string else checkpoint).kind == "sam3.pt"
+
+
+def test_a_dict_under_the_model_key(
+    checkpoint: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({"model": tensors, "step": 3}, tmp_path / "nested.pt")
+    nested = open_source(tmp_path / "nested.pt")
+    assert max(differences(open_source(checkpoint), nested)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types(
+    tensors: dict[str, Tensor], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def cast(tensor: Tensor, to: torch.dtype) -> Tensor:
+        return tensor.to(to) if tensor.is_floating_point() else tensor
+
+    stored = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
+    torch.save(stored, tmp_path / "stored.pt")
+    torch.save({n: cast(t, torch.float32) for n, t in stored.items()}, tmp_path / "rounded.pt")
+    loaded, _ = load_tensors(tmp_path / "stored.pt")
+    assert {t.dtype for t in loaded.values()} == {torch.float32, torch.complex64}
+    one, other = (open_source(tmp_path / name) for name in ("rounded.pt", "stored.pt"))
+    assert max(differences(one, other)) == 0.0
+
+
+def test_a_file_older_than_pytorch_1_6(
+    checkpoint: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "legacy.pt"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(path)
+    assert max(differences(open_source(checkpoint), open_source(path))) == 0.0
+
+
+def test_entries_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    content = {"a": torch.ones(2), "epoch": 4, "names": ["x"], 5: torch.ones(1)}
+    torch.save(content, tmp_path / "mixed.pt")
+    loaded, _ = load_tensors(tmp_path / "mixed.pt")
+    assert list(loaded) == ["a"]
+
+
+def test_parameters_are_loaded_detached(tmp_path: Path) -> None:
+    torch.save({"a": nn.Parameter(torch.ones(2))}, tmp_path / "parameters.pt")
+    loaded, _ = load_tensors(tmp_path / "parameters.pt")
+    assert not loaded["a"].requires_grad
+
+
+class Exploit:
+    """A pickle of this creates a file when it is loaded carelessly."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(
+    tensors: dict[str, Tensor], zipped: bool, nested: bool, tmp_path: Path
+) -> None:
+    trace, path = tmp_path / "executed", tmp_path / "evil.pt"
+    content: dict[str, Any] = tensors | {"extra": Exploit(trace)}
+    torch.save(
+        {"model": content} if nested else content, path, _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(CheckpointError, match=r"evil\.pt: cannot be read"):
+        open_source(path)
+    assert not trace.exists()
+    # The file does what it is feared to do where it is trusted.
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    trace, path = tmp_path / "executed", tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps({"model": Exploit(trace)}))
+    with pytest.raises(CheckpointError):
+        open_source(path)
+    assert not trace.exists()
+
+
+def zip_without_data(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "not a checkpoint")
+
+
+def cut(path: Path) -> None:
+    torch.save(tiny_tensors(), path)
+    path.write_bytes(path.read_bytes()[:-4000])
+
+
+NOT_CHECKPOINTS: dict[str, Any] = {
+    "empty file": lambda path: path.write_bytes(b""),
+    "git-lfs pointer": lambda path: path.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3450062241\n"
+    ),
+    "text": lambda path: path.write_text("authorization required\n"),
+    "web page": lambda path: path.write_text("<!DOCTYPE html><html>Log in</html>"),
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+    "zip of something else": zip_without_data,
+    "cut file": cut,
+    "list": lambda path: torch.save([torch.ones(1)], path),
+    "tensor": lambda path: torch.save(torch.ones(1), path),
+    "number": lambda path: torch.save(5, path),
+    "empty dict": lambda path: torch.save({}, path),
+    "empty model": lambda path: torch.save({"model": {}}, path),
+    "no tensors": lambda path: torch.save({"lr": 0.1}, path),
+    "other tensors": lambda path: torch.save({"fc.weight": torch.ones(2, 2)}, path),
+    "safetensors header": lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      "),
+    "pickled global": lambda path: path.write_bytes(b"cposix\nsystem\n."),
+    "bare pickle stop": lambda path: path.write_bytes(b"\x80\x02."),
+}
+
+
+@pytest.mark.parametrize("write", NOT_CHECKPOINTS.values(), ids=list(NOT_CHECKPOINTS))
+def test_what_is_no_checkpoint_is_refused(write: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    write(path)
+    with pytest.raises(CheckpointError, match=r"model\.pt"):
+        open_source(path)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.binary(max_size=40).map(lambda tail: b"\x80\x02" + tail) | st.binary(max_size=40))
+def test_garbage_is_refused_as_such(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "garbage.pt"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            open_source(path)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_damaged_files_open_or_are_refused(checkpoint: Path, data: st.DataObject) -> None:
+    damaged = bytearray(checkpoint.read_bytes())
+    # At the front and the end, where the pickle and the zip's directory are.
+    where = st.integers(0, 4000) | st.integers(len(damaged) - 4000, len(damaged) - 1)
+    for at, value in data.draw(st.lists(st.tuples(where, st.integers(0, 255)), max_size=4)):
+        damaged[at] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "damaged.pt"
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            open_source(path)
+
+
+def test_an_unreadable_path(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.pt", tmp_path / "no folder" / "x.pt"):
+        with pytest.raises(CheckpointError, match=r"no file, no folder and no hub id"):
+            open_source(path)
+
+
+@pytest.mark.parametrize("value", [None, 5, b"sam3.pt", {"model": {}}, ["sam3.pt"]])
+def test_values_that_are_no_checkpoint(value: Any) -> None:
+    with pytest.raises(CheckpointError, match=type(value).__name__):
+        open_source(value)
+
+
+@pytest.mark.parametrize("text", ["facebook/sam3", "org-1/model.v2"])
+def test_two_names_with_a_slash_are_a_hub_id(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(transformers_model, "open_pretrained", asked.append)
+    open_source(text)
+    assert asked == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sam3", "/a", "a/", "./a", "a/b/c", "../sam3", "weights/sam3.pt", "x/y.safetensors"],
+)
+def test_other_names_are_not_looked_up(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A mistyped path must not become a request to a server."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(transformers_model, "open_pretrained", asked.append)
+    with pytest.raises(CheckpointError, match="no file, no folder and no hub id"):
+        open_source(text)
+    assert asked == []
+
+
+# --- damaged tensors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "scalar", "longer", "shorter", "flat"])
+def test_a_model_with_one_wrong_tensor_is_refused(tensors: dict[str, Tensor], damage: str) -> None:
+    """Whichever tensor it is, the answer is a refusal and neither a crash nor a wrong model."""
+    change: dict[str, Any] = {
+        "missing": lambda t: None,
+        "scalar": lambda t: torch.zeros((), dtype=t.dtype),
+        "longer": lambda t: torch.cat([t, t[:1]]),
+        "shorter": lambda t: t[:-1],
+        "flat": lambda t: t.flatten(),
+    }
+    opened, crashed = [], []
+    for name, tensor in tensors.items():
+        if damage == "flat" and tensor.ndim == 1:
+            continue
+        changed = dict(tensors) | {name: change[damage](tensor)}
+        if changed[name] is None:
+            del changed[name]
+        try:
+            source_from_tensors(changed, kind="test", reference="test")
+            opened.append(name)
+        except CheckpointError:
+            pass
+        except Exception as error:
+            crashed.append(f"{name}: {type(error).__name__}: {error}")
+    # The neck's coarsest level is not used, and may be absent; a wrong shape of it is refused.
+    if damage == "missing":
+        opened = [name for name in opened if not name.startswith(NECK + "3.")]
+    assert (opened, crashed) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        DECODER + "transformer.layers.x.norm1.weight",
+        DECODER + "transformer.layers.7.norm1.weight",
+        DECODER + "iou_prediction_head.layers.extra.weight",
+        TRUNK + "blocks.x.norm1.weight",
+        PROMPT + "something_else",
+        "tracker.unrelated",
+    ],
+)
+def test_unknown_tensors_beside_the_known_ones(tensors: dict[str, Tensor], extra: str) -> None:
+    """They are ignored or refused; either way nothing crashes."""
+    with contextlib.suppress(CheckpointError):
+        source_from_tensors(tensors | {extra: torch.zeros(3)}, kind="test", reference="test")
+
+
+def test_only_used_tensors_are_needed(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in small_tensors().items() if name.startswith(USED)}
+    assert len(tensors) < len(small_tensors())
+    torch.save(tensors, tmp_path / "used.pt")
+    assert open_source(tmp_path / "used.pt").feature_shapes[2] == (256, 72, 72)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+def test_a_transformers_folder_is_the_same_model(
+    checkpoint: Path, model: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sam3-hf"
+    model.save_pretrained(folder)
+    source = open_source(folder)
+    assert (source.kind, source.reference, source.sha256) == ("transformers", "sam3-hf", "")
+    assert source.model_type == "sam3"
+    reference = open_source(checkpoint)
+    assert source.image == reference.image
+    assert source.prompts == reference.prompts
+    assert source.masks == reference.masks
+    assert source.feature_shapes == reference.feature_shapes
+    assert max(differences(reference, source)) < 1e-5
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_a_folder_given_with_a_trailing_slash_or_as_a_path(
+    model: Any, as_string: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sam3-hf"
+    model.save_pretrained(folder)
+    assert open_source(f"{folder}/" if as_string else folder).reference == "sam3-hf"
+
+
+def test_the_small_model_from_a_folder_equals_the_file(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    tensors = small_tensors()
+    tracker_model(tensors).save_pretrained(tmp_path / "hf")
+    found = differences(open_source(small_checkpoint), open_source(tmp_path / "hf"))
+    assert max(found) < 1e-3
+
+
+def test_a_folder_in_half_precision_is_read_as_fp32(model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    model.half().save_pretrained(folder)
+    source = open_source(folder)
+    assert {p.dtype for p in source.encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_encoder.backbone.layers.1.mlp.fc1.weight",
+        "mask_decoder.conv_s0.bias",
+        "no_memory_embedding",
+        "prompt_encoder.point_embed.weight",
+    ],
+)
+def test_a_folder_with_a_parameter_missing(model: Any, name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "sam3-hf"
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    # Folders hold the names of the whole video model, of which this is a part.
+    (stored,) = (key for key in state if key.endswith(name))
+    del state[stored]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        open_source(folder)
+    assert name in str(caught.value)
+
+
+def test_pickled_weights_of_a_folder_are_not_read(model: Any, tmp_path: Path) -> None:
+    folder, trace = tmp_path / "sam3-hf", tmp_path / "executed"
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Exploit(trace)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
+        open_source(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "bert"}'}]
+)
+def test_folders_that_hold_no_sam3(content: dict[str, str], tmp_path: Path) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError):
+        open_source(tmp_path)
+
+
+def test_a_live_model(checkpoint: Path, model: Any) -> None:
+    source = open_source(model)
+    assert (source.kind, source.reference) == ("Sam3TrackerModel", "live model")
+    assert max(differences(open_source(checkpoint), source)) < 1e-5
+
+
+def test_a_live_model_keeps_its_own_epsilon(tensors: dict[str, Tensor]) -> None:
+    architecture = dataclasses.replace(read_architecture(tensors), layer_norm_eps=0.25)
+    source = open_source(build_tracker_model(architecture, tensors))
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pairs = zip(source.encoder(pixels), source.oracle.encode(pixels), strict=True)
+        assert max(relative(a, b) for a, b in pairs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("backbone", "hidden_act", "relu", "GELU"),
+        ("backbone", "image_size", [8, 16], "square"),
+        ("backbone", "patch_size", [2, 2], "square"),
+        ("backbone", "layer_scale_init_value", 0.1, "layer scale"),
+        ("backbone", "window_size", 3, "do not tile"),
+        ("decoder", "num_multimask_outputs", 4, "three mask outputs"),
+        ("decoder", "dynamic_multimask_via_stability", False, "stability"),
+        ("decoder", "dynamic_multimask_stability_delta", 0.1, "stability"),
+        ("decoder", "dynamic_multimask_stability_thresh", 0.9, "stability"),
+    ],
+)
+def test_configurations_that_the_graphs_cannot_express(
+    model: Any, part: str, name: str, value: Any, message: str
+) -> None:
+    config = model.config
+    vit, decoder = config.vision_config.backbone_config, config.mask_decoder_config
+    setattr(vit if part == "backbone" else decoder, name, value)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_callers_model_is_left_as_it_is(model: Any, training: bool, dtype: torch.dtype) -> None:
+    model.to(dtype).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    open_source(model)
+    after = model.state_dict()
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.training == training
+    assert all(module.training == training for module in model.modules())
+
+
+def test_the_callers_parameters_stay_trainable(model: Any) -> None:
+    open_source(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- the reference's own tracker ------------------------------------------------------------------
+
+
+def test_the_references_tracker(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    source = open_source(ReferenceTracker(tensors))
+    assert (source.kind, source.reference) == ("reference tracker", "ReferenceTracker")
+    assert source.model_type == "sam3"
+    assert max(differences(open_source(checkpoint), source)) == 0.0
+
+
+def test_the_references_tracker_with_all_of_its_parts() -> None:
+    source = open_source(ReferenceTracker(small_tensors()))
+    assert source.feature_shapes == [(32, 288, 288), (64, 144, 144), (256, 72, 72)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_references_tracker_is_left_as_it_is(
+    tensors: dict[str, Tensor], training: bool
+) -> None:
+    tracker = ReferenceTracker(tensors).half().train(training)
+    before = {name: tensor.clone() for name, tensor in tracker.state_dict().items()}
+    open_source(tracker)
+    after = tracker.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
+    assert tracker.training == training
+
+
+def test_the_references_tracker_without_its_backbone(tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="built with its backbone"):
+        open_source(ReferenceTracker(tensors, backbone=False))
+
+
+def test_the_references_tracker_with_a_parameter_missing(tensors: dict[str, Tensor]) -> None:
+    name = DECODER + "conv_s1.weight"
+    rest = {key: tensor for key, tensor in tensors.items() if key != name}
+    with pytest.raises(CheckpointError, match=r"conv_s1"):
+        open_source(ReferenceTracker(rest))
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), nn.Sequential(), nn.Module()])
+def test_other_modules_are_refused(other: nn.Module) -> None:
+    with pytest.raises(CheckpointError, match=type(other).__name__):
+        open_source(other)
+
+
+def test_the_class_of_a_model_is_no_model() -> None:
+    with pytest.raises(CheckpointError):
+        open_source(Sam3TrackerModel)
+
+
+# --- MobileSAM ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mobile_sam() -> dict[str, Tensor]:
+    """A random MobileSAM."""
+    return random_mobile_sam().state_dict()
+
+
+def test_a_mobile_sam_file(mobile_sam: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "mobile_sam.pt"
+    torch.save(mobile_sam, path)
+    source = open_source(path)
+    assert (source.model_type, source.kind) == ("mobile_sam", "mobile_sam.pt")
+    assert source.license == "Apache-2.0"
+    assert source.sha256 == sha256_file(path)
+    assert source.image.size == (1024, 1024)
+    assert (source.image.resize, source.image.resize_dtype) == ("longest_side", "uint8")
+    assert source.image.mean == (123.675, 116.28, 103.53)
+    assert source.image.std == (58.395, 57.12, 57.375)
+    assert (source.prompts.box_position, source.prompts.padding_point) == (
+        "after_points",
+        "without_box",
+    )
+    assert source.prompts.mask_size == source.masks.low_res_size == (256, 256)
+    assert (source.masks.low_res_limit, source.masks.upsampling) == (None, "unpad")
+    assert source.masks.max_hole_area == 0.0
+    assert source.feature_shapes == [(256, 64, 64)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_encoder.layers.1.blocks.0.attn.qkv.weight",
+        "image_encoder.neck.3.bias",
+        "prompt_encoder.no_mask_embed.weight",
+        "mask_decoder.iou_prediction_head.layers.1.weight",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_mobile_sam_with_a_wrong_tensor(
+    mobile_sam: dict[str, Tensor], name: str, damage: str, tmp_path: Path
+) -> None:
+    wrong = dict(mobile_sam)
+    if damage == "missing":
+        del wrong[name]
+    else:
+        wrong[name] = torch.zeros(3)
+    torch.save(wrong, tmp_path / "mobile_sam.pt")
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        open_source(tmp_path / "mobile_sam.pt")
+
+
+def test_mobile_sam_without_its_code_says_what_to_install(
+    mobile_sam: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.save(mobile_sam, tmp_path / "mobile_sam.pt")
+    monkeypatch.setitem(sys.modules, "mobile_sam", None)
+    with pytest.raises(CheckpointError, match=r"sam3rt\[mobile-sam\]"):
+        open_source(tmp_path / "mobile_sam.pt")
+
+
+def test_torchvision_can_be_imported_beside_the_oracles() -> None:
+    import torchvision
+
+    import sam3rt_export.references  # noqa: F401
+
+    assert torchvision.__version__

@@ -1,0 +1,515 @@
+"""Tests of `sam3rt.backends.openvino.backend`, of its precisions and of remembered verdicts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from numpy.typing import NDArray
+from tests.support.helpers import edit_manifest, noise, relist, tiny_bundle
+
+from sam3rt import (
+    BackendError,
+    BundleError,
+    EmbeddingError,
+    ImageEmbedding,
+    Prompts,
+    SegmentationModel,
+    VerificationError,
+    backends,
+    load_model,
+    open_bundle,
+)
+from sam3rt.accuracy.record import Measurement, load_record, verify_model
+from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict, save_verdict
+from sam3rt.backends.openvino import backend as backend_module
+from sam3rt.backends.openvino.hidden_layers import split_hidden_layers
+from sam3rt.bundle import Bundle
+from sam3rt.cli import main
+
+CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
+PROMPTS = {
+    "click": CLICK,
+    "nothing": Prompts(),
+    "box and clicks": Prompts([[30, 25], [5, 5]], [1, 0], box=[3, 4, 60, 40]),
+    "three boxes": Prompts(box=[[1, 2, 20, 18], [3, 4, 25, 15], [30, 20, 60, 45]]),
+    "mask": Prompts([[30, 25]], [1], mask_input=np.linspace(-9, 9, 288 * 288).reshape(1, 288, 288)),
+}
+REDUCED = ["bf16", "bf16-encoder", "bf16-mixed"]
+HAS_BF16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no BF16")
+WRONG = Measurement("click", "masks", "least IoU", 0.5, 0.9, at_least=True)
+RIGHT = Measurement("click", "masks", "least IoU", 0.999, 0.9, at_least=True)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A bundle that opens but whose graphs are not loaded."""
+    tiny_bundle(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def copied(small_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the small SAM 3's bundle, to be changed."""
+    shutil.copytree(small_bundle, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder for the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def ov_model(small_bundle: Path) -> SegmentationModel:
+    """The small SAM 3 in OpenVINO, in FP32."""
+    return load_model(small_bundle, backend="openvino", precision="fp32", check_files=False)
+
+
+@pytest.fixture(scope="module")
+def embedding(ov_model: SegmentationModel) -> ImageEmbedding:
+    """An image of 50 x 70 pixels, encoded."""
+    return ov_model.encode(noise(50, 70))
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Decides what the gate measures of each recipe, and counts how often it is asked."""
+    plan: dict[str, Any] = dict.fromkeys(REDUCED, RIGHT) | {"asked": []}
+
+    def measure(model: SegmentationModel, record: Any, limits: Any) -> Iterator[Measurement]:
+        plan["asked"].append(model.backend.precision)
+        yield plan[model.backend.precision]
+
+    monkeypatch.setattr(backend_module, "verify_model", measure)
+    monkeypatch.setattr(backend_module, "_has_bf16", lambda core: True)
+    return plan
+
+
+def close(actual: NDArray[np.float32], expected: NDArray[np.float32], limit: float) -> None:
+    """Assert that the largest difference is within a share of the largest value."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == np.float32
+    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
+
+
+# --- choosing it ----------------------------------------------------------------------------------
+
+
+def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
+    tiny: Path, auto_order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "AUTO_ORDER", auto_order)
+    assert load_model(tiny, device="cpu").backend.name == "openvino"
+    assert auto_order.index(("openvino", "cpu")) < auto_order.index(("onnxruntime", "cpu"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_other_devices_are_refused(tiny: Path, device: str) -> None:
+    with pytest.raises(BackendError, match="runs on the CPU"):
+        load_model(tiny, backend="openvino", device=device)
+
+
+@pytest.mark.parametrize("precision", ["", "fp16", "FP32", "bf16-", "-unproven", "fp32-unproven"])
+def test_unknown_precisions_are_refused(tiny: Path, precision: str) -> None:
+    with pytest.raises(BackendError, match="bf16-encoder-unproven"):
+        load_model(tiny, backend="openvino", precision=precision)
+
+
+def test_without_bf16_auto_is_fp32_and_bf16_is_refused(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(backend_module, "_has_bf16", lambda core: False)
+    assert load_model(small_bundle, backend="openvino", check_files=False).backend.precision == (
+        "fp32"
+    )
+    for precision in ("bf16", "bf16-encoder", "bf16-unproven"):
+        with pytest.raises(BackendError, match="no BF16"):
+            load_model(small_bundle, backend="openvino", precision=precision, check_files=False)
+    assert judged["asked"] == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_reach_the_graphs(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    made: list[Any] = []
+    original = backend_module._CompiledGraph
+
+    def spy(compiled: Any) -> Any:
+        made.append(compiled)
+        return original(compiled)
+
+    monkeypatch.setattr(backend_module, "_CompiledGraph", spy)
+    model = load_model(
+        small_bundle, backend="openvino", precision="fp32", threads=threads, check_files=False
+    )
+    assert not made
+    model.backend.prepare()
+    model.backend.prepare()
+    assert [graph.get_property("INFERENCE_NUM_THREADS") for graph in made] == [threads] * 2
+
+
+# --- what it computes -----------------------------------------------------------------------------
+
+
+def test_fp32_is_within_the_bundles_own_limits(
+    ov_model: SegmentationModel, small_model: SegmentationModel
+) -> None:
+    measured = verify_model(ov_model, load_record(ov_model.bundle), ov_model.manifest.parity.limits)
+    assert [m for m in measured if not m.passed] == []
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("multimask", [True, False])
+def test_fp32_agrees_with_onnxruntime(
+    ov_model: SegmentationModel,
+    small_model: SegmentationModel,
+    embedding: ImageEmbedding,
+    name: str,
+    multimask: bool,
+) -> None:
+    features = small_model.backend.upload(list(embedding.numpy().values()))
+    theirs = ImageEmbedding(features, embedding.geometry, embedding.fingerprint, embedding.names)
+    actual = ov_model.decode(embedding, PROMPTS[name], multimask)
+    expected = small_model.decode(theirs, PROMPTS[name], multimask)
+    close(actual.low_res_masks, expected.low_res_masks, 1e-3)
+    close(actual.iou_predictions, expected.iou_predictions, 1e-3)
+    assert actual.object_score_logits is not None
+    assert expected.object_score_logits is not None
+    close(actual.object_score_logits, expected.object_score_logits, 1e-3)
+
+
+def test_the_bundled_model_agrees_with_onnxruntime(
+    default_model: SegmentationModel, chelsea: NDArray[np.uint8]
+) -> None:
+    model = load_model(backend="openvino", precision="fp32", check_files=False)
+    said, expected = (
+        m.decode(m.encode(chelsea), Prompts([[225, 150]], [1])) for m in (model, default_model)
+    )
+    assert said.object_score_logits is None
+    assert ((said.low_res_masks > 0) != (expected.low_res_masks > 0)).mean() < 2e-3
+
+
+@needs_bf16
+@pytest.mark.parametrize("recipe", REDUCED)
+def test_bf16_is_near_fp32_and_float32_at_the_boundary(
+    small_bundle: Path,
+    embedding: ImageEmbedding,
+    ov_model: SegmentationModel,
+    tmp_path: Path,
+    recipe: str,
+) -> None:
+    model = load_model(
+        small_bundle, backend="openvino", precision=f"{recipe}-unproven", check_files=False
+    )
+    assert model.backend.precision == recipe
+    mine = model.encode(noise(50, 70))
+    for name, array in mine.numpy().items():
+        close(array, embedding.numpy()[name], 0.05)
+        assert not np.array_equal(array, embedding.numpy()[name])
+    mine.save(tmp_path / "a.emb")
+    again = ov_model.load_embedding(tmp_path / "a.emb")
+    close(
+        model.decode(mine, CLICK).low_res_masks,
+        ov_model.decode(again, CLICK).low_res_masks,
+        0.1,
+    )
+
+
+@needs_bf16
+@pytest.mark.parametrize("tiles", [True, False])
+def test_hidden_layers_come_in_parts_where_there_are_tiles(
+    small_bundle: Path,
+    embedding: ImageEmbedding,
+    monkeypatch: pytest.MonkeyPatch,
+    tiles: bool,
+) -> None:
+    counts: list[int] = []
+
+    def count(model: Any, width: int, exact: re.Pattern[str]) -> int:
+        counts.append(split_hidden_layers(model, width, exact))
+        return counts[-1]
+
+    monkeypatch.setattr(backend_module, "processor_has", lambda flag: tiles and flag == "amx_bf16")
+    monkeypatch.setattr(backend_module, "split_hidden_layers", count)
+    monkeypatch.setattr(backend_module, "_PART_WIDTH", 64)
+    model = load_model(
+        small_bundle, backend="openvino", precision="bf16-encoder-unproven", check_files=False
+    )
+    mine = model.encode(noise(50, 70))
+    assert [n > 0 for n in counts] == [True] * tiles
+    for name, array in mine.numpy().items():
+        close(array, embedding.numpy()[name], 0.05)
+
+
+def test_results_are_the_callers_own(
+    ov_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    """Requests are reused; what was returned earlier must not change under the caller."""
+    first = ov_model.decode(embedding, CLICK)
+    kept = first.low_res_masks.copy()
+    features = [array.copy() for array in embedding.numpy().values()]
+    ov_model.decode(embedding, PROMPTS["three boxes"])
+    ov_model.encode(noise(9, 9, seed=5))
+    np.testing.assert_array_equal(first.low_res_masks, kept)
+    for array, expected in zip(embedding.numpy().values(), features, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_uploaded_maps_are_copies(ov_model: SegmentationModel, embedding: ImageEmbedding) -> None:
+    maps = list(embedding.numpy().values())
+    features = ov_model.backend.upload([maps[0].astype(np.float64), *maps[1:]])
+    assert features.nbytes == embedding.nbytes
+    for array in maps:
+        array[...] = 0
+    for array, expected in zip(features.numpy(), embedding.numpy().values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_features_of_another_backend_are_refused(
+    ov_model: SegmentationModel, small_model: SegmentationModel
+) -> None:
+    with pytest.raises(EmbeddingError, match="OrtFeatures"):
+        ov_model.decode(small_model.encode(noise(5, 5)), CLICK)
+
+
+def test_threads_share_one_model(small_bundle: Path, embedding: ImageEmbedding) -> None:
+    model = load_model(small_bundle, backend="openvino", precision="fp32", check_files=False)
+    features = model.backend.upload(list(embedding.numpy().values()))
+    mine = ImageEmbedding(features, embedding.geometry, embedding.fingerprint, embedding.names)
+    prompts = [PROMPTS["click"], PROMPTS["three boxes"], PROMPTS["nothing"], PROMPTS["mask"]] * 2
+    barrier = threading.Barrier(8)
+
+    def work(prompt: Prompts) -> NDArray[np.float32]:
+        barrier.wait()
+        return model.decode(mine, prompt).low_res_masks
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, prompts))
+    for prompt, result in zip(prompts, results, strict=True):
+        np.testing.assert_array_equal(result, model.decode(mine, prompt).low_res_masks)
+
+
+def test_failure_inside_openvino_is_a_backend_error(
+    ov_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    with pytest.raises(BackendError, match="encoder"):
+        ov_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
+    ov_model.decode(embedding, CLICK)
+
+
+# --- graphs that are not what the manifest says ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
+def test_graph_exchanged_after_opening_is_refused(copied: Path, name: str) -> None:
+    model = load_model(copied, backend="openvino", precision="fp32")
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[:-1])
+    with pytest.raises(BundleError) as caught:
+        model.backend.prepare()
+    assert caught.value.file == name
+    (copied / name).write_bytes(content)
+    model.backend.prepare()
+
+
+def test_graphs_of_another_export_or_swapped_are_refused(copied: Path) -> None:
+    edit_manifest(copied, lambda d: d.update(export_id="0" * 64))
+    with pytest.raises(BundleError, match="mixed"):
+        load_model(copied, backend="openvino", precision="fp32").backend.prepare()
+
+
+def test_signature_other_than_the_manifests_is_refused(copied: Path) -> None:
+    edit_manifest(copied, lambda d: d["decoder"]["inputs"][4].update(dtype="int32"))
+    with pytest.raises(BundleError, match="the manifest says"):
+        load_model(copied, backend="openvino", precision="fp32").backend.prepare()
+
+
+def test_file_that_is_no_graph_is_refused(copied: Path) -> None:
+    (copied / "decoder.onnx").write_bytes(b"not ONNX")
+    relist(copied)
+    with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
+        load_model(copied, backend="openvino", precision="fp32").backend.prepare()
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def test_the_first_recipe_that_passes_is_used_and_remembered(
+    copied: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    judged["bf16"] = WRONG
+    with caplog.at_level(logging.INFO, "sam3rt"):
+        model = load_model(copied, backend="openvino", check_files=False)
+        assert "not settled" in model.backend.versions()["precision"]
+        assert model.backend.precision == "bf16-encoder"
+        assert model.backend.versions()["precision"] == "bf16-encoder"
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warned == [
+        "bf16 fails the gate on this machine: click masks: least IoU 0.5, at least 0.9 allowed"
+    ]
+    again = load_model(copied, backend="openvino", check_files=False)
+    assert again.backend.precision == "bf16-encoder"
+    assert judged["asked"] == ["bf16", "bf16-encoder"]
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (copied / "verdicts").iterdir())
+    assert names == ["openvino-bf16", "openvino-bf16-encoder"]
+    open_bundle(copied)
+
+
+def test_a_verdict_on_graphs_in_parts_is_not_one_on_whole_ones(
+    copied: Path, judged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine may hide the tiles of a processor that has the same name elsewhere."""
+    for tiles in (True, False, True):
+        monkeypatch.setattr(backend_module, "processor_has", lambda flag, found=tiles: found)
+        model = load_model(copied, backend="openvino", precision="bf16", check_files=False)
+        assert model.backend.precision == "bf16"
+    assert judged["asked"] == ["bf16", "bf16"]
+
+
+def test_where_all_fail_auto_is_fp32_and_insisting_raises(
+    copied: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    judged |= dict.fromkeys(REDUCED, WRONG)
+    assert load_model(copied, backend="openvino", check_files=False).backend.precision == "fp32"
+    assert sum(r.levelno == logging.WARNING for r in caplog.records) == 3
+    caplog.clear()
+    insisting = load_model(copied, backend="openvino", precision="bf16", check_files=False)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match=r"least IoU 0\.5, at least 0\.9"):
+            insisting.encode(noise(5, 5))
+    assert judged["asked"] == REDUCED
+    unproven = load_model(copied, backend="openvino", precision="bf16-unproven", check_files=False)
+    assert unproven.backend.precision == "bf16"
+    assert "without proof" in caplog.text
+    assert judged["asked"] == REDUCED
+
+
+def test_first_use_from_many_threads_is_judged_once(copied: Path, judged: dict[str, Any]) -> None:
+    model = load_model(copied, backend="openvino", check_files=False)
+    barrier = threading.Barrier(4)
+
+    def work(index: int) -> str:
+        barrier.wait()
+        return model.backend.precision
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, range(4))) == {"bf16"}
+    assert judged["asked"] == ["bf16"]
+
+
+@needs_bf16
+def test_the_gate_really_runs_the_reduced_graphs(copied: Path) -> None:
+    model = load_model(copied, backend="openvino", check_files=False)
+    used = model.backend.precision
+    figures = {
+        path.name.rsplit("-", 1)[0]: json.loads(path.read_text())
+        for path in (copied / "verdicts").iterdir()
+    }
+    cosine = figures["openvino-bf16"]["figures"]["features 2 cosine"]
+    assert 0.99 < cosine < 1 - 1e-7
+    assert figures["openvino-bf16"]["passed"] == (used == "bf16")
+
+
+def test_info_tells_what_is_remembered(
+    copied: Path, judged: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged["bf16"] = WRONG
+    assert load_model(copied, backend="openvino", check_files=False).backend.precision
+    assert main(["info", str(copied), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["packages"]["openvino"]
+    assert said["openvino_recipes"]["bf16"].startswith("failed: click masks: least IoU 0.5")
+    assert said["openvino_recipes"]["bf16-encoder"].startswith("passed")
+
+
+# --- remembered verdicts --------------------------------------------------------------------------
+
+SUBJECT = Subject("openvino", "1.2.3", "a processor", "bf16")
+VERDICT = StoredVerdict(False, "click masks: off", {"masks least IoU": 0.5, "cosine": float("nan")})
+
+
+@pytest.fixture
+def bundle_of(tiny: Path) -> Bundle:
+    return open_bundle(tiny)
+
+
+def test_a_verdict_is_read_back(bundle_of: Bundle) -> None:
+    assert load_verdict(bundle_of, SUBJECT) is None
+    path = save_verdict(bundle_of, SUBJECT, VERDICT)
+    assert path is not None
+    assert path.parent == bundle_of.path / "verdicts"
+    again = load_verdict(bundle_of, SUBJECT)
+    assert again is not None
+    assert (again.passed, again.explanation) == (False, "click masks: off")
+    assert again.figures["masks least IoU"] == 0.5
+    assert np.isnan(again.figures["cosine"])
+
+
+@pytest.mark.parametrize("field", ["backend", "version", "processor", "precision"])
+def test_a_verdict_about_something_else_does_not_count(bundle_of: Bundle, field: str) -> None:
+    save_verdict(bundle_of, SUBJECT, VERDICT)
+    values = {name: getattr(SUBJECT, name) for name in SUBJECT.__dataclass_fields__}
+    assert load_verdict(bundle_of, Subject(**values | {field: "other"})) is None
+
+
+def test_a_verdict_of_another_bundle_or_limit_does_not_count(
+    bundle_of: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_verdict(bundle_of, SUBJECT, VERDICT)
+    assert path is not None
+    tiny_bundle(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "verdicts").mkdir()
+    shutil.copy(path, tmp_path / "other" / "verdicts" / path.name)
+    assert load_verdict(open_bundle(tmp_path / "other"), SUBJECT) is None
+    # Even under the name that the other bundle would look for.
+    document = json.loads(path.read_text())
+    document["key"]["limits"]["mask_iou"] = 0.0
+    path.write_text(json.dumps(document))
+    assert load_verdict(bundle_of, SUBJECT) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'"x"', b"{}", b"null", b"[" * 10_000, b"\xff", b'{"format": 1}']
+)
+def test_a_damaged_verdict_is_as_good_as_none(bundle_of: Bundle, content: bytes) -> None:
+    path = save_verdict(bundle_of, SUBJECT, VERDICT)
+    assert path is not None
+    path.write_bytes(content)
+    assert load_verdict(bundle_of, SUBJECT) is None
+    assert save_verdict(bundle_of, SUBJECT, VERDICT) == path
+    assert load_verdict(bundle_of, SUBJECT) is not None
+
+
+def test_a_bundle_that_cannot_be_written_uses_the_cache_folder(
+    bundle_of: Bundle, cache: Path
+) -> None:
+    # A file where the folder should be: root may write to any read-only folder.
+    (bundle_of.path / "verdicts").write_bytes(b"")
+    path = save_verdict(bundle_of, SUBJECT, VERDICT)
+    assert path is not None
+    assert path.parent == cache / "sam3rt" / "verdicts"
+    assert load_verdict(bundle_of, SUBJECT) is not None
+
+
+def test_without_any_place_nothing_is_remembered_and_nothing_fails(
+    bundle_of: Bundle, cache: Path
+) -> None:
+    (bundle_of.path / "verdicts").write_bytes(b"")
+    cache.write_bytes(b"")
+    assert save_verdict(bundle_of, SUBJECT, VERDICT) is None
+    assert load_verdict(bundle_of, SUBJECT) is None

@@ -1,0 +1,229 @@
+"""The driver's probe, and the layer over cuda-python, as far as both go without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sam3rt.backends.tensorrt.cuda import CudaRuntime, probe
+from sam3rt.backends.tensorrt.cuda.driver import probe_all
+from sam3rt.backends.tensorrt.engines import Gpu
+from sam3rt.errors import BackendError
+
+# A driver with two GPUs, in C: the probe's calls go through the real calling convention.
+SOURCE = """
+#include <string.h>
+#include <stdlib.h>
+static int number(const char *name, int fallback) {
+    const char *text = getenv(name);
+    return text ? atoi(text) : fallback;
+}
+int cuInit(unsigned flags) { return flags ? 1 : number("FAKE_INIT", 0); }
+int cuDriverGetVersion(int *v) { *v = number("FAKE_CUDA", 12060); return 0; }
+int cuDeviceGetCount(int *n) { *n = number("FAKE_COUNT", 2); return 0; }
+int cuDeviceGet(int *d, int i) { *d = 40 + i; return 0; }
+int cuDeviceGetName(char *name, int length, int d) {
+    strncpy(name, d == 40 ? "NVIDIA Fake A" : "NVIDIA Fake B", length);
+    return 0;
+}
+int cuDeviceGetAttribute(int *v, int attribute, int d) {
+    *v = attribute == 75 ? (d == 40 ? 8 : 12) : attribute == 76 ? (d == 40 ? 9 : 0) : -1;
+    return 0;
+}
+int cuDeviceTotalMem_v2(size_t *bytes, int d) { *bytes = (size_t)d << 30; return 0; }
+int nvmlInit_v2(void) { return number("FAKE_NVML", 0); }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned length) {
+    strncpy(text, "580.65.06", length);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.c").write_text(SOURCE)
+    library = folder / "libfake.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", str(library), str(folder / "driver.c")], check=True
+    )
+    loaded = ctypes.CDLL(str(library))
+    return lambda name: loaded
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a driver here")
+def test_this_machine_has_no_driver() -> None:
+    with pytest.raises(BackendError, match=r"no NVIDIA driver here.*--gpus all"):
+        probe()
+
+
+def test_every_gpu_is_described(driver: Callable[[str], Any]) -> None:
+    first, second = probe_all(driver)
+    assert first.gpu == Gpu("NVIDIA Fake A", "8.9")
+    assert second.gpu == Gpu("NVIDIA Fake B", "12.0")
+    assert (first.index, second.index) == (0, 1)
+    assert first.total_memory == 40 << 30
+    assert first.driver_version == "580.65.06"
+    assert first.cuda_version == (12, 6)
+    assert probe(1, driver) == second
+
+
+def test_a_gpu_that_is_not_there(driver: Callable[[str], Any]) -> None:
+    with pytest.raises(BackendError, match=r"cuda:2 was asked for, but 2 GPUs .*cuda:0 to cuda:1"):
+        probe(2, driver)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FAKE_INIT", "100", "no GPU is visible"),
+        ("FAKE_INIT", "35", "update the NVIDIA driver"),
+        ("FAKE_INIT", "803", "reboot"),
+        ("FAKE_INIT", "999", "error 999: check the driver with nvidia-smi"),
+        ("FAKE_COUNT", "0", "CUDA_VISIBLE_DEVICES"),
+        ("FAKE_CUDA", "11080", r"CUDA up to 11\.8, TensorRT needs 12\.0 or newer: update"),
+    ],
+)
+def test_what_is_wrong_with_a_driver(
+    variable: str,
+    value: str,
+    message: str,
+    driver: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BackendError, match=message):
+        probe(0, driver)
+
+
+def test_without_nvml_the_cuda_version_stands_for_the_drivers(
+    driver: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_cuda(name: str) -> Any:
+        if "nvidia-ml" in name or "nvml" in name:
+            raise OSError(name)
+        return driver(name)
+
+    assert probe(0, only_cuda).driver_version == "CUDA 12.6"
+    monkeypatch.setenv("FAKE_NVML", "9")
+    assert probe(0, driver).driver_version == "CUDA 12.6"
+
+
+class Status(int):
+    """What cuda-python returns first."""
+
+
+def cuda_python(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> types.ModuleType:
+    """A module in the place of ``cuda.bindings.runtime``, with some of its functions."""
+    runtime = types.ModuleType("cuda.bindings.runtime")
+    runtime.cudaError_t = types.SimpleNamespace(
+        cudaErrorMemoryAllocation=Status(2), cudaErrorInsufficientDriver=Status(35)
+    )
+    defaults = {
+        "cudaSetDevice": lambda index: (Status(0),),
+        "cudaGetLastError": lambda: (Status(0),),
+        "cudaGetErrorName": lambda status: (Status(0), b"cudaErrorName"),
+        "cudaGetErrorString": lambda status: (Status(0), b"the reason"),
+        "cudaMemGetInfo": lambda: (Status(0), 1 << 30, 8 << 30),
+    }
+    for name, function in (defaults | functions).items():
+        function.__name__ = name
+        setattr(runtime, name, function)
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.runtime = runtime
+    package = types.ModuleType("cuda")
+    package.bindings = bindings
+    for module in (package, bindings, runtime):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return runtime
+
+
+def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch, cudaMalloc=lambda nbytes: (Status(2), None))
+    cuda = CudaRuntime(0)
+    with pytest.raises(
+        BackendError,
+        match=r"3\.00 GiB were asked for, 1\.00 of 8\.00 GiB are free",
+    ):
+        cuda.allocate(3 << 30)
+
+
+def test_an_error_names_the_call_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch, cudaStreamSynchronize=lambda stream: (Status(700),))
+    with pytest.raises(
+        BackendError, match=r"cudaStreamSynchronize failed: cudaErrorName, the reason"
+    ):
+        CudaRuntime(0).synchronize(1)
+
+
+def test_a_driver_older_than_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch, cudaSetDevice=lambda index: (Status(35),))
+    with pytest.raises(BackendError, match="install the cuda-python of the driver's CUDA version"):
+        CudaRuntime(0)
+
+
+def test_cuda_python_12_raises_where_it_cannot_load_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(index: int) -> Any:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    cuda_python(monkeypatch, cudaSetDevice=missing)
+    with pytest.raises(BackendError, match=r"CUDA is not usable: Failed to dlopen"):
+        CudaRuntime(0)
+
+
+def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(BackendError, match="pip install cuda-python"):
+        CudaRuntime(0)
+
+
+def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    backing = (ctypes.c_uint8 * 16)(*range(16))
+    freed = []
+    cuda_python(
+        monkeypatch,
+        cudaMallocHost=lambda nbytes: (Status(0), ctypes.addressof(backing)),
+        cudaFreeHost=lambda address: (freed.append(address), (Status(0),))[1],
+    )
+    cuda = CudaRuntime(0)
+    array = cuda.allocate_host(16)
+    np.testing.assert_array_equal(array, range(16))
+    array[3] = 77
+    assert backing[3] == 77
+    cuda.free_host(array)
+    assert freed == [ctypes.addressof(backing)]
+
+
+def test_copies_need_contiguous_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch)
+    with pytest.raises(BackendError, match="contiguous"):
+        CudaRuntime(0).upload(0, np.zeros((4, 4), np.float32)[:, ::2], 1)
+
+
+def test_a_graph_that_cannot_be_made_leaves_no_error_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = []
+    cuda_python(
+        monkeypatch,
+        cudaStreamEndCapture=lambda stream: (Status(901), None),
+        cudaGetLastError=lambda: (read.append(1), (Status(901),))[1],
+    )
+    with pytest.raises(BackendError, match="cudaStreamEndCapture failed"):
+        CudaRuntime(0).end_capture(1)
+    assert read

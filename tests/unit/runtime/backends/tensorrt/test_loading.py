@@ -1,0 +1,367 @@
+"""Which engines serve: fit, proof at first load, refusal by rule, and what the errors say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.support.fake_tensorrt import Perturbation
+from tests.support.tensorrt_helpers import GPU, Rig, make_rig
+
+import sam3rt
+from sam3rt.backends import create_backend
+from sam3rt.backends.tensorrt import proof
+from sam3rt.backends.tensorrt.engines import Gpu, find_engines, read_sidecar, write_sidecar
+from sam3rt.backends.tensorrt.loading import open_tensorrt
+from sam3rt.bundle import file_entry
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.cli import main
+from sam3rt.errors import BackendError, InvalidInputError
+
+Outputs = dict[str, NDArray[Any]]
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(proof, "_remembered", {})
+    return make_rig(default_bundle_path(), tmp_path, monkeypatch)
+
+
+def little_noise(outputs: Outputs) -> None:
+    rng = np.random.default_rng(0)
+    for array in outputs.values():
+        if array.dtype == np.float32:
+            array += rng.normal(0, 1e-4 * np.abs(array).max(), array.shape).astype(np.float32)
+
+
+def with_cosine(cosine: float) -> Perturbation:
+    """Noise that leaves features with about the given cosine to the right ones."""
+
+    def perturb(outputs: Outputs) -> None:
+        rng = np.random.default_rng(1)
+        for name, array in outputs.items():
+            if name.startswith("image_embeddings"):
+                noise = rng.normal(0, array.std(), array.shape).astype(np.float32)
+                ratio = np.sqrt(1 / cosine**2 - 1)
+                array += noise * (ratio * np.linalg.norm(array) / np.linalg.norm(noise))
+
+    return perturb
+
+
+def one_nan(outputs: Outputs) -> None:
+    for array in outputs.values():
+        array.flat[array.size // 2] = np.nan
+
+
+def swapped_masks(outputs: Outputs) -> None:
+    if "pred_masks" in outputs:
+        outputs["pred_masks"] = outputs["pred_masks"][:, :, ::-1].copy()
+
+
+def wrong_single_mask(outputs: Outputs) -> None:
+    if "single_pred_masks" in outputs:
+        outputs["single_pred_masks"] = -outputs["single_pred_masks"]
+
+
+def all_wrong_scores(outputs: Outputs) -> None:
+    if "iou_scores" in outputs:
+        outputs["iou_scores"] = 1 - outputs["iou_scores"]
+
+
+FAILURES: dict[str, tuple[Perturbation, str]] = {
+    "cosine 0.04": (with_cosine(0.04), "encoder"),
+    "cosine 0.9": (with_cosine(0.9), "encoder"),
+    "NaN features": (one_nan, "encoder"),
+    "NaN logits": (one_nan, "decoder"),
+    "swapped outputs": (swapped_masks, "decoder"),
+    "wrong single mask": (wrong_single_mask, "decoder"),
+    "wrong scores": (all_wrong_scores, "decoder"),
+}
+
+
+def test_a_proven_set_is_served_without_another_proof(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.build()
+    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
+    backend = open_tensorrt(rig.bundle)
+    assert (backend.name, backend.device, backend.precision) == ("tensorrt", "cuda:0", "fp32")
+
+
+def test_an_unproven_set_is_proved_once_and_the_verdict_kept(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = rig.build("fp16", state="unproven", gpu=None, targets=("8.6", "8.9"))
+    rig.perturbations["noise"] = little_noise
+    backend = open_tensorrt(rig.bundle)
+    assert backend.precision == "fp16"
+    for engine in engines.values():
+        sidecar = read_sidecar(engine.path)
+        assert sidecar.state == "proven"
+        assert sidecar.gpu == GPU
+        assert sidecar.driver_version == rig.platform.device.driver_version
+        assert sidecar.parity["masks least IoU"] > 0.999
+    decoder = read_sidecar(engines["decoder"].path)
+    assert decoder.paired_with == engines["encoder"].sidecar.engine.sha256
+    # Another process finds the verdict in the sidecars.
+    monkeypatch.setattr(proof, "_remembered", {})
+    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
+    assert open_tensorrt(rig.bundle).engines.proven
+
+
+def test_a_little_noise_passes(rig: Rig) -> None:
+    rig.perturbations["noise"] = little_noise
+    rig.build("fp16", state="unproven", perturbation="noise")
+    assert open_tensorrt(rig.bundle).precision == "fp16"
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_wrong_engine_is_refused_and_the_next_one_used(failure: str, rig: Rig) -> None:
+    perturb, role = FAILURES[failure]
+    rig.perturbations["wrong"] = perturb
+    wrong = rig.engine(role, "fp16", state="unproven", perturbation="wrong")
+    rig.build("fp32", state="unproven")
+    backend = open_tensorrt(rig.bundle)
+    assert backend.precision == "fp32"
+    assert read_sidecar(wrong.path).state == "refused"
+    assert read_sidecar(wrong.path).gpu == GPU
+    states = {e.path: e.sidecar.state for e in find_engines(rig.bundle)}
+    assert sorted(states.values()) == ["proven", "proven", "refused"]
+    # Nothing of the refused one is left on the GPU.
+    assert rig.cuda.live["streams"] == 1
+
+
+def test_nothing_wrong_is_ever_served(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.perturbations["wrong"] = with_cosine(0.5)
+    engines = rig.build("fp16", state="unproven", perturbation="wrong")
+    with pytest.raises(BackendError, match=r"cosine 0\.[45].*sam3rt build .*--backend tensorrt"):
+        open_tensorrt(rig.bundle)
+    assert read_sidecar(engines["encoder"].path).state == "refused"
+    # It stays refused in another process, which says so without running it.
+    monkeypatch.setattr(proof, "_remembered", {})
+    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
+    with pytest.raises(BackendError, match="state is refused: it failed the gate"):
+        open_tensorrt(rig.bundle)
+
+
+def test_a_refusal_holds_for_the_kind_of_gpu_it_was_found_on(rig: Rig) -> None:
+    other = Gpu("NVIDIA Other", "8.9")
+    for engine in rig.build("fp16", targets=("8.9",)).values():
+        write_sidecar(
+            engine.path,
+            dataclasses.replace(engine.sidecar, state="refused", gpu=other),
+        )
+    assert open_tensorrt(rig.bundle).precision == "fp16"
+
+
+def test_a_pair_that_was_never_proved_together_is_proved(rig: Rig) -> None:
+    first = rig.build("fp16")
+    second = rig.engine("encoder", "fp32")
+    first["encoder"].path.unlink()
+    backend = open_tensorrt(rig.bundle)
+    assert backend.precision == "fp32+fp16"
+    assert read_sidecar(first["decoder"].path).paired_with == second.sidecar.engine.sha256
+
+
+def test_a_decoder_is_not_blamed_for_what_the_encoder_lacks(rig: Rig) -> None:
+    """Features just within the limits may be too far off for a decoder that is right."""
+
+    def outlier(outputs: Outputs) -> None:
+        for name, array in outputs.items():
+            if name.startswith("image_embeddings"):
+                # Within the cosine's limit, and below the subsampling of the parity record.
+                array[:, 1::4] += 0.6 * np.abs(array).max()
+
+    rig.perturbations["outlier"] = outlier
+    encoder = rig.engine("encoder", "fp16", state="unproven", perturbation="outlier")
+    decoder = rig.engine("decoder", "fp16", state="unproven")
+    rig.engine("encoder", "fp32", state="unproven")
+    backend = open_tensorrt(rig.bundle)
+    assert backend.precision == "fp32+fp16"
+    assert read_sidecar(encoder.path).state == "refused"
+    assert read_sidecar(decoder.path).state == "proven"
+
+
+def test_a_read_only_folder_keeps_the_verdict_in_memory(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rig.build("fp16", state="unproven")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(proof, "write_sidecar", refuse)
+    assert open_tensorrt(rig.bundle).precision == "fp16"
+    assert "cannot be written (read-only file system)" in caplog.text
+    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
+    assert open_tensorrt(rig.bundle).precision == "fp16"
+
+
+def test_a_changed_engine_file_is_passed_over(rig: Rig) -> None:
+    engines = rig.build("fp16")
+    rig.build("fp32")
+    path = engines["encoder"].path
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    assert open_tensorrt(rig.bundle).engines.encoder.sidecar.recipe == "fp32"
+    with pytest.raises(BackendError, match=r"engine\.sha256 is .* in the sidecar.*build it again"):
+        open_tensorrt(rig.bundle, precision="fp16")
+
+
+def test_an_engine_that_tensorrt_cannot_read_is_passed_over(rig: Rig) -> None:
+    engines = rig.build("fp16")
+    path = engines["encoder"].path
+    path.write_bytes(b"not an engine")
+    entry = file_entry(path)
+    write_sidecar(path, dataclasses.replace(engines["encoder"].sidecar, engine=entry))
+    with pytest.raises(BackendError, match=r"cannot load .*wrong magic number; build it again"):
+        open_tensorrt(rig.bundle)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gpu", Gpu("NVIDIA L4", "8.9"), r"gpu\.name is NVIDIA L4, here it is NVIDIA Fake 9000"),
+        ("tensorrt_version", "10.3.0", r"tensorrt_version is 10\.3\.0, here it is 10\.16\.0"),
+        ("bundle_fingerprint", "0" * 64, r"bundle_fingerprint is 0000.*this bundle's is"),
+        ("backend", "tensorrt-rtx", r"no tensorrt engines"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_both_values(
+    field: str, value: Any, message: str, rig: Rig
+) -> None:
+    rig.build(**{field: value})
+    with pytest.raises(BackendError, match=message) as caught:
+        open_tensorrt(rig.bundle)
+    assert f"sam3rt build {rig.bundle.path} --backend tensorrt" in str(caught.value)
+
+
+def test_a_gpu_without_enough_memory(rig: Rig) -> None:
+    rig.build()
+    rig.cuda.total = 1 << 20
+    with pytest.raises(BackendError, match=r"out of device memory: .*GiB were asked for"):
+        open_tensorrt(rig.bundle)
+    assert rig.cuda.used == 0
+
+
+def test_there_is_no_tensorrt_on_the_cpu(rig: Rig) -> None:
+    rig.build()
+    with pytest.raises(InvalidInputError, match="device"):
+        create_backend("tensorrt", rig.bundle, device="cpu")
+
+
+def test_engines_without_a_driver_are_refused_before_anything_is_loaded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real on this machine: there is no driver."""
+    from sam3rt.backends.tensorrt.cuda import probe
+
+    def no_driver(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    rig.build()
+    loading = "sam3rt.backends.tensorrt.loading"
+    monkeypatch.setattr(f"{loading}.probe", lambda index=0: probe(index, no_driver))
+    monkeypatch.setattr(f"{loading}.open_platform", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(BackendError, match="no NVIDIA driver"):
+        open_tensorrt(rig.bundle)
+
+
+def test_auto_takes_a_proven_set_and_says_so(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.build("fp16")
+    model = sam3rt.load_model(rig.bundle.path, check_files=False)
+    assert model.backend.name == "tensorrt"
+    assert "chose tensorrt on cuda:0" in caplog.text
+
+
+def test_auto_falls_to_the_next_backend_and_says_why(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rig.perturbations["wrong"] = with_cosine(0.5)
+    rig.build("fp16", state="unproven", perturbation="wrong")
+    model = sam3rt.load_model(rig.bundle.path, check_files=False)
+    assert model.backend.name not in ("tensorrt", "tensorrt-rtx")
+    assert "fails the gate on this GPU" in caplog.text
+    assert "not tensorrt on cuda" in caplog.text
+
+
+def test_precision_insists(rig: Rig) -> None:
+    rig.build("fp16")
+    rig.build("fp32")
+    assert open_tensorrt(rig.bundle).precision == "fp16"
+    assert open_tensorrt(rig.bundle, precision="fp32").precision == "fp32"
+    assert open_tensorrt(rig.bundle, precision="fp16+fp32").precision == "fp16+fp32"
+    with pytest.raises(
+        BackendError, match=r"recipe is fp\d+, tf32 was asked for.*--precision tf32"
+    ):
+        open_tensorrt(rig.bundle, precision="tf32")
+
+
+@pytest.mark.parametrize("role", ["preprocess", "postprocess"])
+def test_wrong_imaging_is_left_to_the_host(
+    role: str, rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def shifted(outputs: Outputs) -> None:
+        for name in outputs:
+            outputs[name] = np.roll(outputs[name], 1, axis=-1)
+
+    rig.build()
+    rig.perturbations["shifted"] = shifted
+    wrong = rig.engine(role, "fp32", state="unproven", perturbation="shifted")
+    backend = open_tensorrt(rig.bundle)
+    assert not backend.imaging.preprocess_allowed
+    assert not backend.imaging.postprocess_allowed
+    assert read_sidecar(wrong.path).state == "refused"
+    assert "is not used" in caplog.text
+
+
+def test_right_imaging_is_proved_and_used(rig: Rig) -> None:
+    rig.build()
+    engines = [rig.engine(role, state="unproven") for role in ("preprocess", "postprocess")]
+    backend = open_tensorrt(rig.bundle)
+    assert backend.imaging.preprocess_allowed
+    assert backend.imaging.postprocess_allowed
+    assert [read_sidecar(engine.path).state for engine in engines] == ["proven", "proven"]
+
+
+@pytest.mark.parametrize(
+    ("role", "other", "message"),
+    [("encoder", "decoder", "has the inputs"), ("decoder", "encoder", "has the inputs")],
+)
+def test_an_engine_of_another_graph_is_refused(
+    role: str, other: str, message: str, rig: Rig
+) -> None:
+    engines = rig.build()
+    engines[role].path.write_bytes(engines[other].path.read_bytes())
+    entry = file_entry(engines[role].path)
+    write_sidecar(
+        engines[role].path,
+        dataclasses.replace(engines[role].sidecar, engine=entry, state="unproven"),
+    )
+    with pytest.raises(BackendError, match=message):
+        open_tensorrt(rig.bundle)
+
+
+def test_info_lists_gpus_and_engines(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig.build("fp16", state="unproven")
+    monkeypatch.setattr("sam3rt.cli.info.probe_all", lambda: (rig.platform.device,))
+    assert main(["info", str(rig.bundle.path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["gpus"][0].startswith("NVIDIA Fake 9000 (compute capability 8.9, 4.3 GB")
+    assert [entry.split("/")[-1].split(",")[0] for entry in document["engines"]] == [
+        "decoder.engine (unproven",
+        "encoder.engine (unproven",
+    ]

@@ -1,0 +1,542 @@
+"""Tests of `sam3rt.backends.onnxruntime` and of the choice of a backend."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from tests.support.helpers import edit_manifest, noise, relist, tiny_bundle
+
+from sam3rt import (
+    BackendError,
+    BundleError,
+    EmbeddingError,
+    ImageEmbedding,
+    InvalidInputError,
+    Prompts,
+    SegmentationModel,
+    load_model,
+    open_bundle,
+)
+from sam3rt.backends import create_backend
+from sam3rt.prompts import PackedPrompts, pack
+
+CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
+HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A bundle that opens but whose graphs are not loaded."""
+    tiny_bundle(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def copied(small_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the small SAM 3's bundle, to be changed."""
+    shutil.copytree(small_bundle, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sessions made during the test, in order."""
+    made: list[Any] = []
+    original = ort.InferenceSession
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        made.append(original(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    return made
+
+
+@pytest.fixture(scope="module")
+def embedding(small_model: SegmentationModel) -> ImageEmbedding:
+    """An image of 50 x 70 pixels, encoded."""
+    return small_model.encode(noise(50, 70))
+
+
+@pytest.fixture(scope="module")
+def click(small_model: SegmentationModel, embedding: ImageEmbedding) -> PackedPrompts:
+    """One click, packed."""
+    return pack(CLICK, small_model.manifest.prompts, embedding.geometry)
+
+
+def close(actual: NDArray[np.float32], expected: NDArray[np.float32], limit: float) -> None:
+    """Assert that the largest difference is within a share of the largest value."""
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
+
+
+# --- choosing a backend ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "ONNXRuntime", "torch", None, 5])
+def test_unknown_backend_is_refused(tiny: Path, name: Any) -> None:
+    with pytest.raises(InvalidInputError, match="onnxruntime") as caught:
+        load_model(tiny, backend=name)
+    assert caught.value.argument == "backend"
+
+
+def test_backend_describes_itself(tiny: Path) -> None:
+    backend = load_model(tiny, backend="onnxruntime", device="cpu").backend
+    assert backend.name == "onnxruntime"
+    assert backend.device == "cpu"
+    assert backend.versions() == {"onnxruntime": ort.__version__}
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter that finds what this one finds; return what it prints."""
+    prelude = f"import sys; sys.path[:] = {sys.path!r}; "
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_sam3rt_imports_no_backend_and_no_torch() -> None:
+    heavy = {"torch", "onnxruntime", "openvino", "tensorrt", "onnx", "transformers", "cv2", "scipy"}
+    assert run_python(f"import sam3rt; print({heavy} & set(sys.modules))").strip() == "set()"
+
+
+def test_missing_onnxruntime_says_what_to_install(tiny: Path) -> None:
+    said = run_python(
+        "sys.modules.update(onnxruntime=None, openvino=None)\n"
+        "import sam3rt\n"
+        "for name in ('onnxruntime', 'auto'):\n"
+        f"    try: sam3rt.load_model({str(tiny)!r}, backend=name)\n"
+        "    except sam3rt.BackendError as error: print(str(error).replace('\\n', ' '))\n"
+    )
+    assert ["sam3rt[cpu]" in line for line in said.splitlines()] == [True, True]
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "",
+        "CPU",
+        "gpu",
+        "Cuda",
+        "cuda:",
+        "cuda:-1",
+        "cuda:1234",
+        "cuda:1.0",
+        "cuda:a",
+        "cuda 0",
+        " cpu",
+        "cpu ",
+        "cpu\n",
+        "cpu:0",
+        "auto:0",
+        None,
+        0,
+        b"cpu",
+        ["cpu"],
+        True,
+    ],
+    ids=repr,
+)
+def test_nonsense_devices_are_refused(tiny: Path, device: Any) -> None:
+    with pytest.raises(InvalidInputError, match="cuda:N") as caught:
+        load_model(tiny, device=device)
+    assert caught.value.argument == "device"
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_cuda_without_cuda_says_what_to_install(tiny: Path, backend: str, device: str) -> None:
+    with pytest.raises(BackendError, match=r"sam3rt\[gpu\]") as caught:
+        load_model(tiny, backend=backend, device=device)
+    assert isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_auto_without_cuda_is_the_cpu(tiny: Path) -> None:
+    assert load_model(tiny).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("listed", "answers", "usable"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_cuda_must_be_listed_and_answer(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, answers: bool, usable: bool
+) -> None:
+    """onnxruntime-gpu lists CUDA even where there is no driver."""
+    providers = ["CUDAExecutionProvider"] * listed + ["CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr("sam3rt.backends.onnxruntime._cuda_answers", lambda: answers)
+    assert load_model(tiny, device="cpu").device == "cpu"
+    assert load_model(tiny, device="auto").device == ("cuda:0" if usable else "cpu")
+    if usable:
+        assert load_model(tiny, device="cuda").device == "cuda:0"
+        assert load_model(tiny, device="cuda:3").device == "cuda:3"
+    else:
+        with pytest.raises(BackendError, match="CUDA is not usable"):
+            load_model(tiny, device="cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
+def test_session_that_falls_back_to_the_cpu_is_refused(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for CUDA, ONNX Runtime may return a session without it."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("sam3rt.backends.onnxruntime._cuda_answers", lambda: True)
+    model = load_model(copied, device="cuda")
+    with pytest.raises(BackendError, match=r"CUDA|cuda"):
+        model.backend.prepare()
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "threads", [0, -1, True, False, 1.0, 2.5, "2", [1], float("nan")], ids=repr
+)
+def test_nonsense_threads_are_refused(tiny: Path, threads: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        load_model(tiny, device="cpu", threads=threads)
+    assert caught.value.argument == "threads"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_reach_the_sessions(small_bundle: Path, sessions: list[Any], threads: int) -> None:
+    load_model(small_bundle, device="cpu", threads=threads, check_files=False).backend.prepare()
+    assert [s.get_session_options().intra_op_num_threads for s in sessions] == [threads] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_do_not_depend_on_the_threads(
+    small_model: SegmentationModel, embedding: ImageEmbedding, threads: int
+) -> None:
+    other = load_model(small_model.bundle.path, device="cpu", threads=threads, check_files=False)
+    again = other.encode(noise(50, 70))
+    for name, expected in embedding.numpy().items():
+        close(again.numpy()[name], expected, 1e-3)
+    for multimask in (True, False):
+        actual = other.decode(again, CLICK, multimask)
+        expected_masks = small_model.decode(embedding, CLICK, multimask)
+        close(actual.low_res_masks, expected_masks.low_res_masks, 1e-3)
+        close(actual.iou_predictions, expected_masks.iou_predictions, 1e-3)
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def test_graphs_are_loaded_when_they_are_needed(
+    small_bundle: Path, embedding: ImageEmbedding, tmp_path: Path, sessions: list[Any]
+) -> None:
+    embedding.save(tmp_path / "a.emb")
+    model = load_model(small_bundle, device="cpu", check_files=False)
+    assert not sessions
+    loaded = model.load_embedding(tmp_path / "a.emb")
+    assert not sessions
+    model.decode(loaded, CLICK)
+    model.decode(loaded, CLICK)
+    assert len(sessions) == 1  # the decoder alone
+    model.encode(noise(5, 5))
+    assert len(sessions) == 2
+
+
+def test_prepare_loads_both_graphs_once(small_bundle: Path, sessions: list[Any]) -> None:
+    model = load_model(small_bundle, device="cpu", check_files=False)
+    model.backend.prepare()
+    assert [s.get_inputs()[0].name for s in sessions] == ["pixel_values", "image_embeddings.0"]
+    model.backend.prepare()
+    model.warm_up()
+    assert len(sessions) == 2
+
+
+def test_first_use_from_eight_threads_loads_each_graph_once(
+    small_bundle: Path, embedding: ImageEmbedding, sessions: list[Any]
+) -> None:
+    model = load_model(small_bundle, device="cpu", check_files=False)
+    maps = list(embedding.numpy().values())
+    mine = ImageEmbedding(
+        model.backend.upload(maps), embedding.geometry, embedding.fingerprint, embedding.names
+    )
+    barrier = threading.Barrier(8)
+
+    def work(index: int) -> Any:
+        barrier.wait()
+        if index % 4 == 0:
+            model.backend.prepare()
+        return model.decode(mine, CLICK).low_res_masks
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len(sessions) == 2
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_images_are_encoded_from_threads_as_alone(small_model: SegmentationModel) -> None:
+    images = [noise(20, 30, seed) for seed in range(2)]
+    expected = [small_model.encode(image).numpy() for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(small_model.encode, images))
+    for result, wanted in zip(results, expected, strict=True):
+        for name, array in result.numpy().items():
+            np.testing.assert_array_equal(array, wanted[name])
+
+
+# --- inputs and outputs ---------------------------------------------------------------------------
+
+
+def test_only_the_requested_outputs_come_back(
+    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+) -> None:
+    backend, features = small_model.backend, embedding.features
+    names = [spec.name for spec in small_model.manifest.decoder.outputs]
+    everything = backend.decode(features, click, names)
+    assert len(everything) == len(names) == 5
+    for name, array in zip(names, everything, strict=True):
+        (alone,) = backend.decode(features, click, [name])
+        np.testing.assert_array_equal(alone, array)
+    backwards = backend.decode(features, click, names[::-1])
+    for array, expected in zip(backwards[::-1], everything, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_what_is_not_asked_for_is_not_copied(
+    small_model: SegmentationModel, embedding: ImageEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    original = small_model.backend.decode
+
+    def spy(features: Any, prompts: Any, outputs: Any) -> Any:
+        asked.append(tuple(outputs))
+        return original(features, prompts, outputs)
+
+    monkeypatch.setattr(small_model.backend, "decode", spy)
+    small_model.decode(embedding, CLICK, multimask_output=True)
+    small_model.decode(embedding, CLICK, multimask_output=False)
+    assert asked == [
+        ("pred_masks", "iou_scores", "object_score_logits"),
+        ("single_pred_masks", "single_iou_scores", "object_score_logits"),
+    ]
+
+
+@pytest.mark.parametrize("family", ["small_model", "default_model"])
+def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) -> None:
+    model: SegmentationModel = request.getfixturevalue(family)
+    embedding = model.encode(noise(20, 30))
+    side = model.manifest.masks.low_res_size[0]
+    boxes = np.array([[1, 2, 20, 18], [3, 4, 25, 15]])
+    for multimask, count in ((True, 3), (False, 1)):
+        said = model.decode(embedding, Prompts(box=boxes), multimask)
+        assert said.low_res_masks.shape == (2, count, side, side)
+        assert said.iou_predictions.shape == (2, count)
+        if family == "small_model":
+            assert said.object_score_logits is not None
+            assert said.object_score_logits.shape == (2,)
+        else:
+            assert said.object_score_logits is None
+
+
+def test_features_of_another_backend_are_refused(
+    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+) -> None:
+    class OtherFeatures:
+        nbytes = 0
+
+        def numpy(self) -> tuple[NDArray[np.float32], ...]:
+            return tuple(embedding.numpy().values())
+
+    with pytest.raises(EmbeddingError, match="OtherFeatures"):
+        small_model.backend.decode(OtherFeatures(), click, ["pred_masks"])
+    other = ImageEmbedding(
+        OtherFeatures(), embedding.geometry, embedding.fingerprint, embedding.names
+    )
+    with pytest.raises(EmbeddingError, match="save the embedding"):
+        small_model.decode(other, CLICK)
+
+
+def test_uploaded_maps_are_copies(
+    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+) -> None:
+    expected = small_model.backend.decode(embedding.features, click, ["pred_masks"])[0]
+    maps = list(embedding.numpy().values())
+    views = [maps[0].astype(np.float64), np.asfortranarray(maps[1]), maps[2]]
+    features = small_model.backend.upload(views)
+    assert features.nbytes == embedding.nbytes
+    for array in views:
+        array[...] = 0
+    del views
+    np.testing.assert_array_equal(
+        small_model.backend.decode(features, click, ["pred_masks"])[0], expected
+    )
+
+
+def test_content_of_an_absent_mask_prompt_does_not_matter(
+    small_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    """An absent mask is not a mask of zeros."""
+    without = small_model.decode(embedding, CLICK).low_res_masks
+    zeros = Prompts(CLICK.point_coords, CLICK.point_labels, mask_input=np.zeros((1, 288, 288)))
+    assert np.abs(small_model.decode(embedding, zeros).low_res_masks - without).max() > 1e-2
+
+
+def test_failure_inside_onnxruntime_is_a_backend_error(
+    small_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    with pytest.raises(BackendError, match="encoder"):
+        small_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
+    wrong = PackedPrompts(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.int64), None)
+    with pytest.raises(BackendError, match="decoder"):
+        small_model.backend.decode(embedding.features, wrong, ["pred_masks"])
+    small_model.decode(embedding, CLICK)
+
+
+# --- graphs that are not what the manifest says ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("damage", ["cut", "other graph", "missing"])
+def test_graph_exchanged_after_opening_is_refused(copied: Path, name: str, damage: str) -> None:
+    model = load_model(copied, device="cpu")
+    content = (copied / name).read_bytes()
+    other = "decoder.onnx" if name == "encoder.onnx" else "encoder.onnx"
+    if damage == "missing":
+        (copied / name).unlink()
+    elif damage == "cut":
+        (copied / name).write_bytes(content[:-1])
+    else:
+        shutil.copy(copied / other, copied / name)
+    with pytest.raises(BundleError) as caught:
+        model.backend.prepare()
+    assert caught.value.file == name
+    # It may come back: the failure is not remembered.
+    (copied / name).write_bytes(content)
+    model.backend.prepare()
+
+
+def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
+    """A change of a manifest: the value at a path."""
+
+    def change(document: dict[str, Any]) -> None:
+        target: Any = document
+        for step in path[:-1]:
+            target = target[step]
+        target[path[-1]] = value
+
+    return change
+
+
+SIGNATURES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "encoder input renamed": ("encoder.onnx", put("encoder", "inputs", 0, "name", value="image")),
+    "encoder output renamed": ("encoder.onnx", put("encoder", "outputs", 2, "name", value="map")),
+    "encoder output dropped": ("encoder.onnx", lambda d: d["encoder"]["outputs"].pop()),
+    "encoder outputs reversed": ("encoder.onnx", lambda d: d["encoder"]["outputs"].reverse()),
+    "encoder without inputs": ("encoder.onnx", put("encoder", "inputs", value=[])),
+    "decoder type": ("decoder.onnx", put("decoder", "inputs", 4, "dtype", value="int32")),
+    "decoder half": ("decoder.onnx", put("decoder", "outputs", 0, "dtype", value="float16")),
+    "decoder rank": ("decoder.onnx", put("decoder", "outputs", 1, "shape", value=[1, 3])),
+    "decoder input dropped": ("decoder.onnx", lambda d: d["decoder"]["inputs"].pop(0)),
+    "decoder inputs swapped": ("decoder.onnx", lambda d: d["decoder"]["inputs"].reverse()),
+    "decoder output added": (
+        "decoder.onnx",
+        lambda d: d["decoder"]["outputs"].append(
+            {"name": "more", "dtype": "float32", "shape": [1]}
+        ),
+    ),
+    # Sizes that both sides fix must agree too, or every consumer of the manifest is misled.
+    "encoder input size": (
+        "encoder.onnx",
+        put("encoder", "inputs", 0, "shape", value=["batch", 3, 512, 512]),
+    ),
+    "encoder output size": (
+        "encoder.onnx",
+        put("encoder", "outputs", 2, "shape", value=["batch", 256, 64, 64]),
+    ),
+    "decoder output size": (
+        "decoder.onnx",
+        put("decoder", "outputs", 0, "shape", value=[1, "num_objects", 3, 256, 256]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_other_than_the_manifests_is_refused(copied: Path, name: str) -> None:
+    file, change = SIGNATURES[name]
+    edit_manifest(copied, change)
+    model = load_model(copied, device="cpu", check_files=False)
+    with pytest.raises(BundleError) as caught:
+        model.backend.prepare()
+    assert caught.value.file == file
+
+
+def test_swapped_graphs_are_refused(copied: Path) -> None:
+    """Both carry the right export id."""
+    (copied / "encoder.onnx").rename(copied / "other")
+    (copied / "decoder.onnx").rename(copied / "encoder.onnx")
+    (copied / "other").rename(copied / "decoder.onnx")
+    relist(copied)
+    with pytest.raises(BundleError, match="the manifest says"):
+        load_model(copied, device="cpu").backend.prepare()
+
+
+@pytest.mark.parametrize("content", [b"", b"not ONNX", b"\0" * 1000])
+def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes) -> None:
+    (copied / "decoder.onnx").write_bytes(content)
+    relist(copied)
+    model = load_model(copied, device="cpu")
+    with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
+        model.backend.prepare()
+
+
+def test_weights_beside_the_graph_are_found(
+    copied: Path, small_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    import onnx
+
+    graph = onnx.load(copied / "decoder.onnx")
+    (copied / "decoder.onnx").unlink()
+    onnx.save_model(
+        graph,
+        copied / "decoder.onnx",
+        save_as_external_data=True,
+        location="decoder.data",
+        size_threshold=1024,
+    )
+    assert (copied / "decoder.data").stat().st_size > (copied / "decoder.onnx").stat().st_size
+    entry = {"file": "decoder.data", "sha256": "0" * 64, "bytes": 0}
+    edit_manifest(copied, put("decoder", "external_data", value=[entry]))
+    relist(copied)
+    model = load_model(copied, device="cpu")
+    features = model.backend.upload(list(embedding.numpy().values()))
+    mine = ImageEmbedding(features, embedding.geometry, model.manifest.fingerprint, embedding.names)
+    np.testing.assert_array_equal(
+        model.decode(mine, CLICK).low_res_masks,
+        small_model.decode(embedding, CLICK).low_res_masks,
+    )
+    (copied / "decoder.data").write_bytes(b"changed")
+    with pytest.raises(BundleError, match=r"decoder\.data"):
+        open_bundle(copied)
+
+
+def test_create_backend_passes_options_on(tiny: Path) -> None:
+    bundle = open_bundle(tiny)
+    assert create_backend("onnxruntime", bundle, device="cpu", threads=2).device == "cpu"
+    with pytest.raises(InvalidInputError):
+        create_backend("onnxruntime", bundle, device="cpu", threads=0)

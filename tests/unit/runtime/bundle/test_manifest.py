@@ -1,0 +1,751 @@
+"""Tests of `sam3rt.bundle`: what opens, and that every kind of damage is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.helpers import (
+    edit_manifest,
+    examples,
+    flip,
+    read_document,
+    relist,
+    sign,
+    tiny_bundle,
+)
+
+from sam3rt import Bundle, BundleError, InvalidInputError, Manifest, load_model, open_bundle
+from sam3rt.bundle import NO_FINGERPRINT, file_entry, fingerprint_of, parse_manifest, write_manifest
+
+FILES = ("encoder.onnx", "encoder.data", "decoder.onnx", "parity.npz", "LICENSE")
+Document = dict[str, Any]
+Place = tuple[str | int, ...]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A valid bundle, one per test."""
+    tiny_bundle(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a valid manifest."""
+    path = tmp_path_factory.mktemp("raw") / "tiny"
+    tiny_bundle(path)
+    return (path / "bundle.json").read_bytes()
+
+
+def refused(path: Path, file: str, **options: Any) -> str:
+    """Assert that a bundle is refused naming ``file``; return the message."""
+    with pytest.raises(BundleError) as caught:
+        open_bundle(path, **options)
+    assert caught.value.file == file
+    assert file in str(caught.value)
+    return str(caught.value)
+
+
+def at(document: Any, place: Place) -> Any:
+    for step in place:
+        document = document[step]
+    return document
+
+
+def put(document: Any, place: Place, value: Any) -> Any:
+    """Replace a value; with no place, the document itself."""
+    if not place:
+        return value
+    at(document, place[:-1])[place[-1]] = value
+    return document
+
+
+def places(value: Any, prefix: Place = ()) -> Iterator[Place]:
+    """Every place in a JSON document below the root."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield (*prefix, key)
+            yield from places(inner, (*prefix, key))
+
+
+# --- valid bundles --------------------------------------------------------------------------------
+
+
+def test_valid_bundle_opens(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    assert isinstance(bundle, Bundle)
+    assert bundle.path == folder
+    assert bundle.manifest.name == "tiny ☃"
+    assert {entry.file for entry in bundle.manifest.files()} == set(FILES)
+    assert bundle.file(bundle.manifest.decoder.model) == folder / "decoder.onnx"
+    bundle.check_files()
+
+
+def test_path_may_be_a_string_or_a_link_to_the_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    manifest = open_bundle(folder).manifest
+    assert open_bundle(str(folder)).manifest == manifest
+    assert open_bundle(tmp_path / "link").manifest == manifest
+
+
+def test_exported_bundle_opens(small_bundle: Path) -> None:
+    manifest = open_bundle(small_bundle).manifest
+    assert manifest.model_type == "sam3"
+    assert manifest.image.size == (1008, 1008)
+    assert manifest.masks.low_res_limit == 32.0
+    assert manifest.masks.max_hole_area == 256.0
+
+
+def test_manifest_is_immutable(folder: Path) -> None:
+    manifest = open_bundle(folder).manifest
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        manifest.name = "other"  # type: ignore[misc]
+    assert isinstance(manifest.image.size, tuple)
+    assert isinstance(manifest.encoder.inputs, tuple)
+
+
+def test_files_beside_the_listed_ones_do_not_matter(folder: Path) -> None:
+    (folder / "README.md").write_text("hello")
+    (folder / "sub").mkdir()
+    open_bundle(folder)
+
+
+def test_link_inside_the_bundle_is_allowed(folder: Path) -> None:
+    (folder / "decoder.onnx").rename(folder / "blob")
+    (folder / "decoder.onnx").symlink_to("blob")
+    open_bundle(folder)
+
+
+# --- missing and damaged files --------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="nowhere"):
+        open_bundle(tmp_path / "nowhere")
+
+
+def test_file_instead_of_a_folder(folder: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle folder"):
+        open_bundle(folder / "LICENSE")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    refused(tmp_path, "bundle.json")
+
+
+def damages(content: bytes, other: bytes) -> dict[str, bytes]:
+    """Ways to damage a file's content."""
+    return {
+        "cut by one": content[:-1],
+        "cut in half": content[: len(content) // 2],
+        "empty": b"",
+        "longer": content + b"\0",
+        "first bit": flip(content, 0),
+        "last bit": flip(content, len(content) * 8 - 1),
+        "middle bit": flip(content, len(content) * 4 + 3),
+        "other bundle": other,
+    }
+
+
+@pytest.mark.parametrize("damage", damages(b"x", b"y"))
+@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
+def test_damaged_file_is_refused(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+    tiny_bundle(tmp_path / "other", seed=1)
+    other = (tmp_path / "other" / name).read_bytes()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(damages(content, other)[damage])
+    if (name, damage) == ("bundle.json", "other bundle"):
+        # A whole manifest of another bundle is fine by itself; the files do not fit it.
+        assert open_bundle(folder, check_files=False)
+        refused(folder, "encoder.onnx")
+    else:
+        refused(folder, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
+def test_missing_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert "missing" in refused(folder, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
+def test_folder_in_a_files_place_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
+def test_pipe_in_a_files_place_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    refused(folder, name)
+
+
+@given(data=st.data())
+@examples(60)
+def test_any_flipped_bit_of_any_file_is_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("flips") / "tiny"
+    tiny_bundle(path)
+    name = data.draw(st.sampled_from([*FILES, "bundle.json"]))
+    content = (path / name).read_bytes()
+    bit = data.draw(st.integers(0, len(content) * 8 - 1))
+    (path / name).write_bytes(flip(content, bit))
+    refused(path, name)
+    shutil.rmtree(path)
+
+
+def test_without_check_files_only_the_manifest_is_read(folder: Path) -> None:
+    (folder / "encoder.onnx").write_bytes(b"damaged")
+    bundle = open_bundle(folder, check_files=False)
+    with pytest.raises(BundleError, match=r"encoder\.onnx"):
+        bundle.check_files()
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_link_that_leaves_the_bundle_is_refused(
+    folder: Path, tmp_path: Path, name: str, absolute: bool
+) -> None:
+    (folder / name).rename(tmp_path / "outside")
+    target = tmp_path / "outside" if absolute else Path("..", "outside")
+    (folder / name).symlink_to(target)
+    assert "link" in refused(folder, name)
+
+
+def test_dangling_link_is_refused(folder: Path) -> None:
+    (folder / "decoder.onnx").unlink()
+    (folder / "decoder.onnx").symlink_to("nothing")
+    refused(folder, "decoder.onnx")
+
+
+def test_link_to_itself_is_refused(folder: Path) -> None:
+    # Path.resolve raises RuntimeError on a loop before Python 3.13.
+    (folder / "decoder.onnx").unlink()
+    (folder / "decoder.onnx").symlink_to("decoder.onnx")
+    refused(folder, "decoder.onnx")
+
+
+# --- the manifest as text -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"not json",
+        b"{",
+        b"null",
+        b"[]",
+        b'"sam3rt-bundle"',
+        b"1",
+        b"{}",
+        b"\xff\xfe{\0}\0",
+        b"\xef\xbb\xbf{}",
+        b'{"format": "sam3rt-bundle"}\xff',
+        b"\0" * 100,
+        b"1" * 10_000,
+    ],
+    ids=repr,
+)
+def test_manifest_that_is_no_manifest_is_refused(folder: Path, text: bytes) -> None:
+    (folder / "bundle.json").write_bytes(text)
+    refused(folder, "bundle.json")
+
+
+def test_manifest_cut_anywhere_is_refused(raw: bytes) -> None:
+    for length in range(len(raw)):
+        with pytest.raises(BundleError):
+            parse_manifest(raw[:length])
+
+
+def test_manifest_with_a_bit_flipped_in_any_byte_is_refused(raw: bytes) -> None:
+    for index in range(len(raw)):
+        with pytest.raises(BundleError):
+            parse_manifest(flip(raw, index * 8 + index % 8))
+
+
+@given(data=st.binary(max_size=200))
+@examples(100)
+def test_arbitrary_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(BundleError):
+        parse_manifest(data)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e31"])
+@pytest.mark.parametrize(
+    "place", [("image", "pad_value"), ("parity", "limits", "mask_iou"), ("masks", "low_res_limit")]
+)
+def test_numbers_out_of_range_are_refused(folder: Path, place: Place, constant: str) -> None:
+    document = put(read_document(folder), place, "@")
+    blank = put(document, ("fingerprint",), NO_FINGERPRINT)
+    text = json.dumps(blank).replace('"@"', constant)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "bundle.json").write_text(text.replace(NO_FINGERPRINT, digest, 1))
+    refused(folder, "bundle.json")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("name",),
+        ("format",),
+        ("format_version",),
+        ("extra",),
+        ("producer",),
+        ("source", "license_file"),
+        ("encoder", "inputs", 0, "shape", 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["list", "object"])
+def test_deep_nesting_is_refused(raw: bytes, place: Place, kind: str) -> None:
+    # Between what the parser and what repr() can still walk lies a narrow window: try it all.
+    start, end = ("[", "]") if kind == "list" else ('{"a":', "}")
+    text = json.dumps(put(json.loads(raw), place, "@"))
+    for depth in (*range(600, 1010), 100_000):
+        nested = text.replace('"@"', start * depth + "1" + end * depth)
+        with pytest.raises(BundleError):
+            parse_manifest(nested.encode())
+
+
+def test_huge_manifest_is_refused(folder: Path, raw: bytes) -> None:
+    (folder / "bundle.json").write_bytes(raw + b" " * (1 << 20))
+    assert "larger" in refused(folder, "bundle.json")
+
+
+# --- the manifest as a document -------------------------------------------------------------------
+
+
+def test_signing_helper_agrees_with_the_format(raw: bytes) -> None:
+    """Otherwise every refusal below would be one of the fingerprint."""
+    document = json.loads(raw)
+    assert parse_manifest(sign(document)).name == document["name"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2, "format version 2.*update sam3rt"),
+        (10**30, "update sam3rt"),
+        ("1", "format_version"),
+        (True, "format_version"),
+        (0, "format_version"),
+        (-1, "format_version"),
+        (1.0, "format_version"),
+        (None, "format_version"),
+        ([1], "format_version"),
+    ],
+    ids=repr,
+)
+def test_format_version(folder: Path, value: Any, message: str) -> None:
+    edit_manifest(folder, lambda d: d.update(format_version=value))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("value", ["sam3rt-bundle ", "SAM3RT-BUNDLE", "", None, 1, ["sam3rt"]])
+def test_wrong_format(folder: Path, value: Any) -> None:
+    edit_manifest(folder, lambda d: d.update(format=value))
+    assert '"format"' in refused(folder, "bundle.json")
+
+
+def objects(raw: bytes) -> list[Place]:
+    document = json.loads(raw)
+    return [(), *(p for p in places(document) if isinstance(at(document, p), dict))]
+
+
+def test_any_missing_field_is_refused(raw: bytes) -> None:
+    optional = {
+        ("producer",),
+        ("image", "pad_value"),
+        ("source", "license_file"),
+    }
+    checked = 0
+    for place in objects(raw):
+        for key in at(json.loads(raw), place):
+            if (*place, key) in optional or place == ("producer",):
+                continue
+            document = json.loads(raw)
+            del at(document, place)[key]
+            # The signing helper would put a missing fingerprint back.
+            text = json.dumps(document).encode() if key == "fingerprint" else sign(document)
+            with pytest.raises(BundleError, match="format" if key == "format" else key):
+                parse_manifest(text)
+            checked += 1
+    assert checked > 60
+
+
+@pytest.mark.parametrize("place", [("producer",), ("image", "pad_value"), ("source",)], ids=str)
+def test_optional_fields_may_be_missing(raw: bytes, place: Place) -> None:
+    document = json.loads(raw)
+    if place == ("source",):
+        place = ("source", "license_file")
+    del at(document, place[:-1])[place[-1]]
+    parse_manifest(sign(document))
+
+
+def test_unknown_field_is_refused_in_every_object(raw: bytes) -> None:
+    for place in objects(raw):
+        if place == ("producer",):
+            continue
+        document = json.loads(raw)
+        at(document, place)["surprise"] = 1
+        with pytest.raises(BundleError, match="surprise"):
+            parse_manifest(sign(document))
+
+
+def allowed(place: Place, old: Any, new: Any) -> bool:
+    """Whether a value's JSON type may stand in the place of another, as the format says."""
+    if place in (("source", "license_file"), ("masks", "low_res_limit")) and new is None:
+        return True
+    if "shape" in place and isinstance(place[-1], int):  # a size or the name of a dynamic axis
+        return isinstance(new, int | str) and not isinstance(new, bool)
+    if isinstance(old, float):
+        return isinstance(new, int | float) and not isinstance(new, bool)
+    return type(new) is type(old)
+
+
+def test_wrong_type_is_refused_everywhere(raw: bytes) -> None:
+    wrong = [None, True, False, 7, 1.5, "text", [], [1], {}, {"file": "x"}]
+    checked = 0
+    for place in places(json.loads(raw)):
+        for value in wrong:
+            document = json.loads(raw)
+            if allowed(place, at(document, place), value) or place[-1] == "fingerprint":
+                continue
+            with pytest.raises(BundleError) as caught:
+                parse_manifest(sign(put(document, place, value)))
+            assert "fingerprint" not in str(caught.value)
+            checked += 1
+    assert checked > 700
+
+
+@pytest.mark.parametrize("value", [None, True, 7, 1.5, "", "f" * 63, "g" * 64, [], {}], ids=repr)
+def test_fingerprint_of_wrong_type_or_form_is_refused(raw: bytes, value: Any) -> None:
+    with pytest.raises(BundleError, match="fingerprint"):
+        parse_manifest(json.dumps(put(json.loads(raw), ("fingerprint",), value)).encode())
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("image", "size"), [0, 1008]),
+        (("image", "size"), [1008, -1]),
+        (("image", "size"), [65537, 1008]),
+        (("image", "size"), [1008]),
+        (("image", "size"), [1008, 1008, 3]),
+        (("image", "mean"), [0.0, 0.0]),
+        (("image", "std"), [1.0, 0.0, 1.0]),
+        (("image", "std"), [1.0, 1.0, -1.0]),
+        (("image", "resize"), "crop"),
+        (("image", "resize_dtype"), "float64"),
+        (("prompts", "mask_size"), [0, 0]),
+        (("prompts", "box_position"), "before"),
+        (("prompts", "padding_point"), ""),
+        (("masks", "low_res_size"), [288, 0]),
+        (("masks", "multimask"), 0),
+        (("masks", "multimask"), -3),
+        (("masks", "max_hole_area"), -1.0),
+        (("masks", "low_res_limit"), 0.0),
+        (("masks", "low_res_limit"), -32.0),
+        (("masks", "upsampling"), "nearest"),
+        (("model_type",), "sam2"),
+        (("weights",), "int8"),
+        (("encoder", "inputs", 0, "dtype"), "float64"),
+        (("encoder", "model", "bytes"), -1),
+        (("encoder", "model", "sha256"), "0" * 63),
+        (("encoder", "model", "sha256"), "A" * 64),
+        (("encoder", "model", "sha256"), "0" * 64 + "\n"),
+        (("export_id",), ""),
+        (("export_id",), "x" * 64),
+    ],
+    ids=str,
+)
+def test_broken_rule_is_refused(folder: Path, place: Place, value: Any) -> None:
+    edit_manifest(folder, lambda d: put(d, place, value))
+    assert "does not match its fingerprint" not in refused(folder, "bundle.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "..",
+        ".",
+        "",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "C:\\x",
+        ".hidden",
+        "-option",
+        "bundle.json",
+        "a b",
+        "a\n",
+        "a\0b",
+        "é",
+        "\ud800",
+        "x" * 129,
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("encoder", "model"),
+        ("encoder", "external_data", 0),
+        ("decoder", "model"),
+        ("parity", "record"),
+        ("source", "license_file"),
+    ],
+    ids=lambda place: place[0],
+)
+def test_unsafe_file_name_is_refused(folder: Path, place: Place, name: str) -> None:
+    edit_manifest(folder, lambda d: put(d, (*place, "file"), name))
+    assert "not allowed" in refused(folder, "bundle.json")
+
+
+def test_file_listed_twice_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda d: put(d, ("decoder", "model"), d["encoder"]["model"]))
+    assert "twice" in refused(folder, "bundle.json")
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.sampled_from(["sam3", "float32", "x.onnx", "0" * 64, "stretch", 1 << 40]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(data=st.data(), count=st.integers(1, 3), signed=st.booleans())
+@examples(400)
+def test_mutated_manifest_raises_only_bundle_errors(
+    raw: bytes, data: st.DataObject, count: int, signed: bool
+) -> None:
+    document = json.loads(raw)
+    for _ in range(count):
+        place = data.draw(st.sampled_from([(), *places(document)]))
+        action = data.draw(st.sampled_from(["replace", "delete", "add"]))
+        value = data.draw(json_values)
+        target = at(document, place)
+        if action == "delete" and place:
+            del at(document, place[:-1])[place[-1]]
+        elif action == "add" and isinstance(target, dict):
+            target[data.draw(st.text(max_size=5))] = value
+        elif action == "add" and isinstance(target, list):
+            target.append(value)
+        else:
+            document = put(document, place, value)
+        if not isinstance(document, dict | list):
+            break
+    text = sign(document) if signed and isinstance(document, dict) else json.dumps(document)
+    text = text if isinstance(text, bytes) else text.encode()
+    try:
+        manifest = parse_manifest(text)
+    except BundleError as error:
+        file = error.file
+    else:
+        # Only a manifest with a fitting fingerprint may pass.
+        assert isinstance(manifest, Manifest)
+        blank = text.replace(manifest.fingerprint.encode(), b"0" * 64, 1)
+        assert hashlib.sha256(blank).hexdigest() == manifest.fingerprint
+        return
+    assert file == "bundle.json"
+
+
+# --- the fingerprint ------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_the_documented_one(folder: Path) -> None:
+    text = (folder / "bundle.json").read_bytes()
+    fingerprint = json.loads(text)["fingerprint"]
+    position = text.index(fingerprint.encode())
+    blank = text[:position] + b"0" * 64 + text[position + 64 :]
+    assert hashlib.sha256(blank).hexdigest() == fingerprint
+    assert fingerprint_of(text, fingerprint) == fingerprint
+    assert open_bundle(folder).manifest.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.replace(b"127.5", b"127.4", 1),
+        lambda t: t.replace(b'"stretch"', b'"longest_side"'),
+        lambda t: t.replace(b"  ", b" ", 1),
+        lambda t: t + b"\n",
+        lambda t: b" " + t,
+        lambda t: t.replace(b"288", b"289", 1),
+        lambda t: t.replace(b'"MIT"', b'"GPL"'),
+        lambda t: json.dumps(json.loads(t)).encode(),
+    ],
+)
+def test_edited_manifest_with_its_old_fingerprint_is_refused(
+    folder: Path, change: Callable[[bytes], bytes]
+) -> None:
+    text = (folder / "bundle.json").read_bytes()
+    assert change(text) != text
+    (folder / "bundle.json").write_bytes(change(text))
+    assert "fingerprint" in refused(folder, "bundle.json")
+
+
+def test_upper_case_fingerprint_is_refused(raw: bytes) -> None:
+    fingerprint = json.loads(raw)["fingerprint"]
+    with pytest.raises(BundleError, match="fingerprint"):
+        parse_manifest(raw.replace(fingerprint.encode(), fingerprint.upper().encode()))
+
+
+def test_blank_fingerprint_is_refused(raw: bytes) -> None:
+    fingerprint = json.loads(raw)["fingerprint"]
+    with pytest.raises(BundleError, match="fingerprint"):
+        parse_manifest(raw.replace(fingerprint.encode(), b"0" * 64))
+
+
+def test_fingerprint_depends_on_every_file(folder: Path) -> None:
+    seen = {open_bundle(folder).manifest.fingerprint}
+    for name in FILES:
+        (folder / name).write_bytes(b"changed")
+        relist(folder)
+        seen.add(open_bundle(folder).manifest.fingerprint)
+    assert len(seen) == len(FILES) + 1
+
+
+def test_load_model_with_expected_fingerprint(folder: Path, tmp_path: Path) -> None:
+    fingerprint = open_bundle(folder).manifest.fingerprint
+    model = load_model(folder, device="cpu", expected_fingerprint=fingerprint)
+    assert model.manifest.fingerprint == fingerprint
+    tiny_bundle(tmp_path / "other", seed=1)
+    with pytest.raises(BundleError, match=fingerprint):
+        load_model(tmp_path / "other", device="cpu", expected_fingerprint=fingerprint)
+    for wrong in ("", fingerprint.upper(), fingerprint[:-1], "0" * 64):
+        with pytest.raises(BundleError, match="fingerprint"):
+            load_model(folder, device="cpu", expected_fingerprint=wrong)
+
+
+@pytest.mark.parametrize("value", [5, b"bytes", ["list"], 1.5])
+def test_load_model_wants_a_path(value: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        load_model(value)
+    assert caught.value.argument == "bundle"
+
+
+def test_load_model_checks_files_unless_told_otherwise(folder: Path) -> None:
+    (folder / "decoder.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"decoder\.onnx"):
+        load_model(folder, device="cpu")
+    load_model(folder, device="cpu", check_files=False)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_write_and_open_round_trip(folder: Path) -> None:
+    manifest = open_bundle(folder).manifest
+    changed = dataclasses.replace(manifest, name="renamed")
+    written = write_manifest(folder, changed)
+    assert written.fingerprint != manifest.fingerprint
+    assert written == dataclasses.replace(changed, fingerprint=written.fingerprint)
+    assert open_bundle(folder).manifest == written
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "bundle.json"])
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.just(NO_FINGERPRINT)
+sizes = st.integers(1, 1 << 16)
+numbers = st.floats(-1e30, 1e30)
+
+
+@given(
+    name=texts,
+    producer=st.dictionaries(texts, texts, max_size=3),
+    size=st.tuples(sizes, sizes),
+    mean=st.tuples(numbers, numbers, numbers),
+    limit=st.none() | st.floats(0, 1e30, exclude_min=True),
+    export_id=st.just(NO_FINGERPRINT) | st.just("f" * 64),
+    shape=st.lists(st.integers() | texts, max_size=5),
+)
+@examples(60)
+def test_any_manifest_survives_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    producer: dict[str, str],
+    size: tuple[int, int],
+    mean: tuple[float, float, float],
+    limit: float | None,
+    export_id: str,
+    shape: list[int | str],
+) -> None:
+    path = tmp_path_factory.mktemp("round") / "tiny"
+    manifest = tiny_bundle(path)
+    spec = dataclasses.replace(manifest.encoder.inputs[0], shape=tuple(shape))
+    manifest = dataclasses.replace(
+        manifest,
+        name=name,
+        producer=producer,
+        export_id=export_id,
+        image=dataclasses.replace(manifest.image, size=size, mean=mean),
+        masks=dataclasses.replace(manifest.masks, low_res_limit=limit),
+        encoder=dataclasses.replace(manifest.encoder, inputs=(spec,)),
+    )
+    assert open_bundle(path).manifest != manifest
+    written = write_manifest(path, manifest)
+    assert open_bundle(path).manifest == written
+    shutil.rmtree(path)
+
+
+def test_file_entry_describes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "some.bin"
+    path.write_bytes(b"abc" * 1_000_000)
+    entry = file_entry(path)
+    assert (entry.file, entry.bytes) == ("some.bin", 3_000_000)
+    assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- mixed bundles --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("export_id", ["0" * 64, None])
+def test_graph_of_another_export_is_refused(
+    small_bundle: Path, tmp_path: Path, name: str, export_id: str | None
+) -> None:
+    """With the manifest made to vouch for it, only the graph's own metadata tells."""
+    import onnx
+
+    path = tmp_path / "mixed"
+    shutil.copytree(small_bundle, path)
+    graph = onnx.load(path / name)
+    kept = {p.key: p.value for p in graph.metadata_props}
+    assert kept.pop("sam3rt.export_id") == read_document(path)["export_id"]
+    if export_id is not None:
+        kept["sam3rt.export_id"] = export_id
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, kept)
+    onnx.save(graph, path / name)
+    relist(path)
+    model = load_model(path, device="cpu")  # the files are what the manifest says
+    with pytest.raises(BundleError, match="mixed") as caught:
+        model.backend.prepare()
+    assert caught.value.file == name

@@ -1,0 +1,151 @@
+"""Image files through the command line: read rightly, or refused with one line and status 1."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.helpers import examples, noise
+
+from sam3rt import ImageError
+from sam3rt.cli import main
+from sam3rt.cli.segment import read_image
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS")
+
+
+def encoded(form: str, mode: str = "RGB", size: tuple[int, int] = (24, 31)) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(noise(*size)).convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes whose header promises a huge image."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100_000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+# Found by fuzzing: a texture file without any known pixel format raises NotImplementedError.
+ODD_DDS = base64.b64decode(
+    "RERTIHwAAAAPEAAABQAAAAcAAAAVAAAAAAAAAP////8AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAIAAAAEAAAAAAAAAAGAAAAAAA/wAA/wAA/wAAAAAAAAAA4hAAAAAAAOmqWe2yf3txgEWbTPiCmsBJX3+/"
+    "uueB/////wmqqqoHj0zvYEcANtvHTZCw0GirvgCzeOb18Ni/ZB/bfg=="
+)
+BAD_FILES: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "text": lambda: b"not an image",
+    "zeros": lambda: bytes(10_000),
+    "a bomb": lambda: png_that_claims(60_000, 60_000),
+    "a wide bomb": lambda: png_that_claims((1 << 31) - 1, 1),
+    "a header alone": lambda: encoded("PNG")[:33],
+    "16 bits": lambda: encoded_array(np.zeros((4, 4), np.uint16)),
+    "floats": lambda: encoded_array(np.zeros((4, 4), np.float32)),
+    "an odd texture": lambda: ODD_DDS,
+    **{
+        f"cut {form}": lambda form=form: encoded(form)[: len(encoded(form)) // 3]
+        for form in FORMATS
+    },
+}
+
+
+def encoded_array(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(array).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_end_in_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(BAD_FILES[name]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        status = main(["segment", str(path), "--point", "1,1", "--output", str(tmp_path / "out")])
+    assert status == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sam3rt segment: image")
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_cut_anywhere_is_read_or_refused(form: str, tmp_path: Path) -> None:
+    whole = encoded(form)
+    path = tmp_path / "image"
+    refused = 0
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:length])
+        try:
+            array = read_image(path)
+        except ImageError:
+            refused += 1
+        else:
+            assert array.shape[2] == 3
+    assert refused > 10
+
+
+@pytest.mark.parametrize("form", [f for f in FORMATS if f not in ("JPEG", "WEBP", "GIF")])
+def test_lossless_files_are_read_exactly(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(encoded(form))
+    found = read_image(path)
+    if form == "ICO":  # keeps square sizes of its own
+        assert found.dtype == np.uint8
+    else:
+        np.testing.assert_array_equal(found, noise(24, 31))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_modes_become_rgb_as_pillow_converts_them(mode: str, tmp_path: Path) -> None:
+    form = {"HSV": None, "YCbCr": "TIFF", "CMYK": "TIFF"}.get(mode, "PNG")
+    picture = PIL.Image.fromarray(noise(9, 11)).convert(mode)
+    if form is None:
+        from sam3rt.geometry import to_rgb
+
+        np.testing.assert_array_equal(to_rgb(picture), np.asarray(picture.convert("RGB")))
+        return
+    path = tmp_path / "image"
+    picture.save(path, form)
+    with PIL.Image.open(path) as again:
+        np.testing.assert_array_equal(read_image(path), np.asarray(again.convert("RGB")))
+
+
+@given(data=st.data())
+@examples(150)
+def test_damage_raises_only_image_errors(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(encoded(data.draw(st.sampled_from(FORMATS))))
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            array = read_image(path)
+        except ImageError:
+            return
+    assert array.dtype == np.uint8
+    assert array.shape[2] == 3

@@ -1,0 +1,180 @@
+"""The command line, run in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from tests.conftest import PHOTOS
+
+from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.cli import main
+
+CHELSEA = str(PHOTOS / "chelsea.png")
+
+
+def mask_of(path: Path) -> np.ndarray:
+    with PIL.Image.open(path) as image:
+        assert image.mode == "L"
+        return np.asarray(image)
+
+
+def test_segment_writes_what_the_predictor_says(
+    tmp_path: Path, default_model: SegmentationModel, chelsea: np.ndarray, capsys
+) -> None:
+    output = tmp_path / "deep" / "out"
+    assert main(["segment", CHELSEA, "--point", "225,150", "--output", str(output)]) == 0
+    predictor = SAM3InteractiveImagePredictor(default_model)
+    predictor.set_image(chelsea)
+    masks, scores, _ = predictor.predict(point_coords=[[225, 150]], point_labels=[1])
+    document = json.loads((output / "result.json").read_text())
+    assert [m["file"] for m in document["masks"]] == ["mask_0.png", "mask_1.png", "mask_2.png"]
+    for entry, index in zip(document["masks"], np.argsort(-scores), strict=True):
+        written = mask_of(output / entry["file"])
+        assert set(np.unique(written)) <= {0, 255}
+        np.testing.assert_array_equal(written == 255, masks[index] > 0)
+        assert entry["predicted_iou"] == pytest.approx(float(scores[index]), abs=1e-5)
+        assert entry["area"] == int(masks[index].sum())
+    with PIL.Image.open(output / "overlay.png") as overlay:
+        assert overlay.size == (451, 300)
+        assert not np.array_equal(np.asarray(overlay), chelsea)
+    printed = capsys.readouterr()
+    assert "0.9938" in printed.out
+    assert printed.err == ""
+    names = {"mask_0.png", "mask_1.png", "mask_2.png", "overlay.png", "result.json"}
+    assert {path.name for path in output.iterdir()} == names
+
+
+def test_segment_boxes_are_objects(tmp_path: Path) -> None:
+    arguments = ["--box", "100,80,200,160", "--box", "280,90,360,170", "--single-mask"]
+    assert main(["segment", CHELSEA, *arguments, "--output", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert [m["object"] for m in document["masks"]] == [0, 1]
+    for entry, (x0, x1) in zip(document["masks"], ((100, 200), (280, 360)), strict=True):
+        left, _, right, _ = entry["bounding_box"]
+        assert left < x1
+        assert right > x0
+
+
+def test_segment_box_with_clicks_and_nothing_at_all(tmp_path: Path) -> None:
+    box = ["--box", "100,80,200,160", "--point", "150,120", "--point", "172,112,0"]
+    assert main(["segment", CHELSEA, *box, "--output", str(tmp_path / "a")]) == 0
+    assert main(["segment", CHELSEA, "--output", str(tmp_path / "b")]) == 0
+    assert len(list((tmp_path / "b").glob("mask_*.png"))) == 3
+
+
+def test_segment_applies_exif_orientation(tmp_path: Path, chelsea: np.ndarray) -> None:
+    turned = PIL.Image.fromarray(np.rot90(chelsea))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # stored rotated by 90 degrees to the left
+    turned.save(tmp_path / "turned.png", exif=exif)
+    photo = str(tmp_path / "turned.png")
+    assert main(["segment", photo, "--point", "225,150", "--output", str(tmp_path / "o")]) == 0
+    document = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert (document["width"], document["height"]) == (451, 300)
+    assert document["masks"][0]["predicted_iou"] == pytest.approx(0.9938, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--point", "1"],
+        ["--point", "1,2,3"],
+        ["--point", "nan,2"],
+        ["--point", "a,b"],
+        ["--box", "1,2,3"],
+        ["--box", "30,2,3,40"],
+        ["--threads", "0"],
+    ],
+)
+def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["segment", CHELSEA, *arguments, "--output", str(tmp_path / "o")])
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
+def test_segment_refuses_broken_images(content: bytes | str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "broken.png"
+    whole = Path(CHELSEA).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    assert main(["segment", str(path), "--point", "1,1", "--output", str(tmp_path / "o")]) == 1
+    assert "broken.png" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["segment", "missing.png", "--output", "o"], "missing.png"),
+        (["segment", CHELSEA, "--bundle", "missing", "--output", "o"], "no bundle folder"),
+        (["segment", CHELSEA, "--device", "cuda", "--output", "o"], "cuda"),
+        (["segment", CHELSEA, "--backend", "nothing", "--output", "o"], "onnxruntime"),
+        (["verify", "missing"], "no bundle folder"),
+        (["info", "missing"], "no bundle folder"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_clicks_with_several_boxes_are_refused(tmp_path: Path, capsys) -> None:
+    arguments = ["--point", "1,1", "--box", "1,1,9,9", "--box", "2,2,8,8"]
+    assert main(["segment", CHELSEA, *arguments, "--output", str(tmp_path / "o")]) == 1
+    assert "--point" in capsys.readouterr().err
+
+
+def test_sixteen_bit_image_is_refused(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "deep.png"
+    PIL.Image.fromarray(np.full((20, 20), 4000, np.uint16)).save(path)
+    assert main(["segment", str(path), "--output", str(tmp_path / "o")]) == 1
+    assert "I;16" in capsys.readouterr().err
+
+
+def test_verify_passes_on_the_bundled_model(capsys) -> None:
+    assert main(["verify", "--all"]) == 0
+    printed = capsys.readouterr().out
+    assert "files match" in printed
+    assert "click_0 masks" in printed
+    assert "off" not in printed
+
+
+def test_verify_names_a_damaged_file(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(default_bundle_path(), folder)
+    content = bytearray((folder / "decoder.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "decoder.onnx").write_bytes(content)
+    assert main(["verify", str(folder)]) == 1
+    assert "decoder.onnx" in capsys.readouterr().out
+
+
+def test_info(capsys) -> None:
+    assert main(["info", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["bundle"]["name"] == "mobile_sam"
+    assert "numpy" in document["packages"]
+    assert "CPUExecutionProvider" in document["onnxruntime_providers"]
+    assert main(["info"]) == 0
+    assert document["bundle"]["fingerprint"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["segment", "export", "verify", "info"])
+def test_help(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 300

@@ -1,0 +1,652 @@
+"""Tests of `sam3rt.embedding`: files that come back bit for bit, or are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from tests.support.helpers import examples, flip, noise
+
+from sam3rt import (
+    EmbeddingError,
+    ImageEmbedding,
+    InvalidInputError,
+    Prompts,
+    SAM3InteractiveImagePredictor,
+    SegmentationModel,
+    load_model,
+)
+from sam3rt.bundle import TensorSpec
+from sam3rt.embedding import read_embedding, write_embedding
+from sam3rt.geometry import ImageGeometry
+
+Maps = dict[str, NDArray[np.float32]]
+
+SPECS = (
+    TensorSpec("image_embeddings.0", "float32", ("batch", 4, 6, 5)),
+    TensorSpec("image_embeddings.1", "float32", ("batch", 8, 3, 2)),
+)
+FINGERPRINT = hashlib.sha256(b"a bundle").hexdigest()
+OTHER = hashlib.sha256(b"another bundle").hexdigest()
+PLACE = ImageGeometry((480, 640), (1008, 1008))
+CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
+
+
+def random_maps(seed: int = 0) -> Maps:
+    """Feature maps that fit SPECS."""
+    rng = np.random.default_rng(seed)
+    return {
+        spec.name: rng.normal(size=(1, *spec.shape[1:])).astype(np.float32)  # type: ignore[arg-type]
+        for spec in SPECS
+    }
+
+
+def read(path: Path) -> tuple[list[NDArray[np.float32]], ImageGeometry]:
+    return read_embedding(path, FINGERPRINT, SPECS)
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A valid embedding file for SPECS."""
+    path = tmp_path_factory.mktemp("valid") / "a.emb"
+    write_embedding(path, random_maps(), PLACE, FINGERPRINT)
+    return path.read_bytes()
+
+
+def forge(
+    path: Path,
+    change: Callable[[dict[str, Any]], object] = lambda header: None,
+    data: bytes | None = None,
+) -> None:
+    """Write a file with a changed header whose digest fits again."""
+    maps = random_maps()
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": "sam3rt-embedding-1",
+            "fingerprint": FINGERPRINT,
+            "original_size": "480 640",
+            "input_size": "1008 1008",
+            "sha256": "0" * 64,
+        }
+    }
+    offset = 0
+    for name, array in maps.items():
+        offsets = [offset, offset + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": offsets}
+        offset += array.nbytes
+    change(header)
+    body = b"".join(a.tobytes() for a in maps.values()) if data is None else data
+    text = json.dumps(header).encode()
+    digest = hashlib.sha256(text + body).hexdigest()
+    text = text.replace(b"0" * 64, digest.encode(), 1)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def plain_safetensors(path: Path) -> tuple[dict[str, str], Maps]:
+    """A reader of the safetensors layout that knows nothing of this package."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    maps = {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        assert entry["dtype"] == "F32"
+        maps[name] = np.frombuffer(raw[start:end], "<f4").reshape(entry["shape"])
+    return metadata, maps
+
+
+def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> None:
+    assert a.dtype == b.dtype == np.float32
+    assert a.shape == b.shape
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@contextlib.contextmanager
+def less_memory_than(limit: int) -> Iterator[None]:
+    """Assert that the block never holds this many bytes more than at its start."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < limit
+
+
+# --- round trips ----------------------------------------------------------------------------------
+
+
+@given(
+    first=hnp.arrays(np.uint32, (1, 4, 6, 5)),
+    second=hnp.arrays(np.uint32, (1, 8, 3, 2)),
+    size=st.tuples(st.integers(1, 100_000), st.integers(1, 100_000)),
+)
+@examples(40)
+def test_any_bits_survive_the_file(
+    first: NDArray[np.uint32],
+    second: NDArray[np.uint32],
+    size: tuple[int, int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """NaN with payload, infinities, denormals and negative zeros included."""
+    path = tmp_path_factory.mktemp("bits") / "a.emb"
+    maps = dict(
+        zip(
+            (spec.name for spec in SPECS),
+            (a.view(np.float32) for a in (first, second)),
+            strict=True,
+        )
+    )
+    place = ImageGeometry(size, (1008, 1008))
+    write_embedding(path, maps, place, FINGERPRINT)
+    loaded, loaded_place = read(path)
+    assert loaded_place == place
+    for actual, expected in zip(loaded, maps.values(), strict=True):
+        same_bits(actual, expected)
+
+
+def test_strided_maps_are_written_in_order(tmp_path: Path) -> None:
+    maps = random_maps()
+    views = {name: np.asfortranarray(array) for name, array in maps.items()}
+    write_embedding(tmp_path / "a.emb", views, PLACE, FINGERPRINT)
+    for actual, expected in zip(read(tmp_path / "a.emb")[0], maps.values(), strict=True):
+        same_bits(actual, expected)
+
+
+def test_forged_file_without_changes_is_read(tmp_path: Path) -> None:
+    """Otherwise every refusal of a forged file below would be one of the forging."""
+    forge(tmp_path / "a.emb")
+    for actual, expected in zip(read(tmp_path / "a.emb")[0], random_maps().values(), strict=True):
+        same_bits(actual, expected)
+
+
+def test_file_is_plain_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    write_embedding(path, random_maps(), PLACE, FINGERPRINT)
+    metadata, maps = plain_safetensors(path)
+    assert metadata["fingerprint"] == FINGERPRINT
+    assert metadata["original_size"] == "480 640"
+    assert metadata["input_size"] == "1008 1008"
+    assert list(maps) == [spec.name for spec in SPECS]
+    for name, array in random_maps().items():
+        same_bits(maps[name], array)
+    raw = path.read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0  # the data are aligned
+    blank = raw[8:].replace(metadata["sha256"].encode(), b"0" * 64, 1)
+    assert hashlib.sha256(blank).hexdigest() == metadata["sha256"]
+
+
+def test_file_opens_with_the_safetensors_package(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "a.emb"
+    write_embedding(path, random_maps(), PLACE, FINGERPRINT)
+    loaded = safetensors.load_file(path)
+    assert set(loaded) == set(random_maps())
+    for name, array in random_maps().items():
+        same_bits(loaded[name], array)
+
+
+@pytest.fixture(scope="module")
+def embedding(model: SegmentationModel) -> ImageEmbedding:
+    """An image of 50 x 70 pixels, encoded."""
+    return model.encode(noise(50, 70))
+
+
+@pytest.fixture
+def saved(embedding: ImageEmbedding, tmp_path: Path) -> Path:
+    """The embedding's file."""
+    embedding.save(tmp_path / "image.emb")
+    return tmp_path / "image.emb"
+
+
+def test_saved_embedding_is_the_same_and_predicts_the_same(
+    model: SegmentationModel, embedding: ImageEmbedding, saved: Path
+) -> None:
+    loaded = model.load_embedding(str(saved))
+    saved.unlink()
+    assert loaded.geometry == embedding.geometry
+    assert loaded.original_size == embedding.original_size == (50, 70)
+    assert loaded.fingerprint == embedding.fingerprint == model.manifest.fingerprint
+    assert loaded.names == embedding.names
+    assert loaded.nbytes == embedding.nbytes == sum(a.nbytes for a in loaded.numpy().values())
+    for name, array in embedding.numpy().items():
+        same_bits(loaded.numpy()[name], array)
+    for multimask in (True, False):
+        actual = model.decode(loaded, CLICK, multimask)
+        expected = model.decode(embedding, CLICK, multimask)
+        same_bits(actual.low_res_masks, expected.low_res_masks)
+        same_bits(actual.iou_predictions, expected.iou_predictions)
+
+
+def test_predictor_with_a_loaded_embedding(
+    model: SegmentationModel, embedding: ImageEmbedding, saved: Path
+) -> None:
+    results = []
+    for value in (embedding, model.load_embedding(saved)):
+        predictor = SAM3InteractiveImagePredictor(model)
+        predictor.set_embedding(value)
+        results.append(predictor.predict([[30, 25]], [1], return_logits=True))
+    assert results[0][0].shape == (3, 50, 70)
+    for first, second in zip(*results, strict=True):
+        same_bits(first, second)
+
+
+def test_predictor_wants_an_embedding(small_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(small_model)
+    for wrong in (None, "image.emb", noise(5, 5)):
+        with pytest.raises(InvalidInputError) as caught:
+            predictor.set_embedding(wrong)  # type: ignore[arg-type]
+        assert caught.value.argument == "embedding"
+
+
+def test_embedding_is_a_value(model: SegmentationModel, embedding: ImageEmbedding) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        embedding.fingerprint = OTHER  # type: ignore[misc]
+    before = model.decode(embedding, CLICK)
+    for array in embedding.numpy().values():
+        array[:] = 7
+    same_bits(model.decode(embedding, CLICK).low_res_masks, before.low_res_masks)
+
+
+def test_map_shapes_are_those_of_the_manifest(
+    model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    outputs = model.manifest.encoder.outputs
+    assert [(n, a.shape[1:]) for n, a in embedding.numpy().items()] == [
+        (spec.name, spec.shape[1:]) for spec in outputs
+    ]
+
+
+# --- other models ---------------------------------------------------------------------------------
+
+
+def test_other_fingerprint_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.emb").write_bytes(content)
+    with pytest.raises(EmbeddingError, match="encode the image again") as caught:
+        read_embedding(tmp_path / "a.emb", OTHER, SPECS)
+    assert FINGERPRINT[:16] in str(caught.value)
+    assert OTHER[:16] in str(caught.value)
+
+
+def test_other_models_file_is_refused(
+    small_model: SegmentationModel, default_model: SegmentationModel, saved: Path
+) -> None:
+    for model in (small_model, default_model):
+        other = small_model if model is default_model else default_model
+        assert small_model.manifest.fingerprint != default_model.manifest.fingerprint
+        try:
+            model.load_embedding(saved)
+        except EmbeddingError as error:
+            message = str(error)
+        else:
+            with pytest.raises(EmbeddingError):
+                other.load_embedding(saved)
+            continue
+        assert "another model" in message
+
+
+def test_other_models_embedding_is_refused(
+    small_model: SegmentationModel, default_model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    own = embedding.fingerprint == small_model.manifest.fingerprint
+    other = default_model if own else small_model
+    with pytest.raises(EmbeddingError, match="encode the image again"):
+        other.decode(embedding, CLICK)
+
+
+def test_the_same_bundle_loaded_again_takes_the_embedding(
+    model: SegmentationModel, embedding: ImageEmbedding, saved: Path
+) -> None:
+    again = load_model(model.bundle.path, device="cpu")
+    expected = model.decode(embedding, CLICK).low_res_masks
+    same_bits(again.decode(embedding, CLICK).low_res_masks, expected)
+    same_bits(again.decode(again.load_embedding(saved), CLICK).low_res_masks, expected)
+
+
+def test_geometry_of_another_resize_rule_is_refused(
+    small_model: SegmentationModel, tmp_path: Path
+) -> None:
+    embedding = small_model.encode(noise(50, 70))
+    path = tmp_path / "a.emb"
+    wrong = ImageGeometry((50, 70), (720, 1008))
+    write_embedding(path, embedding.numpy(), wrong, embedding.fingerprint)
+    with pytest.raises(EmbeddingError, match="geometry"):
+        small_model.load_embedding(path)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    for bit in range(len(content) * 8):
+        path.write_bytes(flip(content, bit))
+        with pytest.raises(EmbeddingError):
+            read(path)
+
+
+def test_file_cut_anywhere_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(EmbeddingError):
+            read(path)
+
+
+@pytest.mark.parametrize("count", [1, 8, 4096, 1 << 17])
+def test_longer_file_is_refused(content: bytes, tmp_path: Path, count: int) -> None:
+    for longer in (content + b"\0" * count, b"\0" * count + content, content + content):
+        (tmp_path / "a.emb").write_bytes(longer)
+        with pytest.raises(EmbeddingError):
+            read(tmp_path / "a.emb")
+
+
+@given(data=st.data())
+@examples(150)
+def test_any_damage_is_refused(
+    content: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    start = data.draw(st.integers(0, len(content) - 1))
+    end = data.draw(st.integers(start, min(len(content), start + 200)))
+    damaged = content[:start] + data.draw(st.binary(max_size=200)) + content[end:]
+    if damaged == content:
+        return
+    path = tmp_path_factory.mktemp("damage") / "a.emb"
+    path.write_bytes(damaged)
+    with pytest.raises(EmbeddingError):
+        read(path)
+
+
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@examples(15)
+def test_flipped_bit_of_a_real_file_is_refused(
+    default_model: SegmentationModel,
+    default_content: bytes,
+    share: float,
+    bit: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.mktemp("real") / "a.emb"
+    path.write_bytes(flip(default_content, int(share * len(default_content)) * 8 + bit))
+    with pytest.raises(EmbeddingError):
+        default_model.load_embedding(path)
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def default_content(
+    default_model: SegmentationModel, tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    """The file of an image that the bundled model encoded."""
+    path = tmp_path_factory.mktemp("default") / "a.emb"
+    default_model.encode(noise(50, 70)).save(path)
+    return path.read_bytes()
+
+
+def test_header_that_reaches_into_blank_data_is_refused(tmp_path: Path) -> None:
+    # The digest covers header and data but not where one ends. JSON ignores blanks at its end, so
+    # with data that begin with blanks the header may be read eight bytes longer.
+    maps = random_maps()
+    first = next(iter(maps.values()))
+    first.reshape(-1)[:2] = np.frombuffer(b" " * 8, np.float32)
+    path = tmp_path / "a.emb"
+    write_embedding(path, maps, PLACE, FINGERPRINT)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    read(path)
+    for other in (length + 4, length + 8, length - 1):
+        path.write_bytes(struct.pack("<Q", other) + content[8:])
+        with pytest.raises(EmbeddingError):
+            read(path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 16, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_header_length_is_not_trusted(content: bytes, tmp_path: Path, length: int) -> None:
+    (tmp_path / "a.emb").write_bytes(struct.pack("<Q", length) + content[8:])
+    with less_memory_than(1 << 20), pytest.raises(EmbeddingError):
+        read(tmp_path / "a.emb")
+
+
+TERABYTE = 1 << 40
+FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "shape of a terabyte": lambda h: h["image_embeddings.0"].update(shape=[1, TERABYTE, 6, 5]),
+    "offset of a terabyte": lambda h: h["image_embeddings.1"].update(
+        data_offsets=[480, 480 + TERABYTE]
+    ),
+    "negative shape": lambda h: h["image_embeddings.0"].update(shape=[1, -4, 6, 5]),
+    "negative offset": lambda h: h["image_embeddings.0"].update(data_offsets=[-480, 0]),
+    "other shape of the same size": lambda h: h["image_embeddings.0"].update(shape=[1, 4, 5, 6]),
+    "other type": lambda h: h["image_embeddings.0"].update(dtype="I32"),
+    "swapped offsets": lambda h: h["image_embeddings.0"].update(data_offsets=[480, 0]),
+    "overlapping maps": lambda h: h["image_embeddings.1"].update(data_offsets=[0, 192]),
+    "no shape": lambda h: h["image_embeddings.0"].pop("shape"),
+    "extra field": lambda h: h["image_embeddings.0"].update(extra=1),
+    "entry is a list": lambda h: h.update({"image_embeddings.0": [1]}),
+    "entry is null": lambda h: h.update({"image_embeddings.0": None}),
+    "renamed map": lambda h: h.update({"other": h.pop("image_embeddings.1")}),
+    "extra map": lambda h: h.update({"other": h["image_embeddings.1"]}),
+    "no maps": lambda h: (h.pop("image_embeddings.0"), h.pop("image_embeddings.1")),
+    "no metadata": lambda h: h.pop("__metadata__"),
+    "metadata is null": lambda h: h.update(__metadata__=None),
+    "metadata is a list": lambda h: h.update(__metadata__=list(h["__metadata__"])),
+    "metadata is text": lambda h: h.update(__metadata__="format"),
+    "metadata holds a number": lambda h: h["__metadata__"].update(original_size=480),
+    "metadata holds more": lambda h: h["__metadata__"].update(more="x"),
+    "metadata holds less": lambda h: h["__metadata__"].pop("input_size"),
+    "other format": lambda h: h["__metadata__"].update(format="sam3rt-embedding-2"),
+    "other fingerprint": lambda h: h["__metadata__"].update(fingerprint=OTHER),
+    "empty fingerprint": lambda h: h["__metadata__"].update(fingerprint=""),
+    "empty digest": lambda h: h["__metadata__"].update(sha256=""),
+    "short digest": lambda h: h["__metadata__"].update(sha256="0" * 63),
+    "digest that is not UTF-8": lambda h: h["__metadata__"].update(sha256="\ud800" * 64),
+    "fingerprint that is not UTF-8": lambda h: h["__metadata__"].update(fingerprint="\ud800"),
+    "deep nesting": lambda h: h.update(
+        deep=json.loads("[" * 500 + "]" * 500),
+    ),
+}
+for _size in ("", "480", "480 640 3", "0 640", "480 0", "-480 640", "4.5 640", "x y", "480,640"):
+    FORGERIES[f"size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(original_size=s)
+    FORGERIES[f"input size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(input_size=s)
+FORGERIES["size of ten digits"] = lambda h: h["__metadata__"].update(original_size=f"1 {1 << 31}")
+# int() itself refuses more than 4300 digits, with ValueError.
+FORGERIES["size of 5000 digits"] = lambda h: h["__metadata__"].update(
+    original_size="9" * 5000 + " 1"
+)
+FORGERIES["size in superscript"] = lambda h: h["__metadata__"].update(original_size="² 3")
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_header_with_a_fitting_digest_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.emb"
+    forge(path, FORGERIES[name])
+    with less_memory_than(1 << 20), pytest.raises(EmbeddingError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_data_shorter_than_the_maps_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    full = b"".join(array.tobytes() for array in random_maps().values())
+    for size in (0, 100, len(full) - 1, len(full) + 1, len(full) + 4000):
+        forge(path, data=(full + b"\0" * 4000)[:size])
+        with pytest.raises(EmbeddingError):
+            read(path)
+
+
+JSON_HEADERS = [b"[]", b"{}", b"null", b"1", b'"text"', b"nan", b"{", b"\xff" * 8, b"[" * 60_000]
+
+
+@pytest.mark.parametrize("header", JSON_HEADERS, ids=lambda h: repr(h[:10]))
+def test_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.emb"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 700)
+    with pytest.raises(EmbeddingError, match=r"a\.emb"):
+        read(path)
+
+
+NOT_FILES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: None,
+    "folder": lambda path: path.mkdir(),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello\n" * 200),
+    "zeros": lambda path: path.write_bytes(bytes(1200)),
+    "ones": lambda path: path.write_bytes(b"\xff" * 1200),
+    "PNG": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1200)),
+    "npz": lambda path: np.savez(path.open("wb"), **random_maps()),  # type: ignore[arg-type]
+    "far too large": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_what_is_no_embedding_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.emb"
+    NOT_FILES[kind](path)
+    with pytest.raises(EmbeddingError, match=r"a\.emb"):
+        read(path)
+
+
+def test_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(random_maps(), tmp_path / "a.emb")
+    with pytest.raises(EmbeddingError):
+        read(tmp_path / "a.emb")
+
+
+# --- atomic writing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_failing_write_leaves_the_old_file(
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: BaseException,
+    exists: bool,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = tmp_path / "a.emb"
+    if exists:
+        path.write_bytes(content)
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(type(error)):
+        write_embedding(path, random_maps(1), PLACE, FINGERPRINT)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == (["a.emb"] if exists else [])
+    if exists:
+        assert path.read_bytes() == content
+
+
+def test_write_in_a_folders_place_fails_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "a.emb").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_embedding(tmp_path / "a.emb", random_maps(), PLACE, FINGERPRINT)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.emb"]
+
+
+def test_write_to_a_missing_folder_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        write_embedding(tmp_path / "nowhere" / "a.emb", random_maps(), PLACE, FINGERPRINT)
+
+
+def test_write_replaces_and_leaves_nothing_else(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    path.write_bytes(content)
+    write_embedding(path, random_maps(1), PLACE, FINGERPRINT)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.emb"]
+    for actual, expected in zip(read(path)[0], random_maps(1).values(), strict=True):
+        same_bits(actual, expected)
+
+
+def test_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_embedding(tmp_path / "a.emb", random_maps(), PLACE, FINGERPRINT)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "a.emb")]
+    assert modes[0] == modes[1]
+
+
+def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.emb"
+    maps = [random_maps(seed) for seed in (0, 1)]
+    write_embedding(path, maps[0], PLACE, FINGERPRINT)
+    firsts = [next(iter(m.values())) for m in maps]
+
+    def write(count: int) -> None:
+        for index in range(count):
+            write_embedding(path, maps[index % 2], PLACE, FINGERPRINT)
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, 40) for _ in range(2)]
+        while not all(writer.done() for writer in writers):
+            loaded = read(path)[0][0]
+            assert any(np.array_equal(loaded, first) for first in firsts)
+        for writer in writers:
+            writer.result()
+
+
+# --- many embeddings, many threads ----------------------------------------------------------------
+
+
+def test_hundreds_of_embeddings_are_held(default_model: SegmentationModel, tmp_path: Path) -> None:
+    images = [noise(40, 60, seed) for seed in range(3)]
+    expected = []
+    for index, image in enumerate(images):
+        embedding = default_model.encode(image)
+        embedding.save(tmp_path / f"{index}.emb")
+        expected.append(default_model.decode(embedding, CLICK).low_res_masks)
+    assert not np.array_equal(expected[0], expected[1])
+    held = [default_model.load_embedding(tmp_path / f"{i % 3}.emb") for i in range(201)]
+    assert sum(e.nbytes for e in held) == 201 * 4 * 256 * 64 * 64
+    for index in (200, 0, 100, 1, 199, 2):
+        masks = default_model.decode(held[index], CLICK).low_res_masks
+        same_bits(masks, expected[index % 3])
+
+
+def test_one_embedding_serves_eight_threads(
+    model: SegmentationModel, embedding: ImageEmbedding
+) -> None:
+    prompts = [
+        Prompts(point_coords=[[3 + 8 * i, 4 + 5 * i]], point_labels=[i % 2])
+        if i % 3
+        else Prompts(box=[[i, i, 40 + i, 30 + i], [5, 5, 20, 40]])
+        for i in range(8)
+    ]
+    expected = [
+        model.decode(embedding, p, multimask_output=bool(i % 2)) for i, p in enumerate(prompts)
+    ]
+
+    def work(index: int) -> None:
+        for _ in range(4):
+            said = model.decode(embedding, prompts[index], multimask_output=bool(index % 2))
+            same_bits(said.low_res_masks, expected[index].low_res_masks)
+            same_bits(said.iou_predictions, expected[index].iou_predictions)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(work, range(8)):
+            pass
