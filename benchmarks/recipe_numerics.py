@@ -20,7 +20,7 @@ from benchmarks.report import cpu_name, publish
 
 import sam3rt
 from sam3rt.accuracy.gate import GATE_LIMITS, judge
-from sam3rt.accuracy.record import load_record, verify_model
+from sam3rt.accuracy.record import load_record, verify
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.model import SegmentationModel
 from sam3rt_build.recipes import RECIPES, Recipe
@@ -31,7 +31,7 @@ def measure(bundle: Bundle, recipe: Recipe) -> dict[str, Any]:
     """The gate's verdict on one recipe, with the worst figure of each metric."""
     started = time.monotonic()
     model = SegmentationModel(bundle, SimulatedBackend(bundle, recipe, recipe))
-    verdict = judge(verify_model(model, load_record(bundle), GATE_LIMITS))
+    verdict = judge(verify(model.backend, bundle.manifest, load_record(bundle), GATE_LIMITS))
     return {
         "recipe": recipe.name,
         "passed": verdict.passed,

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sam3rt.backends import Features
+from sam3rt.backends import Backend
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, EmbeddingError
+from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
 from sam3rt_export.references.transformers_sam3 import TransformersOracle
 from sam3rt_export.source import Oracle
@@ -35,7 +36,7 @@ _COPY_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class TorchFeatures:
+class TorchFeatures(Features):
     """Feature maps held by PyTorch.
 
     Attributes:
@@ -54,8 +55,8 @@ class TorchFeatures:
         return tuple(np.array(tensor.cpu().numpy()) for tensor in self.tensors)
 
 
-class PyTorchBackend:
-    """Implements :class:`sam3rt.backends.Backend`.
+class PyTorchBackend(Backend):
+    """Runs the PyTorch model, all objects in one run of the decoder.
 
     Args:
         bundle: the export of the checkpoint, for its names and sizes.
@@ -80,18 +81,16 @@ class PyTorchBackend:
             raise BackendError(f"device {device!r} was asked for; PyTorch sees no CUDA")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.precision = precision
-        self.device = device
-        self._bundle = bundle
+        super().__init__(bundle, device, precision, objects_at_once=1 << 30)
         self._autocast = precision.endswith("bf16")
         model = _open(checkpoint, device)
-        self._encode: Callable[..., Any] = model.encode
-        self._decode: Callable[..., Any] = model.decode_together
+        self._run_encoder: Callable[..., Any] = model.encode
+        self._run_decoder: Callable[..., Any] = model.decode_together
         if precision.startswith("compile-"):
             # Objects and points vary from call to call; a graph for each number of them would be
             # compiled over and over, and after eight not at all.
-            self._encode = torch.compile(model.encode)
-            self._decode = torch.compile(model.decode_together, dynamic=True)
+            self._run_encoder = torch.compile(model.encode)
+            self._run_decoder = torch.compile(model.decode_together, dynamic=True)
 
     def prepare(self) -> None:
         """Nothing: what is compiled is compiled for the shapes of its first calls."""
@@ -100,24 +99,23 @@ class PyTorchBackend:
         """Version of PyTorch."""
         return {"torch": str(torch.__version__)}
 
-    def encode(self, pixels: NDArray[np.float32]) -> TorchFeatures:
-        """Run the encoder on float32 [1, 3, H, W]; returns when it is done."""
+    def _encode(self, pixels: NDArray[np.float32]) -> TorchFeatures:
+        """Returns when the encoder is done."""
         with self._context():
-            maps = self._encode(torch.from_numpy(pixels).to(self.device))
+            maps = self._run_encoder(torch.from_numpy(pixels).to(self.device))
             tensors = tuple(tensor.float() for tensor in maps)
         self._wait()
         return TorchFeatures(tensors)
 
-    def decode(
+    def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        """Run the decoder for the named outputs."""
         if not isinstance(features, TorchFeatures):
             raise EmbeddingError(f"features are {type(features).__name__}, not PyTorch's")
         prefix = "" if "pred_masks" in outputs else "single_"
         masks = None if prompts.masks is None else self._tensor(prompts.masks)
         with self._context():
-            logits, iou, score = self._decode(
+            logits, iou, score = self._run_decoder(
                 features.tensors,
                 self._tensor(prompts.points),
                 self._tensor(prompts.labels),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
-from sam3rt.accuracy.record import load_record, restate, verify_model
+from sam3rt.accuracy.record import load_record, rerecord, verify
 from sam3rt.backends import BACKENDS, create_backend
 from sam3rt.backends.tensorrt.engines.sidecar import BackendName
 from sam3rt.bundle import Bundle
@@ -108,8 +108,9 @@ def compare_models(bundle: Bundle, first: Side, second: Side) -> Verdict:
     Raises:
         BackendError: a backend cannot be used here.
     """
-    expected = restate(open_side(bundle, first), load_record(bundle))
-    return judge(verify_model(open_side(bundle, second), expected, GATE_LIMITS))
+    manifest = bundle.manifest
+    expected = rerecord(open_side(bundle, first).backend, manifest, load_record(bundle))
+    return judge(verify(open_side(bundle, second).backend, manifest, expected, GATE_LIMITS))
 
 
 def compare_layers(

@@ -44,13 +44,8 @@ class SimulatedBackend(OnnxRuntimeBackend):
             encoder=_simulated(bundle, "encoder", encoder, features, folder),
             decoder=_simulated(bundle, "decoder", decoder, features, folder),
         )
-        super().__init__(Bundle(folder, manifest), device="cpu", threads=threads)
-        self._precision = f"{encoder.name}+{decoder.name}"
-
-    @property
-    def precision(self) -> str:
-        """``"ENCODER+DECODER"`` recipes."""
-        return self._precision
+        precision = f"{encoder.name}+{decoder.name}"
+        super().__init__(Bundle(folder, manifest), "cpu", precision, threads=threads)
 
 
 def _simulated(

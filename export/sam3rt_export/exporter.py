@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.export import Dim
 
 import sam3rt
-from sam3rt.accuracy.record import ExpectedCase, Measurement, ParityRecord, restate, verify_model
+from sam3rt.accuracy.metrics import Measurement
+from sam3rt.accuracy.record import ExpectedCase, ParityRecord, rerecord, verify
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -192,7 +193,7 @@ def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list
         SelfCheckError: listing what differs by how much.
     """
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
-    measurements = list(verify_model(model, record, limits))
+    measurements = list(verify(model.backend, model.manifest, record, limits))
     wrong = [m for m in measurements if not m.passed]
     if wrong:
         lines = "\n".join(
@@ -212,7 +213,7 @@ def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
     """
     bundle = open_bundle(folder, check_files=False)
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
-    restate(model, record).save(folder / "parity.npz")
+    rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
     parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
     write_manifest(folder, dataclasses.replace(bundle.manifest, parity=parity))
 

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import ExportableFeatures, Features
 from .bundle import TensorSpec
 from .bundle.files import atomic_write
 from .errors import EmbeddingError
-from .features import DeviceArray, of_host
+from .features import DeviceArray, Features
 from .geometry import ImageGeometry
 
 _FORMAT = "sam3rt-embedding-1"
@@ -76,11 +75,7 @@ class ImageEmbedding:
         On a GPU they are the embedding's own memory, in the type it has there (float16 or
         float32); on the CPU float32 copies.
         """
-        if isinstance(self.features, ExportableFeatures):
-            arrays = self.features.arrays()
-        else:
-            arrays = tuple(of_host(array) for array in self.features.numpy())
-        return dict(zip(self.names, arrays, strict=True))
+        return dict(zip(self.names, self.features.arrays(), strict=True))
 
     def __dlpack__(self, **options: Any) -> Any:
         return self._coarsest().__dlpack__(**options)

@@ -1,4 +1,4 @@
-"""Arrays that lie on a device, offered to other libraries without a copy.
+"""Feature maps wherever a backend keeps them, offered to other libraries without a copy.
 
 Two protocols: DLPack (``torch.from_dlpack``, ``cupy.from_dlpack``, ``numpy.from_dlpack`` for the
 CPU) and, for CUDA, Numba's ``__cuda_array_interface__`` version 3. The structures are those of
@@ -7,6 +7,7 @@ DLPack's ``dlpack.h``, version 0.8, which every consumer reads.
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import itertools
 from typing import Any
@@ -169,3 +170,23 @@ class DeviceArray:
 def of_host(array: NDArray[Any]) -> DeviceArray:
     """A contiguous host array as a :class:`DeviceArray`, without a copy."""
     return DeviceArray(array.ctypes.data, array.shape, array.dtype, (CPU, 0), array)
+
+
+class Features(abc.ABC):
+    """One image's feature maps, wherever the backend keeps them."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Memory they take, bytes."""
+
+    @abc.abstractmethod
+    def numpy(self) -> tuple[NDArray[np.float32], ...]:
+        """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
+
+    def arrays(self) -> tuple[DeviceArray, ...]:
+        """The maps for other libraries, [1, C, h, w] each, finest map first.
+
+        Copies in host memory, unless the backend can offer its own.
+        """
+        return tuple(of_host(array) for array in self.numpy())

@@ -29,9 +29,10 @@ _PACKAGES = (
 
 @lru_cache(maxsize=1)
 def processor_name() -> str:
-    """The processor's name; on Linux with family, model and stepping where it has them.
+    """The processor's name; on Linux with the numbers that tell kinds apart.
 
-    A virtual machine's processor may be called "AMD EPYC" and no more.
+    A virtual machine's processor may be called "AMD EPYC" and no more: then family, model and
+    stepping do. An ARM processor has no name at all, but an implementer and a part.
     """
     fields = _cpuinfo()
     if not fields:
@@ -39,7 +40,14 @@ def processor_name() -> str:
     name = fields.get("model name") or platform.machine()
     numbers = [
         f"{label} {fields[field]}"
-        for label, field in (("family", "cpu family"), ("model", "model"), ("stepping", "stepping"))
+        for label, field in (
+            ("family", "cpu family"),
+            ("model", "model"),
+            ("stepping", "stepping"),
+            ("implementer", "CPU implementer"),
+            ("part", "CPU part"),
+            ("variant", "CPU variant"),
+        )
         if field in fields
     ]
     return ", ".join([name, " ".join(numbers)]) if numbers else name

@@ -5,27 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import masks as postprocess
-from .backends import Backend, ImagingBackend, create_backend
+from .accuracy.gate import Health, check_health
+from .backends import Backend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
+from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
 from .embedding import ImageEmbedding, read_embedding
-from .errors import BundleError, EmbeddingError, InvalidInputError
-from .geometry import Image, geometry, preprocess, to_rgb
+from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError
+from .geometry import Image, geometry, to_rgb
+from .masks import MaskOptions
 from .prompts import PackedPrompts, Prompts, pack
-from .timer import StageListener, stage
-
-if TYPE_CHECKING:
-    from .accuracy.health import Health
-
-_MULTI = ("pred_masks", "iou_scores")
-_SINGLE = ("single_pred_masks", "single_iou_scores")
-_OBJECT_SCORE = "object_score_logits"
+from .timer import StageListener, timed
 
 
 @dataclass(frozen=True)
@@ -63,9 +58,6 @@ class SegmentationModel:
         self.backend = backend
         self.on_stage: StageListener | None = None
         self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
-        decoder_outputs = {spec.name for spec in bundle.manifest.decoder.outputs}
-        self._object_score = (_OBJECT_SCORE,) if _OBJECT_SCORE in decoder_outputs else ()
-        self._imaging = backend if isinstance(backend, ImagingBackend) else None
 
     @property
     def manifest(self) -> Manifest:
@@ -93,16 +85,9 @@ class SegmentationModel:
             BackendError: the backend failed.
         """
         rgb = to_rgb(image)
-        place = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
-        if self._imaging is not None and self._imaging.preprocesses(place):
-            with stage("encode", self.on_stage):
-                features = self._imaging.encode_image(rgb, place)
-        else:
-            with stage("preprocess", self.on_stage):
-                pixels = preprocess(self.manifest.image, rgb)[0]
-            with stage("encode", self.on_stage):
-                features = self.backend.encode(pixels)
-        return ImageEmbedding(features, place, self.manifest.fingerprint, self._names)
+        where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
+        features = self.backend.encode_image(rgb, where, self.on_stage)
+        return ImageEmbedding(features, where, self.manifest.fingerprint, self._names)
 
     def decode(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
@@ -127,8 +112,8 @@ class SegmentationModel:
     ) -> DecodedMasks:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
         self._check_embedding(embedding)
-        outputs = self._outputs(multimask_output)
-        with stage("decode", self.on_stage):
+        outputs = decoder_outputs(self.manifest, multimask_output)
+        with timed("decode", self.on_stage):
             results = self.backend.decode(embedding.features, prompts, outputs)
         return self._decoded(results)
 
@@ -165,48 +150,33 @@ class SegmentationModel:
         Raises:
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
-        manifest, place = self.manifest, embedding.geometry
-        imaging = None if return_logits else self._imaging
-        if imaging is None or not imaging.upsamples(place):
-            decoded = self.decode(embedding, prompts, multimask_output)
-            with stage("postprocess", self.on_stage):
-                return decoded, postprocess.finish(
-                    decoded.low_res_masks,
-                    place,
-                    manifest.image,
-                    manifest.masks,
-                    threshold=threshold,
-                    max_hole_area=max_hole_area,
-                    max_sprinkle_area=max_sprinkle_area,
-                    return_logits=return_logits,
-                    dtype=dtype,
-                )
-        if max_hole_area > 0 or max_sprinkle_area > 0:
-            decoded = self.decode(embedding, prompts, multimask_output)
-            with stage("postprocess", self.on_stage):
-                cleaned = postprocess.clean_all(
-                    decoded.low_res_masks, threshold, max_hole_area, max_sprinkle_area
-                )
-                masks = imaging.upsample(cleaned, place, threshold)
-        else:
-            self._check_embedding(embedding)
-            packed = self._pack(prompts, embedding)
-            with stage("decode", self.on_stage):
-                results, masks = imaging.decode_masks(
-                    embedding.features, packed, self._outputs(multimask_output), place, threshold
-                )
-            decoded = self._decoded(results)
-        return decoded, masks.astype(dtype, copy=False)
+        self._check_embedding(embedding)
+        results, masks = self.backend.decode_masks(
+            embedding.features,
+            self._pack(prompts, embedding),
+            decoder_outputs(self.manifest, multimask_output),
+            embedding.geometry,
+            MaskOptions(threshold, max_hole_area, max_sprinkle_area, return_logits, dtype),
+            self.on_stage,
+        )
+        return self._decoded(results), masks
 
     def _pack(self, prompts: Prompts, embedding: ImageEmbedding) -> PackedPrompts:
-        with stage("pack prompts", self.on_stage):
+        with timed("pack prompts", self.on_stage):
             return pack(prompts, self.manifest.prompts, embedding.geometry)
 
-    def _outputs(self, multimask_output: bool) -> tuple[str, ...]:
-        return (*(_MULTI if multimask_output else _SINGLE), *self._object_score)
-
     def _decoded(self, results: list[NDArray[np.float32]]) -> DecodedMasks:
-        score = results[2][0, :, 0] if self._object_score else None
+        """Name the decoder's outputs, once they can be answers at all.
+
+        Raises:
+            BackendError: a score is not a finite number, so the masks mean nothing either.
+        """
+        if not np.isfinite(results[1]).all():
+            raise BackendError(
+                f"the decoder returned scores that are not finite ({self.backend.name}, "
+                f"{self.backend.precision}): the embedding or a mask prompt is broken"
+            )
+        score = results[2][0, :, 0] if has_object_score(self.manifest) else None
         return DecodedMasks(results[0][0], results[1][0], score)
 
     def _check_embedding(self, embedding: ImageEmbedding) -> None:
@@ -223,10 +193,10 @@ class SegmentationModel:
             EmbeddingError: the file is missing, damaged, or from another bundle.
         """
         fingerprint = self.manifest.fingerprint
-        maps, place = read_embedding(Path(path), fingerprint, self.manifest.encoder.outputs)
-        if place != geometry(self.manifest.image, place.original_size):
+        maps, where = read_embedding(Path(path), fingerprint, self.manifest.encoder.outputs)
+        if where != geometry(self.manifest.image, where.original_size):
             raise EmbeddingError(f"{path}: its image geometry contradicts this model's")
-        return ImageEmbedding(self.backend.upload(maps), place, fingerprint, self._names)
+        return ImageEmbedding(self.backend.upload(maps), where, fingerprint, self._names)
 
     def warm_up(self) -> None:
         """Load both graphs and run each once, so that the first request is not the slow one."""
@@ -239,9 +209,7 @@ class SegmentationModel:
 
         Takes about as long as one request. Raises nothing for a model that is not well.
         """
-        from .accuracy.health import check_health  # it imports this module
-
-        return check_health(self)
+        return check_health(self.backend)
 
 
 def load_model(
@@ -256,9 +224,9 @@ def load_model(
 ) -> SegmentationModel:
     """Load a model from a bundle folder.
 
-    Graphs are loaded into the backend at first use, or by :meth:`SegmentationModel.warm_up`.
-    TensorRT engines are loaded at once, and proved on the bundle's parity record if they have not
-    been on this kind of GPU: no other way leaves ``"auto"`` free to take the next backend.
+    FP32 graphs are loaded into the backend at first use, or by :meth:`SegmentationModel.warm_up`.
+    What computes in less is loaded at once and, the first time on this machine, compared with the
+    bundle's parity record, which can take a minute; the verdict is kept in the user's cache folder.
 
     Args:
         bundle: the folder, or ``None`` for the bundled MobileSAM.
@@ -275,6 +243,7 @@ def load_model(
         InvalidInputError: an argument makes no sense.
         BundleError: the bundle is missing, damaged, mixed, too new or not the expected one.
         BackendError: the backend or the device cannot be used here.
+        VerificationError: the precision asked for fails the gate on this machine.
     """
     if bundle is not None and not isinstance(bundle, str | os.PathLike):
         raise InvalidInputError("bundle", type(bundle).__name__, "a path or None")

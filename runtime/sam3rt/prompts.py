@@ -51,6 +51,21 @@ class PackedPrompts:
     labels: NDArray[np.int64]
     masks: NDArray[np.float32] | None
 
+    def split(self, objects: int) -> list[PackedPrompts]:
+        """The same prompts in parts of at most so many objects; no part where there are none."""
+        if 0 < len(self.labels) <= objects:
+            return [self]
+        shared = self.masks is None or len(self.masks) == 1
+        parts = [slice(i, i + objects) for i in range(0, len(self.labels), objects)]
+        return [
+            PackedPrompts(
+                self.points[part],
+                self.labels[part],
+                self.masks if shared or self.masks is None else self.masks[part],
+            )
+            for part in parts
+        ]
+
 
 def pack(prompts: Prompts, spec: PromptSpec, place: ImageGeometry) -> PackedPrompts:
     """Check prompts and bring them to the decoder's form.

@@ -32,7 +32,7 @@ class _Timed:
             self._listener(self._name, time.perf_counter() - self._start)
 
 
-def stage(name: str, listener: StageListener | None) -> contextlib.AbstractContextManager[None]:
+def timed(name: str, listener: StageListener | None) -> contextlib.AbstractContextManager[None]:
     """A block that is timed if somebody listens.
 
     Args:

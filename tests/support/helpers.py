@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 from sam3rt import SegmentationModel
-from sam3rt.backends import Backend, Features
+from sam3rt.backends import Backend
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -33,6 +33,7 @@ from sam3rt.bundle import (
     file_entry,
     write_manifest,
 )
+from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -145,7 +146,7 @@ def flip(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-class WrappedBackend:
+class WrappedBackend(Backend):
     """A backend whose features and outputs are changed on the way.
 
     Args:
@@ -161,6 +162,8 @@ class WrappedBackend:
         on_encode: Callable[[list[NDArray[np.float32]]], list[NDArray[np.float32]]] | None = None,
         on_decode: Callable[[dict[str, NDArray[np.float32]]], object] | None = None,
     ) -> None:
+        super().__init__(inner.bundle, inner.device, inner.precision)
+        self.name = inner.name
         self._inner = inner
         self._on_encode = on_encode
         self._on_decode = on_decode
@@ -168,13 +171,22 @@ class WrappedBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def encode(self, pixels: NDArray[np.float32]) -> Features:
+    def upload(self, maps: Sequence[NDArray[np.float32]]) -> Features:
+        return self._inner.upload(maps)
+
+    def prepare(self) -> None:
+        self._inner.prepare()
+
+    def versions(self) -> dict[str, str]:
+        return self._inner.versions()
+
+    def _encode(self, pixels: NDArray[np.float32]) -> Features:
         features = self._inner.encode(pixels)
         if self._on_encode is None:
             return features
         return self._inner.upload(self._on_encode(list(features.numpy())))
 
-    def decode(
+    def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         found = self._inner.decode(features, prompts, outputs)

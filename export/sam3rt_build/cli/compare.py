@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     for name, m in verdict.worst().items():
         allowed = (">= " if m.at_least else "<= ") + f"{m.limit:g}"
         mark = "" if m.passed else "  <-- off"
-        print(f"  {name:<32}{m.value:>12.6g}{allowed:>12}  {m.place}{mark}")
+        print(f"  {name:<32}{m.value:>12.6g}{allowed:>12}  {m.case}{mark}")
     if not verdict.passed:
         print(f"outside the gate's limits: {verdict.explain()}", file=sys.stderr)
     return 0 if verdict.passed else 1

@@ -8,11 +8,15 @@ that will serve it.
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from ..bundle import ParityLimits
-from .record import Measurement
+from ..bundle import Bundle, Manifest, ParityLimits
+from .metrics import Measurement
+from .record import Runner, encode, load_record, run_case
 
 # Cosine and mask IoU are the promise. The others catch what those two cannot see: an outlier
 # channel, a scale, an IoU head that answers something else. They sit a few times above what BF16,
@@ -20,6 +24,11 @@ from .record import Measurement
 GATE_LIMITS = ParityLimits(
     feature_error=0.1, feature_cosine=0.999, logit_error=0.1, iou_error=0.05, mask_iou=0.99
 )
+
+
+def limits_for(manifest: Manifest, precision: str) -> ParityLimits:
+    """What a backend is held to: the bundle's own limits in FP32, the gate's in anything less."""
+    return manifest.parity.limits if precision == "fp32" else GATE_LIMITS
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def judge(
     """Collect measurements as they are made.
 
     Args:
-        measurements: such as :func:`sam3rt.accuracy.record.verify_model` yields.
+        measurements: such as :func:`sam3rt.accuracy.record.verify` yields.
         progress: called with each.
     """
     made = []
@@ -80,3 +89,86 @@ def judge(
         if progress is not None:
             progress(measurement)
     return Verdict(tuple(made))
+
+
+class _Probed(Runner, Protocol):
+    """What a health check says of the runner that it asks."""
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a model answered to a known question.
+
+    Attributes:
+        healthy: whether every output was within its limits.
+        problem: what was not, or empty.
+        backend: what runs the graphs.
+        device: where.
+        precision: what they compute in.
+        fingerprint: of the bundle.
+        encode_seconds: time of one encoder run, or 0 where it failed.
+        decode_seconds: time of one decoder run, or 0 where it failed.
+    """
+
+    healthy: bool
+    problem: str
+    backend: str
+    device: str
+    precision: str
+    fingerprint: str
+    encode_seconds: float
+    decode_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for a JSON response."""
+        return dataclasses.asdict(self)
+
+
+def check_health(runner: _Probed) -> Health:
+    """Put the first case of the bundle's parity record to a backend and judge its answer.
+
+    One small image and one prompt: about as much as one request. Nothing is raised for a model
+    that is not well; that is the answer.
+    """
+    manifest = runner.bundle.manifest
+    limits = limits_for(manifest, runner.precision)
+    encode_seconds = decode_seconds = 0.0
+    try:
+        record = load_record(runner.bundle)
+        case = record.cases()[0]
+        start = time.perf_counter()
+        features = encode(runner, manifest, record.images()[case.image])
+        maps = features.numpy()
+        encoded = time.perf_counter()
+        answer = run_case(runner, manifest, features, case)
+        # The record's cases hold a multi-mask and a single-mask run.
+        decode_seconds = (time.perf_counter() - encoded) / 2
+        encode_seconds = encoded - start
+        verdict = judge(record.compare_features(case.image, maps, limits))
+        if verdict.passed:
+            verdict = judge(record.compare_case(case, answer, limits))
+        problem = "" if verdict.passed else verdict.explain()
+    except Exception as error:  # whatever is wrong with the model, a probe gets an answer
+        problem = f"{type(error).__name__}: {error}"
+    return Health(
+        not problem,
+        problem,
+        runner.name,
+        runner.device,
+        runner.precision,
+        manifest.fingerprint,
+        encode_seconds,
+        decode_seconds,
+    )

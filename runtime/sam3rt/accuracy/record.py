@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, ParityLimits, check_length
+from ..bundle import Bundle, Manifest, ParityLimits, check_file
+from ..bundle.contract import decoder_outputs, has_object_score
 from ..bundle.files import atomic_write
-from ..embedding import ImageEmbedding
 from ..errors import BundleError
-from ..model import SegmentationModel
+from ..features import Features
+from ..geometry import ImageGeometry, geometry
 from ..prompts import PackedPrompts
+from .metrics import Measurement, cosine, largest_error, mask_ious, relative_error
 from .npz import read_arrays
 
 _VERSION = 1
@@ -66,44 +68,6 @@ class ExpectedCase:
     logits: NDArray[np.float32]
     iou: NDArray[np.float32]
     object_score: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One comparison with the record.
-
-    Attributes:
-        place: the image or case.
-        output: which of the outputs.
-        metric: what was measured.
-        value: the figure; NaN where outputs hold NaN.
-        limit: the figure allowed.
-        at_least: whether the figure must reach the limit rather than stay below it.
-    """
-
-    place: str
-    output: str
-    metric: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def subject(self) -> str:
-        """The place and the output in words."""
-        return f"{self.place} {self.output}"
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure is within its limit; NaN never is."""
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    @property
-    def badness(self) -> float:
-        """Grows as the figure gets worse; infinite for NaN. Compares one metric's figures."""
-        if math.isnan(self.value):
-            return math.inf
-        return -self.value if self.at_least else self.value
 
 
 class ParityRecord:
@@ -196,6 +160,56 @@ class ParityRecord:
             for part in ("logits", "masks", "iou"):
                 self._arrays[f"{case.name}/{part}"]
 
+    def check_coverage(self, manifest: Manifest) -> None:
+        """Refuse a record that leaves an output of the model unproven.
+
+        Raises:
+            ValueError: it has no image, no decoder call, or an output of another shape than the
+                model's.
+        """
+        images, cases = self.images(), self.cases()
+        if not images or not cases:
+            raise ValueError(f"it has {len(images)} images and {len(cases)} decoder calls")
+        for index, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"image {index} is {image.dtype} of shape {image.shape}")
+        if self._description["levels"] != len(manifest.encoder.outputs):
+            raise ValueError(
+                f"it has {self._description['levels']} feature maps, the encoder makes "
+                f"{len(manifest.encoder.outputs)}"
+            )
+        height, width = manifest.masks.low_res_size
+        masks = manifest.masks.multimask + 1
+        rows, columns = -(-height // LOGIT_STRIDE), -(-width // LOGIT_STRIDE)
+        for case in cases:
+            objects = len(case.prompts.labels)
+            shapes = {"logits": (objects, masks, rows, columns), "iou": (objects, masks)}
+            if has_object_score(manifest):
+                shapes["object_score"] = (objects,)
+            shapes["masks"] = (-(-objects * masks * height * width // 8),)
+            for part, shape in shapes.items():
+                array = self._arrays.get(f"{case.name}/{part}")
+                if not objects or array is None or array.shape != shape:
+                    raise ValueError(
+                        f"case {case.name} has {part} of shape "
+                        f"{None if array is None else array.shape}, expected {shape}"
+                    )
+                if not np.isfinite(array).all():
+                    raise ValueError(f"case {case.name} has {part} that are not finite")
+            points, labels, prompt = case.prompts.points, case.prompts.labels, case.prompts.masks
+            if (
+                labels.ndim != 2
+                or labels.dtype != np.int64
+                or points.shape != (*labels.shape, 2)
+                or not np.isfinite(points).all()
+            ):
+                raise ValueError(f"case {case.name} has points of shape {points.shape}")
+            if prompt is not None and prompt.shape not in (
+                (1, *manifest.prompts.mask_size),
+                (objects, *manifest.prompts.mask_size),
+            ):
+                raise ValueError(f"case {case.name} has a mask prompt of shape {prompt.shape}")
+
     def images(self) -> list[NDArray[np.uint8]]:
         """The images, uint8 [H, W, 3] each."""
         return [self._arrays[f"image_{i}"] for i in range(self._description["images"])]
@@ -228,12 +242,12 @@ class ParityRecord:
             actual = subsample_features(array)
             if not np.isfinite(array).all():  # one number may lie between those on record
                 actual = np.full_like(actual, np.nan)
-            place, output = f"image {index}", f"features {level}"
+            case, output = f"image {index}", f"features {level}"
             yield Measurement(
-                place, output, "cosine", _cosine(actual, expected), limits.feature_cosine, True
+                case, output, "cosine", cosine(actual, expected), limits.feature_cosine, True
             )
             yield Measurement(
-                place,
+                case,
                 output,
                 "relative error",
                 relative_error(actual, expected),
@@ -254,7 +268,7 @@ class ParityRecord:
         )
         bits = self._arrays[f"{case.name}/masks"]
         expected = np.unpackbits(bits, count=actual.logits.size).astype(bool)
-        ious = _mask_ious(actual.logits, expected.reshape(actual.logits.shape))
+        ious = mask_ious(actual.logits, expected.reshape(actual.logits.shape))
         for metric, value, limit in (
             ("mean IoU", float(ious.mean()), limits.mask_iou),
             ("least IoU", float(ious.min()), limits.least_mask_iou),
@@ -264,13 +278,13 @@ class ParityRecord:
             case.name,
             "predicted IoU",
             "error",
-            _largest_error(actual.iou, self._arrays[f"{case.name}/iou"]),
+            largest_error(actual.iou, self._arrays[f"{case.name}/iou"]),
             limits.iou_error,
         )
         score = self._arrays.get(f"{case.name}/object_score")
         if score is not None:
             said = actual.object_score
-            error = math.inf if said is None else _largest_error(said, score)
+            error = math.inf if said is None else largest_error(said, score)
             yield Measurement(
                 case.name,
                 "object score",
@@ -289,44 +303,69 @@ class ParityRecord:
         return max(1e-6, *(float(np.abs(s).max()) for s in scores if s is not None), 0.0)
 
 
-def verify_model(
-    model: SegmentationModel, record: ParityRecord, limits: ParityLimits
+class Runner(Protocol):
+    """What can be run on a record: a backend, or anything else with these two."""
+
+    def encode_image(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> Features:
+        """Feature maps of uint8 [H, W, 3]."""
+
+    def decode(
+        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """The named decoder outputs, float32 [1, P, ...] each."""
+
+
+def verify(
+    runner: Runner, manifest: Manifest, record: ParityRecord, limits: ParityLimits
 ) -> Iterator[Measurement]:
-    """Run a model on a record, encoder and decoder, and compare every output.
+    """Run a record, encoder and decoder, and compare every output.
 
     Args:
-        model: what to check.
-        record: its bundle's record.
+        runner: what to check.
+        manifest: of the bundle it runs.
+        record: the bundle's record.
         limits: the differences allowed.
 
     Yields:
         One measurement per output and metric, as they are made.
     """
-    embeddings: list[ImageEmbedding] = []
+    embeddings: list[Features] = []
     for index, image in enumerate(record.images()):
-        embedding = model.encode(image)
-        embeddings.append(embedding)
-        yield from record.compare_features(index, embedding.features.numpy(), limits)
+        features = encode(runner, manifest, image)
+        embeddings.append(features)
+        yield from record.compare_features(index, features.numpy(), limits)
     for case in record.cases():
-        yield from record.compare_case(case, run_case(model, embeddings[case.image], case), limits)
+        answer = run_case(runner, manifest, embeddings[case.image], case)
+        yield from record.compare_case(case, answer, limits)
 
 
-def restate(model: SegmentationModel, record: ParityRecord) -> ParityRecord:
-    """A record of the same inputs that expects what this model returns for them."""
+def rerecord(runner: Runner, manifest: Manifest, record: ParityRecord) -> ParityRecord:
+    """A record of the same inputs that expects what this runner returns for them."""
     images = record.images()
-    embeddings = [model.encode(image) for image in images]
-    cases = [(case, run_case(model, embeddings[case.image], case)) for case in record.cases()]
-    return ParityRecord.build(images, [e.features.numpy() for e in embeddings], cases)
+    embeddings = [encode(runner, manifest, image) for image in images]
+    cases = [
+        (case, run_case(runner, manifest, embeddings[case.image], case)) for case in record.cases()
+    ]
+    return ParityRecord.build(images, [features.numpy() for features in embeddings], cases)
 
 
-def run_case(model: SegmentationModel, embedding: ImageEmbedding, case: ParityCase) -> ExpectedCase:
-    """A model's outputs for one case, multi-mask and single-mask together."""
-    multi = model.decode_packed(embedding, case.prompts, multimask_output=True)
-    single = model.decode_packed(embedding, case.prompts, multimask_output=False)
+def encode(runner: Runner, manifest: Manifest, image: NDArray[np.uint8]) -> Features:
+    """The feature maps of one image of a record."""
+    return runner.encode_image(image, geometry(manifest.image, (image.shape[0], image.shape[1])))
+
+
+def run_case(
+    runner: Runner, manifest: Manifest, features: Features, case: ParityCase
+) -> ExpectedCase:
+    """The outputs for one case, multi-mask and single-mask together."""
+    multi, single = (
+        runner.decode(features, case.prompts, decoder_outputs(manifest, multimask_output))
+        for multimask_output in (True, False)
+    )
     return ExpectedCase(
-        np.concatenate([multi.low_res_masks, single.low_res_masks], axis=1),
-        np.concatenate([multi.iou_predictions, single.iou_predictions], axis=1),
-        multi.object_score_logits,
+        np.concatenate([multi[0][0], single[0][0]], axis=1),
+        np.concatenate([multi[1][0], single[1][0]], axis=1),
+        multi[2][0, :, 0] if has_object_score(manifest) else None,
     )
 
 
@@ -334,11 +373,17 @@ def load_record(bundle: Bundle) -> ParityRecord:
     """The parity record of a bundle.
 
     Raises:
-        BundleError: it is damaged, or not the file the manifest describes.
+        BundleError: it is damaged, not the file the manifest describes, or does not cover every
+            output of the bundle's graphs.
     """
     entry = bundle.manifest.parity.record
-    check_length(bundle.path, entry)
-    return ParityRecord.load(bundle.file(entry))
+    check_file(bundle.path, entry)
+    record = ParityRecord.load(bundle.file(entry))
+    try:
+        record.check_coverage(bundle.manifest)
+    except ValueError as error:
+        raise BundleError(f"proves nothing: {error}", entry.file) from error
+    return record
 
 
 def subsample_features(array: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -349,34 +394,3 @@ def subsample_features(array: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _subsample_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(logits[..., ::LOGIT_STRIDE, ::LOGIT_STRIDE])
-
-
-def relative_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Largest absolute difference over the largest absolute expected value.
-
-    NaN where either holds one, infinity where the shapes differ.
-    """
-    return _largest_error(actual, expected) / max(float(np.abs(expected).max()), 1e-6)
-
-
-def _largest_error(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
-    return float(np.abs(actual - expected).max())
-
-
-def _cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    if actual.shape != expected.shape:
-        return float("nan")
-    a, b = actual.ravel().astype(np.float64), expected.ravel().astype(np.float64)
-    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
-
-
-def _mask_ious(logits: NDArray[np.float32], expected: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The IoU of each mask, [P, C]; two empty masks agree. NaN where a logit is NaN."""
-    actual = logits > 0
-    both = (actual & expected).sum(axis=(-2, -1))
-    either = (actual | expected).sum(axis=(-2, -1))
-    ious = np.where(either > 0, both / np.maximum(either, 1), 1.0)
-    broken: NDArray[np.float64] = np.where(np.isnan(logits).any(axis=(-2, -1)), np.nan, ious)
-    return broken

@@ -1,32 +1,35 @@
 """What the gate found on this machine, remembered, so that a start need not repeat it.
 
-A verdict holds for one bundle, backend, library version, processor, precision and set of limits.
-Its file lies in the folder ``verdicts`` of the bundle, or, where that cannot be written, in the
-user's cache folder. A file that is damaged or about something else is as good as none.
+A verdict holds for one bundle, backend, library version, processor (or GPU and driver), precision
+and set of limits. Verdicts lie in the user's cache folder and nowhere else: one that came with a
+bundle would be somebody else's claim. A file that is damaged or about something else is as good as
+none.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, is_inside
+from ..bundle import Bundle
 from ..bundle.files import atomic_write
 from .gate import GATE_LIMITS, Verdict
 
 _LOG = logging.getLogger(__name__)
 
-_FORMAT = "sam3rt-verdict-1"
+_FORMAT = "sam3rt-verdict-2"
 _MAX_BYTES = 1 << 20
+# For a cache folder that cannot be written: this process need not repeat what it has found.
+_unwritten: dict[str, StoredVerdict] = {}
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,17 @@ class Subject:
 
     Attributes:
         backend: the backend's name.
-        version: of the library that computes.
-        processor: what it computes on.
+        version: of the library that computes, with the settings that matter.
+        processor: what it computes on; for a GPU with its driver's version.
         precision: what it computes in.
+        files: hashes of files beyond the bundle's that were run, such as engines; else empty.
     """
 
     backend: str
     version: str
     processor: str
     precision: str
+    files: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,100 +59,70 @@ class StoredVerdict:
         passed: whether everything was within the gate's limits.
         explanation: how it failed, or that it did not.
         figures: the worst figure of each output and metric.
+        encoder_failed: whether the feature maps were wrong already. Where they were not, encoder
+            or decoder may be to blame: features just within wide limits may be too far off for a
+            decoder that is right.
     """
 
     passed: bool
     explanation: str
     figures: dict[str, float]
+    encoder_failed: bool = False
 
     @classmethod
     def of(cls, verdict: Verdict) -> StoredVerdict:
         """The short form of a verdict."""
         figures = {name: float(m.value) for name, m in verdict.worst().items()}
-        return cls(verdict.passed, verdict.explain(), figures)
+        encoder_failed = any(m.output.startswith("features") for m in verdict.failures)
+        return cls(verdict.passed, verdict.explain(), figures, encoder_failed)
 
 
 def load_verdict(bundle: Bundle, subject: Subject) -> StoredVerdict | None:
     """The verdict remembered for a subject, or ``None``."""
     key = _key(bundle, subject)
-    for folder in _folders(bundle):
-        path = folder / _file_name(key)
+    name = _file_name(key)
+    folder = verdict_folder()
+    if folder is not None:
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                continue
-            document = json.loads(path.read_bytes())
-            stored = _parse(document, key)
+            return _parse(json.loads(_read(folder / name)), key)
         except FileNotFoundError:
-            continue
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
-            _LOG.info("ignoring %s: %s", path, error)
-            continue
-        return stored
-    return None
+            pass
+        except Exception as error:  # whatever lies there, it is as good as none
+            _LOG.info("ignoring %s: %s", folder / name, error)
+    return _unwritten.get(name)
 
 
 def save_verdict(bundle: Bundle, subject: Subject, verdict: StoredVerdict) -> Path | None:
     """Remember a verdict, and say where; ``None`` where nothing could be written."""
     key = _key(bundle, subject)
+    name = _file_name(key)
     # JSON has no NaN; null is read back as one.
     figures = {n: v if math.isfinite(v) else None for n, v in verdict.figures.items()}
-    document = {
-        "format": _FORMAT,
-        "key": key,
-        "passed": verdict.passed,
-        "explanation": verdict.explanation,
-        "figures": figures,
-    }
+    document = {"format": _FORMAT, "key": key} | dataclasses.asdict(verdict) | {"figures": figures}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    for folder in _folders(bundle):
-        path = folder / _file_name(key)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as stream:
-                stream.write(text.encode())
-        except OSError as error:
-            _LOG.info("cannot write %s: %s", path, error)
-            continue
-        return path
-    _LOG.info("no place to remember the verdict: the next start repeats it")
-    return None
+    folder = verdict_folder()
+    try:
+        if folder is None:
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / name) as stream:
+            stream.write(text.encode())
+    except OSError as error:
+        _LOG.info("the verdict cannot be kept (%s): the next process repeats it", error)
+        _unwritten[name] = verdict
+        return None
+    return folder / name
 
 
-def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
-    limits = dataclasses.asdict(GATE_LIMITS)
-    return {
-        "fingerprint": bundle.manifest.fingerprint,
-        **dataclasses.asdict(subject),
-        "limits": limits,
-    }
-
-
-def _file_name(key: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return f"{key['backend']}-{key['precision']}-{digest[:16]}.json"
-
-
-def _folders(bundle: Bundle) -> list[Path]:
-    folders = []
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a loop of links, before 3.13
-        beside = bundle.path / "verdicts"
-        # A bundle from elsewhere must not choose where on this machine files are written.
-        if is_inside(beside, bundle.path):
-            folders.append(beside)
-    with contextlib.suppress(RuntimeError):  # there may be no home folder
-        folders.append(_cache_folder() / "sam3rt" / "verdicts")
-    return folders
+def verdict_folder() -> Path | None:
+    """Where verdicts lie: in the user's cache folder by each system's custom, if there is one."""
+    try:
+        return _cache_folder() / "sam3rt" / "verdicts"
+    except RuntimeError:  # there is no home folder
+        return None
 
 
 def _cache_folder() -> Path:
-    """The user's cache folder by each system's custom."""
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
         return Path(local) if local else Path.home() / "AppData" / "Local"
@@ -157,14 +132,50 @@ def _cache_folder() -> Path:
     return Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
 
 
+def _read(path: Path) -> bytes:
+    """A small plain file, without following a link, and without waiting at a pipe.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is not a plain file")
+        content = stream.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+    return content
+
+
+def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
+    return {
+        "fingerprint": bundle.manifest.fingerprint,
+        **dataclasses.asdict(subject),
+        "limits": dataclasses.asdict(GATE_LIMITS),
+    }
+
+
+def _file_name(key: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return f"{key['backend']}-{key['precision']}-{digest[:16]}.json"
+
+
 def _parse(document: Any, key: dict[str, Any]) -> StoredVerdict:
     if document["format"] != _FORMAT or document["key"] != key:
         raise ValueError("it is about something else")
-    passed, explanation, figures = (document[name] for name in ("passed", "explanation", "figures"))
+    passed, explanation, figures, encoder_failed = (
+        document[field.name] for field in dataclasses.fields(StoredVerdict)
+    )
     kinds_are_right = (
-        isinstance(passed, bool) and isinstance(explanation, str) and isinstance(figures, dict)
+        isinstance(passed, bool)
+        and isinstance(explanation, str)
+        and isinstance(figures, dict)
+        and isinstance(encoder_failed, bool)
     )
     if not kinds_are_right:
         raise ValueError("it is damaged")
     values = {n: math.nan if value is None else float(value) for n, value in figures.items()}
-    return StoredVerdict(passed, explanation, values)
+    return StoredVerdict(passed, explanation, values, encoder_failed)

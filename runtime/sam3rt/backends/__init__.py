@@ -7,27 +7,22 @@ import logging
 import re
 from typing import Any
 
+from ..accuracy.select import select
 from ..bundle import Bundle
-from ..errors import BackendError, InvalidInputError
-from .base import Backend, ExportableFeatures, Features, ImagingBackend
+from ..errors import BackendError, InvalidInputError, VerificationError
+from .base import Backend, Offer
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "ExportableFeatures",
-    "Features",
-    "ImagingBackend",
-    "create_backend",
-]
+__all__ = ["BACKENDS", "Backend", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
 
-# Dotted paths, so that a backend's libraries are imported only when it is asked for.
+# Functions (bundle, *, device, threads, precision) -> Offer. They are dotted paths, so that a
+# backend's libraries are imported only when it is asked for.
 BACKENDS: dict[str, str] = {
-    "tensorrt": "sam3rt.backends.tensorrt:open_tensorrt",
-    "tensorrt-rtx": "sam3rt.backends.tensorrt:open_tensorrt_rtx",
-    "onnxruntime": "sam3rt.backends.onnxruntime:OnnxRuntimeBackend",
-    "openvino": "sam3rt.backends.openvino.backend:OpenVinoBackend",
+    "tensorrt": "sam3rt.backends.tensorrt:offer_tensorrt",
+    "tensorrt-rtx": "sam3rt.backends.tensorrt:offer_tensorrt_rtx",
+    "onnxruntime": "sam3rt.backends.onnxruntime:offer",
+    "openvino": "sam3rt.backends.openvino:offer",
 }
 # What "auto" tries, best first, and the device each is tried on.
 AUTO_ORDER: tuple[tuple[str, str], ...] = (
@@ -60,6 +55,8 @@ def create_backend(
     Raises:
         InvalidInputError: there is no backend of that name, or an option makes no sense.
         BackendError: it cannot be used here; the message says what to install or change.
+        VerificationError: the precision asked for fails the gate here.
+        BundleError: the bundle's parity record is damaged.
     """
     if name != "auto" and name not in BACKENDS:
         raise InvalidInputError(
@@ -84,7 +81,7 @@ def create_backend(
             backend = _create(
                 candidate, bundle, device=kind if device == "auto" else device, **options
             )
-        except BackendError as error:
+        except (BackendError, VerificationError) as error:
             reasons.append(f"{candidate} on {kind}: {error}")
             continue
         skipped = "".join(f"; not {reason}" for reason in reasons)
@@ -94,6 +91,11 @@ def create_backend(
 
 
 def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
-    module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(bundle, **options)
-    return backend
+    """Open the first recipe of a backend that is proven here."""
+    module, _, function = BACKENDS[name].partition(":")
+    offer: Offer = getattr(importlib.import_module(module), function)(bundle, **options)
+
+    def say(line: str) -> None:
+        _LOG.info("%s: %s", name, line)
+
+    return select(bundle, offer.recipes, offer.open, say=say)

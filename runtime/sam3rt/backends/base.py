@@ -1,101 +1,238 @@
-"""What a backend must offer. A backend runs the two graphs of one bundle on one device."""
+"""What a backend offers. A backend runs the two graphs of one bundle on one device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import abc
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..features import DeviceArray
-from ..geometry import ImageGeometry
+from .. import masks
+from ..accuracy.select import Recipe
+from ..bundle import Bundle
+from ..errors import StateError
+from ..features import Features
+from ..geometry import ImageGeometry, preprocess
+from ..machine import usable_cores
+from ..masks import MaskOptions
 from ..prompts import PackedPrompts
+from ..timer import StageListener, timed
+
+# Objects in one run of the decoder. More are decoded in several runs, so that memory does not grow
+# with their number; runs of this size are as fast as larger ones.
+OBJECTS_AT_ONCE = 8
 
 
-class Features(Protocol):
-    """One image's feature maps, wherever the backend keeps them."""
+class Backend(abc.ABC):
+    """Runs encoder and decoder. Every method may be called from many threads at once.
 
-    @property
-    def nbytes(self) -> int:
-        """Memory they take, bytes."""
+    A subclass implements :meth:`_encode`, :meth:`_decode`, :meth:`upload`, :meth:`prepare` and
+    :meth:`versions`. What surrounds the two graphs (resizing, normalization, upsampling) is done
+    on the host; a backend that can do it on its device overrides :meth:`encode_image` and
+    :meth:`decode_masks`.
 
-    def numpy(self) -> tuple[NDArray[np.float32], ...]:
-        """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
+    Args:
+        bundle: an opened bundle.
+        device: such as ``"cpu"`` or ``"cuda:0"``.
+        precision: what it computes in: ``"fp32"`` or the name of a precision recipe.
+        objects_at_once: objects in one run of the decoder, at most.
 
+    Attributes:
+        name: such as ``"onnxruntime"``.
+        bundle: the bundle.
+        device: where it computes.
+        precision: what it computes in.
+    """
 
-class Backend(Protocol):
-    """Runs encoder and decoder. Every method may be called from many threads at once."""
+    name: str
 
-    @property
-    def name(self) -> str:
-        """Such as ``"onnxruntime"``."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str,
+        precision: str,
+        *,
+        objects_at_once: int = OBJECTS_AT_ONCE,
+    ) -> None:
+        self.bundle = bundle
+        self.device = device
+        self.precision = precision
+        self._objects_at_once = objects_at_once
+        # One encoder run uses the whole machine and, at full size, gigabytes of memory.
+        self._encoder_turn = threading.BoundedSemaphore(1)
+        self._decoder_turn = threading.BoundedSemaphore(max(2, usable_cores()))
+        self._process = os.getpid()
+        _loaded.add(self)
 
-    @property
-    def device(self) -> str:
-        """Such as ``"cpu"`` or ``"cuda:0"``."""
+    @abc.abstractmethod
+    def _encode(self, pixels: NDArray[np.float32]) -> Features:
+        """Run the encoder on float32 [1, 3, H, W]; the features stay on the device."""
 
-    @property
-    def precision(self) -> str:
-        """What it computes in, such as ``"fp32"`` or the name of a precision recipe."""
+    @abc.abstractmethod
+    def _decode(
+        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """Run the decoder once and bring the named outputs to the host."""
+
+    @abc.abstractmethod
+    def upload(self, maps: Sequence[NDArray[np.float32]]) -> Features:
+        """Bring feature maps, float32 [1, C, h, w] each, to the device."""
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Load both graphs now instead of at their first use."""
+
+    @abc.abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of what the backend is made of."""
 
     def encode(self, pixels: NDArray[np.float32]) -> Features:
-        """Run the encoder on float32 [1, 3, H, W]; the features stay on the device."""
+        """Run the encoder. Calls from several threads take turns.
+
+        Args:
+            pixels: float32 [1, 3, H, W] of the encoder's size.
+
+        Raises:
+            BackendError: the backend failed, for example for lack of memory.
+            StateError: the process was forked after the model was loaded.
+        """
+        self.check_process()
+        with self._encoder_turn:
+            return self._encode(pixels)
 
     def decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        """Run the decoder and bring the named outputs to the host, in the order asked for."""
+        """Run the decoder and bring the named outputs to the host, in the order asked for.
 
-    def upload(self, maps: Sequence[NDArray[np.float32]]) -> Features:
-        """Bring feature maps, float32 [1, C, h, w] each, to the device."""
+        Many objects are decoded in several runs.
 
-    def prepare(self) -> None:
-        """Load both graphs now instead of at their first use."""
+        Args:
+            features: from :meth:`encode` or :meth:`upload` of this backend.
+            prompts: of P objects.
+            outputs: names of decoder outputs.
 
-    def versions(self) -> dict[str, str]:
-        """Versions of what the backend is made of."""
+        Returns:
+            float32 [1, P, ...] each.
 
+        Raises:
+            EmbeddingError: the features belong to another backend.
+            BackendError: the backend failed.
+            StateError: the process was forked after the model was loaded.
+        """
+        self.check_process()
+        runs = []
+        for part in prompts.split(self._objects_at_once):
+            with self._decoder_turn:
+                runs.append(self._decode(features, part, outputs))
+        if not runs:
+            return [self._no_objects(name) for name in outputs]
+        return [p[0] if len(p) == 1 else np.concatenate(p, axis=1) for p in zip(*runs, strict=True)]
 
-@runtime_checkable
-class ExportableFeatures(Protocol):
-    """Features that other libraries can read where they lie."""
+    def encode_image(
+        self,
+        image: NDArray[np.uint8],
+        geometry: ImageGeometry,
+        on_stage: StageListener | None = None,
+    ) -> Features:
+        """Preprocess an image and run the encoder.
 
-    def arrays(self) -> tuple[DeviceArray, ...]:
-        """The maps in their own type, [1, C, h, w] each, finest map first."""
+        Args:
+            image: uint8 [H, W, 3] RGB.
+            geometry: where it lies in the encoder's input.
+            on_stage: told how long ``"preprocess"`` and ``"encode"`` took.
 
-
-@runtime_checkable
-class ImagingBackend(Protocol):
-    """A backend that can also do on its device what surrounds the two graphs.
-
-    Whether it does depends on the image's size; where it does not, the host does.
-    """
-
-    def preprocesses(self, place: ImageGeometry) -> bool:
-        """Whether :meth:`encode_image` takes images of that size."""
-
-    def encode_image(self, image: NDArray[np.uint8], place: ImageGeometry) -> Features:
-        """Preprocess uint8 [H, W, 3] and run the encoder."""
-
-    def upsamples(self, place: ImageGeometry) -> bool:
-        """Whether :meth:`decode_masks` and :meth:`upsample` make masks of that size."""
+        Raises:
+            BackendError, StateError: see :meth:`encode`.
+        """
+        with timed("preprocess", on_stage):
+            pixels = preprocess(self.bundle.manifest.image, image)[0]
+        with timed("encode", on_stage):
+            return self.encode(pixels)
 
     def decode_masks(
         self,
         features: Features,
         prompts: PackedPrompts,
         outputs: Sequence[str],
-        place: ImageGeometry,
-        threshold: float,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
-        """Run the decoder, and upsample and threshold its first output.
+        geometry: ImageGeometry,
+        options: MaskOptions,
+        on_stage: StageListener | None = None,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[Any]]:
+        """Run the decoder and make masks of the image's size from its first output.
+
+        Args:
+            features: see :meth:`decode`.
+            prompts: see :meth:`decode`.
+            outputs: names of decoder outputs; the first is the mask logits.
+            geometry: where the image lies in the encoder's input.
+            options: how logits become masks.
+            on_stage: told how long ``"decode"`` and ``"postprocess"`` took.
 
         Returns:
-            The named outputs, and masks, uint8 [P, C, H, W] of 0 and 1.
-        """
+            What :meth:`decode` returns, and masks (or logits), [P, C, H, W].
 
-    def upsample(
-        self, logits: NDArray[np.float32], place: ImageGeometry, threshold: float
-    ) -> NDArray[np.uint8]:
-        """Upsample and threshold float32 [P, C, h, w] to uint8 [P, C, H, W] of 0 and 1."""
+        Raises:
+            EmbeddingError, BackendError, StateError: see :meth:`decode`.
+        """
+        with timed("decode", on_stage):
+            results = self.decode(features, prompts, outputs)
+        with timed("postprocess", on_stage):
+            manifest = self.bundle.manifest
+            return results, masks.finish(
+                results[0][0], geometry, manifest.image, manifest.masks, options
+            )
+
+    def check_process(self) -> None:
+        """Refuse to work in a process that inherited the model.
+
+        Raises:
+            StateError: the process was forked after the model was loaded. Threads and locks of the
+                libraries below do not survive a fork.
+        """
+        if os.getpid() != self._process:
+            raise StateError(
+                f"the model was loaded in process {self._process} and inherited by a fork: load it "
+                "after the fork, or start processes by spawn"
+            )
+
+    def _no_objects(self, output: str) -> NDArray[np.float32]:
+        """An output for no objects at all, float32 [1, 0, ...]."""
+        (spec,) = (s for s in self.bundle.manifest.decoder.outputs if s.name == output)
+        return np.empty([side if isinstance(side, int) else 0 for side in spec.shape], np.float32)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The ways in which a backend can run one bundle here.
+
+    Attributes:
+        recipes: fastest first.
+        open: loads one.
+    """
+
+    recipes: tuple[Recipe, ...]
+    open: Callable[[Recipe], Backend]
+
+
+_loaded: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def _keep_inherited() -> None:
+    """Never destroy, in a forked child, what the libraries below made in the parent.
+
+    Their destructors wait for threads that a fork does not copy.
+    """
+    for backend in list(_loaded):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..accuracy.select import Recipe
+from ..accuracy.verdicts import Subject
 from ..bundle import Bundle, GraphSpec
 from ..bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source
 from ..errors import BackendError, BundleError, EmbeddingError
+from ..features import Features
 from ..prompts import PackedPrompts, decoder_inputs
-from .base import Features
+from .base import Backend, Offer
 
 try:
     import onnxruntime as ort
@@ -28,6 +31,7 @@ except ImportError as _error:
 
 _LOG = logging.getLogger(__name__)
 
+_FP32, _TF32 = "fp32", "tf32"
 _ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -38,7 +42,7 @@ _ORT_TYPES = {
 
 
 @dataclass(frozen=True)
-class OrtFeatures:
+class OrtFeatures(Features):
     """Feature maps held by ONNX Runtime.
 
     Attributes:
@@ -57,18 +61,48 @@ class OrtFeatures:
         return tuple(np.array(value.numpy()) for value in self.values)
 
 
-class OnnxRuntimeBackend:
-    """Runs a bundle's graphs in two ONNX Runtime sessions, created at first use.
+def offer(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> Offer:
+    """What ONNX Runtime can do here: FP32; on CUDA also TF32, where the gate allows it.
 
     Args:
         bundle: an opened bundle.
         device: ``"auto"`` takes CUDA where it works and the CPU otherwise; ``"cpu"``,
             ``"cuda"`` or ``"cuda:N"`` insist.
         threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
-        precision: ``"auto"`` or ``"fp32"``: the bundle's graphs compute in FP32.
+        precision: ``"auto"``, ``"fp32"`` or, on CUDA, ``"tf32"``.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
+    """
+    kind, number = _choose_device(device)
+    recipes = [Recipe(_FP32, _FP32)]
+    if kind == "cuda":
+        subject = Subject("onnxruntime", ort.__version__, _gpu(number), _TF32)
+        recipes.insert(0, Recipe(_TF32, _TF32, subject))
+    wanted = tuple(r for r in recipes if precision in ("auto", r.name))
+    if not wanted:
+        raise BackendError(
+            f"precision {precision!r} was asked for; the onnxruntime backend offers "
+            f"{', '.join(r.name for r in recipes)} on {kind}"
+        )
+
+    def open_recipe(recipe: Recipe) -> OnnxRuntimeBackend:
+        where = "cpu" if kind == "cpu" else f"cuda:{number}"
+        return OnnxRuntimeBackend(bundle, where, recipe.name, threads=threads)
+
+    return Offer(wanted, open_recipe)
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs a bundle's graphs in two ONNX Runtime sessions, created at first use.
+
+    Args:
+        bundle: an opened bundle.
+        device: ``"cpu"`` or ``"cuda:N"``.
+        precision: ``"fp32"``; on CUDA also ``"tf32"``, which rounds the factors of matrix products.
+        threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
     """
 
     name = "onnxruntime"
@@ -76,37 +110,24 @@ class OnnxRuntimeBackend:
     def __init__(
         self,
         bundle: Bundle,
+        device: str = "cpu",
+        precision: str = _FP32,
         *,
-        device: str = "auto",
         threads: int | None = None,
-        precision: str = "auto",
     ) -> None:
-        if precision not in ("auto", "fp32"):
-            raise BackendError(
-                f"precision {precision!r} was asked for; the onnxruntime backend runs the "
-                "bundle's graphs as they are, in fp32"
-            )
-        self._bundle = bundle
+        super().__init__(bundle, device, precision)
         self._threads = threads
-        self._kind, self._device_id = _choose_device(device)
+        self._kind, _, number = device.partition(":")
+        self._device_id = int(number or 0)
         self._feature_names = [spec.name for spec in bundle.manifest.encoder.outputs]
         self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         # Two threads may ask for a session at once; it must be made once.
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
 
-    @property
-    def precision(self) -> str:
-        """``"fp32"``."""
-        return "fp32"
-
-    @property
-    def device(self) -> str:
-        """``"cpu"`` or ``"cuda:N"``."""
-        return "cpu" if self._kind == "cpu" else f"cuda:{self._device_id}"
-
     def prepare(self) -> None:
         """Load both graphs now."""
+        self.check_process()
         self._encoder()
         self._decoder()
 
@@ -114,29 +135,18 @@ class OnnxRuntimeBackend:
         """Version of ONNX Runtime."""
         return {"onnxruntime": ort.__version__}
 
-    def encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
-        """Run the encoder on float32 [1, 3, H, W].
-
-        Raises:
-            BackendError: ONNX Runtime failed, for example for lack of memory.
-        """
+    def _encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
         session = self._encoder()
         binding = session.io_binding()
-        binding.bind_cpu_input(self._bundle.manifest.encoder.inputs[0].name, pixels)
+        binding.bind_cpu_input(self.bundle.manifest.encoder.inputs[0].name, pixels)
         for name in self._feature_names:
             binding.bind_output(name, self._kind, self._device_id)
         self._run(session, binding, "encoder")
         return OrtFeatures(tuple(binding.get_outputs()))
 
-    def decode(
+    def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        """Run the decoder; only the named outputs are brought to the host.
-
-        Raises:
-            EmbeddingError: the features belong to another backend.
-            BackendError: ONNX Runtime failed.
-        """
         if not isinstance(features, OrtFeatures):
             raise EmbeddingError(
                 f"features are {type(features).__name__}, not this backend's; "
@@ -184,11 +194,11 @@ class OnnxRuntimeBackend:
     def _encoder_session(self) -> Any:
         # A memory pattern plans all of a run's buffers as one block, from the second run on and
         # beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
-        return self._load(self._bundle.manifest.encoder, memory_pattern=False)
+        return self._load(self.bundle.manifest.encoder, memory_pattern=False)
 
     @cached_property
     def _decoder_session(self) -> Any:
-        return self._load(self._bundle.manifest.decoder, memory_pattern=True)
+        return self._load(self.bundle.manifest.decoder, memory_pattern=True)
 
     def _load(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
         options = ort.SessionOptions()
@@ -198,10 +208,12 @@ class OnnxRuntimeBackend:
             options.intra_op_num_threads = self._threads
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._kind == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device_id}))
+            # Unless told otherwise, the provider computes in TF32.
+            cuda = {"device_id": self._device_id, "use_tf32": int(self.precision == _TF32)}
+            providers.insert(0, ("CUDAExecutionProvider", cuda))
         try:
             session = ort.InferenceSession(
-                graph_source(self._bundle, graph), options, providers=providers
+                graph_source(self.bundle, graph), options, providers=providers
             )
         except BundleError:
             raise
@@ -217,7 +229,7 @@ class OnnxRuntimeBackend:
             for arguments in (session.get_inputs(), session.get_outputs())
         )
         metadata = session.get_modelmeta().custom_metadata_map
-        check_graph(self._bundle, graph, metadata.get(EXPORT_ID, ""), inputs, outputs)
+        check_graph(self.bundle, graph, metadata.get(EXPORT_ID, ""), inputs, outputs)
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
                 "CUDA was asked for, but ONNX Runtime could not use it; check the driver and "
@@ -251,3 +263,11 @@ def _cuda_answers() -> bool:
         _LOG.info("CUDA is not usable: %s", error)
         return False
     return True
+
+
+def _gpu(number: int) -> str:
+    """A GPU and its driver, in words that tell two kinds apart."""
+    from .tensorrt.cuda import probe
+
+    device = probe(number)
+    return f"{device.gpu.name}, {device.gpu.compute_capability}, driver {device.driver_version}"

@@ -7,10 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import BundleError
-from .manifest import Bundle, GraphSpec, TensorSpec, check_length
+from .manifest import Bundle, GraphSpec, Manifest, TensorSpec, check_length
 from .onnx_locations import check_tensor_places
 
 EXPORT_ID = "sam3rt.export_id"
+
+# Outputs of the decoder: mask logits and predicted IoUs of a multi-mask call, those of a
+# single-mask call, and a score that not every model has.
+MULTIMASK_OUTPUTS = ("pred_masks", "iou_scores")
+SINGLE_MASK_OUTPUTS = ("single_pred_masks", "single_iou_scores")
+OBJECT_SCORE = "object_score_logits"
 
 
 class LoadedTensor(NamedTuple):
@@ -85,6 +91,17 @@ def check_graph(
         wanted = [_signature(tensor) for tensor in promised]
         if not _agree(found, wanted):
             raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
+
+
+def decoder_outputs(manifest: Manifest, multimask_output: bool) -> tuple[str, ...]:
+    """The outputs that a call wants: mask logits, predicted IoUs, and the object score if any."""
+    masks = MULTIMASK_OUTPUTS if multimask_output else SINGLE_MASK_OUTPUTS
+    return (*masks, OBJECT_SCORE) if has_object_score(manifest) else masks
+
+
+def has_object_score(manifest: Manifest) -> bool:
+    """Whether the model says how sure it is that there is an object."""
+    return any(spec.name == OBJECT_SCORE for spec in manifest.decoder.outputs)
 
 
 _Signature = tuple[str, str, tuple[int | None, ...]]

@@ -120,7 +120,7 @@ def _providers() -> list[str]:
 def _recipes(bundle: Bundle) -> dict[str, str]:
     if importlib.util.find_spec("openvino") is None:
         return {}
-    from ..backends.openvino.backend import known_recipes
+    from ..backends.openvino import known_recipes
 
     return known_recipes(bundle)
 

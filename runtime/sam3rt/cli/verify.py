@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..accuracy.gate import GATE_LIMITS
-from ..accuracy.record import Measurement, load_record, verify_model
+from ..accuracy.gate import limits_for
+from ..accuracy.metrics import Measurement
+from ..accuracy.record import load_record, verify
 from ..bundle import check_file, open_bundle
 from ..bundle.default import default_bundle_path
 from ..errors import BundleError
@@ -46,10 +47,9 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(f"{path}: {len(bundle.manifest.files())} files match their hashes")
     model = load_from_options(options, check_files=False)
-    exact = model.backend.precision == "fp32"
-    limits = bundle.manifest.parity.limits if exact else GATE_LIMITS
+    limits = limits_for(bundle.manifest, model.backend.precision)
     measurements = []
-    for measurement in verify_model(model, load_record(bundle), limits):
+    for measurement in verify(model.backend, bundle.manifest, load_record(bundle), limits):
         measurements.append(measurement)
         if sys.stderr.isatty():
             print(f"\r{len(measurements)} comparisons", end="", file=sys.stderr, flush=True)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .postprocess import clean, clean_all, finish, upsample
+from .postprocess import MaskOptions, clean, clean_all, finish, upsample
 
-__all__ = ["clean", "clean_all", "finish", "upsample"]
+__all__ = ["MaskOptions", "clean", "clean_all", "finish", "upsample"]

@@ -6,6 +6,7 @@ then upsampling, then the threshold.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def clean_all(
 
 def upsample(
     logits: NDArray[np.float32],
-    place: ImageGeometry,
+    geometry: ImageGeometry,
     image: ImageSpec,
     masks: MaskSpec,
     out: NDArray[Any],
@@ -78,7 +79,7 @@ def upsample(
 
     Args:
         logits: float32 [h, w].
-        place: where the image lies in the encoder's input.
+        geometry: where the image lies in the encoder's input.
         image: the model's image rules.
         masks: the model's mask rules.
         out: [H, W] of the original image to write to; see :func:`sam3rt.masks.upsampling.resize`.
@@ -86,46 +87,59 @@ def upsample(
     """
     shape = (logits.shape[0], logits.shape[1])
     if masks.upsampling == "unpad":
-        resampling = unpadded(shape, image.size, place.input_size, place.original_size)
+        resampling = unpadded(shape, image.size, geometry.input_size, geometry.original_size)
     else:
-        resampling = direct(shape, place.original_size)
+        resampling = direct(shape, geometry.original_size)
     resize(logits, resampling, out, threshold)
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How low-resolution logits become masks.
+
+    Attributes:
+        threshold: logits above it are foreground.
+        max_hole_area: see :func:`clean`.
+        max_sprinkle_area: see :func:`clean`.
+        return_logits: skip the threshold.
+        dtype: type of thresholded masks: float32, bool or uint8. Logits are always float32.
+    """
+
+    threshold: float = 0.0
+    max_hole_area: float = 0.0
+    max_sprinkle_area: float = 0.0
+    return_logits: bool = False
+    dtype: DTypeLike = np.float32
 
 
 def finish(
     low_res: NDArray[np.float32],
-    place: ImageGeometry,
+    geometry: ImageGeometry,
     image: ImageSpec,
     masks: MaskSpec,
-    *,
-    threshold: float,
-    max_hole_area: float,
-    max_sprinkle_area: float,
-    return_logits: bool,
-    dtype: DTypeLike = np.float32,
+    options: MaskOptions,
 ) -> NDArray[Any]:
     """Clean, upsample and threshold the masks of a decoder call.
 
     Args:
         low_res: float32 [P, C, h, w], unclamped logits.
-        place: where the image lies in the encoder's input.
+        geometry: where the image lies in the encoder's input.
         image: the model's image rules.
         masks: the model's mask rules.
-        threshold: logits above it are foreground.
-        max_hole_area: see :func:`clean`.
-        max_sprinkle_area: see :func:`clean`.
-        return_logits: skip the threshold.
-        dtype: type of thresholded masks; logits are always float32.
+        options: the caller's choices.
 
     Returns:
-        [P, C, H, W], 0 and 1 in ``dtype``, or float32 logits.
+        [P, C, H, W], 0 and 1 in the type asked for, or float32 logits.
     """
     objects, count = low_res.shape[:2]
     result = np.empty(
-        (objects, count, *place.original_size), np.float32 if return_logits else dtype
+        (objects, count, *geometry.original_size),
+        np.float32 if options.return_logits else options.dtype,
     )
-    limit = None if return_logits else threshold
+    limit = None if options.return_logits else options.threshold
     for index in np.ndindex(objects, count):
-        logits = clean(low_res[index], threshold, max_hole_area, max_sprinkle_area)
-        upsample(logits, place, image, masks, result[index], limit)
+        logits = clean(
+            low_res[index], options.threshold, options.max_hole_area, options.max_sprinkle_area
+        )
+        upsample(logits, geometry, image, masks, result[index], limit)
     return result

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tests.support.build_helpers import RememberingBackend, WrappedBackend, first_cases
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
-from sam3rt.accuracy.record import ParityRecord, load_record, restate, verify_model
+from sam3rt.accuracy.record import ParityRecord, load_record, rerecord, verify
 from sam3rt.model import SegmentationModel
 from sam3rt_build.errors import BuildError
 from sam3rt_build.ladder import Trial, climb_down, trial_of
@@ -158,12 +158,12 @@ class Judged:
         # SAM 3 at a resolution of 1008 takes a second per call.
         calls = ("box_click",) if model.bundle.manifest.model_type == "sam3" else CALLS
         record = first_cases(load_record(model.bundle), *calls)
-        self.record: ParityRecord = restate(self.model, record)
+        self.record: ParityRecord = rerecord(self.backend, model.manifest, record)
 
     def trial(self, **changes: Callable[..., Any]) -> Trial:
         backend = WrappedBackend(self.backend, **changes)
-        changed = SegmentationModel(self.model.bundle, backend)
-        return trial_of(judge(verify_model(changed, self.record, GATE_LIMITS)))
+        manifest = self.model.manifest
+        return trial_of(judge(verify(backend, manifest, self.record, GATE_LIMITS)))
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ from tests.support.build_helpers import (
 )
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
-from sam3rt.accuracy.record import ParityRecord, load_record, restate, verify_model
+from sam3rt.accuracy.record import ParityRecord, load_record, rerecord, verify
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import preprocess
-from sam3rt.model import SegmentationModel, load_model
+from sam3rt.model import load_model
 from sam3rt_build.errors import RecipeError
 from sam3rt_build.ladder import Trial, climb_down, trial_of
 from sam3rt_build.recipes import RECIPES, Recipe, recipe_named
@@ -313,12 +313,11 @@ class Edited:
         self.bundle = bundle
         model = load_model(bundle.path, backend="onnxruntime", device="cpu", check_files=False)
         record = first_cases(load_record(bundle), "box_click")
-        self.record: ParityRecord = restate(model, record)
+        self.record: ParityRecord = rerecord(model.backend, model.manifest, record)
 
     def verdict(self, encoder: Recipe, decoder: Recipe) -> Verdict:
         backend = RememberingBackend(SimulatedBackend(self.bundle, encoder, decoder))
-        model = SegmentationModel(self.bundle, backend)
-        return judge(verify_model(model, self.record, GATE_LIMITS))
+        return judge(verify(backend, self.bundle.manifest, self.record, GATE_LIMITS))
 
 
 def grow_values(model: onnx.ModelProto, factor: float) -> None:

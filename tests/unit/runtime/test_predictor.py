@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -627,9 +628,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The options with which the post-processing is called."""
     seen: list[dict[str, Any]] = []
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(options)
-        return finish(*arguments, **options)
+    def spy(*arguments: Any) -> Any:
+        seen.append(dataclasses.asdict(arguments[-1]))
+        return finish(*arguments)
 
     monkeypatch.setattr("sam3rt.masks.finish", spy)
     return seen

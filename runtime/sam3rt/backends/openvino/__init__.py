@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .backend import OpenVinoBackend
+from .backend import OpenVinoBackend, known_recipes, offer
 
-__all__ = ["OpenVinoBackend"]
+__all__ = ["OpenVinoBackend", "known_recipes", "offer"]

@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...accuracy.gate import GATE_LIMITS, judge
-from ...accuracy.record import load_record, verify_model
-from ...accuracy.verdicts import StoredVerdict, Subject, load_verdict, save_verdict
+from ...accuracy.select import Recipe
+from ...accuracy.verdicts import Subject, load_verdict
 from ...bundle import Bundle, GraphSpec
 from ...bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source
-from ...errors import BackendError, BundleError, EmbeddingError, VerificationError
+from ...errors import BackendError, BundleError, EmbeddingError
+from ...features import Features
 from ...machine import processor_has, processor_name
-from ...model import SegmentationModel
 from ...prompts import PackedPrompts, decoder_inputs
-from ..base import Features
+from ..base import Backend, Offer
 
 try:
     import openvino as ov
@@ -41,9 +40,8 @@ _LOG = logging.getLogger(__name__)
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # What of the encoder and of the decoder stays FP32 in each recipe, fastest first; ``None`` for all
-# of it. In the others products are BF16; what is added up over the blocks and normalizations are
-# FP32 all the same, as in PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is
-# little faster.
+# of it. In the others matmuls are BF16. What the blocks add up and normalizations stay FP32, as in
+# PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is little faster.
 _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
     "bf16": (NOTHING, TOKENS),
     "bf16-encoder": (NOTHING, None),
@@ -52,17 +50,101 @@ _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
 }
 # Part of what a verdict is about: counts up when a recipe comes to mean something else.
 _RECIPES_REVISION = 4
-# Channels of a hidden layer that are computed at a time where the processor has tiles: of what was
-# tried, the fastest (benchmarks/NOTES.md). Without tiles, parts are no faster.
+# Channels of a hidden layer that are computed at a time where the processor has tiles: the fastest
+# of what was tried (benchmarks/NOTES.md). Without tiles, parts are no faster.
 _PART_WIDTH = 576
 _FULL = "fp32"
 _REDUCED = tuple(name for name in _RECIPES if name != _FULL)
 _UNPROVEN = "-unproven"
 _OFFERED = ("auto", *_RECIPES, *(name + _UNPROVEN for name in _REDUCED))
+# Models that fail the gate in BF16 on every processor tried (benchmarks/NOTES.md): "auto" does not
+# try them again.
+_KNOWN_TO_FAIL = frozenset({"mobile_sam"})
+
+
+def offer(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> Offer:
+    """What OpenVINO can do here.
+
+    There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
+    ``"bf16-mixed"``, whose encoder also computes its first blocks and its neck in FP32; and
+    ``"fp32"``. Sums over blocks, normalizations and, in the decoder, everything but what runs over
+    the image are FP32 in each of them. The first three need the gate's approval.
+
+    Args:
+        bundle: an opened bundle.
+        device: ``"auto"`` or ``"cpu"``.
+        threads: CPU threads; ``None`` leaves it to OpenVINO.
+        precision: ``"auto"`` offers all recipes where the CPU has BF16; a recipe's name insists on
+            it; with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does without the
+            gate, for those who have compared by other means.
+
+    Raises:
+        BackendError: the device or the precision is not to be had here.
+    """
+    if device not in ("auto", "cpu"):
+        raise BackendError(f"device {device!r} was asked for; the openvino backend runs on the CPU")
+    if precision not in _OFFERED:
+        raise BackendError(
+            f"precision {precision!r} was asked for; the openvino backend offers "
+            f"{', '.join(_OFFERED)}"
+        )
+    has_bf16 = _has_bf16(ov.Core())
+    if precision not in ("auto", _FULL) and not has_bf16:
+        raise BackendError(f"precision {precision!r} was asked for; this CPU has no BF16")
+    names: tuple[str, ...] = (precision.removesuffix(_UNPROVEN),)
+    if precision == "auto":
+        hopeless = not has_bf16 or bundle.manifest.model_type in _KNOWN_TO_FAIL
+        names = (_FULL,) if hopeless else tuple(_RECIPES)
+    proof_needed = not precision.endswith(_UNPROVEN)
+    if not proof_needed:
+        _LOG.warning("computing in %s without proof: results may be wrong unnoticed", names[0])
+    recipes = tuple(
+        Recipe(name, _encoder_of(name), _subject(name) if proof_needed and name != _FULL else None)
+        for name in names
+    )
+    return Offer(recipes, lambda recipe: OpenVinoBackend(bundle, recipe.name, threads=threads))
+
+
+def known_recipes(bundle: Bundle) -> dict[str, str]:
+    """What this machine remembers of each recipe for a bundle, in words."""
+    core = ov.Core()
+    said = {}
+    for recipe in _REDUCED:
+        verdict = load_verdict(bundle, _subject(recipe))
+        if not _has_bf16(core):
+            said[recipe] = "this CPU has no BF16"
+        elif verdict is None:
+            said[recipe] = "not compared yet"
+        else:
+            said[recipe] = f"{'passed' if verdict.passed else 'failed'}: {verdict.explanation}"
+    return said | {_FULL: "needs no proof"}
+
+
+def _encoder_of(recipe: str) -> str:
+    """What identifies a recipe's encoder: two of them share one."""
+    exact = _RECIPES[recipe][0]
+    return _FULL if exact is None else exact.pattern
+
+
+def _subject(recipe: str) -> Subject:
+    version = f"{ov.__version__}, recipes {_RECIPES_REVISION}{' in parts' if _has_tiles() else ''}"
+    return Subject(OpenVinoBackend.name, version, processor_name(), recipe)
+
+
+def _has_bf16(core: Any) -> bool:
+    """Whether this CPU multiplies in BF16; OpenVINO lists it only where it does."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _has_tiles() -> bool:
+    """Whether BF16 matmuls run on tiles (AMX), which OpenVINO's Python interface does not tell."""
+    return processor_has("amx_bf16")
 
 
 @dataclass(frozen=True)
-class OpenVinoFeatures:
+class OpenVinoFeatures(Features):
     """Feature maps held by OpenVINO.
 
     Attributes:
@@ -81,228 +163,38 @@ class OpenVinoFeatures:
         return tuple(np.array(tensor.data) for tensor in self.tensors)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     """Runs a bundle's graphs with OpenVINO's CPU plugin, compiled at first use.
 
-    There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
-    ``"bf16-mixed"``, whose encoder also computes its first blocks and its neck in FP32; and
-    ``"fp32"``. What is summed up over blocks, normalizations and, in the decoder, what does not run
-    over the image are FP32 in each of them.
-    Before one of the first three serves a result, it runs on the bundle's parity record and is
-    held to :data:`~sam3rt.accuracy.gate.GATE_LIMITS`; the verdict is remembered, so
-    that the next start does not repeat it. Feature maps and outputs are float32 either way.
+    Feature maps and outputs are float32 in every recipe.
 
     Args:
         bundle: an opened bundle.
-        device: ``"auto"`` or ``"cpu"``.
+        recipe: see :func:`offer`; nothing is proved here.
         threads: CPU threads; ``None`` leaves it to OpenVINO.
-        precision: ``"auto"`` takes the first recipe that passes the gate, where the CPU has BF16;
-            a recipe's name insists on it, and fails where the gate does;
-            with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does without the gate,
-            for those who have compared by other means.
-
-    Raises:
-        BackendError: the device or the precision is not to be had here.
     """
 
     name = "openvino"
-    device = "cpu"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        precision: str = "auto",
-    ) -> None:
-        if device not in ("auto", "cpu"):
-            raise BackendError(
-                f"device {device!r} was asked for; the openvino backend runs on the CPU"
-            )
-        if precision not in _OFFERED:
-            raise BackendError(
-                f"precision {precision!r} was asked for; the openvino backend offers "
-                f"{', '.join(_OFFERED)}"
-            )
-        self._bundle = bundle
-        self._threads = threads
-        self._asked = precision
+    def __init__(self, bundle: Bundle, recipe: str, *, threads: int | None = None) -> None:
+        super().__init__(bundle, "cpu", recipe)
         self._core = ov.Core()
-        if precision != _FULL and not _has_bf16(self._core):
-            if precision != "auto":
-                raise BackendError(f"precision {precision!r} was asked for; this CPU has no BF16")
-            self._asked = _FULL
-        # Two threads may ask for the graphs at once; they must be judged once.
-        self._lock = threading.Lock()
-        self._settled: _Graphs | None = None
-        _LOG.info("OpenVINO %s on the CPU, precision %s", ov.__version__, self._asked)
-
-    @property
-    def precision(self) -> str:
-        """The recipe in use; the gate runs now if it has to decide and has not yet."""
-        return self._graphs().precision
-
-    def prepare(self) -> None:
-        """Compile both graphs now."""
-        self._graphs().prepare()
-
-    def versions(self) -> dict[str, str]:
-        """Version of OpenVINO, and the precision where it is settled."""
-        settled = self._settled
-        return {
-            "openvino": ov.__version__,
-            "precision": f"{self._asked}, not settled yet"
-            if settled is None
-            else settled.precision,
-        }
-
-    def encode(self, pixels: NDArray[np.float32]) -> OpenVinoFeatures:
-        """Run the encoder on float32 [1, 3, H, W].
-
-        Raises:
-            BackendError: OpenVINO failed, for example for lack of memory.
-            VerificationError: a recipe was asked for and fails the gate.
-        """
-        return self._graphs().encode(pixels)
-
-    def decode(
-        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
-        """Run the decoder; only the named outputs are copied.
-
-        Raises:
-            EmbeddingError: the features belong to another backend.
-            BackendError: OpenVINO failed.
-            VerificationError: a recipe was asked for and fails the gate.
-        """
-        if not isinstance(features, OpenVinoFeatures):
-            raise EmbeddingError(
-                f"features are {type(features).__name__}, not this backend's; "
-                "save the embedding and load it with this model"
-            )
-        return self._graphs().decode(features, prompts, outputs)
-
-    def upload(self, maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
-        """Copy feature maps into OpenVINO's memory."""
-        return upload(maps)
-
-    def _graphs(self) -> _Graphs:
-        settled = self._settled
-        if settled is None:
-            with self._lock:
-                if self._settled is None:
-                    self._settled = self._choose()
-                settled = self._settled
-        return settled
-
-    def _choose(self) -> _Graphs:
-        """The graphs by the recipe to use, judged unless they compute in FP32."""
-        if self._asked.endswith(_UNPROVEN):
-            recipe = self._asked.removesuffix(_UNPROVEN)
-            _LOG.warning("computing in %s without proof: results may be wrong unnoticed", recipe)
-            return self._make(recipe)
-        for recipe in _REDUCED if self._asked == "auto" else (self._asked,):
-            if recipe == _FULL:
-                break
-            graphs = self._make(recipe)
-            verdict, is_new = self._verdict(graphs)
-            if verdict.passed:
-                _LOG.info("computing in %s: %s", recipe, verdict.explanation)
-                return graphs
-            if recipe == self._asked:
-                raise VerificationError(
-                    f"{recipe} fails the gate on this machine: {verdict.explanation}; use "
-                    f"precision {_FULL!r}, or '{recipe}{_UNPROVEN}' to do without the gate"
-                )
-            _LOG.log(
-                logging.WARNING if is_new else logging.INFO,
-                "%s fails the gate on this machine: %s",
-                recipe,
-                verdict.explanation,
-            )
-        _LOG.info("computing in %s", _FULL)
-        return self._make(_FULL)
-
-    def _make(self, recipe: str) -> _Graphs:
-        return _Graphs(self._core, self._bundle, recipe, self._threads)
-
-    def _verdict(self, graphs: _Graphs) -> tuple[StoredVerdict, bool]:
-        """The gate's verdict, and whether it was reached just now."""
-        subject = _subject(graphs.precision)
-        stored = load_verdict(self._bundle, subject)
-        if stored is not None:
-            return stored, False
-        _LOG.info("comparing %s with the parity record, once on this machine", graphs.precision)
-        model = SegmentationModel(self._bundle, graphs)
-        stored = StoredVerdict.of(
-            judge(verify_model(model, load_record(self._bundle), GATE_LIMITS))
-        )
-        save_verdict(self._bundle, subject, stored)
-        return stored, True
-
-
-def known_recipes(bundle: Bundle) -> dict[str, str]:
-    """What this machine remembers of each recipe for a bundle, in words."""
-    core = ov.Core()
-    said = {}
-    for recipe in _REDUCED:
-        verdict = load_verdict(bundle, _subject(recipe))
-        if not _has_bf16(core):
-            said[recipe] = "this CPU has no BF16"
-        elif verdict is None:
-            said[recipe] = "not compared yet"
-        else:
-            said[recipe] = f"{'passed' if verdict.passed else 'failed'}: {verdict.explanation}"
-    return said | {_FULL: "needs no proof"}
-
-
-def _subject(recipe: str) -> Subject:
-    version = f"{ov.__version__}, recipes {_RECIPES_REVISION}{' in parts' if _has_tiles() else ''}"
-    return Subject(OpenVinoBackend.name, version, processor_name(), recipe)
-
-
-def _has_bf16(core: Any) -> bool:
-    """Whether this CPU multiplies in BF16; OpenVINO lists it only where it does."""
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _has_tiles() -> bool:
-    """Whether BF16 products run on tiles (AMX), which OpenVINO's Python interface does not tell."""
-    return processor_has("amx_bf16")
-
-
-def upload(maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
-    """Copies of feature maps in OpenVINO's memory."""
-    tensors = tuple(ov.Tensor(ov.Type.f32, ov.Shape(array.shape)) for array in maps)
-    for tensor, array in zip(tensors, maps, strict=True):
-        tensor.data[...] = array
-    return OpenVinoFeatures(tensors)
-
-
-class _Graphs:
-    """Encoder and decoder by one recipe; itself a backend, so that the gate can run it."""
-
-    name = OpenVinoBackend.name
-    device = OpenVinoBackend.device
-
-    def __init__(self, core: Any, bundle: Bundle, recipe: str, threads: int | None) -> None:
-        self.precision = recipe
-        self._core = core
-        self._bundle = bundle
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
+        """Compile both graphs now."""
+        self.check_process()
         self._encoder()
         self._decoder()
 
     def versions(self) -> dict[str, str]:
+        """Version of OpenVINO."""
         return {"openvino": ov.__version__}
 
-    def encode(self, pixels: NDArray[np.float32]) -> OpenVinoFeatures:
-        specs = self._bundle.manifest.encoder.outputs
+    def _encode(self, pixels: NDArray[np.float32]) -> OpenVinoFeatures:
+        specs = self.bundle.manifest.encoder.outputs
         with self._encoder().request() as request, _failures("encoder"):
             request.set_input_tensor(0, ov.Tensor(np.ascontiguousarray(pixels)))
             # Fresh tensors, which the graph writes to directly and the features then own.
@@ -312,11 +204,15 @@ class _Graphs:
             request.infer()
         return OpenVinoFeatures(tensors)
 
-    def decode(
+    def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        assert isinstance(features, OpenVinoFeatures)
-        names = [spec.name for spec in self._bundle.manifest.encoder.outputs]
+        if not isinstance(features, OpenVinoFeatures):
+            raise EmbeddingError(
+                f"features are {type(features).__name__}, not this backend's; "
+                "save the embedding and load it with this model"
+            )
+        names = [spec.name for spec in self.bundle.manifest.encoder.outputs]
         with self._decoder().request() as request, _failures("decoder"):
             for name, tensor in zip(names, features.tensors, strict=True):
                 request.set_tensor(name, tensor)
@@ -326,7 +222,11 @@ class _Graphs:
             return [np.array(request.get_tensor(name).data) for name in outputs]
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
-        return upload(maps)
+        """Copy feature maps into OpenVINO's memory."""
+        tensors = tuple(ov.Tensor(ov.Type.f32, ov.Shape(array.shape)) for array in maps)
+        for tensor, array in zip(tensors, maps, strict=True):
+            tensor.data[...] = array
+        return OpenVinoFeatures(tensors)
 
     def _encoder(self) -> _CompiledGraph:
         with self._lock:
@@ -338,11 +238,11 @@ class _Graphs:
 
     @cached_property
     def _compiled_encoder(self) -> _CompiledGraph:
-        return self._compile(self._bundle.manifest.encoder, _RECIPES[self.precision][0], batch=1)
+        return self._compile(self.bundle.manifest.encoder, _RECIPES[self.precision][0], batch=1)
 
     @cached_property
     def _compiled_decoder(self) -> _CompiledGraph:
-        return self._compile(self._bundle.manifest.decoder, _RECIPES[self.precision][1])
+        return self._compile(self.bundle.manifest.decoder, _RECIPES[self.precision][1])
 
     def _compile(
         self, graph: GraphSpec, exact: re.Pattern[str] | None, batch: int | None = None
@@ -351,10 +251,12 @@ class _Graphs:
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
             "INFERENCE_PRECISION_HINT": "f32" if exact is None else "dynamic",
+            # Kernels are kept for every shape ever seen, without end, unless told otherwise.
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,
             **self._threads,
         }
         try:
-            model = self._core.read_model(graph_source(self._bundle, graph))
+            model = self._core.read_model(graph_source(self.bundle, graph))
             self._check(model, graph)
             if batch is not None:
                 # Images come one by one; with sizes fixed, memory is planned once.
@@ -375,7 +277,7 @@ class _Graphs:
         path = ["framework", EXPORT_ID]
         export_id = str(model.get_rt_info(path).value) if model.has_rt_info(path) else ""
         check_graph(
-            self._bundle,
+            self.bundle,
             graph,
             export_id,
             [_loaded(port) for port in model.inputs],

@@ -8,13 +8,15 @@ imports neither TensorRT nor CUDA.
 from __future__ import annotations
 
 from .backend import TensorRtBackend
-from .loading import open_set, open_tensorrt, open_tensorrt_rtx
+from .loading import offer_tensorrt, offer_tensorrt_rtx, open_set, open_tensorrt, open_tensorrt_rtx
 from .platform import Platform, open_platform
 from .proof import prove
 
 __all__ = [
     "Platform",
     "TensorRtBackend",
+    "offer_tensorrt",
+    "offer_tensorrt_rtx",
     "open_platform",
     "open_set",
     "open_tensorrt",

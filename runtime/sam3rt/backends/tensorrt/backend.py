@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, EmbeddingError
+from ...features import Features
 from ...geometry import ImageGeometry, geometry
 from ...prompts import PackedPrompts
-from ..base import Features
 from .engines.selection import EngineFile, EngineSet
 from .features import DeviceFeatures
 from .imaging import DeviceImaging

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ...features import DeviceArray
+from ...features import DeviceArray, Features
 from .memory import Block, Layout
 
 if TYPE_CHECKING:
     from .lanes import LanePool
 
 
-class DeviceFeatures:
+class DeviceFeatures(Features):
     """One image's feature maps in a device block of their own.
 
     Args:

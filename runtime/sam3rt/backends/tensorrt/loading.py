@@ -7,9 +7,12 @@ that nobody else can write to.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+from ...accuracy.select import Recipe
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
+from ..base import Offer
 from .backend import TensorRtBackend
 from .cuda import probe
 from .engines.selection import EngineSet, candidates, find_engines
@@ -53,6 +56,20 @@ def open_tensorrt_rtx(
 ) -> TensorRtBackend:
     """The backend over the module ``tensorrt_rtx``; see :func:`open_tensorrt`."""
     return open_backend("tensorrt-rtx", bundle, device, precision)
+
+
+def offer_tensorrt(bundle: Bundle, **options: Any) -> Offer:
+    """The backend over the module ``tensorrt``, opened and proved already."""
+    return _offer(open_tensorrt(bundle, **options))
+
+
+def offer_tensorrt_rtx(bundle: Bundle, **options: Any) -> Offer:
+    """The backend over the module ``tensorrt_rtx``, opened and proved already."""
+    return _offer(open_tensorrt_rtx(bundle, **options))
+
+
+def _offer(backend: Any) -> Offer:
+    return Offer((Recipe(backend.precision, backend.precision),), lambda recipe: backend)
 
 
 def open_backend(

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...accuracy.gate import GATE_LIMITS, Verdict, judge
-from ...accuracy.record import Measurement, load_record, verify_model
+from ...accuracy.metrics import Measurement
+from ...accuracy.record import load_record, verify
 from ...bundle import Bundle
 from ...errors import BackendError
 from ...geometry import ImageGeometry, geometry, preprocess
@@ -75,10 +76,7 @@ def prove(bundle: Bundle, backend: TensorRtBackend) -> Verdict:
         BundleError: the record is damaged.
         BackendError: the GPU failed.
     """
-    from ...model import SegmentationModel
-
-    model = SegmentationModel(bundle, backend)
-    return judge(verify_model(model, load_record(bundle), GATE_LIMITS))
+    return judge(verify(backend, bundle.manifest, load_record(bundle), GATE_LIMITS))
 
 
 def prove_preprocess(bundle: Bundle, backend: TensorRtBackend) -> Verdict:

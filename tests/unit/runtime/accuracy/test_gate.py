@@ -8,7 +8,8 @@ import math
 import pytest
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
-from sam3rt.accuracy.record import Measurement, load_record, verify_model
+from sam3rt.accuracy.metrics import Measurement
+from sam3rt.accuracy.record import load_record, verify
 from sam3rt.model import SegmentationModel
 
 COSINE = Measurement("image 0", "features 0", "cosine", 0.9999, 0.999, at_least=True)
@@ -39,8 +40,8 @@ def test_one_bad_cosine_fails_and_is_explained(value: float) -> None:
 
 
 def test_the_worst_of_each_metric_is_kept_and_nan_is_worst() -> None:
-    worse = dataclasses.replace(MASKS, place="box", value=0.5)
-    nan = dataclasses.replace(ERROR, place="box", value=math.nan)
+    worse = dataclasses.replace(MASKS, case="box", value=0.5)
+    nan = dataclasses.replace(ERROR, case="box", value=math.nan)
     verdict = Verdict((worse, MASKS, nan, ERROR, COSINE))
     worst = verdict.worst()
     assert worst["masks least IoU"] is worse
@@ -52,6 +53,6 @@ def test_the_worst_of_each_metric_is_kept_and_nan_is_worst() -> None:
 
 def test_a_faithful_model_passes_the_gate(small_model: SegmentationModel) -> None:
     record = load_record(small_model.bundle)
-    verdict = judge(verify_model(small_model, record, GATE_LIMITS))
+    verdict = judge(verify(small_model.backend, small_model.manifest, record, GATE_LIMITS))
     assert verdict.passed, verdict.explain()
     assert {"masks mean IoU", "features 0 cosine"} <= set(verdict.worst())

@@ -20,19 +20,17 @@ from numpy.typing import NDArray
 from tests.support.helpers import WrappedBackend, examples, flip, noise, relist, wrapped
 
 from sam3rt import BundleError, SegmentationModel, load_model, open_bundle
+from sam3rt.accuracy import record as record_module
+from sam3rt.accuracy.metrics import Measurement, relative_error
 from sam3rt.accuracy.record import (
     ExpectedCase,
-    Measurement,
     ParityCase,
     ParityRecord,
     load_record,
-    relative_error,
-    run_case,
     subsample_features,
-    verify_model,
 )
-from sam3rt.backends import Features
 from sam3rt.bundle import ParityLimits
+from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -70,7 +68,13 @@ def record(model: SegmentationModel) -> ParityRecord:
 
 
 def verify(model: SegmentationModel, record: ParityRecord) -> list[Measurement]:
-    return list(verify_model(model, record, model.manifest.parity.limits))
+    limits = model.manifest.parity.limits
+    return list(record_module.verify(model.backend, model.manifest, record, limits))
+
+
+def answer(model: SegmentationModel, record: ParityRecord, case: ParityCase) -> ExpectedCase:
+    features = record_module.encode(model.backend, model.manifest, record.images()[case.image])
+    return record_module.run_case(model.backend, model.manifest, features, case)
 
 
 def shorter(record: ParityRecord, *names: str) -> ParityRecord:
@@ -305,8 +309,7 @@ def test_wrong_choice_of_the_single_mask_is_caught(
     """The mask of another token with its own score: a plausible single mask, but not this one."""
     by_case = {}
     for case in shorter(record, "click_0", "objects_masks_0", "box_1").cases():
-        embedding = model.encode(record.images()[case.image])
-        right = run_case(model, embedding, case)
+        right = answer(model, record, case)
         logits, iou = right.logits.copy(), right.iou.copy()
         # The token whose mask differs most from the right one.
         errors = np.abs(logits[:, :3] - logits[:, 3:]).max(axis=(0, 2, 3))
@@ -376,7 +379,7 @@ def test_outputs_of_another_shape_are_caught(small_model: SegmentationModel, fie
     """By a measurement that fails, not by an exception of NumPy's."""
     record = load_record(small_model.bundle)
     case = next(c for c in record.cases() if c.name == "objects_0")
-    right = run_case(small_model, small_model.encode(record.images()[case.image]), case)
+    right = answer(small_model, record, case)
     assert right.object_score is not None
     shapes = {
         "logits": ExpectedCase(right.logits[:, :3], right.iou, right.object_score),
@@ -392,7 +395,7 @@ def test_object_score_that_did_not_come_is_caught(small_model: SegmentationModel
     """The record has it, so a model without it is not the one recorded."""
     record = load_record(small_model.bundle)
     case = record.cases()[0]
-    right = run_case(small_model, small_model.encode(record.images()[case.image]), case)
+    right = answer(small_model, record, case)
     without = ExpectedCase(right.logits, right.iou, None)
     assert wrong(record.compare_case(case, without, small_model.manifest.parity.limits))
 

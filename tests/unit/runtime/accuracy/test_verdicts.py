@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import pytest
 from tests.support.helpers import tiny_bundle
 
 from sam3rt import open_bundle
-from sam3rt.accuracy import verdicts
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict, save_verdict
 from sam3rt.bundle import Bundle
 
@@ -27,11 +28,11 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     return open_bundle(tmp_path / "bundle")
 
 
-def test_a_verdict_comes_back(bundle: Bundle) -> None:
+def test_a_verdict_comes_back(bundle: Bundle, tmp_path: Path) -> None:
     assert load_verdict(bundle, SUBJECT) is None
     path = save_verdict(bundle, SUBJECT, VERDICT)
     assert path is not None
-    assert path.parent == bundle.path / "verdicts"
+    assert path.parent == tmp_path / "cache" / "sam3rt" / "verdicts"
     loaded = load_verdict(bundle, SUBJECT)
     assert loaded is not None
     assert (loaded.passed, loaded.explanation) == (True, "fine")
@@ -46,12 +47,13 @@ def test_a_verdict_comes_back(bundle: Bundle) -> None:
         {"passed": 1},
         {"passed": None},
         {"explanation": []},
+        {"encoder_failed": 0},
         {"figures": []},
         {"figures": None},
         {"figures": {"a": []}},
         {"figures": {"a": "x"}},
         {"figures": {"a": 10**400}},
-        {"format": "sam3rt-verdict-2"},
+        {"format": "sam3rt-verdict-1"},
         {"key": {}},
     ],
 )
@@ -70,15 +72,60 @@ def test_what_is_no_verdict_is_as_good_as_none(bundle: Bundle, text: str) -> Non
     assert load_verdict(bundle, SUBJECT) is None
 
 
-@pytest.mark.parametrize("target", ["outside", "verdicts"])
-def test_a_bundle_does_not_choose_where_verdicts_are_written(
-    bundle: Bundle, target: str, tmp_path: Path
+@pytest.mark.parametrize("field", ["backend", "version", "processor", "precision", "files"])
+def test_a_verdict_about_something_else_does_not_count(bundle: Bundle, field: str) -> None:
+    save_verdict(bundle, SUBJECT, VERDICT)
+    assert load_verdict(bundle, dataclasses.replace(SUBJECT, **{field: "other"})) is None
+
+
+def test_a_verdict_of_another_bundle_or_limit_does_not_count(
+    bundle: Bundle, tmp_path: Path
 ) -> None:
-    (tmp_path / "outside").mkdir()
-    link = bundle.path / "verdicts"
-    link.symlink_to(tmp_path / target if target == "outside" else link)
     path = save_verdict(bundle, SUBJECT, VERDICT)
     assert path is not None
-    assert path.is_relative_to(verdicts._cache_folder())
-    assert not list((tmp_path / "outside").iterdir())
-    assert load_verdict(bundle, SUBJECT) is not None
+    tiny_bundle(tmp_path / "other", seed=1)
+    assert load_verdict(open_bundle(tmp_path / "other"), SUBJECT) is None
+    # Even under the name that is looked for.
+    document = json.loads(path.read_text())
+    document["key"]["limits"]["mask_iou"] = 0.0
+    path.write_text(json.dumps(document))
+    assert load_verdict(bundle, SUBJECT) is None
+
+
+def test_what_comes_with_a_bundle_counts_for_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    path = save_verdict(bundle, SUBJECT, VERDICT)
+    assert path is not None
+    (bundle.path / "verdicts").mkdir()
+    path.rename(bundle.path / "verdicts" / path.name)
+    assert load_verdict(bundle, SUBJECT) is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "zeros", "folder", "large"])
+def test_what_is_no_plain_small_file_is_not_read(bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    path = save_verdict(bundle, SUBJECT, VERDICT)
+    assert path is not None
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content + b" " * (1 << 20))
+    assert load_verdict(bundle, SUBJECT) is None
+
+
+def test_where_nothing_can_be_written_this_process_remembers(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_bytes(b"a file where the folder should be")
+    subject = dataclasses.replace(SUBJECT, version="unwritten")
+    assert save_verdict(bundle, subject, VERDICT) is None
+    again = load_verdict(bundle, subject)
+    assert again is not None
+    assert again.passed

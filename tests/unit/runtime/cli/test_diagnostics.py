@@ -21,7 +21,7 @@ import sam3rt
 from sam3rt import BackendError, Prompts, SegmentationModel
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
-from sam3rt.timer import stage
+from sam3rt.timer import timed
 
 CLICK = Prompts(point_coords=[[30.0, 25.0]], point_labels=[1])
 
@@ -164,7 +164,7 @@ def test_a_stage_that_fails_is_not_told() -> None:
     told: list[str] = []
 
     def work() -> None:
-        with stage("encode", lambda name, seconds: told.append(name)):
+        with timed("encode", lambda name, seconds: told.append(name)):
             raise BackendError("x")
 
     with pytest.raises(BackendError):
@@ -184,7 +184,7 @@ def test_stages_are_told_on_the_callers_thread(listened: SegmentationModel) -> N
 
 def test_nobody_listening_costs_nothing() -> None:
     """No clock is read, no object is made."""
-    assert stage("encode", None) is stage("decode", None)
+    assert timed("encode", None) is timed("decode", None)
 
 
 # --- what a bug report needs ----------------------------------------------------------------------

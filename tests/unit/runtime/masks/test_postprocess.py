@@ -16,7 +16,7 @@ from tests.support.plain_predictor import components, slow_clean
 
 from sam3rt.bundle import ImageSpec, MaskSpec
 from sam3rt.geometry import ImageGeometry, geometry
-from sam3rt.masks import clean, finish, upsample
+from sam3rt.masks import MaskOptions, clean, finish, upsample
 from sam3rt.masks.upsampling import direct, unpadded
 
 Logits = NDArray[np.float32]
@@ -410,10 +410,8 @@ def finished(
 ) -> NDArray[Any]:
     image, masks = MODELS[model]
     place = geometry(image, size)
-    arguments = OFF | options
-    return finish(
-        low_res, place, image, masks, return_logits=return_logits, dtype=dtype, **arguments
-    )
+    arguments = MaskOptions(**(OFF | options), return_logits=return_logits, dtype=dtype)
+    return finish(low_res, place, image, masks, arguments)
 
 
 @pytest.fixture(scope="module")
