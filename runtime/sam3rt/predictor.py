@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,10 @@ class SAM3InteractiveImagePredictor:
     """Segments objects of one image, or of a batch of images, from clicks, boxes and masks.
 
     Keeps the embeddings of the images set last; everything else is
-    :class:`~sam3rt.model.SegmentationModel`. One predictor serves one thread at a time; many
-    predictors may share one model. A call that raises leaves the predictor as it was.
+    :class:`~sam3rt.model.SegmentationModel`. One predictor serves one thread at a time, and raises
+    :class:`StateError` where two call it at once: the image of one would answer the other. Many
+    predictors may share one model; they cost next to nothing. A call that raises leaves the
+    predictor as it was.
 
     Args:
         sam_model: from :func:`sam3rt.load_model`.
@@ -74,6 +78,7 @@ class SAM3InteractiveImagePredictor:
             raise InvalidInputError("mask_dtype", str(self.mask_dtype), "float32, bool or uint8")
         self._embeddings: list[ImageEmbedding] = []
         self._is_batch = False
+        self._in_use = threading.Lock()
 
     def set_image(self, image: Image) -> None:
         """Encode an image, so that :meth:`predict` can be called on it.
@@ -84,19 +89,22 @@ class SAM3InteractiveImagePredictor:
         Raises:
             ImageError: it is not such an image; the image set before stays set.
             BackendError: the backend failed.
+            StateError: another thread is using this predictor.
         """
-        embedding = self.model.encode(image)
-        self.set_embedding(embedding)
+        with self._one_caller():
+            self._embeddings, self._is_batch = [self.model.encode(image)], False
 
     def set_embedding(self, embedding: ImageEmbedding) -> None:
         """Use an embedding made or loaded earlier in place of an image.
 
         Raises:
             InvalidInputError: it is not an embedding.
+            StateError: another thread is using this predictor.
         """
         if not isinstance(embedding, ImageEmbedding):
             raise InvalidInputError("embedding", type(embedding).__qualname__, "an ImageEmbedding")
-        self._embeddings, self._is_batch = [embedding], False
+        with self._one_caller():
+            self._embeddings, self._is_batch = [embedding], False
 
     def set_image_batch(self, image_list: Sequence[Image]) -> None:
         """Encode several images, so that :meth:`predict_batch` can be called on them.
@@ -109,6 +117,7 @@ class SAM3InteractiveImagePredictor:
         Raises:
             ImageError: it is not such a list; what was set before stays set.
             BackendError: the backend failed.
+            StateError: another thread is using this predictor.
         """
         if not isinstance(image_list, list | tuple) or not image_list:
             raise ImageError(
@@ -120,8 +129,9 @@ class SAM3InteractiveImagePredictor:
             )
         # All are checked before the first is encoded: encoding is the expensive part.
         arrays = [to_rgb(image, f"image_list[{i}]") for i, image in enumerate(image_list)]
-        embeddings = [self.model.encode(array) for array in arrays]
-        self._embeddings, self._is_batch = embeddings, True
+        with self._one_caller():
+            embeddings = [self.model.encode(array) for array in arrays]
+            self._embeddings, self._is_batch = embeddings, True
 
     def predict(
         self,
@@ -153,14 +163,15 @@ class SAM3InteractiveImagePredictor:
             float32 [C, h, w], for ``mask_input`` of a later call.
 
         Raises:
-            StateError: no image is set.
+            StateError: no image is set, or another thread is using this predictor.
             PromptError: a prompt is malformed.
             BackendError: the backend failed.
         """
-        if not self._embeddings:
-            raise StateError("an image must be set with set_image before predict")
-        prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
-        return self._predict(self._embeddings[-1], prompts, multimask_output, return_logits)
+        with self._one_caller():
+            if not self._embeddings:
+                raise StateError("an image must be set with set_image before predict")
+            prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
+            return self._predict(self._embeddings[-1], prompts, multimask_output, return_logits)
 
     def predict_batch(
         self,
@@ -187,7 +198,7 @@ class SAM3InteractiveImagePredictor:
             Three lists with one entry per image, each as :meth:`predict` returns it.
 
         Raises:
-            StateError: no batch is set.
+            StateError: no batch is set, or another thread is using this predictor.
             PromptError: a list has the wrong length, or a prompt is malformed.
             BackendError: the backend failed.
         """
@@ -203,15 +214,18 @@ class SAM3InteractiveImagePredictor:
                 ("mask_input_batch", mask_input_batch),
             )
         ]
-        results = [
-            self._predict(
-                embedding,
-                Prompts(coords, labels, box, mask, bool(normalize_coords)),
-                multimask_output,
-                return_logits,
-            )
-            for embedding, coords, labels, box, mask in zip(self._embeddings, *lists, strict=True)
-        ]
+        with self._one_caller():
+            results = [
+                self._predict(
+                    embedding,
+                    Prompts(coords, labels, box, mask, bool(normalize_coords)),
+                    multimask_output,
+                    return_logits,
+                )
+                for embedding, coords, labels, box, mask in zip(
+                    self._embeddings, *lists, strict=True
+                )
+            ]
         masks, scores, low_res = zip(*results, strict=True)
         return list(masks), list(scores), list(low_res)
 
@@ -233,6 +247,24 @@ class SAM3InteractiveImagePredictor:
     def device(self) -> str:
         """Where the model runs, such as ``"cpu"`` or ``"cuda:0"``."""
         return self.model.device
+
+    @contextmanager
+    def _one_caller(self) -> Iterator[None]:
+        """Refuse a second caller for the length of the block.
+
+        Raises:
+            StateError: another thread is in such a block.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise StateError(
+                "this predictor is being used by another thread, whose image would answer this "
+                "call: give each thread or request a SAM3InteractiveImagePredictor of its own; "
+                "they can share one model"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _predict(
         self,

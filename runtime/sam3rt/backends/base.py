@@ -228,10 +228,18 @@ _loaded: weakref.WeakSet[Backend] = weakref.WeakSet()
 def _keep_inherited() -> None:
     """Never destroy, in a forked child, what the libraries below made in the parent.
 
-    Their destructors wait for threads that a fork does not copy.
+    Their destructors wait for threads that a fork does not copy. Objects are kept by a reference
+    too many. ONNX Runtime's own static objects are destroyed by an exit handler; where the C
+    library has ``on_exit`` (glibc), one that was registered later ends the process before.
     """
+    if not _loaded:
+        return
     for backend in list(_loaded):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        # It is called with the exit status, which is all that _exit takes.
+        libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
 
 
 if hasattr(os, "register_at_fork"):

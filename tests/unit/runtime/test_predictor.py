@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from typing import Any
 
 import numpy as np
@@ -718,3 +719,32 @@ def test_image_embedding_is_the_coarsest_map(
     before = predictor.predict(**CLICK)
     array[...] = 0
     same(predictor.predict(**CLICK), before)
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def test_two_threads_at_once_are_refused_and_one_may_go_on(small_model: SegmentationModel) -> None:
+    """Otherwise one caller's image answers the other's prompt."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait(maps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        entered.set()
+        assert leave.wait(60)
+        return maps
+
+    predictor = SAM3InteractiveImagePredictor(wrapped(small_model, on_encode=wait))
+    worker = threading.Thread(target=predictor.set_image, args=(noise(20, 30),))
+    worker.start()
+    assert entered.wait(60)
+    calls = {
+        "set_image": lambda: predictor.set_image(noise(9, 9)),
+        "set_image_batch": lambda: predictor.set_image_batch([noise(9, 9)]),
+        "predict": lambda: predictor.predict(**CLICK),
+    }
+    for call in calls.values():
+        with pytest.raises(StateError, match="of its own"):
+            call()
+    leave.set()
+    worker.join(60)
+    assert predictor.predict(**CLICK)[0].shape[1:] == (20, 30)

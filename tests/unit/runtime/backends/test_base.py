@@ -1,0 +1,110 @@
+"""Tests of `sam3rt.backends.base`: what every backend does the same way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tests.support.helpers import WrappedBackend, noise, wrapped
+
+from sam3rt import BackendError, Prompts, SegmentationModel
+from sam3rt.backends.base import OBJECTS_AT_ONCE
+from sam3rt.bundle.contract import decoder_outputs
+from sam3rt.prompts import PackedPrompts
+
+FORK = """
+import os, sys
+import numpy as np
+import sam3rt
+
+def load():
+    return sam3rt.load_model(backend=sys.argv[1], device="cpu", precision="fp32", check_files=False)
+
+model = load()
+click = sam3rt.Prompts(point_coords=[[4, 4]], point_labels=[1])
+embedding = model.encode(np.zeros((16, 16, 3), np.uint8))
+model.decode(embedding, click)
+child = os.fork()
+if child == 0:
+    image = np.zeros((9, 9, 3), np.uint8)
+    for call in (
+        lambda: model.decode(embedding, click), lambda: model.encode(image), model.warm_up
+    ):
+        try:
+            call()
+        except sam3rt.StateError as error:
+            assert "after the fork" in str(error)
+        else:
+            sys.exit(1)
+    load().warm_up()
+    sys.exit(42)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+model.decode(embedding, click)
+print("both work")
+"""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_forked_child_says_so_loads_its_own_and_ends(backend: str) -> None:
+    """A child that destroyed what it inherited would hang or die at its end."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, backend],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "both work\n"
+
+
+class Counting(WrappedBackend):
+    """Remembers how many objects each run of the decoder had."""
+
+    def _decode(self, features, prompts: PackedPrompts, outputs):  # type: ignore[no-untyped-def]
+        self.__dict__.setdefault("runs", []).append(len(prompts.labels))
+        return super()._decode(features, prompts, outputs)
+
+
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_many_objects_are_decoded_in_several_runs_to_the_same_result(
+    default_model: SegmentationModel, own_masks: bool
+) -> None:
+    count = 2 * OBJECTS_AT_ONCE + 1
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 60, (count, 2, 2)), axis=1)
+    size = default_model.manifest.prompts.mask_size
+    shape = (count if own_masks else 1, 1, *size)
+    mask = rng.normal(0, 4, shape).astype(np.float32) if own_masks else None
+    backend = Counting(default_model.backend)
+    model = SegmentationModel(default_model.bundle, backend)
+    embedding = model.encode(noise(64, 64))
+    found = model.decode(embedding, Prompts(box=corners.reshape(count, 4), mask_input=mask))
+    assert backend.runs == [OBJECTS_AT_ONCE, OBJECTS_AT_ONCE, 1]  # type: ignore[attr-defined]
+    for index in (0, OBJECTS_AT_ONCE, count - 1):
+        own = None if mask is None else mask[index]
+        alone = model.decode(embedding, Prompts(box=corners[index].reshape(4), mask_input=own))
+        np.testing.assert_allclose(
+            found.low_res_masks[index], alone.low_res_masks[0], rtol=0, atol=1e-3
+        )
+
+
+def test_no_objects_give_empty_outputs(default_model: SegmentationModel) -> None:
+    nothing = PackedPrompts(np.zeros((0, 2, 2), np.float32), np.zeros((0, 2), np.int64), None)
+    embedding = default_model.encode(noise(9, 9))
+    outputs = decoder_outputs(default_model.manifest, multimask_output=True)
+    masks, scores = default_model.backend.decode(embedding.features, nothing, outputs)
+    assert masks.shape == (1, 0, 3, *default_model.manifest.masks.low_res_size)
+    assert scores.shape == (1, 0, 3)
+
+
+def test_scores_that_are_no_numbers_are_an_error(default_model: SegmentationModel) -> None:
+    def spoil(outputs: dict[str, np.ndarray]) -> None:
+        outputs["iou_scores"][0, 0, 1] = np.nan
+
+    model = wrapped(default_model, on_decode=spoil)
+    with pytest.raises(BackendError, match="not finite"):
+        model.decode(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
