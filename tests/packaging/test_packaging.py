@@ -60,6 +60,7 @@ def site_packages(environment: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runtime_needs_no_torch(runtime_env: Path) -> None:
     result = subprocess.run(
         [str(runtime_env / "bin" / "python"), "-I", "-c", PROGRAM, str(PHOTOS / "chelsea.png")],
@@ -74,17 +75,20 @@ def test_runtime_needs_no_torch(runtime_env: Path) -> None:
     assert "torch" not in report["modules"]
 
 
+@pytest.mark.slow
 def test_runtime_environment_is_small(runtime_env: Path) -> None:
     files = [p for p in site_packages(runtime_env).rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) / 1e6 < LIMIT_MB
 
 
+@pytest.mark.slow
 def test_environment_holds_only_the_runtime(runtime_env: Path) -> None:
     names = {p.name.split("-")[0].lower() for p in site_packages(runtime_env).glob("*.dist-info")}
     assert "sam3rt" in names
     assert not names & {"torch", "transformers", "onnx", "opencv_python", "opencv_python_headless"}
 
 
+@pytest.mark.slow
 def test_command_line_of_the_wheel(runtime_env: Path) -> None:
     result = subprocess.run(
         [str(runtime_env / "bin" / "sam3rt"), "verify"],
@@ -113,7 +117,7 @@ def test_runtime_sources_never_import_torch() -> None:
 
 def test_every_package_is_listed() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    for root in (ROOT / "runtime", ROOT / "export"):
+    for root in (ROOT / "runtime", ROOT / "export", ROOT / "benchmarks"):
         for init in root.rglob("__init__.py"):
             name = ".".join(init.parent.relative_to(root).parts)
             assert f'"{name}"' in text, f"{name} is missing from pyproject.toml"
