@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def examples(count: int) -> settings:
     The profiles in ``tests/conftest.py`` differ in ``max_examples``; 100 is the measure.
     """
     return settings(max_examples=max(5, count * settings().max_examples // 100))
+
+
+def label(value: object) -> str:
+    """A value as the id of a test: its ``repr`` without addresses, which no workers share."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def photo(name: str) -> NDArray[np.uint8]:
