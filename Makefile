@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(w
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cpp cpp-dependencies lint locks default-bundle clean
+.PHONY: help demo test test-full test-cpp cpp-dependencies lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,11 +17,18 @@ help: ## Show this list
 demo: $(DEMO_ENV)/.done ## Segment a photograph with the bundled model
 	$(DEMO_ENV)/bin/sam3rt segment tests/photos/chelsea.png --point 225,150 --output demo-output
 
-test: $(TEST_ENV)/.done $(DEMO_ENV)/.done lint ## Lint, type-check and run the tests
-	SAM3RT_RUNTIME_ENV=$(abspath $(DEMO_ENV)) $(TEST_BIN)/python -m pytest -m "not slow"
+# One process a core, then by itself what measures time or forks.
+define run-tests
+	$(TEST_BIN)/python -m pytest --numprocesses auto --dist loadscope -m "($(1)) and not serial" $(2)
+	$(TEST_BIN)/python -m pytest -m "($(1)) and serial" $(2)
+endef
 
-test-slow: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the tests that take minutes or gigabytes
-	SAM3RT_RUNTIME_ENV=$(abspath $(DEMO_ENV)) $(TEST_BIN)/python -m pytest -m slow
+test: $(TEST_ENV)/.done lint ## Lint, type-check and run the quick tests
+	$(call run-tests,not slow,)
+
+test-full: export SAM3RT_RUNTIME_ENV := $(abspath $(DEMO_ENV))
+test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the slow tests, and every property with many examples
+	$(call run-tests,slow or hypothesis,--hypothesis-profile=full)
 
 # Three builds: as users make it, and with the sanitizers that exclude each other. For the last
 # one, only the program that runs threads is built.

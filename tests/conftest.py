@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Tests run side by side, one process a core. What they compute is small: more threads would only
+# wait for each other. Read by NumPy, PyTorch and child processes, so set before any is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 import sam3rt
@@ -22,6 +28,32 @@ GOLDEN = ROOT / "tests" / "golden"
 PHOTOS = ROOT / "tests" / "photos"
 
 from tests.golden.sam3 import synthetic  # noqa: E402
+from tests.support import disk_cache  # noqa: E402
+
+# `make test-full` asks for the second one with --hypothesis-profile. Fixtures that only hold data
+# may be shared by all examples of a property.
+_COMMON = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("quick", _COMMON, max_examples=25)
+settings.register_profile("full", _COMMON, max_examples=200)
+settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Give ONNX Runtime's sessions one thread unless a test asks for more."""
+    import onnxruntime
+
+    class SessionOptions(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", SessionOptions)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,23 +70,42 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden data's small SAM 3 as a file in ``sam3.pt``'s format."""
-    import torch
+def small_export() -> Path:
+    """Checkpoint and bundle of the golden data's small SAM 3, made once for many runs.
 
-    path = tmp_path_factory.mktemp("checkpoint") / "sam3_small.pt"
-    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in synthetic.checkpoint().items()}
-    torch.save(tensors, path)
-    return path
+    Where PyTorch is not installed, ``SAM3RT_SMALL_EXPORT`` says where another environment made it.
+    """
+    if given := os.environ.get("SAM3RT_SMALL_EXPORT"):
+        return Path(given)
+
+    def make(folder: Path) -> None:
+        import torch
+
+        from sam3rt_export import export_bundle
+
+        tensors = synthetic.checkpoint().items()
+        checkpoint = folder / "sam3_small.pt"
+        torch.save({name: torch.from_numpy(np.asarray(a)) for name, a in tensors}, checkpoint)
+        export_bundle(checkpoint, folder / "sam3_small")
+
+    files = disk_cache.python_files("runtime/sam3rt", "export/sam3rt_export")
+    golden = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
+    libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
+    key = disk_cache.key_of([*files, *golden, Path(synthetic.__file__)], libraries)
+    return disk_cache.cached_folder("small_sam3", key, make)
 
 
 @pytest.fixture(scope="session")
-def small_bundle(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small SAM 3 exported to a bundle, once for all tests."""
-    from sam3rt_export import export_bundle
+def small_checkpoint(small_export: Path) -> Path:
+    """The golden data's small SAM 3 as a file in ``sam3.pt``'s format."""
+    return small_export / "sam3_small.pt"
 
+
+@pytest.fixture(scope="session")
+def small_bundle(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small SAM 3 as a bundle. It is a copy: verdicts are remembered beside a bundle."""
     path = tmp_path_factory.mktemp("bundles") / "sam3_small"
-    export_bundle(small_checkpoint, path)
+    shutil.copytree(small_export / "sam3_small", path)
     return path
 
 

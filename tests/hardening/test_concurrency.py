@@ -12,6 +12,9 @@ from benchmarks.hardening import concurrency
 from sam3rt import SegmentationModel
 from sam3rt.prompts import PackedPrompts
 
+# Threads need the machine's cores.
+pytestmark = pytest.mark.serial
+
 
 def test_sixteen_threads_get_what_one_gets(default_model: SegmentationModel) -> None:
     found = concurrency.compare(default_model, workers=16, count=96, calls_per_image=6)

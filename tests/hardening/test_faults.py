@@ -15,6 +15,9 @@ from benchmarks.hardening import faults
 from benchmarks.hardening.faults import Work, finish, race, torment
 from tests.conftest import ROOT
 
+# Kills come at moments of a clock.
+pytestmark = pytest.mark.serial
+
 
 def test_killed_and_doubled_work_leaves_nothing_half_done(tmp_path: Path) -> None:
     """In a process of its own, which has no threads that a fork would lose."""

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from benchmarks.hardening import soak
 
+# It measures time and memory.
+pytestmark = pytest.mark.serial
+
 
 def test_a_short_run_counts_what_it_did() -> None:
     found = soak.run(predictions=54, images=6, embeddings=2, threads=2)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from tests.conftest import PHOTOS
+from tests.conftest import PHOTOS, ROOT
 
-FOLDER = Path(__file__).parent / "examples"
+FOLDER = ROOT / "tests" / "examples"
 EXPECTED = {
     "single_point": "best of 3 masks: (300, 451), score 0.994",
     "box": "mask (300, 451), score 0.",
@@ -21,6 +20,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_example(name: str) -> None:
     images = [str(PHOTOS / f"{photo}.png") for photo in ("chelsea", "coffee", "astronaut")]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from tests.conftest import PHOTOS, ROOT
 
 LIMIT_MB = 350
@@ -60,6 +61,7 @@ def site_packages(environment: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runtime_needs_no_torch(runtime_env: Path) -> None:
     result = subprocess.run(
         [str(runtime_env / "bin" / "python"), "-I", "-c", PROGRAM, str(PHOTOS / "chelsea.png")],
@@ -74,17 +76,20 @@ def test_runtime_needs_no_torch(runtime_env: Path) -> None:
     assert "torch" not in report["modules"]
 
 
+@pytest.mark.slow
 def test_runtime_environment_is_small(runtime_env: Path) -> None:
     files = [p for p in site_packages(runtime_env).rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) / 1e6 < LIMIT_MB
 
 
+@pytest.mark.slow
 def test_environment_holds_only_the_runtime(runtime_env: Path) -> None:
     names = {p.name.split("-")[0].lower() for p in site_packages(runtime_env).glob("*.dist-info")}
     assert "sam3rt" in names
     assert not names & {"torch", "transformers", "onnx", "opencv_python", "opencv_python_headless"}
 
 
+@pytest.mark.slow
 def test_command_line_of_the_wheel(runtime_env: Path) -> None:
     result = subprocess.run(
         [str(runtime_env / "bin" / "sam3rt"), "verify"],
@@ -112,8 +117,9 @@ def test_runtime_sources_never_import_torch() -> None:
 
 
 def test_every_package_is_listed() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    for root in (ROOT / "runtime", ROOT / "export"):
-        for init in root.rglob("__init__.py"):
-            name = ".".join(init.parent.relative_to(root).parts)
-            assert f'"{name}"' in text, f"{name} is missing from pyproject.toml"
+    found = {"sam3rt.default_bundle"}
+    for root in (ROOT / "runtime", ROOT / "export", ROOT / "benchmarks"):
+        for init in root.glob("sam3rt*/**/__init__.py"):
+            found.add(".".join(init.parent.relative_to(root).parts))
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(document["tool"]["setuptools"]["packages"]) == found

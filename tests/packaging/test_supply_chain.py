@@ -66,11 +66,13 @@ def test_the_runtime_is_locked_as_it_is_tested() -> None:
 def test_the_runtime_brings_no_torch() -> None:
     assert set(locked("cpu.lock")) == {
         "flatbuffers",
+        "msgspec",
         "numpy",
         "onnxruntime",
         "packaging",
         "pillow",
         "protobuf",
+        "safetensors",
     }
 
 

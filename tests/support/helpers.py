@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from sam3rt import SegmentationModel
@@ -48,16 +49,18 @@ MOBILE_PROMPTS = PromptSpec("after_points", "without_box", (256, 256))
 SAM3_MASKS = MaskSpec(3, (288, 288), 32.0, "direct", 256.0)
 MOBILE_MASKS = MaskSpec(3, (256, 256), None, "unpad", 0.0)
 
-# Fixtures that only hold data may be shared by all examples of a property.
-COMMON = settings(
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 def examples(count: int) -> settings:
-    """Settings for a property with ``count`` examples."""
-    return settings(COMMON, max_examples=count)
+    """Settings for a property with ``count`` examples, of which the quick profile tries a quarter.
+
+    The profiles in ``tests/conftest.py`` differ in ``max_examples``; 100 is the measure.
+    """
+    return settings(max_examples=max(5, count * settings().max_examples // 100))
+
+
+def label(value: object) -> str:
+    """A value as the id of a test: its ``repr`` without addresses, which no workers share."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def photo(name: str) -> NDArray[np.uint8]:

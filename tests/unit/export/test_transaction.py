@@ -16,6 +16,9 @@ from tests.support.export_helpers import leftovers
 from sam3rt_export import transaction as module
 from sam3rt_export.transaction import publish, restore, staging
 
+# It forks.
+pytestmark = pytest.mark.serial
+
 FORK = multiprocessing.get_context("fork")
 
 

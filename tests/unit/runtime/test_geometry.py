@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.support.helpers import GOLDEN, MOBILE_IMAGE, SAM3_IMAGE, examples, noise, photo
+from tests.support.helpers import GOLDEN, MOBILE_IMAGE, SAM3_IMAGE, examples, label, noise, photo
 
 from sam3rt import ImageError
 from sam3rt.bundle import ImageSpec
@@ -218,7 +218,7 @@ def test_other_arrays_are_refused(array: NDArray[Any], words: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [None, "photo.png", b"\x89PNG", 5, [[[0, 0, 0]]], [], {}, object(), PIL.Image, np.uint8(3)],
-    ids=repr,
+    ids=label,
 )
 def test_other_things_are_refused(value: Any) -> None:
     name = type(value).__qualname__

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import DTypeLike, NDArray
-from tests.support.helpers import noise, photo, wrapped
+from tests.support.helpers import label, noise, photo, wrapped
 
 from sam3rt import (
     BackendError,
@@ -173,7 +173,7 @@ def test_numbers_of_any_kind_are_kept(small_model: SegmentationModel, value: Any
         {},
         {"names": ["a"], "formats": []},
     ],
-    ids=repr,
+    ids=label,
 )
 def test_other_mask_types_are_refused(small_model: SegmentationModel, value: Any) -> None:
     with pytest.raises(InvalidInputError) as caught:
@@ -421,7 +421,7 @@ BATCH_ARGUMENTS = (
         np.zeros((3, 1, 2)),
         np.array(5),
     ],
-    ids=repr,
+    ids=label,
 )
 def test_batch_arguments_must_be_lists_of_the_right_length(
     batch: SAM3InteractiveImagePredictor, argument: str, value: Any

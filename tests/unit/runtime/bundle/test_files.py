@@ -17,6 +17,9 @@ import pytest
 from sam3rt.bundle import files as _files
 from sam3rt.bundle.files import atomic_write, remove_temporaries
 
+# It forks.
+pytestmark = pytest.mark.serial
+
 FORK = multiprocessing.get_context("fork")
 
 
