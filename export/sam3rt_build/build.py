@@ -34,6 +34,7 @@ from sam3rt.backends.tensorrt.engines.selection import ENGINES
 from sam3rt.backends.tensorrt.engines.sidecar import CAPABILITY, BackendName
 from sam3rt.backends.tensorrt.engines.sidecar import Role as EngineRole
 from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
+from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 from sam3rt.bundle.files import remove_temporaries
 from sam3rt.errors import BackendError, BundleError, InvalidInputError
 
@@ -59,8 +60,6 @@ Prove = Callable[[Bundle, EngineSet], Verdict]
 Profile = dict[str, tuple[Sizes, Sizes, Sizes]]
 
 ROLES: tuple[Role, ...] = ("encoder", "decoder")
-EXPORT_ID = "sam3rt.export_id"
-FINGERPRINT = "sam3rt.fingerprint"
 # The runtime pads one click to this many points.
 _CLICK_POINTS = 4
 # Ahead of time nothing can be proved, so what is built besides the fastest is what the target
