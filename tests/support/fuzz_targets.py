@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 
@@ -341,7 +341,7 @@ def _sidecars() -> Iterator[bytes]:
         build_seconds=12.0,
     )
     path = _folder() / "encoder.engine"
-    ahead = dataclasses.replace(made, gpu=None, targets=("8.9", "12.0"), state="unproven")
+    ahead = msgspec.structs.replace(made, gpu=None, targets=("8.9", "12.0"), state="unproven")
     for one in (made, ahead):
         write_sidecar(path, one)
         yield path.with_name(path.name + ".json").read_bytes()

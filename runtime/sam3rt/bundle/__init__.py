@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from .files import FileEntry, check_file, check_length, file_entry, is_inside
 from .manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     NO_FINGERPRINT,
     Bundle,
-    FileEntry,
     GraphSpec,
     ImageSpec,
     Manifest,
@@ -18,11 +18,7 @@ from .manifest import (
     PromptSpec,
     SourceSpec,
     TensorSpec,
-    check_file,
-    check_length,
-    file_entry,
     fingerprint_of,
-    is_inside,
     open_bundle,
     parse_manifest,
     write_manifest,

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import BundleError
-from .manifest import Bundle, GraphSpec, Manifest, TensorSpec, check_length
+from .files import check_length
+from .manifest import Bundle, GraphSpec, Manifest, TensorSpec
 from .onnx_locations import check_tensor_places
 
 # Keys of a graph's metadata. Both graphs of an export hold the same EXPORT_ID.

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ..errors import BundleError
-from .manifest import FileEntry
+from .files import FileEntry
 
 # Field numbers of the messages that can hold a tensor, and what each then holds (onnx.proto).
 _TENSOR = "TensorProto"
