@@ -46,7 +46,7 @@ from sam3rt.bundle import (
     open_bundle,
     parse_manifest,
 )
-from sam3rt.bundle.onnx_locations import check_tensor_places
+from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.cli.segment import read_image
 from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.errors import BundleError, EmbeddingError, ImageError, PromptError
@@ -110,7 +110,7 @@ def embedding(data: bytes) -> None:
 def onnx(data: bytes) -> None:
     """The walk over an ``.onnx`` file."""
     with contextlib.suppress(BundleError):
-        check_tensor_places(data, "encoder.onnx", (FileEntry("weights.data", "0" * 64, 1000),))
+        check_tensor_locations(data, "encoder.onnx", (FileEntry("weights.data", "0" * 64, 1000),))
 
 
 def parity(data: bytes) -> None:

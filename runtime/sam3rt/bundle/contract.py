@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..errors import BundleError
 from .files import check_length
 from .manifest import Bundle, GraphSpec, Manifest, TensorSpec
-from .onnx_locations import check_tensor_places
+from .onnx_locations import check_tensor_locations
 
 # Keys of a graph's metadata. Both graphs of an export hold the same EXPORT_ID.
 EXPORT_ID = "sam3rt.export_id"
@@ -59,12 +59,6 @@ def is_feature_name(name: str) -> bool:
     """Whether a tensor of that name is a feature map."""
     return name.startswith(_FEATURES)
 
-# Outputs of the decoder: mask logits and predicted IoUs of a multi-mask call, those of a
-# single-mask call, and a score that not every model has.
-MULTIMASK_OUTPUTS = ("pred_masks", "iou_scores")
-SINGLE_MASK_OUTPUTS = ("single_pred_masks", "single_iou_scores")
-OBJECT_SCORE = "object_score_logits"
-
 
 class LoadedTensor(NamedTuple):
     """An input or output as the backend sees it.
@@ -100,7 +94,7 @@ def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
         raise BundleError(f"cannot be read: {error}", graph.model.file) from error
     if hashlib.sha256(content).hexdigest() != graph.model.sha256:
         raise BundleError("changed since the bundle was opened", graph.model.file)
-    check_tensor_places(content, graph.model.file, graph.external_data)
+    check_tensor_locations(content, graph.model.file, graph.external_data)
     return str(path) if graph.external_data else content
 
 
