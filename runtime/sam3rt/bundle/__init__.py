@@ -6,6 +6,7 @@ from .files import FileEntry, check_file, check_length, file_entry, is_inside
 from .manifest import (
     FORMAT,
     FORMAT_VERSION,
+    LOOSEST_LIMITS,
     MANIFEST,
     NO_FINGERPRINT,
     Bundle,
@@ -27,6 +28,7 @@ from .manifest import (
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "LOOSEST_LIMITS",
     "MANIFEST",
     "NO_FINGERPRINT",
     "Bundle",

@@ -6,6 +6,7 @@ Export, build tools and backends all take it from here:
   ``MULTIMASK_OUTPUTS``, ``SINGLE_MASK_OUTPUTS``, ``OBJECT_SCORE``;
 * metadata keys: ``EXPORT_ID``, ``ROLE``, ``FINGERPRINT``;
 * ``PADDING_LABEL``, the label of a point that does not count;
+* :func:`load_graph` for a graph's content, checked and in this process's own memory;
 * :func:`check_graph` for an ONNX graph that a backend has loaded, and
   :func:`signature_mismatch` for anything else that has inputs and outputs, such as an engine.
 
@@ -15,14 +16,17 @@ the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import BundleError
-from .files import check_length
+from .files import check_length, read_file
 from .manifest import Bundle, GraphSpec, Manifest, TensorSpec
-from .onnx_locations import check_tensor_locations
+from .onnx_locations import check_tensor_locations, with_addresses
 
 # Keys of a graph's metadata. Both graphs of an export hold the same EXPORT_ID.
 EXPORT_ID = "sam3rt.export_id"
@@ -74,28 +78,68 @@ class LoadedTensor(NamedTuple):
     shape: Sequence[int | str | None]
 
 
-def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
-    """The graph's bytes, checked against the manifest, or its path.
+@dataclass(frozen=True)
+class LoadedGraph:
+    """A graph in this process's own memory: what is run is what was hashed.
 
-    Weights beside the graph are found through the path. Without them, what is loaded is what was
-    hashed, even if the file is exchanged meanwhile.
+    Nothing that happens to the files afterwards changes it, and weights that are links into a
+    hub's cache are read like others.
+
+    Attributes:
+        file: the ``.onnx`` file's name, for messages.
+        model: its content.
+        weights: content of each file beside it that holds weights, uint8, by the file's name.
+            For ONNX Runtime: names, arrays and their lengths go to
+            ``SessionOptions.add_external_initializers_from_files_in_memory``, and the arrays must
+            live until the session has been made.
+    """
+
+    file: str
+    model: bytes
+    weights: dict[str, NDArray[np.uint8]]
+
+    def with_addresses(self) -> bytes:
+        """The model with addresses in ``weights`` in place of files, as OpenVINO reads them.
+
+        This object must live for as long as what was made from it.
+        """
+        if not self.weights:
+            return self.model
+        return with_addresses(self.model, {n: a.ctypes.data for n, a in self.weights.items()})
+
+
+def load_graph(bundle: Bundle, graph: GraphSpec) -> LoadedGraph:
+    """Read a graph and its weights into memory and check them.
 
     Raises:
-        BundleError: a file is missing, a link that leaves the bundle, or changed since the bundle
-            was opened; or a tensor of the graph lies in a file that the manifest does not list.
+        BundleError: a file is missing, a link that leaves the bundle, or not what the manifest
+            says; the graph is not one of a bundle (see :mod:`.onnx_locations`); or there is not
+            enough memory.
     """
-    for entry in (graph.model, *graph.external_data):
+    model = _read_model(bundle, graph)
+    weights = {entry.file: read_file(bundle.path, entry) for entry in graph.external_data}
+    return LoadedGraph(graph.model.file, model, weights)
+
+
+def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
+    """The graph's bytes, or its path where there are weights beside it, for libraries to map.
+
+    Mapped weights take less memory than those of :func:`load_graph`, but they are read after they
+    were hashed, and change when their file does.
+
+    Raises:
+        BundleError: as :func:`load_graph`, except that weights are not hashed.
+    """
+    for entry in graph.external_data:
         check_length(bundle.path, entry)
-    path = bundle.file(graph.model)
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(graph.model.bytes + 1)
-    except OSError as error:
-        raise BundleError(f"cannot be read: {error}", graph.model.file) from error
-    if hashlib.sha256(content).hexdigest() != graph.model.sha256:
-        raise BundleError("changed since the bundle was opened", graph.model.file)
+    model = _read_model(bundle, graph)
+    return str(bundle.file(graph.model)) if graph.external_data else model
+
+
+def _read_model(bundle: Bundle, graph: GraphSpec) -> bytes:
+    content = read_file(bundle.path, graph.model).tobytes()
     check_tensor_locations(content, graph.model.file, graph.external_data)
-    return str(path) if graph.external_data else content
+    return content
 
 
 def check_graph(

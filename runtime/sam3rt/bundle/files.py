@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from ..errors import BundleError
 
@@ -63,6 +65,33 @@ def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest
     except OSError as error:
         raise BundleError(f"cannot be read: {error}", entry.file) from error
     check_digest(digest, entry, described_by)
+
+
+def read_file(folder: Path, entry: FileEntry) -> NDArray[np.uint8]:
+    """Read a file into this process's own memory and compare what was read with the record.
+
+    Unlike a mapped file, the content does not change when the file is exchanged or cut afterwards.
+
+    Raises:
+        BundleError: as :func:`check_file`, or there is not enough memory.
+    """
+    check_length(folder, entry)
+    digest = hashlib.sha256()
+    filled = 0
+    try:
+        content = np.empty(entry.bytes, np.uint8)
+        view = memoryview(content)
+        with (folder / entry.file).open("rb", buffering=0) as stream:
+            while count := stream.readinto(view[filled : filled + _BLOCK]):
+                digest.update(view[filled : filled + count])
+                filled += count
+            is_longer = bool(stream.read(1))
+    except (OSError, MemoryError) as error:
+        raise BundleError(f"cannot be read: {error}", entry.file) from error
+    if filled != entry.bytes or is_longer:
+        raise BundleError("changed its length while it was read", entry.file)
+    check_digest(digest.hexdigest(), entry)
+    return content
 
 
 def check_digest(digest: str, entry: FileEntry, described_by: str = "the manifest") -> None:

@@ -179,6 +179,13 @@ class ParityLimits(Struct, frozen=True, forbid_unknown_fields=True):
         return 1.0 - 5.0 * (1.0 - self.mask_iou)
 
 
+# Beyond these a graph is broken, whatever its manifest allows: they are what is asked of types
+# narrower than FP32. No export allows more, and most of them a hundred times less.
+LOOSEST_LIMITS = ParityLimits(
+    feature_error=0.1, feature_cosine=0.999, logit_error=0.1, iou_error=0.05, mask_iou=0.99
+)
+
+
 class ParitySpec(Struct, frozen=True, forbid_unknown_fields=True):
     """The parity record and what it asks for.
 
@@ -364,3 +371,10 @@ def _check_rules(manifest: Manifest) -> None:
     limit = manifest.masks.low_res_limit
     if limit is not None and limit <= 0:
         raise BundleError('"masks.low_res_limit" is not positive', MANIFEST)
+    loosest = msgspec.structs.asdict(LOOSEST_LIMITS)
+    for name, value in msgspec.structs.asdict(manifest.parity.limits).items():
+        is_loose = value > loosest[name] if name.endswith("error") else value < loosest[name]
+        if is_loose:
+            raise BundleError(
+                f'"parity.limits.{name}" is {value}, wider than {loosest[name]}', MANIFEST
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -228,6 +229,45 @@ def test_link_that_leaves_the_bundle_is_refused(
     target = tmp_path / "outside" if absolute else Path("..", "outside")
     (folder / name).symlink_to(target)
     assert "link" in refused(folder, name)
+
+
+def as_in_a_hubs_cache(folder: Path, repository: Path) -> Path:
+    """The bundle as huggingface_hub lays it out: files are links to blobs named by their hash."""
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot
+
+
+def test_a_snapshot_in_a_hubs_cache_opens(folder: Path, tmp_path: Path) -> None:
+    snapshot = as_in_a_hubs_cache(folder, tmp_path / "models--x")
+    assert open_bundle(snapshot).manifest == open_bundle(folder).manifest
+    (tmp_path / "link").symlink_to(snapshot)
+    open_bundle(tmp_path / "link")
+    (snapshot / "sub").mkdir()
+    for path in (*snapshot.glob("*.*"), snapshot / "LICENSE"):
+        (snapshot / "sub" / path.name).symlink_to(Path("..", path.readlink()))
+    open_bundle(snapshot / "sub")
+
+
+@pytest.mark.parametrize("target", ["../../other", "../../../secret", "../../refs/blob"])
+def test_a_link_out_of_a_hubs_cache_is_refused(folder: Path, tmp_path: Path, target: str) -> None:
+    snapshot = as_in_a_hubs_cache(folder, tmp_path / "models--x")
+    content = (snapshot / "decoder.onnx").read_bytes()
+    (snapshot / target).resolve().parent.mkdir(exist_ok=True)
+    (snapshot / target).write_bytes(content)
+    (snapshot / "decoder.onnx").unlink()
+    (snapshot / "decoder.onnx").symlink_to(target)
+    assert f"cp -rL {snapshot} COPY" in refused(snapshot, "decoder.onnx")
+    # A blob that is itself a link is followed before it is judged.
+    (tmp_path / "models--x" / "blobs" / "linked").symlink_to((snapshot / target).resolve())
+    (snapshot / "decoder.onnx").unlink()
+    (snapshot / "decoder.onnx").symlink_to("../../blobs/linked")
+    refused(snapshot, "decoder.onnx")
 
 
 def test_dangling_link_is_refused(folder: Path) -> None:
@@ -482,6 +522,30 @@ def test_fingerprint_of_wrong_type_or_form_is_refused(raw: bytes, value: Any) ->
 def test_broken_rule_is_refused(folder: Path, place: Place, value: Any) -> None:
     edit_manifest(folder, lambda d: put(d, place, value))
     assert "does not match its fingerprint" not in refused(folder, "bundle.json")
+
+
+LOOSE = {
+    "feature_error": 0.2,
+    "feature_cosine": 0.99,
+    "logit_error": 1e30,
+    "iou_error": 0.06,
+    "mask_iou": -1.0,
+}
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_limits_that_everything_passes_are_refused(folder: Path, name: str) -> None:
+    edit_manifest(folder, lambda d: put(d, ("parity", "limits", name), LOOSE[name]))
+    assert f"parity.limits.{name}" in refused(folder, "bundle.json")
+
+
+def test_the_limits_of_every_export_are_taken(folder: Path) -> None:
+    from sam3rt_export.exporter import LIMITS
+
+    for limits in LIMITS.values():
+        text = msgspec.to_builtins(limits)
+        edit_manifest(folder, functools.partial(put, place=("parity", "limits"), value=text))
+        assert open_bundle(folder).manifest.parity.limits == limits
 
 
 @pytest.mark.parametrize(
