@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from benchmarks.report import cpu_name, publish
 
@@ -188,7 +189,7 @@ def export_work(folder: Path) -> Iterator[Work]:
                 entry.value = request.metadata[entry.key]
         onnx.save(loaded, path)
         spec = manifest.encoder if role == "encoder" else manifest.decoder
-        return dataclasses.replace(spec, model=file_entry(path))
+        return msgspec.structs.replace(spec, model=file_entry(path))
 
     def run() -> None:
         exporter.trace_to_file = copy

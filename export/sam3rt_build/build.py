@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import importlib
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import onnx
 
 from sam3rt.accuracy.gate import Verdict
@@ -34,6 +34,7 @@ from sam3rt.backends.tensorrt.engines.selection import ENGINES
 from sam3rt.backends.tensorrt.engines.sidecar import CAPABILITY, BackendName
 from sam3rt.backends.tensorrt.engines.sidecar import Role as EngineRole
 from sam3rt.bundle import Bundle, TensorSpec, file_entry, is_inside
+from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 from sam3rt.bundle.files import remove_temporaries
 from sam3rt.errors import BackendError, BundleError, InvalidInputError
 
@@ -59,8 +60,6 @@ Prove = Callable[[Bundle, EngineSet], Verdict]
 Profile = dict[str, tuple[Sizes, Sizes, Sizes]]
 
 ROLES: tuple[Role, ...] = ("encoder", "decoder")
-EXPORT_ID = "sam3rt.export_id"
-FINGERPRINT = "sam3rt.fingerprint"
 # The runtime pads one click to this many points.
 _CLICK_POINTS = 4
 # Ahead of time nothing can be proved, so what is built besides the fastest is what the target
@@ -353,7 +352,7 @@ class _Workshop:
         self, engine: EngineFile, figures: dict[str, float], paired_with: str | None
     ) -> EngineFile:
         """Mark an engine proven on this GPU."""
-        sidecar = dataclasses.replace(
+        sidecar = msgspec.structs.replace(
             engine.sidecar, state="proven", parity=figures, paired_with=paired_with
         )
         write_sidecar(engine.path, sidecar)
@@ -362,7 +361,7 @@ class _Workshop:
     def refuse(self, engine: EngineFile, figures: dict[str, float]) -> None:
         """Leave on record that an engine failed, and remove it: it can be gigabytes."""
         write_sidecar(
-            engine.path, dataclasses.replace(engine.sidecar, state="refused", parity=figures)
+            engine.path, msgspec.structs.replace(engine.sidecar, state="refused", parity=figures)
         )
         self._remove(engine)
 
@@ -386,7 +385,7 @@ class _Workshop:
         )
         path = engine_path(self.bundle.path, folder, role)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entry = dataclasses.replace(file_entry(staged), file=path.name)
+        entry = msgspec.structs.replace(file_entry(staged), file=path.name)
         sidecar = EngineSidecar(
             role=role,
             backend=self.options.backend,
@@ -428,7 +427,7 @@ class _Workshop:
         maps = {spec.name for spec in self.bundle.manifest.encoder.outputs}
         specs: tuple[TensorSpec, ...] = getattr(getattr(self.bundle.manifest, role), side)
         return tuple(
-            dataclasses.replace(spec, dtype=features) if spec.name in maps else spec
+            msgspec.structs.replace(spec, dtype=features) if spec.name in maps else spec
             for spec in specs
         )
 

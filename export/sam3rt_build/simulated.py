@@ -6,9 +6,10 @@ there, and only the gate on the target sees them.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
+
+import msgspec
 
 from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
@@ -39,7 +40,7 @@ class SimulatedBackend(OnnxRuntimeBackend):
         self._folder = tempfile.TemporaryDirectory(prefix="sam3rt-simulated-")
         folder = Path(self._folder.name)
         features = encoder.features_dtype
-        manifest = dataclasses.replace(
+        manifest = msgspec.structs.replace(
             bundle.manifest,
             encoder=_simulated(bundle, "encoder", encoder, features, folder),
             decoder=_simulated(bundle, "decoder", decoder, features, folder),
@@ -57,6 +58,6 @@ def _simulated(
     path = folder / f"{role}.onnx"
     external = save_graph(model, path)
     spec: GraphSpec = getattr(bundle.manifest, role)
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         spec, model=file_entry(path), external_data=tuple(file_entry(part) for part in external)
     )

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sam3rt.bundle import Bundle, GraphSpec, check_file
-from sam3rt.bundle.onnx_locations import check_tensor_places
+from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.errors import BundleError
 
 from .errors import BuildError, RecipeError
@@ -62,7 +62,7 @@ def load_graph(bundle: Bundle, role: Role) -> ir.Model:
         content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot be read: {error}", graph.model.file) from error
-    check_tensor_places(content, graph.model.file, graph.external_data)
+    check_tensor_locations(content, graph.model.file, graph.external_data)
     del content
     try:
         model = ir.load(path)

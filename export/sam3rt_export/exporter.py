@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import os
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import onnx
 import torch
@@ -174,7 +174,7 @@ def _write_files(
         parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
         producer={
             "sam3rt": sam3rt.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "onnx": onnx.__version__,
             **source.versions,
         },
@@ -215,7 +215,7 @@ def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
     rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
     parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
-    write_manifest(folder, dataclasses.replace(bundle.manifest, parity=parity))
+    write_manifest(folder, msgspec.structs.replace(bundle.manifest, parity=parity))
 
 
 def _run_oracle(

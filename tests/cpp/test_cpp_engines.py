@@ -5,10 +5,10 @@ Nothing here runs an engine: that needs a GPU.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.cpp_driver import Build, Result
 from tests.support.helpers import tiny_bundle
@@ -64,7 +64,7 @@ class Engines:
             paired_with=paired,
             build_seconds=1.5,
         )
-        write_sidecar(engine, dataclasses.replace(sidecar, **changes))
+        write_sidecar(engine, msgspec.structs.replace(sidecar, **changes))
         if wrapper:
             (folder / f"{role}_ctx.onnx").write_bytes(b"wrapper")
         return engine

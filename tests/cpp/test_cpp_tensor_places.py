@@ -14,7 +14,7 @@ from tests.unit.runtime.bundle import test_onnx_locations as places
 
 from sam3rt import BundleError
 from sam3rt.bundle.default import default_bundle_path
-from sam3rt.bundle.onnx_locations import check_tensor_places
+from sam3rt.bundle.onnx_locations import check_tensor_locations
 
 
 def outcomes(build: Build, contents: list[bytes], tmp_path: Path) -> list[Result]:
@@ -28,7 +28,7 @@ def outcomes(build: Build, contents: list[bytes], tmp_path: Path) -> list[Result
     results = build.run(steps)
     for content, result in zip(contents, results, strict=True):
         try:
-            check_tensor_places(content, "m.onnx", places.BESIDE)
+            check_tensor_locations(content, "m.onnx", places.BESIDE)
         except BundleError:
             result.refusal("BundleError", "m.onnx")
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 
@@ -46,7 +46,7 @@ from sam3rt.bundle import (
     open_bundle,
     parse_manifest,
 )
-from sam3rt.bundle.onnx_locations import check_tensor_places
+from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.cli.segment import read_image
 from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.errors import BundleError, EmbeddingError, ImageError, PromptError
@@ -61,6 +61,7 @@ _ZEROS = NO_FINGERPRINT.encode()
 _PLACE = ImageGeometry((40, 60), (1008, 1008))
 _SPECS = (TensorSpec("image_embeddings.0", "float32", ("batch", 2, 3, 2)),)
 _PROMPTS = PromptSpec("before_points", "always", (4, 4))
+_BESIDE = (FileEntry("weights.data", "0" * 64, 1000),)
 _SUBJECT = verdicts.Subject("openvino", "1", "a processor", "bf16")
 
 
@@ -110,7 +111,34 @@ def embedding(data: bytes) -> None:
 def onnx(data: bytes) -> None:
     """The walk over an ``.onnx`` file."""
     with contextlib.suppress(BundleError):
-        check_tensor_places(data, "encoder.onnx", (FileEntry("weights.data", "0" * 64, 1000),))
+        check_tensor_locations(data, "encoder.onnx", _BESIDE)
+
+
+def onnx_differential(data: bytes) -> None:
+    """The walk against protocol buffers' own parser: what it accepts, both read alike."""
+    from google.protobuf.message import DecodeError
+    from onnx import load_model_from_string
+
+    try:
+        said = check_tensor_locations(data, "encoder.onnx", _BESIDE)
+        graph = load_model_from_string(data).graph
+    except (BundleError, DecodeError):
+        return
+    holders = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute)]
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in holders
+        if tensor.external_data or tensor.data_location
+    ]
+    found = [(place["location"], int(place.get("offset", 0))) for place in places]
+    if found != [(tensor.location, tensor.offset) for tensor in said]:
+        raise AssertionError(f"the walk saw {said}, protocol buffers {found}")
+    if any(location != _BESIDE[0].file for location, _ in found):
+        raise AssertionError(f"data lie in {found}")
+    if graph.sparse_initializer or any(
+        a.g.node or a.graphs for n in graph.node for a in n.attribute
+    ):
+        raise AssertionError("a subgraph or a sparse tensor was let through")
 
 
 def parity(data: bytes) -> None:
@@ -175,6 +203,7 @@ TARGETS: dict[str, Target] = {
     "sidecar": sidecar,
     "embedding": embedding,
     "onnx": onnx,
+    "onnx_differential": onnx_differential,
     "parity": parity,
     "verdict": verdict,
     "image": image,
@@ -341,7 +370,7 @@ def _sidecars() -> Iterator[bytes]:
         build_seconds=12.0,
     )
     path = _folder() / "encoder.engine"
-    ahead = dataclasses.replace(made, gpu=None, targets=("8.9", "12.0"), state="unproven")
+    ahead = msgspec.structs.replace(made, gpu=None, targets=("8.9", "12.0"), state="unproven")
     for one in (made, ahead):
         write_sidecar(path, one)
         yield path.with_name(path.name + ".json").read_bytes()
@@ -364,20 +393,29 @@ def _onnx_files() -> Iterator[bytes]:
     """Small files by hand: the package ``onnx`` may not be there where this is fuzzed."""
 
     def field(number: int, content: bytes) -> bytes:
-        return bytes([number << 3 & 0x7F | 2 | (0x80 if number > 15 else 0)]) + (
-            (bytes([number >> 4]) if number > 15 else b"") + bytes([len(content)]) + content
-        )
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def model(*parts: bytes) -> bytes:
+        operator_set = field(8, b"\x10\x12")
+        return b"\x08\x08" + field(7, b"".join(parts)) + operator_set
 
     place = field(13, field(1, b"location") + field(2, b"weights.data"))
     place += field(13, field(1, b"offset") + field(2, b"16"))
-    place += field(13, field(1, b"length") + field(2, b"64"))
-    tensor = b"\x08\x04" + field(8, b"w") + place + b"\x70\x01"
-    yield field(7, field(5, tensor))
-    yield field(7, field(1, field(5, field(1, b"value") + field(5, tensor))))
-    yield field(7, field(1, field(5, field(6, field(5, tensor)))))
-    yield field(7, field(15, field(1, tensor)))
-    yield field(25, field(7, field(5, field(5, tensor))))
-    yield field(7, field(5, b"\x08\x01" + field(9, b"\0\0\0\0")))
+    place += field(13, field(1, b"length") + field(2, b"16"))
+    beside = b"\x08\x04\x10\x01" + field(8, b"w") + place + b"\x70\x01"
+    inside = b"\x08\x01\x10\x01" + field(8, b"v") + field(9, b"\0\0\0\0")
+    add = field(1, field(1, b"w") + field(1, b"v") + field(2, b"y") + field(4, b"Add"))
+    attribute = field(5, field(1, b"value") + field(5, inside) + b"\xa0\x01\x04")
+    constant = field(1, field(2, b"c") + field(4, b"Constant") + attribute)
+    yield model(field(5, beside))
+    yield model(add, field(5, inside), field(5, beside))
+    yield model(constant, field(2, b"main"))
+    # As the first, its initializer behind a tag of more than 32 bits.
+    yield model(b"\xaa\x80\x80\x80\x10" + field(5, beside)[1:])
+    # What is refused: a subgraph, a sparse initializer, a function.
+    yield model(field(1, field(4, b"If") + field(5, field(6, field(5, beside)))))
+    yield model(field(15, field(1, beside)))
+    yield model() + b"\xca\x01" + field(7, b"")[1:]
 
 
 def _records() -> Iterator[bytes]:
@@ -456,6 +494,7 @@ _SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "sidecar": _sidecars,
     "embedding": _embeddings,
     "onnx": _onnx_files,
+    "onnx_differential": _onnx_files,
     "parity": _records,
     "verdict": _verdicts,
     "image": _images,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 from hypothesis import settings
@@ -134,7 +134,7 @@ def relist(folder: Path) -> None:
 
     def refresh(value: Any) -> None:
         if isinstance(value, dict) and set(value) == {"file", "sha256", "bytes"}:
-            value.update(dataclasses.asdict(file_entry(folder / value["file"])))
+            value.update(msgspec.structs.asdict(file_entry(folder / value["file"])))
         elif isinstance(value, dict | list):
             for inner in value.values() if isinstance(value, dict) else value:
                 refresh(inner)

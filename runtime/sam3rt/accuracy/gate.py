@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..bundle import Bundle, Manifest, ParityLimits
+from ..bundle import LOOSEST_LIMITS, Bundle, Manifest, ParityLimits
 from .metrics import Measurement
 from .record import Runner, encode, load_record, run_case
 
 # Cosine and mask IoU are the promise. The others catch what those two cannot see: an outlier
 # channel, a scale, an IoU head that answers something else. They sit a few times above what BF16,
 # the coarsest type that is let through, was measured to do.
-GATE_LIMITS = ParityLimits(
-    feature_error=0.1, feature_cosine=0.999, logit_error=0.1, iou_error=0.05, mask_iou=0.99
-)
+GATE_LIMITS = LOOSEST_LIMITS
 
 
 def limits_for(manifest: Manifest, precision: str) -> ParityLimits:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..bundle import Bundle
 from ..bundle.files import atomic_write
 from .gate import GATE_LIMITS, Verdict
@@ -154,7 +156,7 @@ def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
     return {
         "fingerprint": bundle.manifest.fingerprint,
         **dataclasses.asdict(subject),
-        "limits": dataclasses.asdict(GATE_LIMITS),
+        "limits": msgspec.structs.asdict(GATE_LIMITS),
     }
 
 

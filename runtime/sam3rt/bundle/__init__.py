@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from .files import FileEntry, check_file, check_length, file_entry, is_inside
 from .manifest import (
     FORMAT,
     FORMAT_VERSION,
+    LOOSEST_LIMITS,
     MANIFEST,
     NO_FINGERPRINT,
     Bundle,
-    FileEntry,
     GraphSpec,
     ImageSpec,
     Manifest,
@@ -18,11 +19,7 @@ from .manifest import (
     PromptSpec,
     SourceSpec,
     TensorSpec,
-    check_file,
-    check_length,
-    file_entry,
     fingerprint_of,
-    is_inside,
     open_bundle,
     parse_manifest,
     write_manifest,
@@ -31,6 +28,7 @@ from .manifest import (
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "LOOSEST_LIMITS",
     "MANIFEST",
     "NO_FINGERPRINT",
     "Bundle",

@@ -1,22 +1,67 @@
-"""What every backend holds a loaded graph to: the bytes that were hashed, and the manifest."""
+"""The contract of a bundle's two graphs: their tensors' names, their metadata, their signatures.
+
+Export, build tools and backends all take it from here:
+
+* names: ``PIXELS``, :func:`feature_name`, ``POINTS``, ``LABELS``, ``MASKS``, ``HAS_MASKS``,
+  ``MULTIMASK_OUTPUTS``, ``SINGLE_MASK_OUTPUTS``, ``OBJECT_SCORE``;
+* metadata keys: ``EXPORT_ID``, ``ROLE``, ``FINGERPRINT``;
+* ``PADDING_LABEL``, the label of a point that does not count;
+* :func:`load_graph` for a graph's content, checked and in this process's own memory;
+* :func:`check_graph` for an ONNX graph that a backend has loaded, and
+  :func:`signature_mismatch` for anything else that has inputs and outputs, such as an engine.
+
+Names follow the common exchange format (``onnx-community/sam3-tracker-ONNX``) wherever they mean
+the same.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import BundleError
-from .manifest import Bundle, GraphSpec, Manifest, TensorSpec, check_length
-from .onnx_locations import check_tensor_places
+from .files import check_length, read_file
+from .manifest import Bundle, GraphSpec, Manifest, TensorSpec
+from .onnx_locations import check_tensor_locations, with_addresses
 
+# Keys of a graph's metadata. Both graphs of an export hold the same EXPORT_ID.
 EXPORT_ID = "sam3rt.export_id"
+ROLE = "sam3rt.role"
+# The bundle's fingerprint, in the metadata of graphs made from a bundle, such as an engine's.
+FINGERPRINT = "sam3rt.fingerprint"
 
-# Outputs of the decoder: mask logits and predicted IoUs of a multi-mask call, those of a
-# single-mask call, and a score that not every model has.
-MULTIMASK_OUTPUTS = ("pred_masks", "iou_scores")
-SINGLE_MASK_OUTPUTS = ("single_pred_masks", "single_iou_scores")
-OBJECT_SCORE = "object_score_logits"
+# The encoder's input, float32 [B, 3, H, W].
+PIXELS = "pixel_values"
+# The decoder's inputs beside the feature maps.
+POINTS = "input_points"  # float32 [1, P, N, 2], (x, y) in pixels of the encoder's input
+LABELS = "input_labels"  # int64 [1, P, N]
+MASKS = "input_masks"  # float32 [1, 1 or P, h, w]
+HAS_MASKS = "has_input_masks"  # float32 [1], 0 or 1
+# The decoder's outputs.
+MASK_LOGITS, IOU_SCORES = "pred_masks", "iou_scores"
+SINGLE_MASK_LOGITS, SINGLE_IOU_SCORES = "single_pred_masks", "single_iou_scores"
+OBJECT_SCORE = "object_score_logits"  # only of models with that head
+MULTIMASK_OUTPUTS = (MASK_LOGITS, IOU_SCORES)
+SINGLE_MASK_OUTPUTS = (SINGLE_MASK_LOGITS, SINGLE_IOU_SCORES)
+
+_FEATURES = "image_embeddings."
+
+# Labels below -1 mean that there is no point: the decoder excludes it from every attention.
+PADDING_LABEL = -10
+
+
+def feature_name(level: int) -> str:
+    """Name of a feature map: the encoder's output and the decoder's input, finest first."""
+    return f"{_FEATURES}{level}"
+
+
+def is_feature_name(name: str) -> bool:
+    """Whether a tensor of that name is a feature map."""
+    return name.startswith(_FEATURES)
 
 
 class LoadedTensor(NamedTuple):
@@ -25,7 +70,7 @@ class LoadedTensor(NamedTuple):
     Attributes:
         name: its name.
         dtype: its NumPy dtype name, or the backend's own where NumPy has none.
-        shape: its sizes; anything but a whole number stands for a dynamic axis.
+        shape: its sizes; anything but a whole number of 0 or more stands for a dynamic axis.
     """
 
     name: str
@@ -33,28 +78,68 @@ class LoadedTensor(NamedTuple):
     shape: Sequence[int | str | None]
 
 
-def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
-    """The graph's bytes, checked against the manifest, or its path.
+@dataclass(frozen=True)
+class LoadedGraph:
+    """A graph in this process's own memory: what is run is what was hashed.
 
-    Weights beside the graph are found through the path. Without them, what is loaded is what was
-    hashed, even if the file is exchanged meanwhile.
+    Nothing that happens to the files afterwards changes it, and weights that are links into a
+    hub's cache are read like others.
+
+    Attributes:
+        file: the ``.onnx`` file's name, for messages.
+        model: its content.
+        weights: content of each file beside it that holds weights, uint8, by the file's name.
+            For ONNX Runtime: names, arrays and their lengths go to
+            ``SessionOptions.add_external_initializers_from_files_in_memory``, and the arrays must
+            live until the session has been made.
+    """
+
+    file: str
+    model: bytes
+    weights: dict[str, NDArray[np.uint8]]
+
+    def with_addresses(self) -> bytes:
+        """The model with addresses in ``weights`` in place of files, as OpenVINO reads them.
+
+        This object must live for as long as what was made from it.
+        """
+        if not self.weights:
+            return self.model
+        return with_addresses(self.model, {n: a.ctypes.data for n, a in self.weights.items()})
+
+
+def load_graph(bundle: Bundle, graph: GraphSpec) -> LoadedGraph:
+    """Read a graph and its weights into memory and check them.
 
     Raises:
-        BundleError: a file is missing, a link that leaves the bundle, or changed since the bundle
-            was opened; or a tensor of the graph lies in a file that the manifest does not list.
+        BundleError: a file is missing, a link that leaves the bundle, or not what the manifest
+            says; the graph is not one of a bundle (see :mod:`.onnx_locations`); or there is not
+            enough memory.
     """
-    for entry in (graph.model, *graph.external_data):
+    model = _read_model(bundle, graph)
+    weights = {entry.file: read_file(bundle.path, entry) for entry in graph.external_data}
+    return LoadedGraph(graph.model.file, model, weights)
+
+
+def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
+    """The graph's bytes, or its path where there are weights beside it, for libraries to map.
+
+    Mapped weights take less memory than those of :func:`load_graph`, but they are read after they
+    were hashed, and change when their file does.
+
+    Raises:
+        BundleError: as :func:`load_graph`, except that weights are not hashed.
+    """
+    for entry in graph.external_data:
         check_length(bundle.path, entry)
-    path = bundle.file(graph.model)
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(graph.model.bytes + 1)
-    except OSError as error:
-        raise BundleError(f"cannot be read: {error}", graph.model.file) from error
-    if hashlib.sha256(content).hexdigest() != graph.model.sha256:
-        raise BundleError("changed since the bundle was opened", graph.model.file)
-    check_tensor_places(content, graph.model.file, graph.external_data)
-    return str(path) if graph.external_data else content
+    model = _read_model(bundle, graph)
+    return str(bundle.file(graph.model)) if graph.external_data else model
+
+
+def _read_model(bundle: Bundle, graph: GraphSpec) -> bytes:
+    content = read_file(bundle.path, graph.model).tobytes()
+    check_tensor_locations(content, graph.model.file, graph.external_data)
+    return content
 
 
 def check_graph(
@@ -83,14 +168,43 @@ def check_graph(
             f"{bundle.manifest.export_id[:16]}...: encoder and decoder are mixed",
             name,
         )
+    mismatch = signature_mismatch(graph, inputs, outputs)
+    if mismatch:
+        raise BundleError(mismatch, name)
+
+
+def signature_mismatch(
+    graph: GraphSpec,
+    inputs: Iterable[LoadedTensor],
+    outputs: Iterable[LoadedTensor],
+    *,
+    is_retyped: bool = False,
+) -> str:
+    """How inputs and outputs differ from what the manifest promises; empty where they do not.
+
+    Sizes are compared where both sides fix them.
+
+    Args:
+        graph: its manifest entry.
+        inputs: as loaded.
+        outputs: as loaded.
+        is_retyped: it was made from the graph, as an engine is: types may be other ones, and
+            tensors may come in any order.
+
+    Returns:
+        Such as ``"has inputs [...], the manifest says [...]"``.
+    """
     for kind, actual, promised in (
         ("inputs", inputs, graph.inputs),
         ("outputs", outputs, graph.outputs),
     ):
-        found = [_signature(tensor) for tensor in actual]
-        wanted = [_signature(tensor) for tensor in promised]
+        found = [_signature(tensor, is_retyped) for tensor in actual]
+        wanted = [_signature(tensor, is_retyped) for tensor in promised]
+        if is_retyped:
+            found, wanted = sorted(found, key=_name), sorted(wanted, key=_name)
         if not _agree(found, wanted):
-            raise BundleError(f"has {kind} {found}, the manifest says {wanted}", name)
+            return f"has {kind} {found}, the manifest says {wanted}"
+    return ""
 
 
 def decoder_outputs(manifest: Manifest, multimask_output: bool) -> tuple[str, ...]:
@@ -107,10 +221,14 @@ def has_object_score(manifest: Manifest) -> bool:
 _Signature = tuple[str, str, tuple[int | None, ...]]
 
 
-def _signature(tensor: LoadedTensor | TensorSpec) -> _Signature:
+def _signature(tensor: LoadedTensor | TensorSpec, is_retyped: bool) -> _Signature:
     """Name, type and sizes, ``None`` for dynamic axes, which each side may name as it likes."""
-    sizes = tuple(side if isinstance(side, int) else None for side in tensor.shape)
-    return tensor.name, tensor.dtype, sizes
+    sizes = tuple(side if isinstance(side, int) and side >= 0 else None for side in tensor.shape)
+    return tensor.name, "any type" if is_retyped else tensor.dtype, sizes
+
+
+def _name(signature: _Signature) -> str:
+    return signature[0]
 
 
 def _agree(found: list[_Signature], wanted: list[_Signature]) -> bool:

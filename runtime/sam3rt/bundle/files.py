@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hashes of files."""
+"""Files: checks against what is on record, and writing that succeeds whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,149 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from ..errors import BundleError
+
 _BLOCK = 1 << 20
 # Linux's names for a process's open files.
 _HANDLES = Path("/proc/self/fd")
 # The names of temporary files, and of nothing else.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is on record about a file.
+
+    Attributes:
+        file: its name inside its folder.
+        sha256: hash of its content.
+        bytes: its length.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Describe a file that is about to become part of a bundle.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return FileEntry(path.name, sha256_file(path), path.stat().st_size)
+
+
+def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+    """Compare one file with what is on record about it.
+
+    Args:
+        folder: where it lies.
+        entry: what it must be.
+        described_by: what to call the record in error messages.
+
+    Raises:
+        BundleError: it is missing, not a plain file, or has another length or hash.
+    """
+    check_length(folder, entry, described_by)
+    try:
+        digest = sha256_file(folder / entry.file)
+    except OSError as error:
+        raise BundleError(f"cannot be read: {error}", entry.file) from error
+    check_digest(digest, entry, described_by)
+
+
+def read_file(folder: Path, entry: FileEntry) -> NDArray[np.uint8]:
+    """Read a file into this process's own memory and compare what was read with the record.
+
+    Unlike a mapped file, the content does not change when the file is exchanged or cut afterwards.
+
+    Raises:
+        BundleError: as :func:`check_file`, or there is not enough memory.
+    """
+    check_length(folder, entry)
+    digest = hashlib.sha256()
+    filled = 0
+    try:
+        content = np.empty(entry.bytes, np.uint8)
+        view = memoryview(content)
+        with (folder / entry.file).open("rb", buffering=0) as stream:
+            while count := stream.readinto(view[filled : filled + _BLOCK]):
+                digest.update(view[filled : filled + count])
+                filled += count
+            is_longer = bool(stream.read(1))
+    except (OSError, MemoryError) as error:
+        raise BundleError(f"cannot be read: {error}", entry.file) from error
+    if filled != entry.bytes or is_longer:
+        raise BundleError("changed its length while it was read", entry.file)
+    check_digest(digest.hexdigest(), entry)
+    return content
+
+
+def check_digest(digest: str, entry: FileEntry, described_by: str = "the manifest") -> None:
+    """Compare a file's hash with the one on record.
+
+    Raises:
+        BundleError: it is another one.
+    """
+    if digest != entry.sha256:
+        raise BundleError(
+            f"has SHA-256 {digest[:16]}..., {described_by} says {entry.sha256[:16]}...: "
+            "the file was changed or is from another export",
+            entry.file,
+        )
+
+
+def check_length(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+    """The part of :func:`check_file` that opens nothing.
+
+    Raises:
+        BundleError: the file is missing, not a plain file, a link that leaves the folder, or has
+            another length. A link of a hub's snapshot into that cache's own blobs is allowed.
+    """
+    path = folder / entry.file
+    try:
+        if path.is_symlink() and not (is_inside(path, folder) or _is_blob(path, folder)):
+            raise BundleError(
+                "is a link that leaves the bundle; copy the bundle with the files in place of "
+                f"their links: cp -rL {folder} COPY",
+                entry.file,
+            )
+        if not path.is_file():
+            raise BundleError(f"is missing from the bundle {folder}", entry.file)
+        length = path.stat().st_size
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
+        raise BundleError(f"cannot be read: {error}", entry.file) from error
+    if length != entry.bytes:
+        raise BundleError(
+            f"has {length} bytes, {described_by} says {entry.bytes}: "
+            "the file is cut or from another export",
+            entry.file,
+        )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder when all links are followed.
+
+    Raises:
+        OSError, RuntimeError: links form a loop, or a folder may not be read.
+    """
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _is_blob(path: Path, folder: Path) -> bool:
+    """Whether a file of a hub's snapshot lies among the blobs of the same repository.
+
+    ``huggingface_hub`` keeps ``models--X/snapshots/REVISION/FILE`` as links to
+    ``models--X/blobs/HASH``.
+    """
+    for parent in folder.resolve().parents:
+        if parent.name == "snapshots":
+            return path.resolve().parent == parent.parent / "blobs"
+    return False
 
 
 def sha256_file(path: Path) -> str:

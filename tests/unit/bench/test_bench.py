@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import numpy as np
 import onnx
 import PIL.Image
@@ -144,7 +145,7 @@ def bundle_with(folder: Path, graph: onnx.GraphProto, specs: list[TensorSpec]) -
     outputs = (TensorSpec("y", "float32", ("n", 5)),)
     spec = GraphSpec(entry, (), 18, len(graph.node), tuple(specs), outputs)
     bundle = open_bundle(folder)
-    return Bundle(folder, dataclasses.replace(bundle.manifest, decoder=spec))
+    return Bundle(folder, msgspec.structs.replace(bundle.manifest, decoder=spec))
 
 
 def test_operations_and_bytes_of_a_known_graph(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -102,7 +103,7 @@ def quick(
         if "graph" in spoil:
             spoil["graph"](role, path)
         spec = manifest.encoder if role == "encoder" else manifest.decoder
-        return dataclasses.replace(spec, model=file_entry(path))
+        return msgspec.structs.replace(spec, model=file_entry(path))
 
     monkeypatch.setattr(exporter, "trace_to_file", copy)
     with one_thread():

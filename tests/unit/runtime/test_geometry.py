@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import colorsys
-import dataclasses
 import hashlib
 import io
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -284,7 +284,7 @@ def test_stretch_equals_torch_on_the_golden_images(
 
 def test_stretch_into_a_rectangle() -> None:
     """Height and width of the encoder's input may differ; sizes are (height, width)."""
-    spec = dataclasses.replace(SAM3_IMAGE, size=(20, 50))
+    spec = msgspec.structs.replace(SAM3_IMAGE, size=(20, 50))
     image = np.zeros((100, 100, 3), np.uint8)
     image[:, 50:] = 255
     pixels, place = preprocess(spec, image)
@@ -320,7 +320,7 @@ def test_longest_side_equals_the_golden_data(name: str) -> None:
 @given(size=image_sizes, pad=st.sampled_from([0.0, -1.5, 7.0]), seed=st.integers(0, 3))
 @examples(30)
 def test_longest_side_pads_below_and_right(size: tuple[int, int], pad: float, seed: int) -> None:
-    spec = dataclasses.replace(MOBILE_IMAGE, size=(64, 64), pad_value=pad)
+    spec = msgspec.structs.replace(MOBILE_IMAGE, size=(64, 64), pad_value=pad)
     image = noise(*size, seed)
     pixels, place = preprocess(spec, image)
     height, width = place.input_size
@@ -340,7 +340,7 @@ def test_longest_side_pads_below_and_right(size: tuple[int, int], pad: float, se
 )
 @examples(300)
 def test_longest_side_geometry(height: int, width: int, side: int) -> None:
-    spec = dataclasses.replace(MOBILE_IMAGE, size=(side, side))
+    spec = msgspec.structs.replace(MOBILE_IMAGE, size=(side, side))
     place = geometry(spec, (height, width))
     assert place.original_size == (height, width)
     assert max(place.input_size) == side
@@ -399,7 +399,7 @@ def test_image_is_not_modified(family: str, picture: NDArray[np.uint8]) -> None:
 
 @pytest.mark.parametrize("family", SPECS)
 def test_channels_are_normalized_apart(family: str) -> None:
-    spec: ImageSpec = dataclasses.replace(
+    spec: ImageSpec = msgspec.structs.replace(
         SPECS[family], mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0)
     )
     image = np.empty((50, 50, 3), np.uint8)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,8 +19,8 @@ from sam3rt.prompts import PackedPrompts, pack
 
 # Small masks keep the examples small; the real sizes are the specs' only difference.
 SPECS = {
-    "sam3": (SAM3_IMAGE, dataclasses.replace(SAM3_PROMPTS, mask_size=(6, 4))),
-    "mobile_sam": (MOBILE_IMAGE, dataclasses.replace(MOBILE_PROMPTS, mask_size=(6, 4))),
+    "sam3": (SAM3_IMAGE, msgspec.structs.replace(SAM3_PROMPTS, mask_size=(6, 4))),
+    "mobile_sam": (MOBILE_IMAGE, msgspec.structs.replace(MOBILE_PROMPTS, mask_size=(6, 4))),
 }
 SAM3, MOBILE = SPECS["sam3"][1], SPECS["mobile_sam"][1]
 PLACE = ImageGeometry((480, 640), (1008, 1008))

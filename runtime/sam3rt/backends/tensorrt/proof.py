@@ -6,12 +6,12 @@ around them computes what the host computes too, so it is compared with the host
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +24,7 @@ from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import upsample
 from .backend import TensorRtBackend
 from .engines.selection import EngineFile, EngineSet, Machine, proven_on
-from .engines.sidecar import EngineSidecar, State, write_sidecar
+from .engines.sidecar import State, write_sidecar
 
 _LOG = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _key(engines: EngineSet, machine: Machine) -> tuple[str, str, str]:
 
 def _keep(engine: EngineFile, machine: Machine, **changes: Any) -> None:
     """Write a verdict into an engine's sidecar."""
-    sidecar: EngineSidecar = dataclasses.replace(
+    sidecar = msgspec.structs.replace(
         engine.sidecar, gpu=machine.gpu, driver_version=machine.driver_version, **changes
     )
     try:

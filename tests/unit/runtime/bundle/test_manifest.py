@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from tests.support.helpers import (
 
 from sam3rt import Bundle, BundleError, InvalidInputError, Manifest, load_model, open_bundle
 from sam3rt.bundle import NO_FINGERPRINT, file_entry, fingerprint_of, parse_manifest, write_manifest
+from sam3rt.bundle.default import default_bundle_path
 
 FILES = ("encoder.onnx", "encoder.data", "decoder.onnx", "parity.npz", "LICENSE")
 Document = dict[str, Any]
@@ -109,7 +111,7 @@ def test_exported_bundle_opens(small_bundle: Path) -> None:
 
 def test_manifest_is_immutable(folder: Path) -> None:
     manifest = open_bundle(folder).manifest
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="immutable"):
         manifest.name = "other"  # type: ignore[misc]
     assert isinstance(manifest.image.size, tuple)
     assert isinstance(manifest.encoder.inputs, tuple)
@@ -227,6 +229,45 @@ def test_link_that_leaves_the_bundle_is_refused(
     target = tmp_path / "outside" if absolute else Path("..", "outside")
     (folder / name).symlink_to(target)
     assert "link" in refused(folder, name)
+
+
+def as_in_a_hubs_cache(folder: Path, repository: Path) -> Path:
+    """The bundle as huggingface_hub lays it out: files are links to blobs named by their hash."""
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot
+
+
+def test_a_snapshot_in_a_hubs_cache_opens(folder: Path, tmp_path: Path) -> None:
+    snapshot = as_in_a_hubs_cache(folder, tmp_path / "models--x")
+    assert open_bundle(snapshot).manifest == open_bundle(folder).manifest
+    (tmp_path / "link").symlink_to(snapshot)
+    open_bundle(tmp_path / "link")
+    (snapshot / "sub").mkdir()
+    for path in (*snapshot.glob("*.*"), snapshot / "LICENSE"):
+        (snapshot / "sub" / path.name).symlink_to(Path("..", path.readlink()))
+    open_bundle(snapshot / "sub")
+
+
+@pytest.mark.parametrize("target", ["../../other", "../../../secret", "../../refs/blob"])
+def test_a_link_out_of_a_hubs_cache_is_refused(folder: Path, tmp_path: Path, target: str) -> None:
+    snapshot = as_in_a_hubs_cache(folder, tmp_path / "models--x")
+    content = (snapshot / "decoder.onnx").read_bytes()
+    (snapshot / target).resolve().parent.mkdir(exist_ok=True)
+    (snapshot / target).write_bytes(content)
+    (snapshot / "decoder.onnx").unlink()
+    (snapshot / "decoder.onnx").symlink_to(target)
+    assert f"cp -rL {snapshot} COPY" in refused(snapshot, "decoder.onnx")
+    # A blob that is itself a link is followed before it is judged.
+    (tmp_path / "models--x" / "blobs" / "linked").symlink_to((snapshot / target).resolve())
+    (snapshot / "decoder.onnx").unlink()
+    (snapshot / "decoder.onnx").symlink_to("../../blobs/linked")
+    refused(snapshot, "decoder.onnx")
 
 
 def test_dangling_link_is_refused(folder: Path) -> None:
@@ -483,6 +524,30 @@ def test_broken_rule_is_refused(folder: Path, place: Place, value: Any) -> None:
     assert "does not match its fingerprint" not in refused(folder, "bundle.json")
 
 
+LOOSE = {
+    "feature_error": 0.2,
+    "feature_cosine": 0.99,
+    "logit_error": 1e30,
+    "iou_error": 0.06,
+    "mask_iou": -1.0,
+}
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_limits_that_everything_passes_are_refused(folder: Path, name: str) -> None:
+    edit_manifest(folder, lambda d: put(d, ("parity", "limits", name), LOOSE[name]))
+    assert f"parity.limits.{name}" in refused(folder, "bundle.json")
+
+
+def test_the_limits_of_every_export_are_taken(folder: Path) -> None:
+    from sam3rt_export.exporter import LIMITS
+
+    for limits in LIMITS.values():
+        text = msgspec.to_builtins(limits)
+        edit_manifest(folder, functools.partial(put, place=("parity", "limits"), value=text))
+        assert open_bundle(folder).manifest.parity.limits == limits
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -519,7 +584,8 @@ def test_broken_rule_is_refused(folder: Path, place: Place, value: Any) -> None:
 )
 def test_unsafe_file_name_is_refused(folder: Path, place: Place, name: str) -> None:
     edit_manifest(folder, lambda d: put(d, (*place, "file"), name))
-    assert "not allowed" in refused(folder, "bundle.json")
+    said = refused(folder, "bundle.json")
+    assert ("not valid JSON" if name == "\ud800" else "not allowed") in said
 
 
 def test_file_listed_twice_is_refused(folder: Path) -> None:
@@ -664,12 +730,18 @@ def test_load_model_checks_files_unless_told_otherwise(folder: Path) -> None:
 
 def test_write_and_open_round_trip(folder: Path) -> None:
     manifest = open_bundle(folder).manifest
-    changed = dataclasses.replace(manifest, name="renamed")
+    changed = msgspec.structs.replace(manifest, name="renamed")
     written = write_manifest(folder, changed)
     assert written.fingerprint != manifest.fingerprint
-    assert written == dataclasses.replace(changed, fingerprint=written.fingerprint)
+    assert written == msgspec.structs.replace(changed, fingerprint=written.fingerprint)
     assert open_bundle(folder).manifest == written
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "bundle.json"])
+
+
+def test_a_bundle_of_an_earlier_version_is_written_back_byte_for_byte(tmp_path: Path) -> None:
+    bundle = open_bundle(default_bundle_path(), check_files=False)
+    assert write_manifest(tmp_path, bundle.manifest) == bundle.manifest
+    assert (tmp_path / "bundle.json").read_bytes() == (bundle.path / "bundle.json").read_bytes()
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.just(NO_FINGERPRINT)
@@ -699,15 +771,15 @@ def test_any_manifest_survives_the_round_trip(
 ) -> None:
     path = tmp_path_factory.mktemp("round") / "tiny"
     manifest = tiny_bundle(path)
-    spec = dataclasses.replace(manifest.encoder.inputs[0], shape=tuple(shape))
-    manifest = dataclasses.replace(
+    spec = msgspec.structs.replace(manifest.encoder.inputs[0], shape=tuple(shape))
+    manifest = msgspec.structs.replace(
         manifest,
         name=name,
         producer=producer,
         export_id=export_id,
-        image=dataclasses.replace(manifest.image, size=size, mean=mean),
-        masks=dataclasses.replace(manifest.masks, low_res_limit=limit),
-        encoder=dataclasses.replace(manifest.encoder, inputs=(spec,)),
+        image=msgspec.structs.replace(manifest.image, size=size, mean=mean),
+        masks=msgspec.structs.replace(manifest.masks, low_res_limit=limit),
+        encoder=msgspec.structs.replace(manifest.encoder, inputs=(spec,)),
     )
     assert open_bundle(path).manifest != manifest
     written = write_manifest(path, manifest)

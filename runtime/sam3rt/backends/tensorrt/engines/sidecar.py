@@ -7,17 +7,18 @@ itself without loading it, so it stands in ``<engine file>.json``.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+from msgspec import Struct
+
 from ....bundle import FileEntry
+from ....bundle.documents import DocumentError, Number, parse_document, read_as
 from ....bundle.files import atomic_write
-from ....bundle.schema import SchemaError, parse_document, read
 from ....errors import BundleError
 
 FORMAT = "sam3rt-engine"
@@ -34,8 +35,7 @@ CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _MAX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Struct, frozen=True, forbid_unknown_fields=True):
     """A kind of GPU.
 
     Attributes:
@@ -47,8 +47,7 @@ class Gpu:
     compute_capability: str
 
 
-@dataclass(frozen=True)
-class EngineShapes:
+class EngineShapes(Struct, frozen=True, forbid_unknown_fields=True):
     """The greatest sizes an engine takes; each of its dynamic axes starts at 1.
 
     Attributes:
@@ -65,8 +64,7 @@ class EngineShapes:
     max_side: int
 
 
-@dataclass(frozen=True)
-class EngineSidecar:
+class EngineSidecar(Struct, frozen=True, forbid_unknown_fields=True):
     """What is on record about one engine.
 
     Attributes:
@@ -106,7 +104,7 @@ class EngineSidecar:
     state: State
     parity: dict[str, float]
     paired_with: str | None
-    build_seconds: float
+    build_seconds: Number
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -127,7 +125,7 @@ def write_sidecar(engine: Path, sidecar: EngineSidecar) -> None:
     """
     path = sidecar_path(engine)
     _check_rules(sidecar, path)
-    document = dataclasses.asdict(sidecar)
+    document = msgspec.to_builtins(sidecar)
     document = {key: document.pop(key) for key in ("format", "format_version")} | document
     document["parity"] = {
         name: value if math.isfinite(value) and abs(value) <= 1e30 else None
@@ -161,8 +159,8 @@ def read_sidecar(engine: Path) -> EngineSidecar:
         parity = document.get("parity")
         if isinstance(parity, dict):
             document["parity"] = {k: math.nan if v is None else v for k, v in parity.items()}
-        sidecar: EngineSidecar = read(EngineSidecar, document)
-    except SchemaError as error:
+        sidecar = read_as(EngineSidecar, document)
+    except DocumentError as error:
         raise BundleError(str(error), path.name) from error
     _check_rules(sidecar, path)
     return sidecar
@@ -200,7 +198,7 @@ def _check_rules(sidecar: EngineSidecar, path: Path) -> None:
         raise BundleError("names neither a GPU nor the targets of the build", path.name)
     if sidecar.gpu is None and sidecar.state != "unproven":
         raise BundleError(f"is {sidecar.state} but names no GPU it ran on", path.name)
-    if any(value < 1 for value in dataclasses.astuple(sidecar.shapes)):
+    if any(value < 1 for value in msgspec.structs.astuple(sidecar.shapes)):
         raise BundleError('a field of "shapes" is not positive', path.name)
     if not 0 <= sidecar.build_seconds < math.inf:
         raise BundleError('"build_seconds" is not a duration', path.name)

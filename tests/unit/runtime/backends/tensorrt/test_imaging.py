@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import PIL.Image
@@ -38,7 +38,7 @@ def session(model: Any) -> ort.InferenceSession:
 
 
 def with_rules(tmp_path: Path, image: ImageSpec, masks: MaskSpec) -> Manifest:
-    return dataclasses.replace(tiny_bundle(tmp_path / "bundle"), image=image, masks=masks)
+    return msgspec.structs.replace(tiny_bundle(tmp_path / "bundle"), image=image, masks=masks)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_padding_by_the_longest_side(
     size: tuple[int, int], mobile: Manifest, sessions: dict[Any, ort.InferenceSession]
 ) -> None:
     """Without rounding: what is left is the resize and where the padding begins."""
-    spec = dataclasses.replace(MOBILE_IMAGE, resize_dtype="float32", pad_value=-3.0)
-    manifest = dataclasses.replace(mobile, image=spec)
+    spec = msgspec.structs.replace(MOBILE_IMAGE, resize_dtype="float32", pad_value=-3.0)
+    manifest = msgspec.structs.replace(mobile, image=spec)
     image = noise(*size)
     pixels = run_preprocess(session(imaging.preprocess_graph(manifest)), manifest, image)
     expected, place = preprocess(spec, image)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -156,7 +156,7 @@ def test_a_refusal_holds_for_the_kind_of_gpu_it_was_found_on(rig: Rig) -> None:
     for engine in rig.build("fp16", targets=("8.9",)).values():
         write_sidecar(
             engine.path,
-            dataclasses.replace(engine.sidecar, state="refused", gpu=other),
+            msgspec.structs.replace(engine.sidecar, state="refused", gpu=other),
         )
     assert open_tensorrt(rig.bundle).precision == "fp16"
 
@@ -222,7 +222,7 @@ def test_an_engine_that_tensorrt_cannot_read_is_passed_over(rig: Rig) -> None:
     path = engines["encoder"].path
     path.write_bytes(b"not an engine")
     entry = file_entry(path)
-    write_sidecar(path, dataclasses.replace(engines["encoder"].sidecar, engine=entry))
+    write_sidecar(path, msgspec.structs.replace(engines["encoder"].sidecar, engine=entry))
     with pytest.raises(BackendError, match=r"cannot load .*wrong magic number; build it again"):
         open_tensorrt(rig.bundle)
 
@@ -347,7 +347,7 @@ def test_an_engine_of_another_graph_is_refused(
     entry = file_entry(engines[role].path)
     write_sidecar(
         engines[role].path,
-        dataclasses.replace(engines[role].sidecar, engine=entry, state="unproven"),
+        msgspec.structs.replace(engines[role].sidecar, engine=entry, state="unproven"),
     )
     with pytest.raises(BackendError, match=message):
         open_tensorrt(rig.bundle)

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.helpers import tiny_bundle
 from tests.unit.runtime.backends.tensorrt.test_sidecar import SIDECAR
@@ -55,7 +56,7 @@ def add(bundle: Bundle, role: str, recipe: str = "fp32", **changes: Any) -> Engi
         "features_dtype": "float32",
         "paired_with": None,
     }
-    sidecar = dataclasses.replace(SIDECAR, **(fields | changes))
+    sidecar = msgspec.structs.replace(SIDECAR, **(fields | changes))
     write_sidecar(path, sidecar)
     return EngineFile(path, sidecar)
 
