@@ -277,7 +277,7 @@ def test_limits_can_be_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (5,), (5, 5, 3), (2.0, 3), None])
 def test_a_geometry_has_two_positive_sides(size: Any) -> None:
-    with pytest.raises(ImageError, match="original_size|image"):
+    with pytest.raises(ImageError, match="image: got size"):
         ImageGeometry(size, (8, 8))
     with pytest.raises(ImageError, match="input_size"):
         ImageGeometry((8, 8), size)
