@@ -121,7 +121,7 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
 
     coords: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
-    centres: list[tuple[str, NDArray[np.float32]]] = []
+    centres: list[tuple[str, NDArray[Any]]] = []
     if points is not None:
         coords.append(_to_input(points.coords, geometry, prompts.normalize_coords, "point_coords"))
         labels.append(points.labels)
@@ -143,9 +143,7 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
     return PackedPrompts(np.concatenate(coords, axis=1), np.concatenate(labels, axis=1), masks)
 
 
-def _warn(
-    centres: list[tuple[str, NDArray[np.float32]]], nothing: bool, geometry: ImageGeometry
-) -> None:
+def _warn(centres: list[tuple[str, NDArray[Any]]], nothing: bool, geometry: ImageGeometry) -> None:
     """Warn of prompts that are hardly meant, at the line outside this package that gave them."""
     if nothing:
         message = "no prompt: the masks are of whatever the model finds most prominent"
