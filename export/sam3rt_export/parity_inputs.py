@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.record import ParityCase
 from sam3rt.bundle import ImageSpec, PromptSpec
+from sam3rt.errors import PromptWarning
 from sam3rt.geometry import geometry
 from sam3rt.prompts import Prompts, pack
 
@@ -83,10 +86,12 @@ def cases_for(
         }
         # The first image gets every kind of call, the others the everyday ones.
         names = list(calls) if index == 0 else ["click", "box"]
-        cases += [
-            ParityCase(f"{name}_{index}", index, pack(calls[name], prompts, place))
-            for name in names
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptWarning)  # no prompt at all is one of the cases
+            cases += [
+                ParityCase(f"{name}_{index}", index, pack(calls[name], prompts, place))
+                for name in names
+            ]
     return cases
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .bundle import TensorSpec
 from .bundle.files import atomic_write
-from .errors import EmbeddingError
+from .errors import EmbeddingError, ImageError
 from .features import DeviceArray, Features
 from .geometry import ImageGeometry
 
@@ -177,9 +177,12 @@ def read_embedding(
             f"{path}: made by the bundle {metadata['fingerprint'][:16]}..., "
             f"this model is {fingerprint[:16]}...; encode the image again"
         )
-    place = ImageGeometry(
-        _size(path, metadata["original_size"]), _size(path, metadata["input_size"])
-    )
+    try:
+        place = ImageGeometry(
+            _size(path, metadata["original_size"]), _size(path, metadata["input_size"])
+        )
+    except ImageError as error:
+        raise EmbeddingError(f"{path}: {error}") from error
     if len(data) != data_bytes or len(header) != len(expected):
         raise EmbeddingError(f"{path}: does not hold exactly this model's feature maps")
     maps = []

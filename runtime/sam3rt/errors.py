@@ -27,6 +27,10 @@ class PromptError(InvalidInputError):
     """A point, box, mask or label is not one the predictor takes."""
 
 
+class PromptWarning(UserWarning):
+    """A prompt is legal and hardly meant: there is none at all, or it lies far off the image."""
+
+
 class StateError(Sam3rtError, RuntimeError):
     """A method was called in a state that does not allow it, such as predict before set_image."""
 

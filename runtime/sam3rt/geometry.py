@@ -14,6 +14,12 @@ from .errors import ImageError
 
 Image = NDArray[np.uint8] | PIL.Image.Image
 
+# The largest image that is taken: pixels in all, and along a side. Its masks take four times
+# MAX_PIXELS bytes each as float32, so 3.2 GB for the three masks of an object. Programs that know
+# their images may assign other values, as with Pillow's MAX_IMAGE_PIXELS.
+MAX_PIXELS = 1 << 28
+MAX_SIDE = 1 << 16
+
 # Pillow's weights for 8-bit images have 22 fractional bits (PRECISION_BITS of its Resample.c).
 _FIXED_POINT = 1 << 22
 
@@ -31,10 +37,18 @@ class ImageGeometry:
     Attributes:
         original_size: (height, width) of the image, pixels.
         input_size: (height, width) of the part of the encoder's input that the image fills.
+
+    Raises:
+        ImageError: a size is not two positive whole numbers, or the image is larger than
+            :data:`MAX_PIXELS` or :data:`MAX_SIDE` allow.
     """
 
     original_size: tuple[int, int]
     input_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        check_size(self.original_size)
+        _check_sides(self.input_size, "input_size")
 
     def to_input(self, coords: NDArray[np.float32], normalize: bool) -> NDArray[np.float32]:
         """Map (x, y) coordinates to pixels of the encoder's input.
@@ -53,6 +67,33 @@ class ImageGeometry:
         return mapped
 
 
+def check_size(size: tuple[int, int], argument: str = "image") -> None:
+    """Refuse an image that is empty or larger than :data:`MAX_PIXELS` and :data:`MAX_SIDE` allow.
+
+    Args:
+        size: (height, width), pixels.
+        argument: what to call the image in error messages.
+
+    Raises:
+        ImageError: saying what the limit is and where it is set.
+    """
+    _check_sides(size, argument)
+    height, width = size
+    if height * width > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise ImageError(
+            argument,
+            f"{width} x {height} pixels",
+            f"at most {MAX_PIXELS} pixels and {MAX_SIDE} along a side (MAX_PIXELS and MAX_SIDE of "
+            "sam3rt.geometry, or --max-pixels)",
+        )
+
+
+def _check_sides(size: tuple[int, int], argument: str) -> None:
+    sides = isinstance(size, tuple) and len(size) == 2 and all(isinstance(s, int) for s in size)
+    if not sides or min(size) < 1:
+        raise ImageError(argument, f"size {size!r}", "a height and width of at least one pixel")
+
+
 def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
     """Check an image and return it as an RGB array.
 
@@ -68,11 +109,17 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
         uint8 [H, W, 3]; the caller's own array where it already is one.
 
     Raises:
-        ImageError: anything else, naming what came.
+        ImageError: anything else, naming what came; also 16 bits a channel, which Pillow would
+            cut to 8, and images larger than :data:`MAX_PIXELS` or :data:`MAX_SIDE` allow.
     """
     if isinstance(image, PIL.Image.Image):
-        if 0 in image.size:
-            raise ImageError(argument, f"a PIL image of size {image.size}", "at least one pixel")
+        check_size((image.height, image.width), argument)
+        if _has_16_bits(image):
+            raise ImageError(
+                argument,
+                f"a PIL image of mode {image.mode!r} with 16 bits a channel",
+                "8 bits a channel; convert it first, since scaling to 8 bits is your choice",
+            )
         if image.mode == "RGB" or image.mode in _CONVERTIBLE_MODES:
             try:
                 return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
@@ -100,7 +147,27 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
         raise ImageError(argument, f"an array of shape {image.shape}", "[height, width, 3]")
     if 0 in image.shape:
         raise ImageError(argument, f"an array of shape {image.shape}", "at least one pixel")
-    return image
+    if np.ma.is_masked(image):
+        raise ImageError(argument, "a masked array with masked pixels", "every pixel's colour")
+    check_size((image.shape[0], image.shape[1]), argument)
+    return np.asarray(image)
+
+
+def _has_16_bits(image: PIL.Image.Image) -> bool:
+    """Whether an image that Pillow has opened and not yet decoded has 16 bits a channel.
+
+    Pillow keeps the high byte of such colours without a word. Once it has decoded them, nothing
+    tells that there was a low byte.
+    """
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        raw_mode, limit = arguments[0], arguments[1] if len(arguments) > 1 else 0
+        # Without a byte order, ";16" stands for 16 bits a pixel.
+        if isinstance(raw_mode, str) and raw_mode.endswith((";16B", ";16L", ";16N")):
+            return True
+        if tile[0].startswith("ppm") and isinstance(limit, int) and limit > 255:
+            return True
+    return False
 
 
 def geometry(spec: ImageSpec, original_size: tuple[int, int]) -> ImageGeometry:
@@ -128,8 +195,8 @@ def preprocess(
     Returns:
         float32 [1, 3, height, width] of the spec's size, and where the image lies in it.
     """
-    place = geometry(spec, (image.shape[0], image.shape[1]))
-    height, width = place.input_size
+    inside = geometry(spec, (image.shape[0], image.shape[1]))
+    height, width = inside.input_size
     size = (width, height)
     bilinear = PIL.Image.Resampling.BILINEAR
     pixels = np.full((1, 3, *spec.size), spec.pad_value, np.float32)
@@ -147,22 +214,22 @@ def preprocess(
                 for channel in range(3)
             ]
         )
-    inside = pixels[0, :, :height, :width]
+    filled = pixels[0, :, :height, :width]
     mean = np.array(spec.mean, np.float32)[:, None, None]
     std = np.array(spec.std, np.float32)[:, None, None]
-    np.subtract(planes, mean, out=inside)
-    np.divide(inside, std, out=inside)
-    return pixels, place
+    np.subtract(planes, mean, out=filled)
+    np.divide(filled, std, out=filled)
+    return pixels, inside
 
 
 def resize_matrices(
-    spec: ImageSpec, place: ImageGeometry
+    spec: ImageSpec, image: ImageGeometry
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The resize of :func:`preprocess` as a matrix for either axis.
 
     Args:
         spec: the model's image rules.
-        place: where the image lies in the encoder's input.
+        image: where the image lies in the encoder's input.
 
     Returns:
         Float32 [height of the encoder's input, height of the image] and [width of the image,
@@ -170,7 +237,7 @@ def resize_matrices(
         that rounds to whole levels, weights are those of Pillow's fixed-point arithmetic.
     """
     matrices = []
-    for source, filled, side in zip(place.original_size, place.input_size, spec.size, strict=True):
+    for source, filled, side in zip(image.original_size, image.input_size, spec.size, strict=True):
         weights = _antialiased(source, filled)
         if spec.resize_dtype == "uint8":
             weights = np.floor(weights * _FIXED_POINT + 0.5) / _FIXED_POINT
@@ -180,14 +247,14 @@ def resize_matrices(
     return matrices[0], np.ascontiguousarray(matrices[1].T)
 
 
-def rows_first(place: ImageGeometry) -> bool:
+def rows_first(image: ImageGeometry) -> bool:
     """Whether Pillow 13 resizes an image's rows before its columns.
 
     It matters where intermediate values are rounded. Earlier versions always begin with the
     columns; since 13, rows go first where they lose more than twice as many as the columns do.
     """
     lost_rows, lost_columns = (
-        before - after for before, after in zip(place.original_size, place.input_size, strict=True)
+        before - after for before, after in zip(image.original_size, image.input_size, strict=True)
     )
     return lost_rows > max(0, 2 * lost_columns)
 

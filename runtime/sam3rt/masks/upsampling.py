@@ -1,13 +1,14 @@
 """Bilinear resizing of logits without antialiasing, as PyTorch's ``interpolate`` does it.
 
 Resizing is linear and separable, and so are several resizes and crops after each other: each axis
-is one banded matrix, worked out once per size. Columns are interpolated first, by gathering the few
-that each mixes. Rows are done in groups that mix the same ones, each a small product whose result
-is thresholded while it is still in the cache.
+is one banded matrix, worked out once per size and never held in its dense form, which would take
+gigabytes for a long side. Columns are interpolated first, by gathering the few that each mixes.
+Rows are done in groups that mix the same ones, each a small product whose result is thresholded
+while it is still in the cache.
 
 No product is large enough for NumPy's library to give it to several threads (OpenBLAS; 2^18
-multiplications): its threads then spin in wait of more for a tenth of a second, and on a machine of
-few cores the next decoder call took half as long again (benchmarks/NOTES.md).
+multiplications). Its threads would then spin for a tenth of a second, waiting for more work, and on
+a machine of few cores the next decoder call took half as long again (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -27,16 +28,43 @@ class Resampling(NamedTuple):
     """How maps of one size become maps of another.
 
     Attributes:
+        rows: int64 [R], the input rows that any output row mixes.
         columns: int64 [taps, W], the input columns that each output column mixes.
         column_weights: float32 [taps, W], how much it takes of each.
         weights: float32 [H, band], what each output row takes of the input rows it mixes.
-        groups: (first, last, start): output rows first..last-1 mix input rows start..start+band-1.
+        groups: (first, last, start): output rows first..last-1 mix ``rows[start:start + band]``.
     """
 
+    rows: NDArray[np.int64]
     columns: NDArray[np.int64]
     column_weights: NDArray[np.float32]
     weights: NDArray[np.float32]
     groups: tuple[tuple[int, int, int], ...]
+
+
+class _Band(NamedTuple):
+    """A banded matrix [outputs, inputs]: output i takes ``weights[i]`` of ``start[i]`` onwards.
+
+    Attributes:
+        inputs: how many inputs there are.
+        start: int64 [outputs].
+        weights: float64 [outputs, width].
+    """
+
+    inputs: int
+    start: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    def columns(self) -> NDArray[np.int64]:
+        """The inputs that each output mixes, int64 [outputs, width]."""
+        columns: NDArray[np.int64] = self.start[:, None] + np.arange(self.weights.shape[1])
+        return columns
+
+    def dense(self) -> NDArray[np.float32]:
+        """The whole matrix, float32 [outputs, inputs]."""
+        matrix = np.zeros((len(self.start), self.inputs), np.float32)
+        np.put_along_axis(matrix, self.columns(), self.weights.astype(np.float32), axis=1)
+        return matrix
 
 
 @lru_cache(maxsize=8)
@@ -77,7 +105,7 @@ def upsampling_matrices(
         rows, columns = _bilinear(source[0], target[0]), _bilinear(source[1], target[1])
     else:
         rows, columns = _unpadding(source, padded, kept, target)
-    return rows.astype(np.float32), np.ascontiguousarray(columns.T, np.float32)
+    return rows.dense(), np.ascontiguousarray(columns.dense().T)
 
 
 def resize(
@@ -112,6 +140,8 @@ def resize(
 
 
 def _mix_columns(source: NDArray[np.float32], resampling: Resampling) -> NDArray[np.float32]:
+    if len(resampling.rows) < len(source):
+        source = source[resampling.rows]
     wide: NDArray[np.float32] | None = None
     for columns, weights in zip(resampling.columns, resampling.column_weights, strict=True):
         # "clip" changes nothing, since all are within; NumPy gathers faster where it cannot fail.
@@ -127,60 +157,70 @@ def _mix_columns(source: NDArray[np.float32], resampling: Resampling) -> NDArray
 
 def _unpadding(
     source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[_Band, _Band]:
     rows, columns = (
-        _interpolate(_bilinear(source[axis], padded[axis])[: kept[axis]], target[axis])
-        for axis in (0, 1)
+        _unpadded_axis(*sides) for sides in zip(source, padded, kept, target, strict=True)
     )
     return rows, columns
 
 
-def _bilinear(inputs: int, outputs: int) -> NDArray[np.float64]:
-    """One axis as a matrix [outputs, inputs]."""
-    return _interpolate(np.eye(inputs), outputs)
+def _unpadded_axis(source: int, padded: int, kept: int, target: int) -> _Band:
+    """Resize one axis to ``padded``, keep its first ``kept``, resize these to ``target``."""
+    first, second = _bilinear(source, padded), _bilinear(kept, target)
+    # An output mixes two neighbours, each of which mixes two inputs.
+    shift = int(np.diff(first.start[:kept]).max(initial=0))
+    start = first.start[second.start]
+    weights = np.zeros((target, 2 + shift))
+    for tap in range(second.weights.shape[1]):
+        neighbour = second.start + tap
+        offset = first.start[neighbour] - start
+        for inner in range(first.weights.shape[1]):
+            share = first.weights[neighbour, inner] * second.weights[:, tap]
+            weights[np.arange(target), offset + inner] += share
+    return _trimmed(source, start, weights)
 
 
-def _interpolate(values: NDArray[np.float64], outputs: int) -> NDArray[np.float64]:
-    """Resize the first axis: half-pixel centres, clamped at the borders.
+def _bilinear(inputs: int, outputs: int) -> _Band:
+    """Resize one axis: half-pixel centres, clamped at the borders.
 
     Positions are rounded as PyTorch's are (``area_pixel_compute_source_index``, compiled to one
     fused multiply-add): the step to float32, then the position, once. That agrees with PyTorch
     to 1e-6 where exact positions differ by 2e-4.
     """
-    inputs = len(values)
     step = np.float64(np.float32(inputs / outputs))
     centre = (step * (np.arange(outputs) + 0.5) - 0.5).astype(np.float32)
     centre = np.maximum(centre, np.float32(0.0))
     lower = np.minimum(centre.astype(np.int64), inputs - 1)
-    upper = np.minimum(lower + 1, inputs - 1)
-    fraction = (centre - lower.astype(np.float32))[:, None].astype(np.float64)
-    result: NDArray[np.float64] = values[lower] * (1 - fraction) + values[upper] * fraction
-    return result
+    fraction = (centre - lower.astype(np.float32)).astype(np.float64)
+    # The last input has no neighbour above it, and takes the whole weight.
+    fraction[lower == inputs - 1] = 0.0
+    return _trimmed(inputs, lower, np.stack([1 - fraction, fraction], axis=1))
 
 
-def _resampling(rows: NDArray[np.float64], columns: NDArray[np.float64]) -> Resampling:
-    """From one matrix per axis, [H, h] and [W, w]."""
-    start, weights = _band(rows)
-    first_column, column_weights = _band(columns)
-    taps = np.arange(column_weights.shape[1])
-    most = max(1, _MAX_MULTIPLICATIONS // (weights.shape[1] * len(columns)))
-    changes = np.flatnonzero(np.diff(start)) + 1
-    bounds = sorted({0, *changes.tolist(), *range(0, len(rows), most), len(rows)})
-    groups = tuple((first, last, int(start[first])) for first, last in itertools.pairwise(bounds))
+def _trimmed(inputs: int, start: NDArray[np.int64], weights: NDArray[np.float64]) -> _Band:
+    """A band without the columns on its right that are zero in every row, within its inputs."""
+    width = int(np.flatnonzero(weights.any(axis=0))[-1]) + 1
+    weights = weights[:, :width]
+    # A row that would reach past the last input starts earlier, behind zeros.
+    excess = np.maximum(start + width - inputs, 0)
+    source = np.arange(width) - excess[:, None]
+    shifted = np.take_along_axis(weights, np.maximum(source, 0), axis=1)
+    return _Band(inputs, start - excess, np.where(source >= 0, shifted, 0.0))
+
+
+def _resampling(rows: _Band, columns: _Band) -> Resampling:
+    """From one band per axis."""
+    height, band = rows.weights.shape
+    most = max(1, _MAX_MULTIPLICATIONS // (band * len(columns.start)))
+    changes = np.flatnonzero(np.diff(rows.start)) + 1
+    bounds = sorted({0, *changes.tolist(), *range(0, height, most), height})
+    used = np.unique(rows.columns())
+    starts = np.searchsorted(used, rows.start)
+    groups = tuple((first, last, int(starts[first])) for first, last in itertools.pairwise(bounds))
     return Resampling(
-        np.ascontiguousarray((first_column[:, None] + taps).T),
-        np.ascontiguousarray(column_weights.T, np.float32),
-        np.ascontiguousarray(weights, np.float32),
+        used,
+        np.ascontiguousarray(columns.columns().T),
+        np.ascontiguousarray(columns.weights.T, np.float32),
+        np.ascontiguousarray(rows.weights, np.float32),
         groups,
     )
-
-
-def _band(matrix: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The part of each row that is not zero: where it starts, and its values, of equal length."""
-    inputs = matrix.shape[1]
-    used = matrix != 0
-    start = used.argmax(axis=1)
-    end = inputs - used[:, ::-1].argmax(axis=1)
-    band = int((end - start).max())
-    start = np.minimum(start, inputs - band)
-    return start, np.take_along_axis(matrix, start[:, None] + np.arange(band), axis=1)

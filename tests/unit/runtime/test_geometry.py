@@ -6,6 +6,8 @@ import colorsys
 import hashlib
 import io
 import json
+import struct
+import zlib
 from typing import Any
 
 import msgspec
@@ -17,9 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support.helpers import GOLDEN, MOBILE_IMAGE, SAM3_IMAGE, examples, label, noise, photo
 
+import sam3rt
 from sam3rt import ImageError
 from sam3rt.bundle import ImageSpec
-from sam3rt.geometry import ImageGeometry, geometry, preprocess, to_rgb
+from sam3rt.geometry import MAX_PIXELS, MAX_SIDE, ImageGeometry, geometry, preprocess, to_rgb
 
 SPECS = {"sam3": SAM3_IMAGE, "mobile_sam": MOBILE_IMAGE}
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -232,6 +235,108 @@ def test_torch_tensor_is_refused_by_name() -> None:
         to_rgb(torch.zeros(4, 5, 3, dtype=torch.uint8))
 
 
+def test_masked_array_is_refused_where_pixels_are_masked(picture: NDArray[np.uint8]) -> None:
+    whole = np.ma.masked_array(picture)
+    assert type(to_rgb(whole)) is np.ndarray
+    whole[0, 0] = np.ma.masked
+    with pytest.raises(ImageError, match="masked"):
+        to_rgb(whole)
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, MAX_SIDE + 1), (MAX_SIDE + 1, 1), (1 << 15, (1 << 13) + 1)])
+def test_larger_images_are_refused_wherever_their_size_comes_from(size: tuple[int, int]) -> None:
+    pixel = np.zeros((1, 1, 3), np.uint8)
+    array = np.broadcast_to(pixel, (*size, 3))
+    for call in (lambda: to_rgb(array), lambda: ImageGeometry(size, (8, 8))):
+        with pytest.raises(ImageError, match=rf"{MAX_PIXELS} .*{MAX_SIDE} .*--max-pixels"):
+            call()
+
+
+def test_largest_images_are_taken() -> None:
+    for size in ((1, MAX_SIDE), (MAX_SIDE, 1), (1 << 14, 1 << 14)):
+        array = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (*size, 3))
+        assert to_rgb(array) is array
+        assert ImageGeometry(size, (8, 8)).original_size == size
+
+
+def test_a_large_pil_image_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ImageError, match="65537 x 1 pixels"):
+        to_rgb(PIL.Image.new("1", (MAX_SIDE + 1, 1)))
+
+
+def test_limits_can_be_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sam3rt.geometry, "MAX_SIDE", 70_000)
+    monkeypatch.setattr(sam3rt.geometry, "MAX_PIXELS", 70_000)
+    assert to_rgb(np.zeros((1, 70_000, 3), np.uint8)).shape == (1, 70_000, 3)
+    with pytest.raises(ImageError, match="at most 70000 pixels"):
+        to_rgb(np.zeros((2, 40_000, 3), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1), (5,), (5, 5, 3), (2.0, 3), None])
+def test_a_geometry_has_two_positive_sides(size: Any) -> None:
+    with pytest.raises(ImageError, match="image: got size"):
+        ImageGeometry(size, (8, 8))
+    with pytest.raises(ImageError, match="input_size"):
+        ImageGeometry((8, 8), size)
+
+
+# --- 16 bits a channel ----------------------------------------------------------------------------
+
+
+def deep_png(colour_type: int, bits: int) -> bytes:
+    """A PNG of 4 x 3 pixels: colour type 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    row = b"\0" + bytes(4 * {0: 1, 2: 3, 4: 2, 6: 4}[colour_type] * bits // 8)
+    header = struct.pack(">IIBBBBB", 4, 3, bits, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(row * 3))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(deep_png(colour_type, 16) for colour_type in (0, 2, 4, 6)),
+        b"P6 4 3 65535\n" + bytes(4 * 3 * 6),
+        b"P3 1 1 1023\n1 2 3",
+    ],
+)
+def test_sixteen_bits_a_channel_are_refused_in_colour_too(content: bytes) -> None:
+    """Pillow opens them as 8-bit modes and drops the low byte."""
+    with pytest.raises(ImageError, match="16"):
+        to_rgb(PIL.Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [*(deep_png(colour_type, 8) for colour_type in (0, 2, 4, 6)), b"P6 4 3 255\n" + bytes(36)],
+)
+def test_eight_bits_a_channel_are_taken(content: bytes) -> None:
+    assert to_rgb(PIL.Image.open(io.BytesIO(content))).shape == (3, 4, 3)
+
+
+def test_sixteen_bits_a_pixel_are_taken() -> None:
+    """A bitmap of 5, 6 and 5 bits a channel."""
+    stream = io.BytesIO()
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 3, 1, 16, 3, 24, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    offset = 14 + len(header) + len(masks)
+    stream.write(b"BM" + struct.pack("<IHHI", offset + 24, 0, 0, offset) + header + masks)
+    stream.write(b"\x00\xf8" * 12)
+    stream.seek(0)
+    np.testing.assert_array_equal(to_rgb(PIL.Image.open(stream)), np.full((3, 4, 3), [255, 0, 0]))
+
+
 # --- the stretch rule -----------------------------------------------------------------------------
 
 
@@ -334,8 +439,8 @@ def test_longest_side_pads_below_and_right(size: tuple[int, int], pad: float, se
 
 
 @given(
-    height=st.integers(1, 1 << 20),
-    width=st.integers(1, 1 << 20),
+    height=st.integers(1, 1 << 14),
+    width=st.integers(1, 1 << 14),
     side=st.sampled_from([64, 1008, 1024, 1]),
 )
 @examples(300)

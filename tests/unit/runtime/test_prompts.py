@@ -10,12 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.support.helpers import MOBILE_IMAGE, MOBILE_PROMPTS, SAM3_IMAGE, SAM3_PROMPTS, examples
+from tests.support.helpers import (
+    MOBILE_IMAGE,
+    MOBILE_PROMPTS,
+    SAM3_IMAGE,
+    SAM3_PROMPTS,
+    examples,
+    noise,
+)
 
-from sam3rt import PromptError, Prompts
+from sam3rt import PromptError, Prompts, PromptWarning, SegmentationModel
 from sam3rt.bundle import PromptSpec
 from sam3rt.geometry import ImageGeometry, geometry
-from sam3rt.prompts import PackedPrompts, pack
+from sam3rt.prompts import (
+    MAX_MASK_LOGIT,
+    MAX_OBJECTS,
+    MAX_POINTS,
+    PADDING_LABEL,
+    PackedPrompts,
+    pack,
+)
 
 # Small masks keep the examples small; the real sizes are the specs' only difference.
 SPECS = {
@@ -228,6 +242,171 @@ def test_a_point_box_is_a_box() -> None:
     assert packed(box=[5, 5, 5, 5]).labels.tolist() == [[2, 3, -1]]
 
 
+# --- objects with different numbers of points -----------------------------------------------------
+
+
+@Spec
+@pytest.mark.parametrize("with_boxes", [False, True])
+def test_ragged_points_are_padded_behind_each_object_s_own(
+    spec: PromptSpec, with_boxes: bool
+) -> None:
+    coords = [[[1, 2], [3, 4], [5, 6]], [[7, 8]], []]
+    labels = [[1, 0, -1], [1], []]
+    boxes = [[0, 0, 9, 9], [1, 1, 8, 8], [2, 2, 7, 7]]
+    together = packed(
+        spec, point_coords=coords, point_labels=labels, box=boxes if with_boxes else None
+    )
+    for index in range(3):
+        alone = packed(
+            spec,
+            point_coords=np.reshape(coords[index], (-1, 2)),
+            point_labels=labels[index],
+            box=boxes[index] if with_boxes else None,
+        )
+        present = together.labels[index] >= -1
+        np.testing.assert_array_equal(together.points[index][present], alone.points[0])
+        np.testing.assert_array_equal(together.labels[index][present], alone.labels[0])
+        assert (together.labels[index][~present] == PADDING_LABEL).all()
+
+
+def test_ragged_points_may_be_arrays_or_tensors() -> None:
+    expected = packed(point_coords=[[[1, 2], [3, 4]], [[5, 6]]], point_labels=[[1, 0], [1]])
+    arrays = [np.array([[1, 2], [3, 4]]), np.array([[5, 6]], np.float32)]
+    labels = [np.array([1, 0]), np.array([1])]
+    same(packed(point_coords=arrays, point_labels=labels), expected)
+    same(packed(point_coords=tuple(arrays), point_labels=tuple(labels)), expected)
+    torch = pytest.importorskip("torch")
+    tensors = [torch.from_numpy(array) for array in arrays]
+    same(packed(point_coords=tensors, point_labels=labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("coords", "labels", "argument"),
+    [
+        ([[[1, 2], [3, 4]], [[5, 6]]], [[1, 0], [1, 1]], "point_labels"),
+        ([[[1, 2], [3, 4]], [[5, 6]]], [[1, 0]], "point_labels"),
+        ([[[1, 2], [3, 4]], [[5, 6]]], np.ones((2, 2)), "point_labels"),
+        ([[[1, 2], [3, 4]], [[5, 6]]], [[1, 0], [-10]], "point_labels"),
+        ([[[1, 2], [3, 4]], [[5, 6, 7]]], [[1, 0], [1]], "point_coords"),
+        ([[[1, 2], [3, 4]], [[5, np.nan]]], [[1, 0], [1]], "point_coords"),
+        ([[[1, 2], [3, 4]], "ab"], [[1, 0], [1, 1]], "point_coords"),
+        ([[[1, 2]], [[[1, 2]], [[1, 2]]]], [[1], [[1], [1]]], "point_coords"),
+    ],
+)
+def test_ragged_points_that_do_not_fit_are_refused(coords: Any, labels: Any, argument: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        packed(point_coords=coords, point_labels=labels)
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_ragged_results_are_those_of_calls_of_their_own(
+    model: SegmentationModel, multimask: bool
+) -> None:
+    embedding = model.encode(noise(90, 120))
+    coords = [[[30, 40], [60, 50], [100, 80]], [[10, 10]], [[70, 20], [80, 30]]]
+    labels = [[1, 0, 1], [1], [1, -1]]
+    together = model.decode(embedding, Prompts(coords, labels), multimask)
+    for index in range(3):
+        alone = model.decode(embedding, Prompts(coords[index], labels[index]), multimask)
+        for name in ("low_res_masks", "iou_predictions"):
+            np.testing.assert_allclose(
+                getattr(together, name)[index], getattr(alone, name)[0], rtol=1e-4, atol=2e-4
+            )
+
+
+def test_a_point_that_is_no_point_changes_the_masks(model: SegmentationModel) -> None:
+    """Which is why objects cannot be padded with it."""
+    embedding = model.encode(noise(90, 120))
+    one = model.decode(embedding, Prompts([[30, 40]], [1])).low_res_masks
+    more = model.decode(embedding, Prompts([[30, 40], [0, 0]], [1, -1])).low_res_masks
+    assert np.abs(one - more).max() > 0.01
+
+
+# --- no objects -----------------------------------------------------------------------------------
+
+
+@Spec
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"box": np.zeros((0, 4))},
+        {"point_coords": np.zeros((0, 3, 2)), "point_labels": np.zeros((0, 3))},
+        {
+            "box": np.zeros((0, 4)),
+            "point_coords": np.zeros((0, 3, 2)),
+            "point_labels": np.zeros((0, 3)),
+        },
+        {"box": np.zeros((0, 4)), "mask_input": MASK},
+    ],
+)
+def test_an_empty_set_of_objects_is_packed_as_one(
+    spec: PromptSpec, prompts: dict[str, Any]
+) -> None:
+    result = packed(spec, **prompts)
+    assert len(result.points) == len(result.labels) == 0
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+FAR: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "right": {"point_coords": [[710, 10]], "point_labels": [1]},
+    "left": {"point_coords": [[-70, 10]], "point_labels": [1]},
+    "above": {"point_coords": [[10, -50]], "point_labels": [0]},
+    "one of two": {"point_coords": [[10, 10], [10, 530]], "point_labels": [1, 1]},
+    "pixels for shares": {
+        "point_coords": [[225, 150]],
+        "point_labels": [1],
+        "normalize_coords": False,
+    },
+    "box": {"box": [700, 500, 800, 600]},
+    "endless box": {"box": [0, 0, 1e9, 1e9]},
+    "one of two boxes": {"box": [[0, 0, 9, 9], [-500, 0, -400, 9]]},
+    "point beside a good box": {
+        "box": [0, 0, 9, 9],
+        "point_coords": [[10, 1e6]],
+        "point_labels": [1],
+    },
+    "one of ragged": {
+        "point_coords": [[[1, 1], [2, 2]], [[-900, 1]]],
+        "point_labels": [[1, 1], [1]],
+    },
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+@Spec
+@pytest.mark.filterwarnings("always::sam3rt.errors.PromptWarning")
+def test_prompts_that_are_hardly_meant_are_warned_of_once(spec: PromptSpec, name: str) -> None:
+    with pytest.warns(PromptWarning) as caught:
+        packed(spec, **FAR[name])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert ("no prompt" if name == "nothing" else "far outside") in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"mask_input": MASK},
+        {"point_coords": [[-60, 500]], "point_labels": [1]},
+        {"point_coords": [[0, 0], [640, 480]], "point_labels": [1, 0]},
+        {"point_coords": [[9e9, 9e9], [3, 3]], "point_labels": [-1, 1]},
+        {"point_coords": np.zeros((0, 2)), "point_labels": []},
+        {"box": [-100, -100, 740, 580]},
+        {"box": [400, 300, 800, 600]},
+        {"box": np.zeros((0, 4))},
+        {"point_coords": [[0.9, 0.9]], "point_labels": [1], "normalize_coords": False},
+    ],
+)
+@Spec
+@pytest.mark.filterwarnings("error")
+def test_usual_prompts_are_not_warned_of(spec: PromptSpec, prompts: dict[str, Any]) -> None:
+    packed(spec, **prompts)
+
+
 # --- forms that are accepted ----------------------------------------------------------------------
 
 
@@ -288,6 +467,34 @@ def test_torch_tensors_are_accepted() -> None:
     same(actual, expected)
 
 
+def test_bfloat16_of_ml_dtypes_is_accepted() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    expected = packed(point_coords=POINTS, point_labels=LABELS, box=BOXES, mask_input=MASKS)
+    actual = packed(
+        point_coords=POINTS.astype(ml_dtypes.bfloat16),
+        point_labels=LABELS,
+        box=BOXES.astype(ml_dtypes.bfloat16),
+        mask_input=MASKS.astype(ml_dtypes.bfloat16),
+    )
+    same(actual, expected)
+
+
+def test_tensors_that_numpy_cannot_read_are_refused_with_advice() -> None:
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, requires_grad=True)):
+        with pytest.raises(PromptError, match=r"\.detach\(\)\.cpu\(\)\.float\(\)") as caught:
+            packed(point_coords=tensor, point_labels=[1])
+        assert caught.value.argument == "point_coords"
+
+
+def test_masked_arrays_are_accepted_where_nothing_is_masked() -> None:
+    expected = packed(point_coords=POINTS, point_labels=LABELS)
+    actual = packed(
+        point_coords=np.ma.masked_array(POINTS), point_labels=np.ma.masked_array(LABELS)
+    )
+    same(actual, expected)
+
+
 def test_inputs_are_left_alone_and_not_shared() -> None:
     arrays = {"point_coords": POINTS, "point_labels": LABELS, "box": BOXES, "mask_input": MASKS}
     given_arrays = {name: array.copy() for name, array in arrays.items()}
@@ -307,6 +514,8 @@ CLICK: dict[str, Any] = {"point_coords": [[1, 2]], "point_labels": [1]}
 # Every number class can hold at most this; beyond is not a float32.
 HUGE = 3e38
 
+pytestmark = pytest.mark.filterwarnings("ignore::sam3rt.errors.PromptWarning")
+
 BAD_POINTS: dict[str, Any] = {
     "NaN": [[1, float("nan")]],
     "infinite": [[float("inf"), 1]],
@@ -320,7 +529,6 @@ BAD_POINTS: dict[str, Any] = {
     "one coordinate": [[1]],
     "four axes": [[[[1, 2]]]],
     "empty list": [],
-    "no objects": np.zeros((0, 1, 2)),
     "ragged": [[1, 2], [3]],
     "strings": [["1", "2"]],
     "text": "click",
@@ -408,7 +616,6 @@ BAD_BOXES: dict[str, Any] = {
     "three axes": [[[1, 2, 3, 4]]],
     "scalar": 7,
     "empty": [],
-    "no boxes": np.zeros((0, 4)),
     "ragged": [[1, 2, 3, 4], [1, 2]],
     "strings": ["1", "2", "3", "4"],
     "complex": [1j, 2, 3, 4],
@@ -456,6 +663,90 @@ def test_bad_masks_are_refused(spec: PromptSpec, click: dict[str, Any], name: st
     with pytest.raises(PromptError) as caught:
         packed(spec, mask_input=BAD_MASKS[name], **click)
     assert caught.value.argument == "mask_input"
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
+def test_a_binary_mask_is_not_taken_for_logits(dtype: Any) -> None:
+    with pytest.raises(PromptError, match=r"numpy\.where\(mask, 10\.0, -10\.0\)") as caught:
+        packed(mask_input=(MASK > 5).astype(dtype))
+    assert caught.value.argument == "mask_input"
+
+
+@pytest.mark.parametrize("value", [1.01e4, -1.01e4, 3e38, -3e38])
+def test_logits_too_large_for_the_decoder_are_refused(value: float) -> None:
+    """Beyond some 1e36 its sums are infinite, then NaN: empty masks without an error."""
+    with pytest.raises(PromptError, match=r"mask_input: got a value of .*10000"):
+        packed(mask_input=np.where(MASK == 5, value, MASK))
+    assert packed(mask_input=np.full_like(MASK, 1e4)).masks is not None
+
+
+def test_largest_logits_give_finite_masks(model: SegmentationModel) -> None:
+    height, width = model.manifest.prompts.mask_size
+    logits = np.full((1, height, width), MAX_MASK_LOGIT)
+    logits[..., ::2] *= -1
+    decoded = model.decode(model.encode(noise(9, 9)), Prompts(mask_input=logits))
+    assert np.isfinite(decoded.low_res_masks).all()
+    assert np.isfinite(decoded.iou_predictions).all()
+
+
+@pytest.mark.parametrize("argument", ["point_coords", "point_labels", "box", "mask_input"])
+@pytest.mark.parametrize("inside_a_list", [False, True])
+def test_masked_values_are_refused(argument: str, inside_a_list: bool) -> None:
+    prompts = {
+        "point_coords": POINTS.copy(),
+        "point_labels": LABELS,
+        "box": BOXES.copy(),
+        "mask_input": MASKS.copy(),
+    }
+    masked = np.ma.masked_array(prompts[argument])
+    masked[(0,) * masked.ndim] = np.ma.masked
+    prompts[argument] = list(masked) if inside_a_list else masked
+    with pytest.raises(PromptError, match="masked") as caught:
+        packed(**prompts)
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("prompts", "argument"),
+    [
+        ({"box": np.ones((MAX_OBJECTS + 1, 4))}, "box"),
+        ({"mask_input": np.zeros((MAX_OBJECTS + 1, 1, 6, 4))}, "mask_input"),
+        (
+            {
+                "point_coords": np.ones((MAX_OBJECTS + 1, 1, 2)),
+                "point_labels": np.ones((MAX_OBJECTS + 1, 1)),
+            },
+            "point_coords",
+        ),
+        (
+            {
+                "point_coords": np.ones((MAX_POINTS + 1, 2)),
+                "point_labels": np.ones(MAX_POINTS + 1),
+            },
+            "point_coords",
+        ),
+        (
+            {
+                "point_coords": [[[1, 1]], np.ones((MAX_POINTS + 1, 2))],
+                "point_labels": [[1], np.ones(MAX_POINTS + 1)],
+            },
+            "point_coords",
+        ),
+        (
+            {
+                "point_coords": [[[1, 1]] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
+                "point_labels": [[1] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
+            },
+            "point_coords",
+        ),
+    ],
+)
+def test_objects_and_points_have_a_limit(prompts: dict[str, Any], argument: str) -> None:
+    with pytest.raises(PromptError, match="at most 1024") as caught:
+        packed(**prompts)
+    assert caught.value.argument == argument
+    largest = np.ones((MAX_OBJECTS, 4), np.float32)
+    assert len(packed(box=largest).points) == MAX_OBJECTS
 
 
 @pytest.mark.parametrize(
