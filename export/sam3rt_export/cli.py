@@ -13,9 +13,10 @@ HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\
 Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a parity record.
 
-CHECKPOINT is Meta's sam3.pt (or a model of another size in the same naming), a transformers
-folder or hub id such as facebook/sam3, or MobileSAM's mobile_sam.pt. The exported graphs are
-run in ONNX Runtime and compared with the PyTorch model; a bundle that differs is not written.
+CHECKPOINT is Meta's sam3.pt or sam3.1_multiplex.pt (or a model of another size in the same
+naming), MobileSAM's mobile_sam.pt, any of these as .safetensors, or a transformers folder or hub
+id such as facebook/sam3. The exported graphs are run in ONNX Runtime and compared with the
+PyTorch model; a bundle that differs is not written.
 The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
 """
 
@@ -45,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="small image to compare on and to store in the parity record; repeatable "
         "(default: two drawn scenes)",
+    )
+    parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="which dict to take from a file that holds several models, such as ema",
     )
     parser.add_argument(
         "--license", metavar="NAME", help="licence of the weights, for the manifest"
@@ -77,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
             license=options.license,
             license_path=options.license_file,
             overwrite=options.overwrite,
+            weights_key=options.weights_key,
         ),
         progress=progress_printer(),
     )

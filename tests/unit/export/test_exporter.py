@@ -35,16 +35,15 @@ from sam3rt.accuracy.record import load_record
 from sam3rt.bundle import GraphSpec, file_entry, open_bundle
 from sam3rt.bundle.files import sha256_file
 from sam3rt.errors import BundleError
-from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, tracing
-from sam3rt_export import transaction as staging
+from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, tracing, transaction
 from sam3rt_export.errors import CheckpointError, SelfCheckError
 from sam3rt_export.exporter import LIMITS, self_check
 from sam3rt_export.parity_inputs import default_images
-from sam3rt_export.read_architecture import read_architecture
-from sam3rt_export.references.transformers_sam3 import TransformersOracle, build_tracker_model
-from sam3rt_export.source import Oracle
+from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
+from sam3rt_export.source import Reference
 from sam3rt_export.sources import open_source
 from sam3rt_export.sources.sam3 import sam3_source
+from sam3rt_export.sources.sam3_architecture import read_architecture
 from sam3rt_export.tracing import FORBIDDEN, TraceRequest
 
 FILES = ["bundle.json", "decoder.onnx", "encoder.onnx", "parity.npz"]
@@ -209,10 +208,10 @@ def feeds(path: Path, arrays: list[Any]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def small_oracle() -> Oracle:
+def small_reference() -> Reference:
     """The small SAM 3 in transformers' code."""
     tensors = small_tensors()
-    return TransformersOracle(build_tracker_model(read_architecture(tensors), tensors))
+    return TransformersReference(build_tracker_model(read_architecture(tensors), tensors))
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +232,11 @@ def test_a_batch_of_images_is_each_image_alone(small_bundle: Path, small_pixels:
                 assert relative(maps[i : i + 1], alone[i][level]) < 1e-5
 
 
-def test_the_encoder_equals_the_oracle(
-    small_bundle: Path, small_oracle: Oracle, small_pixels: Tensor
+def test_the_encoder_equals_the_reference(
+    small_bundle: Path, small_reference: Reference, small_pixels: Tensor
 ) -> None:
     maps = run_onnx(small_bundle / "encoder.onnx", {"pixel_values": small_pixels[:1].numpy()})
-    for actual, expected in zip(maps, small_oracle.encode(small_pixels[:1]), strict=True):
+    for actual, expected in zip(maps, small_reference.encode(small_pixels[:1]), strict=True):
         assert relative(actual, expected) < 1e-4
 
 
@@ -265,18 +264,18 @@ def decode(
 
 
 @pytest.fixture(scope="module")
-def small_features(small_oracle: Oracle, small_pixels: Tensor) -> tuple[Tensor, ...]:
-    """Features of one image by the oracle."""
-    return small_oracle.encode(small_pixels[:1])
+def small_features(small_reference: Reference, small_pixels: Tensor) -> tuple[Tensor, ...]:
+    """Features of one image by the reference."""
+    return small_reference.encode(small_pixels[:1])
 
 
 @pytest.mark.parametrize(
     ("objects", "count", "masks"),
     [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 6, 2), (3, 2, 1), (3, 4, 0), (4, 3, 4), (4, 0, 0)],
 )
-def test_the_decoder_equals_the_oracle(
+def test_the_decoder_equals_the_reference(
     small_bundle: Path,
-    small_oracle: Oracle,
+    small_reference: Reference,
     small_features: tuple[Tensor, ...],
     objects: int,
     count: int,
@@ -284,7 +283,7 @@ def test_the_decoder_equals_the_oracle(
 ) -> None:
     asked = prompts(7 * objects + count, objects, count, masks, 1008, 288)
     logits, iou, score = decode(small_bundle / "decoder.onnx", small_features, asked)
-    said = small_oracle.decode(small_features, *asked)
+    said = small_reference.decode(small_features, *asked)
     assert said.object_score is not None
     assert logits.shape == (objects, 4, 288, 288)
     assert float(said.logits.abs().max()) > 1.0
@@ -294,24 +293,24 @@ def test_the_decoder_equals_the_oracle(
 
 
 @pytest.fixture(scope="module")
-def tiny_oracle() -> Oracle:
+def tiny_reference() -> Reference:
     """The tiny SAM 3 in transformers' code."""
     tensors = tiny_tensors()
-    return TransformersOracle(build_tracker_model(read_architecture(tensors), tensors))
+    return TransformersReference(build_tracker_model(read_architecture(tensors), tensors))
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3, 4])
 @pytest.mark.parametrize("masks", ["none", "one", "each"])
 def test_the_decoder_takes_every_count(
-    tiny_bundle: Path, tiny_oracle: Oracle, objects: int, masks: str
+    tiny_bundle: Path, tiny_reference: Reference, objects: int, masks: str
 ) -> None:
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    features = tiny_oracle.encode(pixels)
+    features = tiny_reference.encode(pixels)
     given = {"none": 0, "one": 1, "each": objects}[masks]
     for count in range(7):
         asked = prompts(7 * objects + count, objects, count, given, 8, 16)
         logits, iou, score = decode(tiny_bundle / "decoder.onnx", features, asked)
-        said = tiny_oracle.decode(features, *asked)
+        said = tiny_reference.decode(features, *asked)
         assert said.object_score is not None
         assert relative(logits, said.logits) < 1e-4
         assert relative(iou, said.iou) < 1e-4
@@ -320,9 +319,9 @@ def test_the_decoder_takes_every_count(
 
 @pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
 def test_a_mask_that_does_not_count_does_not_matter(
-    tiny_bundle: Path, tiny_oracle: Oracle, value: float
+    tiny_bundle: Path, tiny_reference: Reference, value: float
 ) -> None:
-    features = tiny_oracle.encode(torch.zeros(1, 3, 8, 8))
+    features = tiny_reference.encode(torch.zeros(1, 3, 8, 8))
     points, labels, _ = prompts(0, 2, 3, 0, 8, 16)
     path = tiny_bundle / "decoder.onnx"
     results = []
@@ -398,7 +397,7 @@ def test_sizes_that_are_no_tensors_are_part_of_the_id(change: dict[str, Any]) ->
     other = dataclasses.replace(one, **change)
     ids = {
         exporter._export_id(
-            sam3_source(arch, tensors, None, kind="test", reference="test"), ExportOptions()
+            sam3_source(arch, tensors, None, kind="test", origin="test"), ExportOptions()
         )
         for arch in (one, other)
     }
@@ -581,7 +580,7 @@ def test_another_model_than_the_graphs_is_noticed(
     model = build_tracker_model(read_architecture(other), other)
 
     def changed(checkpoint: Any) -> Any:
-        return dataclasses.replace(open_source(checkpoint), oracle=TransformersOracle(model))
+        return dataclasses.replace(open_source(checkpoint), reference=TransformersReference(model))
 
     monkeypatch.setattr(exporter, "open_source", changed)
     with pytest.raises(SelfCheckError):
@@ -685,7 +684,7 @@ def test_the_old_bundle_comes_back_where_the_new_one_cannot_take_its_place(
     tiny_checkpoint: Path, old_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system cannot exchange two names in one step."""
-    monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(transaction, "_exchange", lambda first, second: False)
     rename = Path.rename
 
     def refuse_the_new_one(self: Path, target: Any) -> Path:
@@ -753,7 +752,7 @@ def test_a_parent_that_cannot_be_written_is_refused(
     def refuse(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(staging.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(transaction.tempfile, "mkdtemp", refuse)
     with pytest.raises(ExportError, match=r"cannot be written.*Permission denied"):
         export_bundle(tiny_checkpoint, tmp_path / "out")
     assert leftovers(tmp_path) == ["file"]

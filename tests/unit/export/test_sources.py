@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from sam3rt.bundle.files import sha256_file
 from sam3rt_export.errors import CheckpointError
-from sam3rt_export.read_architecture import read_architecture
 from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from sam3rt_export.source import ExportSource
 from sam3rt_export.sources import open_source, transformers_model
-from sam3rt_export.sources.checkpoint_file import load_tensors
-from sam3rt_export.sources.sam3_checkpoint import source_from_tensors
+from sam3rt_export.sources.checkpoint_file import read_state
+from sam3rt_export.sources.sam3 import source_from_tensors
+from sam3rt_export.sources.sam3_architecture import read_architecture
+from sam3rt_export.sources.state_dict import canonical_tensors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,7 +100,7 @@ def differences(one: ExportSource, other: ExportSource) -> list[float]:
 def test_a_sam3_file(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     source = open_source(checkpoint)
     assert (source.model_type, source.kind, source.name) == ("sam3", "sam3.pt", "sam3")
-    assert source.reference == "sam3_tiny.pt"
+    assert source.origin == "sam3_tiny.pt"
     assert source.sha256 == sha256_file(checkpoint)
     assert source.license == "SAM License"
     assert source.image.size == (8, 8)
@@ -118,11 +119,11 @@ def test_a_sam3_file(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     assert set(source.versions) == {"transformers"}
 
 
-def test_the_graphs_are_those_of_the_oracle(checkpoint: Path) -> None:
+def test_the_graphs_are_those_of_the_reference(checkpoint: Path) -> None:
     source = open_source(checkpoint)
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        pairs = zip(source.encoder(pixels), source.oracle.encode(pixels), strict=True)
+        pairs = zip(source.encoder(pixels), source.reference.encode(pixels), strict=True)
     assert max(relative(a, b) for a, b in pairs) < 1e-5
 
 
@@ -149,7 +150,7 @@ def test_other_floating_point_types(
     stored = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
     torch.save(stored, tmp_path / "stored.pt")
     torch.save({n: cast(t, torch.float32) for n, t in stored.items()}, tmp_path / "rounded.pt")
-    loaded, _ = load_tensors(tmp_path / "stored.pt")
+    loaded = canonical_tensors(read_state(tmp_path / "stored.pt")[0], "test")
     assert {t.dtype for t in loaded.values()} == {torch.float32, torch.complex64}
     one, other = (open_source(tmp_path / name) for name in ("rounded.pt", "stored.pt"))
     assert max(differences(one, other)) == 0.0
@@ -164,17 +165,20 @@ def test_a_file_older_than_pytorch_1_6(
     assert max(differences(open_source(checkpoint), open_source(path))) == 0.0
 
 
-def test_entries_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
-    content = {"a": torch.ones(2), "epoch": 4, "names": ["x"], 5: torch.ones(1)}
+def test_entries_that_are_no_tensors_are_left_out(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    content = tensors | {"epoch": 4, "names": ["x"], 5: torch.ones(1)}
     torch.save(content, tmp_path / "mixed.pt")
-    loaded, _ = load_tensors(tmp_path / "mixed.pt")
-    assert list(loaded) == ["a"]
+    loaded, _ = read_state(tmp_path / "mixed.pt")
+    assert set(loaded) == set(tensors)
 
 
-def test_parameters_are_loaded_detached(tmp_path: Path) -> None:
-    torch.save({"a": nn.Parameter(torch.ones(2))}, tmp_path / "parameters.pt")
-    loaded, _ = load_tensors(tmp_path / "parameters.pt")
-    assert not loaded["a"].requires_grad
+def test_parameters_are_loaded_detached(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    name = DECODER + "conv_s0.bias"
+    torch.save(tensors | {name: nn.Parameter(tensors[name])}, tmp_path / "parameters.pt")
+    loaded, _ = read_state(tmp_path / "parameters.pt")
+    assert not canonical_tensors(loaded, "test")[name].requires_grad
 
 
 class Exploit:
@@ -336,7 +340,7 @@ def test_a_model_with_one_wrong_tensor_is_refused(tensors: dict[str, Tensor], da
         if changed[name] is None:
             del changed[name]
         try:
-            source_from_tensors(changed, kind="test", reference="test")
+            source_from_tensors(changed, kind="test", origin="test")
             opened.append(name)
         except CheckpointError:
             pass
@@ -362,7 +366,7 @@ def test_a_model_with_one_wrong_tensor_is_refused(tensors: dict[str, Tensor], da
 def test_unknown_tensors_beside_the_known_ones(tensors: dict[str, Tensor], extra: str) -> None:
     """They are ignored or refused; either way nothing crashes."""
     with contextlib.suppress(CheckpointError):
-        source_from_tensors(tensors | {extra: torch.zeros(3)}, kind="test", reference="test")
+        source_from_tensors(tensors | {extra: torch.zeros(3)}, kind="test", origin="test")
 
 
 def test_only_used_tensors_are_needed(tmp_path: Path) -> None:
@@ -381,7 +385,7 @@ def test_a_transformers_folder_is_the_same_model(
     folder = tmp_path / "sam3-hf"
     model.save_pretrained(folder)
     source = open_source(folder)
-    assert (source.kind, source.reference, source.sha256) == ("transformers", "sam3-hf", "")
+    assert (source.kind, source.origin, source.sha256) == ("transformers", "sam3-hf", "")
     assert source.model_type == "sam3"
     reference = open_source(checkpoint)
     assert source.image == reference.image
@@ -397,7 +401,7 @@ def test_a_folder_given_with_a_trailing_slash_or_as_a_path(
 ) -> None:
     folder = tmp_path / "sam3-hf"
     model.save_pretrained(folder)
-    assert open_source(f"{folder}/" if as_string else folder).reference == "sam3-hf"
+    assert open_source(f"{folder}/" if as_string else folder).origin == "sam3-hf"
 
 
 def test_the_small_model_from_a_folder_equals_the_file(
@@ -462,7 +466,7 @@ def test_folders_that_hold_no_sam3(content: dict[str, str], tmp_path: Path) -> N
 
 def test_a_live_model(checkpoint: Path, model: Any) -> None:
     source = open_source(model)
-    assert (source.kind, source.reference) == ("Sam3TrackerModel", "live model")
+    assert (source.kind, source.origin) == ("Sam3TrackerModel", "live model")
     assert max(differences(open_source(checkpoint), source)) < 1e-5
 
 
@@ -471,7 +475,7 @@ def test_a_live_model_keeps_its_own_epsilon(tensors: dict[str, Tensor]) -> None:
     source = open_source(build_tracker_model(architecture, tensors))
     pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        pairs = zip(source.encoder(pixels), source.oracle.encode(pixels), strict=True)
+        pairs = zip(source.encoder(pixels), source.reference.encode(pixels), strict=True)
         assert max(relative(a, b) for a, b in pairs) < 1e-5
 
 
@@ -522,7 +526,7 @@ def test_the_callers_parameters_stay_trainable(model: Any) -> None:
 
 def test_the_references_tracker(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     source = open_source(ReferenceTracker(tensors))
-    assert (source.kind, source.reference) == ("reference tracker", "ReferenceTracker")
+    assert (source.kind, source.origin) == ("live model", "ReferenceTracker")
     assert source.model_type == "sam3"
     assert max(differences(open_source(checkpoint), source)) == 0.0
 
@@ -630,7 +634,7 @@ def test_mobile_sam_without_its_code_says_what_to_install(
         open_source(tmp_path / "mobile_sam.pt")
 
 
-def test_torchvision_can_be_imported_beside_the_oracles() -> None:
+def test_torchvision_can_be_imported_beside_the_references() -> None:
     import torchvision
 
     import sam3rt_export.references  # noqa: F401

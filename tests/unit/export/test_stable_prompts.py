@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sam3rt
 from sam3rt.accuracy.record import ParityCase, load_record
 from sam3rt.prompts import PackedPrompts
-from sam3rt_export import stable_prompts as conditioning
+from sam3rt_export import stable_prompts
 from sam3rt_export.graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph, SingleMask
 from sam3rt_export.parity_inputs import cases_for, default_images
 from sam3rt_export.source import ExportSource
@@ -139,13 +139,13 @@ def test_there_must_be_a_candidate(tiny: ExportSource) -> None:
 def test_nothing_stays_hooked_to_the_decoder(tiny: ExportSource) -> None:
     decoder: SamDecoderGraph = tiny.decoder
     images = default_images()
-    features = tiny.oracle.encode(torch.zeros(1, 3, *tiny.image.size))
+    features = tiny.reference.encode(torch.zeros(1, 3, *tiny.image.size))
     candidates = [cases_for(images, tiny.image, tiny.prompts, shift)[0] for shift in SHIFTS]
     chosen = most_decided(decoder, features, candidates)
     assert not decoder.single_mask._forward_pre_hooks
     # It is the one whose margin is the greatest, or the first that has enough.
     with torch.no_grad():
-        margins = [conditioning._margin(decoder, features, each) for each in candidates]
+        margins = [stable_prompts._margin(decoder, features, each) for each in candidates]
     enough = [margin >= 1.0 for margin in margins]
     expected = enough.index(True) if any(enough) else int(np.argmax(margins))
     assert chosen is candidates[expected]
