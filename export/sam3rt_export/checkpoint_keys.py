@@ -183,7 +183,9 @@ LORA = re.compile(r"(^|[._])lora_|\.base_layer\.|^base_model\.")
 _LOOKS = (
     (LORA, "LoRA adapters: merge them into the weights first (PEFT: model.merge_and_unload())"),
     (
-        re.compile(r"scale|zero_point|packed|quant|absmax|\.SCB$|codebook"),
+        re.compile(
+            r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|qweight|quant|absmax|\.SCB$"
+        ),
         "the scales of quantized weights: export the weights they were made from",
     ),
     (re.compile(r"_orig_mod"), "the names of a compiled model: pass the model it was made from"),

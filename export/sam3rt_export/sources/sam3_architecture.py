@@ -17,8 +17,8 @@ from ..graphs.sam3_encoder import Sam3Architecture, axial_rope
 # says so. transformers' default of 1e-6 is visibly further from the reference's outputs.
 REFERENCE_LAYER_NORM_EPS = 1e-5
 
-# Of 576 and more table rows; a table from another formula is off by whole radians.
-_ROPE_TOLERANCE = 1e-3
+# A table stored in BF16 is off by 0.004, one from another formula by whole radians.
+_ROPE_TOLERANCE = 1e-2
 
 
 def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
