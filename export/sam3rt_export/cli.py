@@ -20,8 +20,6 @@ PyTorch model; a bundle that differs is not written.
 The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
 """
 
-_EXTRAS = {"mobile_sam": "mobile-sam", "timm": "mobile-sam", "onnxruntime": "cpu"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
@@ -67,12 +65,11 @@ def run(options: argparse.Namespace) -> int:
         from . import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        extra = _EXTRAS.get(missing, "export")
         raise BackendError(
             f"the export needs {missing}: pip install 'sam3rt[export,cpu]'"
-            if extra in ("export", "cpu")
-            else f"the export needs {missing}: pip install 'sam3rt[{extra}]'"
         ) from error
+    except (ImportError, OSError) as error:  # a library that is there and does not load
+        raise BackendError(f"the export's libraries cannot be loaded: {error}") from error
     bundle = export_bundle(
         options.checkpoint,
         options.output,

@@ -71,6 +71,8 @@ LIMITS = {
         feature_error=2e-2, feature_cosine=0.9999, logit_error=2e-2, iou_error=5e-3, mask_iou=0.99
     ),
 }
+# Log-odds move by 1 / (s (1 - s)) times as much as the IoU s: 4 at 0.5, 20 at 0.95.
+_LOG_ODDS_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,13 @@ def export_bundle(
     recover(target)
     _check_target(target, options.overwrite)
     with _writing(target) as folder:
-        record, limits = _write_files(checkpoint, folder, options, say)
+        record, log_odds = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
         free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
-        self_check(folder, record, limits)
+        self_check(folder, record, _limits(options.weights, log_odds))
         if options.weights == "float16":
-            _expect_stored_weights(folder, record)
+            _expect_stored_weights(folder, record, _limits("float32", log_odds))
         _check_target(target, options.overwrite)  # minutes have passed
         commit(folder, target, replace=options.overwrite)
     say(f"wrote {target}")
@@ -142,8 +144,12 @@ def export_bundle(
 
 def _write_files(
     checkpoint: Any, folder: Path, options: ExportOptions, say: Progress
-) -> tuple[ParityRecord, ParityLimits]:
-    """Write every file of the bundle into an empty folder."""
+) -> tuple[ParityRecord, bool]:
+    """Write every file of the bundle into an empty folder.
+
+    Returns:
+        The parity record, and whether the model predicts log-odds of IoUs.
+    """
     say("reading the checkpoint")
     source = open_source(checkpoint, options.weights_key)
     images = list(options.parity_images) or default_images()
@@ -158,6 +164,7 @@ def _write_files(
     say(f"traced the decoder: {decoder.nodes} nodes")
     for graph in (encoder, decoder):
         onnx.checker.check_model(str(folder / graph.model.file))
+    log_odds = source.decoder.architecture.predicts_log_odds
     manifest = Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
@@ -172,7 +179,7 @@ def _write_files(
         masks=source.masks,
         encoder=encoder,
         decoder=decoder,
-        parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
+        parity=ParitySpec(file_entry(folder / "parity.npz"), _limits(options.weights, log_odds)),
         producer={
             "sam3rt": sam3rt.__version__,
             "torch": torch.__version__,
@@ -181,7 +188,15 @@ def _write_files(
         },
     )
     write_manifest(folder, manifest)
-    return record, manifest.parity.limits
+    return record, log_odds
+
+
+def _limits(weights: str, log_odds: bool) -> ParityLimits:
+    """The differences allowed in FP32, in the unit in which IoUs are predicted."""
+    limits = LIMITS[weights]
+    if not log_odds:
+        return limits
+    return dataclasses.replace(limits, iou_error=_LOG_ODDS_FACTOR * limits.iou_error)
 
 
 def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list[Measurement]:
@@ -206,7 +221,7 @@ def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list
     return measurements
 
 
-def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
+def _expect_stored_weights(folder: Path, record: ParityRecord, limits: ParityLimits) -> None:
     """Let the record expect what the rounded weights give in FP32, now that they are checked.
 
     The record exists to find errors that a machine or an engine adds. Held to the unrounded model,
@@ -215,7 +230,7 @@ def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
     bundle = open_bundle(folder, check_files=False)
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
     rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
-    parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
+    parity = ParitySpec(file_entry(folder / "parity.npz"), limits)
     write_manifest(folder, dataclasses.replace(bundle.manifest, parity=parity))
 
 

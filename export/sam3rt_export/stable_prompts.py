@@ -80,8 +80,8 @@ def _margin(decoder: SamDecoderGraph, features: tuple[Tensor, ...], case: Parity
     ((logits, iou),) = seen
     score = rule.stability(logits[:, :1])[:, 0]
     stability = (score - rule.threshold).abs() / _STABILITY_MARGIN
-    # The margin is one of IoUs in [0, 1]; SAM 3.1 predicts their log-odds.
-    iou = iou if decoder.architecture.sigmoid_iou else torch.sigmoid(iou)
+    if decoder.architecture.predicts_log_odds:  # the margin is meant for IoUs
+        iou = torch.sigmoid(iou)
     first, second = iou[:, 1:].topk(2, dim=1).values.unbind(1)
     between = torch.minimum(stability, (first - second) / _IOU_MARGIN)
     return float(torch.where(score >= rule.threshold, stability, between).min())

@@ -44,6 +44,14 @@ class DecoderArchitecture:
     stability_delta: float = 0.05
     stability_threshold: float = 0.98
 
+    @property
+    def predicts_log_odds(self) -> bool:
+        """Whether IoUs are predicted as log(s / (1 - s)), as by SAM 3.1.
+
+        SAM 1's head has no sigmoid either, and predicts the IoU itself.
+        """
+        return self.single_mask == "stability" and not self.sigmoid_iou
+
 
 class FourierPositions(nn.Module):
     """The random Fourier features that encode coordinates in [0, 1]."""

@@ -69,12 +69,13 @@ def case(number: int) -> ParityCase:
 
 def decide(scores: dict[int, tuple[float, list[float]]], **rule: Any) -> tuple[int, list[int]]:
     """Which case is chosen, by its number, and which ones were looked at."""
-    choice = SingleMask(dataclasses.replace(ARCHITECTURE, **rule))
+    architecture = dataclasses.replace(ARCHITECTURE, **rule)
     made = {
         number: (masks_of(stability), torch.tensor([iou]))
         for number, (stability, iou) in scores.items()
     }
-    decoder: Any = Scripted(choice, made)
+    decoder: Any = Scripted(SingleMask(architecture), made)
+    decoder.architecture = architecture
     chosen = most_decided(decoder, (), [case(number) for number in scores])
     return int(chosen.prompts.points[0, 0, 0]), decoder.seen
 
@@ -106,6 +107,15 @@ def test_the_first_case_with_a_margin_is_taken(
     scores: dict[int, tuple[float, list[float]]], chosen: int, looked_at: list[int]
 ) -> None:
     assert decide(scores) == (chosen, looked_at)
+
+
+@pytest.mark.parametrize(("second", "chosen"), [(0.8975, 1), (0.8875, 0)])
+def test_log_odds_are_judged_as_the_ious_they_mean(second: float, chosen: int) -> None:
+    """SAM 3.1's scores near 0.9 are ten times as far apart as the IoUs."""
+    ious = torch.tensor([0.5, 0.9, second, 0.1])
+    scores = {0: (UNSTABLE, torch.logit(ious).tolist()), 1: (STABLE, APART)}
+    assert decide(scores, sigmoid_iou=False)[0] == chosen
+    assert decide(scores | {0: (UNSTABLE, ious.tolist())})[0] == chosen
 
 
 def test_scores_of_the_first_mask_do_not_count() -> None:
