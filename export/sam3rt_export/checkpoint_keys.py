@@ -179,12 +179,12 @@ def unknown_transformers_names(names: Iterable[str]) -> list[str]:
 
 
 LORA = re.compile(r"(^|[._])lora_|\.base_layer\.|^base_model\.")
-# What leftovers look like: a pattern of their names, what they are and what to do about them.
+# What unknown tensors look like: a pattern of their names, what they are and what helps.
 _LOOKS = (
     (LORA, "LoRA adapters: merge them into the weights first (PEFT: model.merge_and_unload())"),
     (
         re.compile(
-            r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|qweight|quant|absmax|\.SCB$"
+            r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|quant|absmax|\.SCB$"
         ),
         "the scales of quantized weights: export the weights they were made from",
     ),
@@ -197,7 +197,7 @@ _LOOKS = (
 
 
 def unknown_tensors(what: str, names: Iterable[str]) -> CheckpointError:
-    """The error that names some tensors in the parts to export that are no parameters of theirs.
+    """The error for tensors that belong to an exported part and are none of its parameters.
 
     Args:
         what: the checkpoint.
@@ -222,7 +222,8 @@ def _any_of(rules: Iterable[str]) -> re.Pattern[str]:
 
 _CANONICAL = _any_of(
     [canonical for canonical, _ in RULES]
-    + [TRUNK + "blocks.{}.attn." + leaf for leaf in ("qkv.weight", "qkv.bias", "freqs_cis")]
+    + [f"{TRUNK}blocks.{{}}.attn.qkv.{leaf}" for leaf in _WEIGHT_BIAS]
+    + [f"{TRUNK}blocks.{{}}.attn.freqs_cis{part}" for part in ("", "_real", "_imag")]
     + [_POS, _GAUSS]
     + [f"{PROMPT}point_embeddings.{index}.weight" for index in range(_POINTS)]
 )

@@ -29,7 +29,7 @@ class ReferenceMasks:
 
 
 class Reference(Protocol):
-    """The model in PyTorch, by code that is not ours: what an export is held to."""
+    """The model in PyTorch code by other authors; an export must agree with it."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """float32 [1, 3, S, S] to the feature maps, finest first."""

@@ -105,7 +105,7 @@ class MaskPrompt(nn.Module):
         x = regroup(x, -1, g * g, 4 * self.first.bias.shape[0])
         x = gelu(self.second_norm(self.second(x)))
         # The choice is made on the 16 channels before the projection, which is 16 times less.
-        # Selected, not multiplied: what does not count may be anything, NaN included.
+        # A select, not a product: a mask that does not count may hold anything, NaN included.
         given = present > 0.5
         offset = torch.where(given, self.project_bias, self.absent)
         return torch.matmul(torch.where(given, x, 0.0), self.project) + offset

@@ -20,8 +20,8 @@ from .operators import Linear, layer_norm, regroup, split_heads
 
 Pair = tuple[Tensor, Tensor]
 
-# Added to the scores of padding tokens. Within FP16's range; a softmax in FP32 gives exactly 0 for
-# any other scores below 29,000, which those of this network are far from.
+# Added to the scores of padding tokens. It is within FP16's range. A softmax in FP32 then gives
+# exactly 0, as long as the other scores are above -29,000; this network's are nowhere near that.
 PADDING_SCORE = -30000.0
 
 

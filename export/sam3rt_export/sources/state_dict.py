@@ -92,11 +92,11 @@ def canonical_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tenso
             )
         else:
             sources[renamed] = original
+    unknown = unknown_names(sources)
+    if unknown:
+        raise unknown_tensors(what, [sources[name] for name in unknown])
     tensors = {name: ready(original, state[original]) for name, original in sources.items()}
     _join_rotary_tables(tensors)
-    unknown = unknown_names(tensors)
-    if unknown:
-        raise unknown_tensors(what, [sources[name] for name in unknown if name in sources])
     return tensors
 
 
@@ -186,8 +186,9 @@ def _replace_prefix(name: str, aliases: Iterable[tuple[str, str]]) -> str:
 
 def _join_rotary_tables(tensors: dict[str, Tensor]) -> None:
     """Turn ``freqs_cis_real`` and ``freqs_cis_imag`` into ``freqs_cis``, in place."""
-    for name in [name for name in tensors if name.endswith(".freqs_cis_real")]:
-        base = name.removesuffix("_real")
-        imaginary = tensors.get(base + "_imag")
-        if imaginary is not None and imaginary.shape == tensors[name].shape:
-            tensors[base] = torch.complex(tensors.pop(name), tensors.pop(base + "_imag"))
+    halves = [name for name in tensors if name.endswith(("freqs_cis_real", "freqs_cis_imag"))]
+    for base in {name[: -len("_real")] for name in halves}:
+        real, imaginary = (tensors.pop(base + part, None) for part in ("_real", "_imag"))
+        if real is None or imaginary is None or real.shape != imaginary.shape:
+            raise CheckpointError(f"{base}_real and {base}_imag do not make one rotary table")
+        tensors[base] = torch.complex(real, imaginary)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from tests.support.export_helpers import (
     DECODER,
@@ -27,9 +28,11 @@ from tests.support.export_helpers import (
     small_tensors,
     tiny_tensors,
 )
+from tests.support.golden_calls import sam3_golden
 from torch import Tensor
 
 import sam3rt
+import sam3rt_export
 from sam3rt.accuracy.record import load_record
 from sam3rt.bundle import GraphSpec, file_entry, open_bundle
 from sam3rt.bundle.files import sha256_file
@@ -617,6 +620,14 @@ def test_the_command(
     assert "exists" in capsys.readouterr().err
 
 
+def test_the_command_without_a_library_that_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(sam3rt_export, "export_bundle")
+    assert main(["export", "x.pt", "--output", "y"]) == 1
+    assert "the export's libraries cannot be loaded" in capsys.readouterr().err
+
+
 # --- SAM 3.1 --------------------------------------------------------------------------------------
 
 
@@ -660,6 +671,24 @@ def test_sam_3_1_answers_as_sam_3_with_log_odds_for_scores(
         np.testing.assert_array_equal(multiplex[0], sam3[0])
         np.testing.assert_array_equal(multiplex[2], sam3[2])
         np.testing.assert_allclose(multiplex[1], np.log(sam3[1] / (1 - sam3[1])), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sam_3s_golden_calls_under_sam_3_1s_names(
+    small_model: sam3rt.SegmentationModel,
+    golden_images: dict[int, NDArray[np.uint8]],
+    tmp_path: Path,
+) -> None:
+    """What SAM 3 answers is held to the reference's golden data; SAM 3.1 answers the same."""
+    torch.save(as_multiplex(small_tensors()), tmp_path / "sam3.1_multiplex.pt")
+    export_bundle(tmp_path / "sam3.1_multiplex.pt", tmp_path / "bundle")
+    model = sam3rt.load_model(tmp_path / "bundle", device="cpu")
+    sam3, multiplex = (sam3_golden(m, golden_images).expected for m in (small_model, model))
+    assert sam3.keys() == multiplex.keys()
+    for name, (masks, iou, low_res) in sam3.items():
+        np.testing.assert_array_equal(multiplex[name][0], masks)
+        np.testing.assert_array_equal(multiplex[name][2], low_res)
+        np.testing.assert_allclose(multiplex[name][1], np.log(iou / (1 - iou)), atol=1e-4)
 
 
 # --- MobileSAM ------------------------------------------------------------------------------------

@@ -89,6 +89,18 @@ def test_the_published_size() -> None:
     assert (architecture.grid, architecture.head_dim) == (72, 64)
 
 
+def test_the_published_size_needs_no_rotary_tables() -> None:
+    tensors = published_tensors()
+    expected = read_architecture(tensors)
+    assert read_architecture({n: t for n, t in tensors.items() if "freqs_cis" not in n}) == expected
+
+
+def test_other_sizes_need_their_rotary_tables() -> None:
+    tensors = {n: t for n, t in tiny_tensors().items() if "freqs_cis" not in n}
+    with pytest.raises(CheckpointError, match=r"freqs_cis.*published size.*width 16, depth 2"):
+        read_architecture(tensors)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

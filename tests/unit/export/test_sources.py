@@ -633,6 +633,18 @@ def test_a_mobile_sam_file(mobile_sam: dict[str, Tensor], tmp_path: Path) -> Non
     assert source.feature_shapes == [(256, 64, 64)]
 
 
+def test_a_live_mobile_sam() -> None:
+    source = open_source(random_mobile_sam())
+    assert (source.model_type, source.kind, source.origin) == ("mobile_sam", "live model", "Sam")
+
+
+def test_a_mobile_sam_with_a_tensor_too_many(mobile_sam: dict[str, Tensor], tmp_path: Path) -> None:
+    name = "image_encoder.layers.1.blocks.0.attn.qkv.lora_A.weight"
+    torch.save(mobile_sam | {name: torch.zeros(2, 2)}, tmp_path / "mobile_sam.pt")
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight.*LoRA.*merge"):
+        open_source(tmp_path / "mobile_sam.pt")
+
+
 @pytest.mark.parametrize(
     "name",
     [
