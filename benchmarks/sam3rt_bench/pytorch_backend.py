@@ -25,8 +25,8 @@ from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, EmbeddingError
 from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
-from sam3rt_export.references.transformers_sam3 import TransformersOracle
-from sam3rt_export.source import Oracle
+from sam3rt_export.references.transformers_sam3 import TransformersReference
+from sam3rt_export.source import Reference
 from sam3rt_export.sources import open_source
 
 from .document import Ceiling
@@ -152,11 +152,11 @@ class PyTorchBackend(Backend):
 class _MobileSam:
     """MobileSAM's two halves."""
 
-    def __init__(self, oracle: Oracle, device: str) -> None:
+    def __init__(self, reference: Reference, device: str) -> None:
         if device != "cpu":
             raise BackendError("MobileSAM in PyTorch is compared on the CPU")
-        self._oracle = oracle
-        self.encode = oracle.encode
+        self._reference = reference
+        self.encode = reference.encode
 
     def decode_together(
         self,
@@ -167,18 +167,18 @@ class _MobileSam:
         multimask: bool,
     ) -> tuple[Tensor, Tensor, None]:
         """Logits [P, C, h, w] and IoUs [P, C]; its decoder makes all four masks either way."""
-        said = self._oracle.decode(features, points, labels, masks)
+        said = self._reference.decode(features, points, labels, masks)
         chosen = slice(0, 3) if multimask else slice(3, 4)
         return said.logits[:, chosen], said.iou[:, chosen], None
 
 
 @lru_cache(maxsize=1)
-def _open(checkpoint: Path, device: str) -> TransformersOracle | _MobileSam:
+def _open(checkpoint: Path, device: str) -> TransformersReference | _MobileSam:
     """The model, loaded once for all precisions."""
-    oracle = open_source(checkpoint).oracle
-    if isinstance(oracle, TransformersOracle):
-        return oracle.to(device)
-    return _MobileSam(oracle, device)
+    reference = open_source(checkpoint).reference
+    if isinstance(reference, TransformersReference):
+        return reference.to(device)
+    return _MobileSam(reference, device)
 
 
 def measure_ceilings(device: str, threads: int | None) -> Iterator[Ceiling]:

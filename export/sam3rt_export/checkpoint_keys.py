@@ -1,7 +1,7 @@
 """The names of one parameter in Meta's ``sam3.pt`` and in transformers' ``Sam3TrackerModel``.
 
-``sam3.pt`` names are the canonical ones here. A rule is a pair of patterns in which ``{}``
-stands for a layer number, or a run of names that both sides share.
+``sam3.pt`` names are the canonical ones here. A rule is a pair of names in which ``{}`` stands for
+a number that both sides share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from .errors import CheckpointError
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 NECK = "detector.backbone.vision_backbone.sam2_convs."
@@ -166,19 +168,80 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def from_reference_tracker(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state of the reference's own tracker, built with its backbone."""
-    renamed = {}
-    for name, tensor in state.items():
-        prefix = "detector." if name.startswith("backbone.") else "tracker."
-        renamed[prefix + name] = tensor
-    return renamed
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """Those that are no canonical name of a parameter the interactive predictor has."""
+    return [name for name in names if not _CANONICAL.fullmatch(name)]
+
+
+def unknown_transformers_names(names: Iterable[str]) -> list[str]:
+    """Those that are no name of a ``Sam3TrackerModel``'s parameter."""
+    return [name for name in names if not _TRANSFORMERS.fullmatch(name)]
+
+
+LORA = re.compile(r"(^|[._])lora_|\.base_layer\.|^base_model\.")
+# What unknown tensors look like: a pattern of their names, what they are and what helps.
+_LOOKS = (
+    (LORA, "LoRA adapters: merge them into the weights first (PEFT: model.merge_and_unload())"),
+    (
+        re.compile(
+            r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|quant|absmax|\.SCB$"
+        ),
+        "the scales of quantized weights: export the weights they were made from",
+    ),
+    (re.compile(r"_orig_mod"), "the names of a compiled model: pass the model it was made from"),
+    (
+        re.compile(rf"^{re.escape(TRUNK)}model\.|student_trunk"),
+        "EfficientSAM3's image encoder, which sam3rt does not export",
+    ),
+)
+
+
+def unknown_tensors(what: str, names: Iterable[str]) -> CheckpointError:
+    """The error for tensors that belong to an exported part and are none of its parameters.
+
+    Args:
+        what: the checkpoint.
+        names: all of them, as they stand in it.
+    """
+    names = sorted(names)
+    looks = next((text for regex, text in _LOOKS if any(regex.search(n) for n in names)), None)
+    shown = ", ".join(repr(name) for name in names[:3])
+    return CheckpointError(
+        f"{what}: {len(names)} unknown tensors in the parts that are exported, such as {shown}"
+        + (f". They look like {looks}" if looks else "; without them this is another model")
+    )
+
+
+def _pattern(rule: str) -> str:
+    return re.escape(rule).replace(r"\{\}", r"(\d+)")
+
+
+def _any_of(rules: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(_pattern, rules)))
+
+
+_CANONICAL = _any_of(
+    [canonical for canonical, _ in RULES]
+    + [f"{TRUNK}blocks.{{}}.attn.qkv.{leaf}" for leaf in _WEIGHT_BIAS]
+    + [f"{TRUNK}blocks.{{}}.attn.freqs_cis{part}" for part in ("", "_real", "_imag")]
+    + [_POS, _GAUSS]
+    + [f"{PROMPT}point_embeddings.{index}.weight" for index in range(_POINTS)]
+)
+_TRANSFORMERS = _any_of(
+    [hf for _, hf in RULES]
+    + [
+        f"{_HF_TRUNK}layers.{{}}.attention.{part}_proj.{leaf}"
+        for part in "qkv"
+        for leaf in _WEIGHT_BIAS
+    ]
+    + [_HF_POS, *_HF_GAUSS, _HF_POINTS]
+)
 
 
 def _rename(
     tensors: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]
 ) -> Iterable[tuple[str, Tensor]]:
-    compiled = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)")), new) for old, new in rules]
+    compiled = [(re.compile(_pattern(old)), new) for old, new in rules]
     for name, tensor in tensors.items():
         for pattern, new in compiled:
             match = pattern.fullmatch(name)

@@ -13,13 +13,12 @@ HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\
 Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a parity record.
 
-CHECKPOINT is Meta's sam3.pt (or a model of another size in the same naming), a transformers
-folder or hub id such as facebook/sam3, or MobileSAM's mobile_sam.pt. The exported graphs are
-run in ONNX Runtime and compared with the PyTorch model; a bundle that differs is not written.
+CHECKPOINT is Meta's sam3.pt or sam3.1_multiplex.pt (or a model of another size in the same
+naming), MobileSAM's mobile_sam.pt, any of these as .safetensors, or a transformers folder or hub
+id such as facebook/sam3. The exported graphs are run in ONNX Runtime and compared with the
+PyTorch model; a bundle that differs is not written.
 The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
 """
-
-_EXTRAS = {"mobile_sam": "mobile-sam", "timm": "mobile-sam", "onnxruntime": "cpu"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: two drawn scenes)",
     )
     parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="which dict to take from a file that holds several models, such as ema",
+    )
+    parser.add_argument(
         "--license", metavar="NAME", help="licence of the weights, for the manifest"
     )
     parser.add_argument(
@@ -61,12 +65,11 @@ def run(options: argparse.Namespace) -> int:
         from . import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        extra = _EXTRAS.get(missing, "export")
         raise BackendError(
             f"the export needs {missing}: pip install 'sam3rt[export,cpu]'"
-            if extra in ("export", "cpu")
-            else f"the export needs {missing}: pip install 'sam3rt[{extra}]'"
         ) from error
+    except (ImportError, OSError) as error:  # a library that is there and does not load
+        raise BackendError(f"the export's libraries cannot be loaded: {error}") from error
     bundle = export_bundle(
         options.checkpoint,
         options.output,
@@ -77,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             license=options.license,
             license_path=options.license_file,
             overwrite=options.overwrite,
+            weights_key=options.weights_key,
         ),
         progress=progress_printer(),
     )

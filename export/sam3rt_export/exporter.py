@@ -39,18 +39,19 @@ from sam3rt.bundle import (
     open_bundle,
     write_manifest,
 )
+from sam3rt.errors import Sam3rtError
 from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
 
 from . import contracts
 from .errors import ExportError, SelfCheckError
-from .free_memory import release
+from .free_memory import free_memory
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
 from .sources import open_source
 from .stable_prompts import SHIFTS, most_decided
 from .tracing import TraceRequest, trace_to_file
-from .transaction import publish, restore, staging
+from .transaction import commit, new_folder, recover
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ LIMITS = {
         feature_error=2e-2, feature_cosine=0.9999, logit_error=2e-2, iou_error=5e-3, mask_iou=0.99
     ),
 }
+# Log-odds move by 1 / (s (1 - s)) times as much as the IoU s: 4 at 0.5, 20 at 0.95.
+_LOG_ODDS_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class ExportOptions:
         license: overrides the source's licence name.
         license_path: text of the licence, copied into the bundle.
         overwrite: replace an existing bundle.
+        weights_key: the dict to take from a checkpoint file that holds several models, such as
+            ``"ema"``.
     """
 
     name: str | None = None
@@ -91,6 +96,7 @@ class ExportOptions:
     license: str | None = None
     license_path: Path | None = None
     overwrite: bool = False
+    weights_key: str | None = None
 
 
 def export_bundle(
@@ -118,45 +124,47 @@ def export_bundle(
     say = _timed(progress)
     if options.weights not in LIMITS:
         raise ExportError(f"weights: got {options.weights!r}, expected one of {', '.join(LIMITS)}")
-    # What a link points to is what gets replaced.
+    # A link stays, and the folder it points to is replaced.
     target = Path(output).resolve()
-    restore(target)
+    recover(target)
     _check_target(target, options.overwrite)
     with _writing(target) as folder:
-        record, limits = _write_files(checkpoint, folder, options, say)
+        record, log_odds = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
-        release()
+        free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
-        self_check(folder, record, limits)
+        self_check(folder, record, _limits(options.weights, log_odds))
         if options.weights == "float16":
-            _expect_stored_weights(folder, record)
+            _expect_stored_weights(folder, record, _limits("float32", log_odds))
         _check_target(target, options.overwrite)  # minutes have passed
-        publish(folder, target, replace=options.overwrite)
+        commit(folder, target, replace=options.overwrite)
     say(f"wrote {target}")
     return open_bundle(target, check_files=False)
 
 
 def _write_files(
     checkpoint: Any, folder: Path, options: ExportOptions, say: Progress
-) -> tuple[ParityRecord, ParityLimits]:
-    """Write every file of the bundle into an empty folder."""
+) -> tuple[ParityRecord, bool]:
+    """Write every file of the bundle into an empty folder.
+
+    Returns:
+        The parity record, and whether the model predicts log-odds of IoUs.
+    """
     say("reading the checkpoint")
-    try:
-        source = open_source(checkpoint)
-    except OSError as error:
-        raise ExportError(f"checkpoint: cannot be read: {error}") from error
+    source = open_source(checkpoint, options.weights_key)
     images = list(options.parity_images) or default_images()
-    record = _run_oracle(source, images, say)
+    record = _run_reference(source, images, say)
     record.save(folder / "parity.npz")
     export_id = _export_id(source, options)
     say("tracing the encoder")
     encoder = trace_to_file(_encoder_request(source, options, export_id), folder / "encoder.onnx")
     say(f"traced the encoder: {encoder.nodes} nodes")
-    release()
+    free_memory()
     decoder = trace_to_file(_decoder_request(source, options, export_id), folder / "decoder.onnx")
     say(f"traced the decoder: {decoder.nodes} nodes")
     for graph in (encoder, decoder):
         onnx.checker.check_model(str(folder / graph.model.file))
+    log_odds = source.decoder.architecture.predicts_log_odds
     manifest = Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
@@ -171,7 +179,7 @@ def _write_files(
         masks=source.masks,
         encoder=encoder,
         decoder=decoder,
-        parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
+        parity=ParitySpec(file_entry(folder / "parity.npz"), _limits(options.weights, log_odds)),
         producer={
             "sam3rt": sam3rt.__version__,
             "torch": str(torch.__version__),
@@ -180,11 +188,19 @@ def _write_files(
         },
     )
     write_manifest(folder, manifest)
-    return record, manifest.parity.limits
+    return record, log_odds
+
+
+def _limits(weights: str, log_odds: bool) -> ParityLimits:
+    """The differences allowed in FP32, in the unit in which IoUs are predicted."""
+    limits = LIMITS[weights]
+    if not log_odds:
+        return limits
+    return dataclasses.replace(limits, iou_error=_LOG_ODDS_FACTOR * limits.iou_error)
 
 
 def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list[Measurement]:
-    """Run a finished bundle in ONNX Runtime and hold every output to the oracle's.
+    """Run a finished bundle in ONNX Runtime and hold every output to the reference's.
 
     Returns:
         All measurements.
@@ -205,20 +221,20 @@ def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list
     return measurements
 
 
-def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
+def _expect_stored_weights(folder: Path, record: ParityRecord, limits: ParityLimits) -> None:
     """Let the record expect what the rounded weights give in FP32, now that they are checked.
 
-    The record is there to find what a machine or an engine adds. Beside the rounding of the
-    weights, which is the bundle's own, that would have next to no room.
+    The record exists to find errors that a machine or an engine adds. Held to the unrounded model,
+    the rounding of the weights would use up almost the whole tolerance.
     """
     bundle = open_bundle(folder, check_files=False)
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
     rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
-    parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
+    parity = ParitySpec(file_entry(folder / "parity.npz"), limits)
     write_manifest(folder, msgspec.structs.replace(bundle.manifest, parity=parity))
 
 
-def _run_oracle(
+def _run_reference(
     source: ExportSource, images: list[NDArray[np.uint8]], say: Progress
 ) -> ParityRecord:
     """The reference outputs for the parity inputs."""
@@ -226,7 +242,7 @@ def _run_oracle(
     for index, image in enumerate(images):
         say(f"running the PyTorch model on parity image {index + 1} of {len(images)}")
         pixels, _ = preprocess(source.image, image)
-        features.append(source.oracle.encode(torch.from_numpy(pixels)))
+        features.append(source.reference.encode(torch.from_numpy(pixels)))
     expected = []
     say("choosing prompts on which the model is not undecided")
     variants = [cases_for(images, source.image, source.prompts, shift) for shift in SHIFTS]
@@ -235,7 +251,7 @@ def _run_oracle(
         case = most_decided(source.decoder, maps, candidates)
         prompts = case.prompts
         masks = None if prompts.masks is None else torch.from_numpy(prompts.masks)
-        said = source.oracle.decode(
+        said = source.reference.decode(
             maps, torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels), masks
         )
         score = None if said.object_score is None else said.object_score.numpy()
@@ -301,7 +317,8 @@ def _export_id(source: ExportSource, options: ExportOptions) -> str:
     """
     digest = hashlib.sha256()
     versions = (sam3rt.__version__, torch.__version__, onnx.__version__, options.weights)
-    digest.update(repr((source.model_type, source.image, source.prompts, versions)).encode())
+    rules = (source.model_type, source.image, source.prompts, source.decoder.architecture)
+    digest.update(repr((*rules, versions)).encode())
     for module in (source.encoder, source.decoder):
         digest.update(repr(module).encode())  # names sizes that are no tensors, such as epsilons
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -321,7 +338,7 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
         entry = file_entry(folder / "LICENSE")
     return SourceSpec(
         kind=source.kind,
-        reference=source.reference,
+        reference=source.origin,
         sha256=source.sha256,
         license=options.license or source.license,
         license_file=entry,
@@ -330,12 +347,16 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[Path]:
-    """:func:`sam3rt_export.transaction.staging`, whose errors are about the output."""
+    """:func:`sam3rt_export.transaction.new_folder`, with every error as one of ours."""
     try:
-        with staging(target) as folder:
+        with new_folder(target) as folder:
             yield folder
+    except Sam3rtError:
+        raise
     except OSError as error:
         raise ExportError(f"output: {target} cannot be written: {error}") from error
+    except Exception as error:  # whatever PyTorch, ONNX and their helpers raise
+        raise ExportError(f"the export failed: {type(error).__name__}: {error}") from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -7,11 +7,11 @@ import gc
 import sys
 
 
-def release() -> None:
-    """Collect garbage, and have the C library return free memory to the system.
+def free_memory() -> None:
+    """Collect garbage, and let the C library return free memory to the system.
 
-    glibc keeps freed blocks of up to 32 MB for itself, and the weights of a ViT are that large:
-    gigabytes of them would stand beside the next stage's.
+    glibc keeps freed blocks of up to 32 MB for itself. The weights of a ViT have that size, so
+    gigabytes would stay allocated during the next stage.
     """
     gc.collect()
     if sys.platform != "linux":

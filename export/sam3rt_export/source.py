@@ -14,8 +14,8 @@ from .graphs.sam_decoder import SamDecoderGraph
 
 
 @dataclass(frozen=True)
-class OracleMasks:
-    """What the oracle says of P objects.
+class ReferenceMasks:
+    """What the reference says of P objects.
 
     Attributes:
         logits: float32 [P, C, h, w], the multi-mask logits, then the single mask's.
@@ -28,15 +28,15 @@ class OracleMasks:
     object_score: Tensor | None
 
 
-class Oracle(Protocol):
-    """The model in PyTorch, by code that is not ours: what an export is held to."""
+class Reference(Protocol):
+    """The model in PyTorch code by other authors; an export must agree with it."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """float32 [1, 3, S, S] to the feature maps, finest first."""
 
     def decode(
         self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
-    ) -> OracleMasks:
+    ) -> ReferenceMasks:
         """Features, points [P, N, 2] in input pixels, labels [P, N], masks [M, h, w] or none."""
 
 
@@ -48,30 +48,30 @@ class ExportSource:
         name: default name of the bundle.
         model_type: family, as in the manifest.
         kind: checkpoint format, as in the manifest.
-        reference: where it came from, as in the manifest.
+        origin: where it came from, as in the manifest.
         sha256: of the checkpoint file, or empty.
         license: SPDX identifier or name.
         license_path: text of the licence, or ``None``.
         encoder: normalized pixels to feature maps.
         decoder: features and prompts to masks.
-        oracle: the same model in code that is not ours.
+        reference: the same model in code that is not ours.
         feature_shapes: (channels, height, width) of each feature map, finest first.
         image: image rules.
         prompts: prompt rules.
         masks: mask rules.
-        versions: of the libraries the oracle comes from.
+        versions: of the libraries the reference comes from.
     """
 
     name: str
     model_type: Literal["sam3", "mobile_sam"]
     kind: str
-    reference: str
+    origin: str
     sha256: str
     license: str
     license_path: Path | None
     encoder: nn.Module
     decoder: SamDecoderGraph
-    oracle: Oracle
+    reference: Reference
     feature_shapes: list[tuple[int, int, int]]
     image: ImageSpec
     prompts: PromptSpec

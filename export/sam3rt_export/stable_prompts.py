@@ -1,9 +1,8 @@
-"""Parity cases whose single mask does not hang by a hair.
+"""Parity cases in which the choice of the single mask is stable.
 
-Which mask a single-mask call returns is a choice: by a stability score against a threshold, then
-by the largest predicted IoU. Where a model is undecided, any rounding flips the choice to another
-mask, and a record of such a case would refuse engines at random. So a case is moved until its
-choice has a margin.
+A single-mask call chooses a mask: by a stability score against a threshold, then by the largest
+predicted IoU. Near a tie, rounding alone changes the choice, and a record of such a case would
+refuse good engines at random. So the prompts of a case are moved until its choice has a margin.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def most_decided(
     """The first candidate whose single masks have their margins, or the one nearest to that.
 
     Args:
-        decoder: the graph; it shows its scores, and what it decodes the oracle confirms.
+        decoder: the graph; it shows its scores, and what it decodes the reference confirms.
         features: of the candidates' image, finest first, float32 [1, C, h, w] each.
         candidates: one case in several places.
     """
@@ -81,6 +80,8 @@ def _margin(decoder: SamDecoderGraph, features: tuple[Tensor, ...], case: Parity
     ((logits, iou),) = seen
     score = rule.stability(logits[:, :1])[:, 0]
     stability = (score - rule.threshold).abs() / _STABILITY_MARGIN
+    if decoder.architecture.predicts_log_odds:  # the margin is meant for IoUs
+        iou = torch.sigmoid(iou)
     first, second = iou[:, 1:].topk(2, dim=1).values.unbind(1)
     between = torch.minimum(stability, (first - second) / _IOU_MARGIN)
     return float(torch.where(score >= rule.threshold, stability, between).min())

@@ -235,8 +235,8 @@ def _name_nodes(model: ir.Model) -> None:
         note = node.metadata_props.get(_SCOPES_NOTE)
         producer = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
         if note is not None:
-            # The outermost module has no name, the last entry is the operator itself, and what
-            # the tracer adds of its own, sizes mostly, has a placeholder for a module.
+            # The outermost module has no name, and the last entry is the operator itself. Nodes
+            # that the tracer adds, mostly for sizes, have a placeholder in a module's place.
             scope = ["", *ast.literal_eval(note)[:-1]][-1]
             scope = "" if scope.startswith("_empty") else scope
         else:

@@ -1,8 +1,9 @@
-"""A folder that appears whole or not at all, also where processes die or two want the same one.
+"""A folder that appears whole or not at all, even if processes die or two write the same one.
 
-What is made stands in a hidden folder beside its target until it is finished. The process that
-makes it holds a lock on that folder, which the system releases when the process ends, however it
-ends: so the next export can tell what is at work from what is left over, and removes the latter.
+Files are written to a hidden folder beside the target, which takes the target's place when it is
+finished. The writing process holds a lock on the hidden folder. The system releases that lock when
+the process ends, even if it is killed. So the next export can tell folders in use from leftovers,
+and removes the leftovers.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, gone when the block is left by an exception.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, which is removed when the block ends.
 
     Parents are made, and removed again where nothing came of it. What earlier exports to the same
     target left when they were killed is removed.
@@ -57,19 +58,19 @@ def staging(target: Path) -> Iterator[Path]:
         raise
 
 
-def publish(folder: Path, target: Path, *, replace: bool) -> None:
+def commit(folder: Path, target: Path, *, replace: bool) -> None:
     """Put a finished folder in the target's place.
 
     Where there is one to replace, the two are exchanged in one step if the system can do that, so
     that the target is never absent.
 
     Args:
-        folder: from :func:`staging`.
+        folder: from :func:`new_folder`.
         target: its place.
-        replace: whether a folder that stands there is to go. One that is empty always is.
+        replace: whether to replace a folder that is there. An empty one is always replaced.
 
     Raises:
-        OSError: it cannot be moved there, or something stands there; that is then as it was.
+        OSError: it cannot be moved there, or something is there; that stays as it was.
     """
     if not (replace and target.exists()):
         try:
@@ -79,7 +80,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
             if not (replace and target.exists()):
                 raise
     if _exchange(folder, target):
-        return  # what was there goes with the staging folder
+        return  # what was there goes with the hidden folder
     # Between the two renames the target is absent, never half written.
     old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +94,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(target: Path) -> None:
+def recover(target: Path) -> None:
     """Bring back what a process that died between two renames had moved away."""
     if not target.exists() and _old(target).is_dir():
         with contextlib.suppress(OSError):  # another process was faster
@@ -124,10 +125,10 @@ def _old(target: Path) -> Path:
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove the staging folders of this target that no living process holds."""
+    """Remove the hidden folders of this target that no living process holds."""
     if fcntl is None:
         return
-    for folder in _staged(target):
+    for folder in _hidden_folders(target):
         try:
             handle = os.open(folder, os.O_RDONLY)
         except OSError:
@@ -143,7 +144,7 @@ def _remove_left_over(target: Path) -> None:
         shutil.rmtree(_old(target), ignore_errors=True)
 
 
-def _staged(target: Path) -> list[Path]:
+def _hidden_folders(target: Path) -> list[Path]:
     prefix = f".{target.name}."
     return [
         entry

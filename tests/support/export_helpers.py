@@ -109,6 +109,31 @@ def small_tensors() -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.asarray(a)) for name, a in synthetic.checkpoint().items()}
 
 
+_MULTIPLEX = (
+    (NECK, "detector.backbone.vision_backbone.interactive_convs."),
+    (PROMPT, "tracker.model.interactive_sam_prompt_encoder."),
+    (DECODER, "tracker.model.interactive_sam_mask_decoder."),
+    (NO_MEMORY, "tracker.model.interactivity_no_mem_embed"),
+)
+
+
+def as_multiplex(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights as a SAM 3.1 has them, beside the decoder that must not be taken."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith(NECK + "3."):
+            continue  # its necks have three levels
+        new = name
+        for old, prefix in _MULTIPLEX:
+            if name.startswith(old):
+                new = prefix + name.removeprefix(old)
+        renamed[new] = tensor
+        if name.startswith(DECODER):
+            other = name.replace(DECODER, "tracker.model.sam_mask_decoder.")
+            renamed[other] = torch.full_like(tensor, 7.0)
+    return renamed
+
+
 def register(root: nn.Module, name: str, tensor: Tensor) -> None:
     """Register a tensor under a dotted name, making plain modules along the way."""
     *parents, leaf = name.split(".")
@@ -132,6 +157,16 @@ class ReferenceTracker(nn.Module):
                 register(self, name.removeprefix("tracker."), tensor)
             elif backbone and name.startswith("detector.backbone."):
                 register(self, name.removeprefix("detector."), tensor)
+
+
+class Exploit:
+    """A pickle of this creates a file when it is loaded carelessly."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
 
 
 # --- MobileSAM ------------------------------------------------------------------------------------

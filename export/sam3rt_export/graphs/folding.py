@@ -51,7 +51,7 @@ def pointwise_after_transposed(
 
 
 def transposed_2x2_as_matrix(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A 2x2 transposed convolution with stride 2 is one matrix product per input pixel.
+    """A 2x2 transposed convolution with stride 2 is one matmul per input pixel.
 
     Its output pixels never overlap, so ``out[2y+i, 2x+j] = in[y, x] @ weight[:, :, i, j]``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,15 @@ def interleave_cells(cells: Tensor, side: int) -> Tensor:
     return regroup(y, -1, 4 * side * side, channels)
 
 
-def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> nn.LayerNorm:
-    """A normalization over the last axis that holds the given tensors without copying them."""
+def layer_norm(tensors: Mapping[str, Tensor], prefix: str, eps: float) -> nn.LayerNorm:
+    """A normalization over the last axis.
+
+    It holds ``prefix + weight`` and ``prefix + bias`` of ``tensors`` without copying them.
+    """
+    weight = tensors[prefix + "weight"]
     module = nn.LayerNorm(weight.shape[0], eps=eps, device="meta")
     module.weight = nn.Parameter(weight)
-    module.bias = nn.Parameter(bias)
+    module.bias = nn.Parameter(tensors[prefix + "bias"])
     return module
 
 

@@ -6,7 +6,7 @@ tracker's ``sam2_convs`` neck), rearranged without changing a result:
 * Tokens stay in window order from the patch embedding to the neck. Attention does not care
   about the order of its tokens as long as the position tables share it, so windowed blocks
   need a reshape where the reference partitions and unpartitions.
-* Q, K and V are a matrix product each, so that none is cut out of a larger result; the softmax
+* Q, K and V are a matmul each, so that none is cut out of a larger result; the softmax
   scale is part of Q's weights.
 * RoPE is real-valued, on (real, imaginary) halves, in the form that runtimes have a kernel for.
 * The neck's linear chains are folded (:mod:`.folding`), and its maps keep their channels last up to
@@ -16,16 +16,63 @@ tracker's ``sam2_convs`` neck), rearranged without changing a result:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Sam3Architecture
+from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, TRUNK
 from . import folding
 from .operators import Linear, conv3x3, gelu, interleave_cells, layer_norm, regroup, split_heads
 
-TRUNK = "detector.backbone.vision_backbone.trunk."
-NECK = "detector.backbone.vision_backbone.sam2_convs."
+
+@dataclass(frozen=True)
+class Sam3Architecture:
+    """Sizes of one SAM 3 interactive model.
+
+    Attributes:
+        image_size: side of the square input, pixels.
+        patch_size: side of one token, pixels.
+        embed_dim: width of the ViT.
+        depth: transformer blocks.
+        num_heads: attention heads per block.
+        mlp_dim: hidden width of the ViT's MLPs.
+        window: side of an attention window, tokens.
+        global_blocks: indexes of the blocks that attend to the whole image.
+        pretrain_grid: side of the learned position grid, tokens; it is tiled over the image.
+        fpn_dim: channels of the neck and of the decoder.
+        decoder_mlp_dim: hidden width of the decoder's MLPs.
+        decoder_heads: attention heads of the two-way transformer.
+        mask_channels: channels of the mask prompt before its last projection.
+        rope_theta: frequency base of the rotary embedding.
+        layer_norm_eps: epsilon of the ViT's normalizations.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    window: int
+    global_blocks: tuple[int, ...]
+    pretrain_grid: int
+    fpn_dim: int
+    decoder_mlp_dim: int
+    decoder_heads: int = 8
+    mask_channels: int = 16
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid."""
+        return self.image_size // self.patch_size
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per ViT attention head."""
+        return self.embed_dim // self.num_heads
 
 
 def window_order(grid: int, window: int) -> Tensor:
@@ -124,20 +171,15 @@ class Block(nn.Module):
         self, tensors: Mapping[str, Tensor], prefix: str, attention: RotaryAttention, eps: float
     ) -> None:
         super().__init__()
-        self.norm1 = norm(tensors, prefix + "norm1.", eps)
+        self.norm1 = layer_norm(tensors, prefix + "norm1.", eps)
         self.attention = attention
-        self.norm2 = norm(tensors, prefix + "norm2.", eps)
+        self.norm2 = layer_norm(tensors, prefix + "norm2.", eps)
         self.fc1 = linear(tensors, prefix + "mlp.fc1")
         self.fc2 = linear(tensors, prefix + "mlp.fc2")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
         return x + self.fc2(gelu(self.fc1(self.norm2(x))))
-
-
-def norm(tensors: Mapping[str, Tensor], prefix: str, eps: float) -> nn.LayerNorm:
-    """The normalization whose parameters are ``prefix + weight`` and ``prefix + bias``."""
-    return layer_norm(tensors[prefix + "weight"], tensors[prefix + "bias"], eps)
 
 
 def linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
@@ -166,7 +208,7 @@ class Sam3EncoderGraph(nn.Module):
         self.register_buffer(
             "positions", self._tiled_positions(arch, tensors)[order][None], persistent=False
         )
-        self.norm = norm(tensors, TRUNK + "ln_pre.", arch.layer_norm_eps)
+        self.norm = layer_norm(tensors, TRUNK + "ln_pre.", arch.layer_norm_eps)
 
         windowed = axial_rope(arch.window, arch.head_dim, arch.rope_theta, 1.0)
         everywhere = axial_rope(arch.grid, arch.head_dim, arch.rope_theta, arch.window / arch.grid)
@@ -193,7 +235,7 @@ class Sam3EncoderGraph(nn.Module):
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return tensors[name + ".weight"], tensors[name + ".bias"]
 
-        # Transposed convolutions act on channels-last maps: one matrix product per cell.
+        # Transposed convolutions act on channels-last maps: one matmul per cell.
         self.up0 = Linear(*folding.transposed_2x2_as_matrix(*pair(NECK + "0.dconv_2x2_0")))
         self.up0_second = Linear(
             *folding.transposed_2x2_as_matrix(
@@ -202,9 +244,8 @@ class Sam3EncoderGraph(nn.Module):
                 )
             )
         )
-        decoder = "tracker.sam_mask_decoder."
         self.out0 = conv3x3(
-            *folding.pointwise_after_conv(*pair(NECK + "0.conv_3x3"), *pair(decoder + "conv_s0"))
+            *folding.pointwise_after_conv(*pair(NECK + "0.conv_3x3"), *pair(DECODER + "conv_s0"))
         )
         self.up1 = Linear(
             *folding.transposed_2x2_as_matrix(
@@ -214,12 +255,12 @@ class Sam3EncoderGraph(nn.Module):
             )
         )
         self.out1 = conv3x3(
-            *folding.pointwise_after_conv(*pair(NECK + "1.conv_3x3"), *pair(decoder + "conv_s1"))
+            *folding.pointwise_after_conv(*pair(NECK + "1.conv_3x3"), *pair(DECODER + "conv_s1"))
         )
         weight, bias = pair(NECK + "2.conv_1x1")
         self.project2 = Linear(weight.flatten(1).T, bias)
         weight, bias = pair(NECK + "2.conv_3x3")
-        self.out2 = conv3x3(weight, bias + tensors["tracker.no_mem_embed"].flatten())
+        self.out2 = conv3x3(weight, bias + tensors[NO_MEMORY].flatten())
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float32 [B, 3, S, S] to float32 [B, 32, 4G, 4G], [B, 64, 2G, 2G], [B, 256, G, G].

@@ -1,15 +1,7 @@
 """SAM's prompt encoder and mask decoder as one graph, for SAM 3 and MobileSAM alike.
 
-One pass yields the three masks and the single mask. The arithmetic is the reference's; the
-cross-attentions are rearranged, because there are thousands of image tokens and about ten
-prompt tokens:
-
-* A head's projections of the image are applied to its few queries, or to what its few
-  weights mixed, so the image tokens are never projected: per layer four products of
-  [tokens x heads, 256] with the image replace four of [image tokens, 256 x 128], which
-  halves the work at one click. Biases that shift all scores of one softmax row alike are
-  dropped, since the softmax cannot see them.
-* Transposed convolutions are matrix products, with channels last.
+One pass yields the three masks and the single mask. The arithmetic is the reference's, with the
+transformer rearranged (:mod:`.two_way`) and transposed convolutions as matmuls, channels last.
 """
 
 from __future__ import annotations
@@ -22,13 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import folding
-from .operators import Linear, gelu, interleave_cells, layer_norm, regroup, split_heads
-
-Pair = tuple[Tensor, Tensor]
-
-# Added to the scores of padding tokens. Within FP16's range; a softmax in FP32 gives exactly 0 for
-# any other scores below 29,000, which those of this network are far from.
-PADDING_SCORE = -30000.0
+from .operators import Linear, gelu, interleave_cells, layer_norm, regroup
+from .two_way import PADDING_SCORE, Pair, TokenToImage, TwoWayBlock, mlp
 
 
 @dataclass(frozen=True)
@@ -57,169 +44,13 @@ class DecoderArchitecture:
     stability_delta: float = 0.05
     stability_threshold: float = 0.98
 
+    @property
+    def predicts_log_odds(self) -> bool:
+        """Whether IoUs are predicted as log(s / (1 - s)), as by SAM 3.1.
 
-class Attention(nn.Module):
-    """The projections of one reference attention, and how to split them by head."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int) -> None:
-        super().__init__()
-
-        def get(name: str) -> tuple[Tensor, Tensor]:
-            return tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"]
-
-        self.heads = heads
-        self.inner = get("q_proj")[0].shape[0]
-        self.head_dim = self.inner // heads
-        self.scale = 1.0 / math.sqrt(self.head_dim)
-        out, out_bias = get("out_proj")
-        self._build(get("q_proj"), get("k_proj"), get("v_proj"), (out, out_bias))
-
-    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
-        raise NotImplementedError
-
-    def per_head(self, x: Tensor, tokens: int) -> Tensor:
-        """[P, T, heads * d] to [P, heads, T, d]."""
-        return split_heads(x, tokens, self.heads, self.head_dim)
-
-    def merge_heads(self, x: Tensor, tokens: int) -> Tensor:
-        """[P, heads, T, d] to [P, T, heads * d]."""
-        return regroup(x.permute(0, 2, 1, 3), -1, tokens, self.inner)
-
-    def head_rows(self, weight: Tensor) -> nn.Parameter:
-        """A projection's weight [heads * d, C] as one matrix per head, [heads, d, C]."""
-        return nn.Parameter(weight.reshape(self.heads, self.head_dim, -1).contiguous())
-
-
-class SelfAttention(Attention):
-    """Attention among the prompt tokens, in its plain form; padding is not attended to."""
-
-    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
-        self.q = Linear(q[0].T * self.scale, q[1] * self.scale)
-        self.k = Linear(k[0].T, k[1])
-        self.v = Linear(v[0].T, v[1])
-        self.out = Linear(out[0].T, out[1])
-
-    def forward(self, query_key: Tensor, value: Tensor, padding: Tensor, tokens: int) -> Tensor:
-        """query_key and value [P, T, C] and padding [P, 1, 1, T], to [P, T, C]."""
-        q = self.per_head(self.q(query_key), tokens)
-        k = self.per_head(self.k(query_key), tokens)
-        v = self.per_head(self.v(value), tokens)
-        weights = torch.softmax(torch.matmul(q, k.transpose(2, 3)) + padding, dim=-1)
-        return self.out(self.merge_heads(torch.matmul(weights, v), tokens))
-
-
-class TokenToImage(Attention):
-    """Prompt tokens attend to image tokens, with the image left unprojected.
-
-    Head h scores token t against image token x as ``q . (Wk x + bk)`` with ``q = Wq t + bq``. That
-    is ``(Wk^T q) . x`` plus ``q . bk``, which is the same for every x, so the softmax does not see
-    it. The weights mix the image tokens themselves; Wv follows, and its bias, as weights of a row
-    sum to one.
-    """
-
-    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
-        self.width = k[0].shape[1]
-        self.q = Linear(q[0].T * self.scale, q[1] * self.scale)
-        self.k = self.head_rows(k[0])
-        self.v = nn.Parameter(self.head_rows(v[0]).transpose(1, 2).contiguous())
-        self.v_bias = nn.Parameter(v[1])
-        self.out = Linear(out[0].T, out[1])
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        """query [P, T, C], key and value [P or 1, X, C], to [P, T, C]."""
-        rows = self.heads * tokens
-        query = torch.matmul(self.per_head(self.q(query), tokens), self.k)
-        scores = torch.matmul(regroup(query, -1, rows, self.width), key.transpose(1, 2))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
-        mixed = torch.matmul(regroup(mixed, -1, self.heads, tokens, self.width), self.v)
-        return self.out(self.merge_heads(mixed, tokens) + self.v_bias)
-
-
-class ImageToToken(Attention):
-    """Image tokens attend to prompt tokens, with the image left unprojected.
-
-    Mirrors :class:`TokenToImage`: ``(Wq x + bq) . k`` with ``k = Wk t`` is ``x . (Wq^T k)`` plus
-    ``bq . k``, which differs between the tokens of a softmax row and stays; bk drops out.
-    """
-
-    def _build(self, q: Pair, k: Pair, v: Pair, out: Pair) -> None:
-        self.width = q[0].shape[1]
-        self.k = nn.Parameter((k[0].T * self.scale).contiguous())
-        self.q = self.head_rows(q[0])
-        self.q_bias = nn.Parameter(q[1].reshape(self.heads, self.head_dim, 1))
-        self.v = Linear(v[0].T, v[1])
-        self.out = self.head_rows(out[0].T)
-        self.out_bias = nn.Parameter(out[1])
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, tokens: int
-    ) -> Tensor:
-        """query [P or 1, X, C], key and value [P, T, C], padding [P, 1, T, 1], to [P, X, C]."""
-        columns, image_tokens = self.heads * tokens, query.shape[1]
-        key = self.per_head(torch.matmul(key, self.k), tokens)
-        offset = regroup(torch.matmul(key, self.q_bias) + padding, -1, 1, columns)
-        key = regroup(torch.matmul(key, self.q), -1, columns, self.width)
-        value = torch.matmul(self.per_head(self.v(value), tokens), self.out)
-        scores = torch.matmul(query, key.transpose(1, 2)) + offset
-        weights = torch.softmax(regroup(scores, -1, image_tokens, self.heads, tokens), dim=-1)
-        weights = regroup(weights, -1, image_tokens, columns)
-        mixed = torch.matmul(weights, regroup(value, -1, columns, self.width))
-        return mixed + self.out_bias
-
-
-class TwoWayBlock(nn.Module):
-    """Self-attention, tokens to image, MLP, image to tokens."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, heads: int, first: bool) -> None:
-        super().__init__()
-        self.first = first
-        self.self_attention = SelfAttention(tensors, prefix + "self_attn.", heads)
-        self.token_to_image = TokenToImage(tensors, prefix + "cross_attn_token_to_image.", heads)
-        self.image_to_token = ImageToToken(tensors, prefix + "cross_attn_image_to_token.", heads)
-        self.mlp = mlp(tensors, [prefix + "mlp.lin1", prefix + "mlp.lin2"])
-        self.norms = nn.ModuleList(norm(tensors, f"{prefix}norm{i}.", 1e-5) for i in range(1, 5))
-
-    def forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_pe: Tensor,
-        key_pe: Tensor,
-        padding: Tensor,
-        tokens: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Padding is [P, 1, T]: 0, or :data:`PADDING_SCORE` for a token that is not there."""
-        keyed = padding[:, :, None]
-        if self.first:
-            queries = self.self_attention(queries, queries, keyed, tokens)
-        else:
-            queries = queries + self.self_attention(queries + query_pe, queries, keyed, tokens)
-        queries = self.norms[0](queries)
-        placed = keys + key_pe
-        queries = self.norms[1](
-            queries + self.token_to_image(queries + query_pe, placed, keys, tokens)
-        )
-        queries = self.norms[2](queries + self.mlp(queries))
-        keys = self.norms[3](
-            keys
-            + self.image_to_token(placed, queries + query_pe, queries, padding[..., None], tokens)
-        )
-        return queries, keys
-
-
-def norm(tensors: Mapping[str, Tensor], prefix: str, eps: float) -> nn.LayerNorm:
-    """The normalization whose parameters are ``prefix + weight`` and ``prefix + bias``."""
-    return layer_norm(tensors[prefix + "weight"], tensors[prefix + "bias"], eps)
-
-
-def mlp(tensors: Mapping[str, Tensor], names: list[str]) -> nn.Sequential:
-    """Linear layers with ReLU between them, holding the tensors under ``names``."""
-    layers: list[nn.Module] = []
-    for name in names:
-        if layers:
-            layers.append(nn.ReLU())
-        layers.append(Linear(tensors[name + ".weight"].T, tensors[name + ".bias"]))
-    return nn.Sequential(*layers)
+        SAM 1's head has no sigmoid either, and predicts the IoU itself.
+        """
+        return self.single_mask == "stability" and not self.sigmoid_iou
 
 
 class FourierPositions(nn.Module):
@@ -250,9 +81,9 @@ class MaskPrompt(nn.Module):
         self.grid = grid
         down = prefix + "mask_downscaling."
         self.first = self._patch_conv(tensors, down + "0")
-        self.first_norm = norm(tensors, down + "1.", 1e-6)
+        self.first_norm = layer_norm(tensors, down + "1.", 1e-6)
         self.second = self._patch_conv(tensors, down + "3")
-        self.second_norm = norm(tensors, down + "4.", 1e-6)
+        self.second_norm = layer_norm(tensors, down + "4.", 1e-6)
         weight = tensors[down + "6.weight"]
         self.project = nn.Parameter(weight.flatten(1).T.contiguous())
         self.project_bias = nn.Parameter(tensors[down + "6.bias"])
@@ -260,7 +91,7 @@ class MaskPrompt(nn.Module):
 
     @staticmethod
     def _patch_conv(tensors: Mapping[str, Tensor], name: str) -> Linear:
-        """A 2x2 convolution with stride 2 as a product with the (row, column, channel) cell."""
+        """A 2x2 convolution with stride 2 as a matmul with the (row, column, channel) cell."""
         weight = tensors[name + ".weight"]
         matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
         return Linear(matrix, tensors[name + ".bias"])
@@ -274,7 +105,7 @@ class MaskPrompt(nn.Module):
         x = regroup(x, -1, g * g, 4 * self.first.bias.shape[0])
         x = gelu(self.second_norm(self.second(x)))
         # The choice is made on the 16 channels before the projection, which is 16 times less.
-        # Selected, not multiplied: what does not count may be anything, NaN included.
+        # A select, not a product: a mask that does not count may hold anything, NaN included.
         given = present > 0.5
         offset = torch.where(given, self.project_bias, self.absent)
         return torch.matmul(torch.where(given, x, 0.0), self.project) + offset
@@ -352,14 +183,14 @@ class SamDecoderGraph(nn.Module):
             for i in range(layers)
         )
         self.final = TokenToImage(tensors, d + "transformer.final_attn_token_to_image.", arch.heads)
-        self.final_norm = norm(tensors, d + "transformer.norm_final_attn.", 1e-5)
+        self.final_norm = layer_norm(tensors, d + "transformer.norm_final_attn.", 1e-5)
 
         self.up1 = Linear(
             *folding.transposed_2x2_as_matrix(
                 tensors[d + "output_upscaling.0.weight"], tensors[d + "output_upscaling.0.bias"]
             )
         )
-        self.up1_norm = norm(tensors, d + "output_upscaling.1.", 1e-6)
+        self.up1_norm = layer_norm(tensors, d + "output_upscaling.1.", 1e-6)
         self.up2 = Linear(
             *folding.transposed_2x2_as_matrix(
                 tensors[d + "output_upscaling.3.weight"], tensors[d + "output_upscaling.3.bias"]
@@ -392,7 +223,7 @@ class SamDecoderGraph(nn.Module):
         return [f"{prefix}layers.{i}" for i in range(count)]
 
     def _stacked_hypernetworks(self, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
-        """The masks' separate MLPs side by side, as batched products."""
+        """The masks' separate MLPs side by side, as batched matmuls."""
         names = [
             self._head_names(tensors, f"{prefix}output_hypernetworks_mlps.{i}.")
             for i in range(self.masks)

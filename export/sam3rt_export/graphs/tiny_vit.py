@@ -99,9 +99,7 @@ class WindowAttention(nn.Module):
         weight, bias = tensors[prefix + "qkv.weight"], tensors[prefix + "qkv.bias"]
         self.width = weight.shape[1]
         self.head_dim = self.width // heads
-        self.norm = layer_norm(
-            tensors[prefix + "norm.weight"], tensors[prefix + "norm.bias"], _LAYER_NORM_EPS
-        )
+        self.norm = layer_norm(tensors, prefix + "norm.", _LAYER_NORM_EPS)
         # The original's rows are ordered (head, q k v, channel); ours (q k v, head, channel).
         scale = torch.tensor([self.head_dim**-0.5, 1.0, 1.0])
         rows = weight.reshape(heads, 3, self.head_dim, -1).transpose(0, 1)
@@ -151,9 +149,7 @@ class TinyViTBlock(nn.Module):
         self.attention = WindowAttention(tensors, prefix + "attn.", heads, window)
         self.width = self.attention.width
         self.local = folded_conv(tensors, prefix + "local_conv.", groups=self.width)
-        self.mlp_norm = layer_norm(
-            tensors[prefix + "mlp.norm.weight"], tensors[prefix + "mlp.norm.bias"], _LAYER_NORM_EPS
-        )
+        self.mlp_norm = layer_norm(tensors, prefix + "mlp.norm.", _LAYER_NORM_EPS)
         self.fc1 = Linear(tensors[prefix + "mlp.fc1.weight"].T, tensors[prefix + "mlp.fc1.bias"])
         self.fc2 = Linear(tensors[prefix + "mlp.fc2.weight"].T, tensors[prefix + "mlp.fc2.bias"])
 
@@ -211,16 +207,12 @@ class TinyViTGraph(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         neck = prefix + "neck."
         self.project = nn.Parameter(tensors[neck + "0.weight"].flatten(1).T.contiguous())
-        self.project_norm = self._neck_norm(tensors, neck + "1.")
+        self.project_norm = layer_norm(tensors, neck + "1.", _NECK_NORM_EPS)
         weight = tensors[neck + "2.weight"]
         outputs, inputs = weight.shape[:2]
         self.mix = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, device="meta")
         self.mix.weight = nn.Parameter(weight)
-        self.mix_norm = self._neck_norm(tensors, neck + "3.")
-
-    @staticmethod
-    def _neck_norm(tensors: Mapping[str, Tensor], prefix: str) -> nn.LayerNorm:
-        return layer_norm(tensors[prefix + "weight"], tensors[prefix + "bias"], _NECK_NORM_EPS)
+        self.mix_norm = layer_norm(tensors, neck + "3.", _NECK_NORM_EPS)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """float32 [B, 3, S, S] to float32 [B, 256, S/16, S/16]."""

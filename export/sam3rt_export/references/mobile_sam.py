@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint_keys import unknown_tensors
 from ..errors import CheckpointError
-from ..source import OracleMasks
+from ..source import ReferenceMasks
 
 
-class MobileSamOracle:
-    """Implements :class:`~sam3rt_export.source.Oracle`.
+class MobileSamReference:
+    """Implements :class:`~sam3rt_export.source.Reference`.
 
     Args:
         tensors: the checkpoint's parameters.
@@ -36,9 +37,13 @@ class MobileSamOracle:
             ) from error
         self._model: Any = build_sam_vit_t()
         try:
-            self._model.load_state_dict(dict(tensors))
+            report = self._model.load_state_dict(dict(tensors), strict=False)
         except RuntimeError as error:
             raise CheckpointError(f"tensors do not fit MobileSAM: {error}") from error
+        if report.unexpected_keys:
+            raise unknown_tensors("MobileSAM", report.unexpected_keys)
+        if report.missing_keys:
+            raise CheckpointError(f"MobileSAM: tensor {report.missing_keys[0]!r} is missing")
         self._model.eval()
 
     @torch.no_grad()
@@ -49,8 +54,8 @@ class MobileSamOracle:
     @torch.no_grad()
     def decode(
         self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
-    ) -> OracleMasks:
-        """See :class:`~sam3rt_export.source.Oracle`."""
+    ) -> ReferenceMasks:
+        """See :class:`~sam3rt_export.source.Reference`."""
         encoder, decoder = self._model.prompt_encoder, self._model.mask_decoder
         sparse = self._embed(points, labels)
         grid = encoder.image_embedding_size
@@ -67,7 +72,7 @@ class MobileSamOracle:
         )
         # Channel 0 is the single mask, the others are the multi-mask ones.
         order = [1, 2, 3, 0]
-        return OracleMasks(logits[:, order], iou[:, order], None)
+        return ReferenceMasks(logits[:, order], iou[:, order], None)
 
     def _embed(self, points: Tensor, labels: Tensor) -> Tensor:
         """Embed points one kind at a time, as the prompt encoder does.

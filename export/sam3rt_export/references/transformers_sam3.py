@@ -15,22 +15,29 @@ from transformers import Sam3TrackerConfig
 from transformers.initialization import no_init_weights
 from transformers.models.sam3_tracker.modeling_sam3_tracker import Sam3TrackerModel
 
-from ..architecture import Sam3Architecture
-from ..checkpoint_keys import to_transformers
+from ..checkpoint_keys import to_transformers, unknown_tensors
 from ..errors import CheckpointError
-from ..source import OracleMasks
+from ..graphs.sam3_encoder import Sam3Architecture
+from ..source import ReferenceMasks
 
-__all__ = ["Sam3TrackerModel", "TransformersOracle", "build_tracker_model"]
+__all__ = ["Sam3TrackerModel", "TransformersReference", "build_tracker_model"]
 
 # Finest first; the fourth level of SAM 3's neck does not reach the interactive predictor.
 _LEVELS = 3
 
 
-def build_tracker_model(architecture: Sam3Architecture, tensors: Mapping[str, Tensor]) -> Any:
+def build_tracker_model(
+    architecture: Sam3Architecture, tensors: Mapping[str, Tensor], *, sigmoid_iou: bool = True
+) -> Any:
     """A ``Sam3TrackerModel`` that shares the given tensors (``sam3.pt`` naming).
 
+    Args:
+        architecture: its sizes.
+        tensors: its parameters.
+        sigmoid_iou: whether predicted IoUs go through a sigmoid; transformers' code always does.
+
     Raises:
-        CheckpointError: a parameter is missing or has the wrong shape.
+        CheckpointError: a parameter is missing, has the wrong shape or is one too many.
     """
     arch = architecture
     grid = arch.grid
@@ -76,11 +83,14 @@ def build_tracker_model(architecture: Sam3Architecture, tensors: Mapping[str, Te
     missing = [k for k in report.missing_keys if "neck.fpn_layers.3." not in k]
     if missing:
         raise CheckpointError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
+    if report.unexpected_keys:
+        raise unknown_tensors("the checkpoint", report.unexpected_keys)
+    model.mask_decoder.iou_prediction_head.sigmoid_output = sigmoid_iou
     return model.eval()
 
 
-class TransformersOracle:
-    """Implements :class:`~sam3rt_export.source.Oracle`.
+class TransformersReference:
+    """Implements :class:`~sam3rt_export.source.Reference`.
 
     Args:
         model: a ``Sam3TrackerModel`` in FP32.
@@ -89,7 +99,7 @@ class TransformersOracle:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def to(self, device: str) -> TransformersOracle:
+    def to(self, device: str) -> TransformersReference:
         """Move the model to a device, such as ``"cuda:0"``; returns itself."""
         self._model.to(device)
         return self
@@ -108,8 +118,8 @@ class TransformersOracle:
     @torch.no_grad()
     def decode(
         self, features: tuple[Tensor, ...], points: Tensor, labels: Tensor, masks: Tensor | None
-    ) -> OracleMasks:
-        """See :class:`~sam3rt_export.source.Oracle`. Objects are decoded one by one."""
+    ) -> ReferenceMasks:
+        """See :class:`~sam3rt_export.source.Reference`. Objects are decoded one by one."""
         parts = []
         for i in range(len(points)):
             mask = None if masks is None else masks[i % len(masks)][None]
@@ -120,7 +130,7 @@ class TransformersOracle:
                 (torch.cat([logits, single_logits], 1), torch.cat([iou, single_iou], 1), score)
             )
         logits, iou, score = (torch.cat(values) for values in zip(*parts, strict=True))
-        return OracleMasks(logits, iou, score[:, 0])
+        return ReferenceMasks(logits, iou, score[:, 0])
 
     @torch.no_grad()
     def decode_together(

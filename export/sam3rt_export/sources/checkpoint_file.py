@@ -1,47 +1,179 @@
-"""Read tensors from an untrusted checkpoint file."""
+"""Read tensors from an untrusted checkpoint file. Nothing in the file is executed."""
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sam3rt.bundle.files import sha256_file
 
 from ..errors import CheckpointError
+from .state_dict import ACCEPTED, describe_names, family_of
+
+# Tensors may share or repeat stored values, which costs a few bytes in the file and gigabytes in
+# memory. Tied weights double a file at most.
+_MAX_EXPANSION = 4
+# Training checkpoints keep their state dict at most this deep.
+_MAX_DEPTH = 3
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Load a ``torch.save``d dict of tensors, or one under its ``"model"`` key.
+def read_state(path: Path, weights_key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a checkpoint file.
 
-    Nothing in the file is executed (``weights_only=True``). The file is mapped where its format
-    allows, so that unused tensors take no memory.
+    A ``torch.save``d file is mapped where its format allows, and a safetensors file always, so
+    that unused tensors take no memory. A ``.safetensors.index.json`` stands for the files it lists.
+
+    Args:
+        path: the file.
+        weights_key: which dict of the file to take, such as ``"ema"`` or ``"state.model"``;
+            needed only where several would do.
 
     Returns:
-        Tensors by name, floating point ones as FP32, and the file's SHA-256.
+        Tensors by name, as stored, and the file's SHA-256.
 
     Raises:
-        CheckpointError: the file cannot be read as such.
+        CheckpointError: the file cannot be read as such, holds no state dict of a model that is
+            exported or several, or expands to far more than its own size.
     """
+    content, stored = _load(path)
+    state = _choose(content, path, weights_key)
+    expanded = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if expanded > _MAX_EXPANSION * stored:
+        raise CheckpointError(
+            f"{path}: its tensors expand to {expanded / 1e9:.3g} GB, the file has "
+            f"{stored / 1e9:.3g} GB: they repeat what is stored"
+        )
+    return state, sha256_file(path)
+
+
+def _load(path: Path) -> tuple[Any, int]:
+    """The content of a file, and the bytes it was read from."""
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    size = path.stat().st_size
     try:
-        digest = sha256_file(path)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:
-            # Files older than PyTorch 1.6 are not zip archives and cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a malformed file provokes
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected named tensors")
+        if path.name.endswith(".index.json"):
+            return _load_shards(path)
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+            return load_file(path), size
+        if start.startswith(b"PK"):
+            _check_archive(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), size
+        if start.startswith(b"\x80"):  # older than PyTorch 1.6
+            return torch.load(path, map_location="cpu", weights_only=True), size
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        # PyTorch's own text recommends to load the file in a way that runs its code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds a Python object ({found[1]}) beside its tensors, and nothing in a "
+            "checkpoint is run; save the state dict alone: torch.save(model.state_dict(), path)"
+            if found
+            else "its pickle is damaged or none"
+        )
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    except Exception as error:  # the readers raise whatever a malformed file provokes
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    raise CheckpointError(f"{path}: {_describe_start(start)}; {ACCEPTED}")
+
+
+def _load_shards(path: Path) -> tuple[dict[str, Tensor], int]:
+    weight_map = json.loads(path.read_bytes())["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    stored = 0
+    for name in sorted(set(weight_map.values())):
+        shard = path.parent / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: {name!r} is not a file beside it")
+        tensors |= load_file(shard)
+        stored += shard.stat().st_size
+    missing = sorted(weight_map.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]!r} is in none of the files it lists")
+    return tensors, stored
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that PyTorch would map or read wrongly."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if not any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        raise CheckpointError(
+            f"{path}: is a zip archive without PyTorch's data.pkl; it holds {names[:3]}"
+        )
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(f"{path}: is a TorchScript program; pass the checkpoint's state dict")
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(
+            f"{path}: its records are compressed, such as {packed[0]!r}: it was zipped again after "
+            "torch.save; load and save it with PyTorch once more"
+        )
+
+
+def _choose(content: Any, path: Path, weights_key: str | None) -> dict[str, Tensor]:
+    """The one state dict of a file, or the one asked for."""
+    found = dict(_state_dicts(content))
+    if weights_key is not None:
+        if weights_key not in found:
+            raise CheckpointError(
+                f"{path}: weights_key is {weights_key!r}, the file has {_list_keys(found)}"
+            )
+        return found[weights_key]
+    usable = {key: state for key, state in found.items() if family_of(state) is not None}
+    if len(usable) > 1:
+        raise CheckpointError(
+            f"{path}: holds several models, {_list_keys(usable)}; choose one with weights_key "
+            "(--weights-key)"
+        )
+    if usable:
+        return next(iter(usable.values()))
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, expected named tensors; {ACCEPTED}"
+        )
+    largest: dict[str, Tensor] = max(found.values(), key=len, default={})
+    raise CheckpointError(f"{path}: {describe_names(largest)}; {ACCEPTED}")
+
+
+def _state_dicts(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every dict in a file that holds tensors by name, under its dotted key."""
+    if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
+        return
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    return {name: as_float32(tensor) for name, tensor in tensors.items()}, digest
+    if tensors:
+        yield key, tensors
+    for name, value in content.items():
+        if isinstance(name, str):
+            yield from _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
 
 
-def as_float32(tensor: Tensor) -> Tensor:
-    """A detached tensor; FP32 where it was another floating point type."""
-    tensor = tensor.detach()
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _list_keys(found: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key in found) or "no state dicts"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _describe_start(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if not start:
+        return "is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run git lfs pull"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not a checkpoint: the download failed or needs a login"
+    return f"is no checkpoint; it starts with {start[:16]!r}"

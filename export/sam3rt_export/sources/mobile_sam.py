@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 from ..errors import CheckpointError
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..graphs.tiny_vit import TinyViTArchitecture, TinyViTGraph
-from ..references.mobile_sam import MobileSamOracle
+from ..references.mobile_sam import MobileSamReference
 from ..source import ExportSource
 
 # The ImageNet statistics on the 0..255 scale that build_sam.py of the original sets.
@@ -20,13 +19,15 @@ _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
-def open_mobile_sam(tensors: Mapping[str, Tensor], path: Path, digest: str) -> ExportSource:
-    """Prepare MobileSAM.
+def open_mobile_sam(
+    tensors: Mapping[str, Tensor], *, kind: str, origin: str, sha256: str = ""
+) -> ExportSource:
+    """Prepare MobileSAM; see :class:`~sam3rt_export.source.ExportSource` for the arguments.
 
     Raises:
         CheckpointError: a tensor is missing, or MobileSAM's own code is not installed.
     """
-    oracle = MobileSamOracle(tensors)
+    reference = MobileSamReference(tensors)
     vit = TinyViTArchitecture()
     architecture = DecoderArchitecture(
         image_size=vit.image_size,
@@ -40,19 +41,19 @@ def open_mobile_sam(tensors: Mapping[str, Tensor], path: Path, digest: str) -> E
         encoder = TinyViTGraph(vit, tensors, "image_encoder.").eval()
         decoder = SamDecoderGraph(architecture, tensors, "prompt_encoder.", "mask_decoder.").eval()
     except KeyError as error:
-        raise CheckpointError(f"{path}: tensor {error} is missing") from error
+        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
     side = 4 * vit.grid
     return ExportSource(
         name="mobile_sam",
         model_type="mobile_sam",
-        kind="mobile_sam.pt",
-        reference=path.name,
-        sha256=digest,
+        kind=kind,
+        origin=origin,
+        sha256=sha256,
         license="Apache-2.0",
         license_path=None,
         encoder=encoder,
         decoder=decoder,
-        oracle=oracle,
+        reference=reference,
         feature_shapes=[(tensors["image_encoder.neck.0.weight"].shape[0], vit.grid, vit.grid)],
         image=ImageSpec(
             size=(vit.image_size, vit.image_size),

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..architecture import Sam3Architecture
-from ..checkpoint_keys import from_transformers
+from ..checkpoint_keys import (
+    LORA,
+    from_transformers,
+    unknown_tensors,
+    unknown_transformers_names,
+)
 from ..errors import CheckpointError
-from ..read_architecture import check_architecture
+from ..graphs.sam3_encoder import Sam3Architecture
 from ..references.transformers_sam3 import Sam3TrackerModel
 from ..source import ExportSource
-from .checkpoint_file import as_float32
-from .sam3 import describe, sam3_source
+from .sam3 import sam3_source
+from .sam3_architecture import check_architecture
+from .state_dict import ready
+
+# Modules of a Sam3TrackerModel. What else a folder holds belongs to other models of SAM 3's.
+_MODULES = ("vision_encoder.", "prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
 
 
 def is_tracker_model(model: nn.Module) -> bool:
@@ -27,44 +36,65 @@ def open_pretrained(name: str) -> ExportSource:
     """Load a folder or hub id. Only safetensors files are read.
 
     Raises:
-        CheckpointError: it cannot be loaded, or parameters are missing from it.
+        CheckpointError: it cannot be loaded, parameters are missing from it, or there are others
+            among them, so that leaving those out would export another model.
     """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{name}: holds LoRA adapters; merge them into the model first "
+            "(PEFT: model.merge_and_unload()) and save that"
+        )
     try:
         model, report = Sam3TrackerModel.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{name}: cannot be loaded by transformers: {error}") from error
+    except Exception as error:  # whatever transformers, its libraries and the network raise
+        raise CheckpointError(
+            f"{name}: cannot be loaded by transformers: {type(error).__name__}: {error}"
+        ) from error
+    unknown = [k for k in report["unexpected_keys"] if k.startswith(_MODULES) or LORA.search(k)]
+    if unknown:
+        raise unknown_tensors(name, unknown)
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would run on with random values in their place.
         raise CheckpointError(
             f"{name}: {len(missing)} parameters are missing, the first is {missing[0]!r}"
         )
-    return open_tracker_model(model, kind="transformers", reference=describe(name))
+    # Not the whole path of a folder: manifests travel.
+    origin = Path(name).name if Path(name).exists() else name
+    return open_tracker_model(model, kind="transformers", origin=origin)
 
 
 def open_tracker_model(
-    model: Any, *, kind: str = "Sam3TrackerModel", reference: str = "live model"
+    model: Any, *, kind: str = "Sam3TrackerModel", origin: str = "live model"
 ) -> ExportSource:
     """Prepare a live ``Sam3TrackerModel``.
 
     Its configuration, epsilons included, is taken as it is.
 
     Raises:
-        CheckpointError: it has a shape that sam3rt cannot express.
+        CheckpointError: it has a shape that sam3rt cannot express, parameters of adapters, or
+            values that cannot be used.
     """
-    ready = not model.training and all(
+    state = model.state_dict()
+    unknown = unknown_transformers_names(state)
+    if unknown:
+        raise unknown_tensors(origin, unknown)
+    empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f"{origin}: tensor {empty!r} has no data (it is on the meta device)")
+    plain = not model.training and all(
         tensor.device.type == "cpu" and tensor.dtype == torch.float32
         for tensor in model.parameters()
     )
-    if not ready:
+    if not plain:
         # The caller's model stays as it is.
         model = copy.deepcopy(model).float().cpu().eval()
-    state = {name: as_float32(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: ready(name, tensor) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
     architecture = _architecture(model.config)
-    return sam3_source(architecture, tensors, model, kind=kind, reference=reference)
+    return sam3_source(architecture, tensors, model, kind=kind, origin=origin)
 
 
 def _architecture(config: Any) -> Sam3Architecture:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sam3rt_export.checkpoint_keys import (
     RULES,
-    from_reference_tracker,
     from_transformers,
     to_transformers,
 )
-from sam3rt_export.read_architecture import read_architecture
 from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
+from sam3rt_export.sources.sam3_architecture import read_architecture
+from sam3rt_export.sources.state_dict import canonical_tensors
 
 POSITIONS = TRUNK + "pos_embed"
 GAUSS = "tracker.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -183,6 +183,6 @@ def test_names_of_the_references_own_tracker(tensors: dict[str, Tensor]) -> None
             state[name.removeprefix("detector.")] = tensor
     assert "backbone.vision_backbone.trunk.pos_embed" in state
     assert "sam_mask_decoder.conv_s0.weight" in state
-    renamed = from_reference_tracker(state)
-    assert renamed == {name: tensors[name] for name in renamed}
+    renamed = canonical_tensors(state, "test")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in renamed.items())
     assert used(keys()) <= set(renamed)

@@ -32,8 +32,8 @@ from sam3rt_export.graphs.sam3_encoder import (
     axial_rope,
     window_order,
 )
-from sam3rt_export.read_architecture import read_architecture
-from sam3rt_export.references.transformers_sam3 import TransformersOracle, build_tracker_model
+from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
+from sam3rt_export.sources.sam3_architecture import read_architecture
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,11 +168,11 @@ def test_encoder_equals_transformers(sizes: TinySizes) -> None:
     tensors = tiny_tensors(sizes)
     architecture = read_architecture(tensors)
     encoder = Sam3EncoderGraph(architecture, tensors).eval()
-    oracle = TransformersOracle(build_tracker_model(architecture, tensors))
+    reference = TransformersReference(build_tracker_model(architecture, tensors))
     side = architecture.image_size
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     for name, actual, expected in zip(
-        ("s0", "s1", "embed"), encoder(pixels), oracle.encode(pixels), strict=True
+        ("s0", "s1", "embed"), encoder(pixels), reference.encode(pixels), strict=True
     ):
         assert relative(actual, expected) < 1e-5, name
 

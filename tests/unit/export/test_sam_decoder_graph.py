@@ -29,17 +29,15 @@ from torch.nn import functional as F
 from sam3rt_export.graphs.sam_decoder import (
     DecoderArchitecture,
     FourierPositions,
-    ImageToToken,
     MaskPrompt,
     SamDecoderGraph,
-    SelfAttention,
-    TokenToImage,
     cell_centres,
     count_children,
 )
-from sam3rt_export.read_architecture import read_architecture
-from sam3rt_export.references.mobile_sam import MobileSamOracle
-from sam3rt_export.references.transformers_sam3 import TransformersOracle, build_tracker_model
+from sam3rt_export.graphs.two_way import ImageToToken, SelfAttention, TokenToImage
+from sam3rt_export.references.mobile_sam import MobileSamReference
+from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
+from sam3rt_export.sources.sam3_architecture import read_architecture
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -404,9 +402,9 @@ def call(graph: SamDecoderGraph, features: Any, prompts: Any, side: int) -> tupl
 
 
 @pytest.fixture(scope="module")
-def oracle(tensors: dict[str, Tensor]) -> TransformersOracle:
+def reference(tensors: dict[str, Tensor]) -> TransformersReference:
     """The tiny SAM 3 in transformers' code."""
-    return TransformersOracle(build_tracker_model(read_architecture(tensors), tensors))
+    return TransformersReference(build_tracker_model(read_architecture(tensors), tensors))
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3])
@@ -414,13 +412,13 @@ def oracle(tensors: dict[str, Tensor]) -> TransformersOracle:
 @pytest.mark.parametrize("masks", ["none", "one", "each"])
 @torch.no_grad()
 def test_tiny_decoder_equals_transformers(
-    decoder: SamDecoderGraph, oracle: TransformersOracle, objects: int, count: int, masks: str
+    decoder: SamDecoderGraph, reference: TransformersReference, objects: int, count: int, masks: str
 ) -> None:
     features = (rows(1, 1, 4, 16, 16), rows(2, 1, 8, 8, 8), rows(3, 1, 32, 4, 4))
     given = {"none": 0, "one": 1, "each": objects}[masks]
     prompts = random_prompts(objects + count, objects, count, given, 8, 16)
     multi, iou, single, single_iou, score = call(decoder, features, prompts, 16)
-    said = oracle.decode(features, *prompts)
+    said = reference.decode(features, *prompts)
     assert said.object_score is not None
     assert relative(torch.cat([multi[0], single[0]], dim=1), said.logits) < 1e-4
     assert relative(torch.cat([iou[0], single_iou[0]], dim=1), said.iou) < 1e-4
@@ -452,7 +450,7 @@ def test_mobile_sam_decoder_equals_the_official_one(
     labels[:] = torch.arange(count) % 3 - 1  # clicks and padding; corners have a place of their own
     labels[:, -2:] = torch.tensor([2, 3])
     multi, iou, single, single_iou = call(graph, features, (points, labels, given), 256)
-    said = MobileSamOracle(mobile_sam).decode(features, points, labels, given)
+    said = MobileSamReference(mobile_sam).decode(features, points, labels, given)
     assert said.object_score is None
     assert relative(torch.cat([multi[0], single[0]], dim=1), said.logits) < 1e-4
     assert relative(torch.cat([iou[0], single_iou[0]], dim=1), said.iou) < 1e-4

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sam3rt
 from sam3rt.accuracy.record import ParityCase, load_record
 from sam3rt.prompts import PackedPrompts
-from sam3rt_export import stable_prompts as conditioning
+from sam3rt_export import stable_prompts
 from sam3rt_export.graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph, SingleMask
 from sam3rt_export.parity_inputs import cases_for, default_images
 from sam3rt_export.source import ExportSource
@@ -69,12 +69,13 @@ def case(number: int) -> ParityCase:
 
 def decide(scores: dict[int, tuple[float, list[float]]], **rule: Any) -> tuple[int, list[int]]:
     """Which case is chosen, by its number, and which ones were looked at."""
-    choice = SingleMask(dataclasses.replace(ARCHITECTURE, **rule))
+    architecture = dataclasses.replace(ARCHITECTURE, **rule)
     made = {
         number: (masks_of(stability), torch.tensor([iou]))
         for number, (stability, iou) in scores.items()
     }
-    decoder: Any = Scripted(choice, made)
+    decoder: Any = Scripted(SingleMask(architecture), made)
+    decoder.architecture = architecture
     chosen = most_decided(decoder, (), [case(number) for number in scores])
     return int(chosen.prompts.points[0, 0, 0]), decoder.seen
 
@@ -108,6 +109,15 @@ def test_the_first_case_with_a_margin_is_taken(
     assert decide(scores) == (chosen, looked_at)
 
 
+@pytest.mark.parametrize(("second", "chosen"), [(0.8975, 1), (0.8875, 0)])
+def test_log_odds_are_judged_as_the_ious_they_mean(second: float, chosen: int) -> None:
+    """SAM 3.1's scores near 0.9 are ten times as far apart as the IoUs."""
+    ious = torch.tensor([0.5, 0.9, second, 0.1])
+    scores = {0: (UNSTABLE, torch.logit(ious).tolist()), 1: (STABLE, APART)}
+    assert decide(scores, sigmoid_iou=False)[0] == chosen
+    assert decide(scores | {0: (UNSTABLE, ious.tolist())})[0] == chosen
+
+
 def test_scores_of_the_first_mask_do_not_count() -> None:
     """Equal to another's, it is no rival: only masks 1 to 3 compete."""
     assert decide({0: (UNSTABLE, [0.8, 0.8, 0.5, 0.4]), 1: (STABLE, APART)}) == (0, [0])
@@ -139,13 +149,13 @@ def test_there_must_be_a_candidate(tiny: ExportSource) -> None:
 def test_nothing_stays_hooked_to_the_decoder(tiny: ExportSource) -> None:
     decoder: SamDecoderGraph = tiny.decoder
     images = default_images()
-    features = tiny.oracle.encode(torch.zeros(1, 3, *tiny.image.size))
+    features = tiny.reference.encode(torch.zeros(1, 3, *tiny.image.size))
     candidates = [cases_for(images, tiny.image, tiny.prompts, shift)[0] for shift in SHIFTS]
     chosen = most_decided(decoder, features, candidates)
     assert not decoder.single_mask._forward_pre_hooks
     # It is the one whose margin is the greatest, or the first that has enough.
     with torch.no_grad():
-        margins = [conditioning._margin(decoder, features, each) for each in candidates]
+        margins = [stable_prompts._margin(decoder, features, each) for each in candidates]
     enough = [margin >= 1.0 for margin in margins]
     expected = enough.index(True) if any(enough) else int(np.argmax(margins))
     assert chosen is candidates[expected]

@@ -14,7 +14,7 @@ import pytest
 from tests.support.export_helpers import leftovers
 
 from sam3rt_export import transaction as module
-from sam3rt_export.transaction import publish, restore, staging
+from sam3rt_export.transaction import commit, new_folder, recover
 
 # It forks.
 pytestmark = pytest.mark.serial
@@ -23,15 +23,15 @@ FORK = multiprocessing.get_context("fork")
 
 
 def write(target: Path, text: str, *, replace: bool = True) -> None:
-    with staging(target) as folder:
+    with new_folder(target) as folder:
         (folder / "a").write_text(text)
         (folder / "b").write_text(text)
-        publish(folder, target, replace=replace)
+        commit(folder, target, replace=replace)
 
 
 def fail(target: Path, name: str) -> None:
-    """Write one file, named as seen from the staging folder, and fail."""
-    with staging(target) as folder:
+    """Write one file, named as seen from the hidden folder, and fail."""
+    with new_folder(target) as folder:
         (folder / name).write_text("x")
         raise KeyError(name)
 
@@ -98,7 +98,7 @@ def test_a_parent_that_somebody_uses_by_now_stays(tmp_path: Path) -> None:
 
 
 def stay(target: Path, ready: Any) -> None:
-    with staging(target) as folder:
+    with new_folder(target) as folder:
         (folder / "half").write_text("x")
         ready.set()
         time.sleep(60)
@@ -155,9 +155,9 @@ def test_what_was_moved_away_comes_back(tmp_path: Path) -> None:
     target = tmp_path / "x"
     write(target, "1")
     target.rename(tmp_path / ".x.old")
-    restore(target)
+    recover(target)
     assert read(target) == {"1"}
-    restore(target)
+    recover(target)
     assert leftovers(tmp_path) == ["x"]
 
 

@@ -9,31 +9,41 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .architecture import Sam3Architecture
-from .checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
-from .errors import CheckpointError
-from .graphs.sam3_encoder import axial_rope
+from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
+from ..errors import CheckpointError
+from ..graphs.sam3_encoder import Sam3Architecture, axial_rope
 
 # The reference builds its ViT with nn.LayerNorm at eps=1e-5 (sam3/model/vitdet.py); no tensor
 # says so. transformers' default of 1e-6 is visibly further from the reference's outputs.
 REFERENCE_LAYER_NORM_EPS = 1e-5
 
-# Of 576 and more table rows; a table from another formula is off by whole radians.
-_ROPE_TOLERANCE = 1e-3
+# A table stored in BF16 is off by 0.004, one from another formula by whole radians.
+_ROPE_TOLERANCE = 1e-2
 
 
 def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     """Work out the architecture of tensors in ``sam3.pt`` naming.
 
     The rotary tables stored with each block tell windowed blocks from global ones: a table has
-    one row per token that attends together, and half a head's channels as columns.
+    one row per token that attends together, and half a head's channels as columns. Without any
+    table, only the published size is known.
 
     Raises:
         CheckpointError: a needed tensor is missing or the shapes contradict each other.
     """
     embed_dim, _, patch_size, _ = _tensor(tensors, TRUNK + "patch_embed.proj.weight", 4).shape
     depth = _depth(tensors)
-    tables = [_tensor(tensors, f"{TRUNK}blocks.{i}.attn.freqs_cis", 2) for i in range(depth)]
+    positions = _tensor(tensors, TRUNK + "pos_embed", 3).shape[1] - 1
+    pretrain_grid = _square_root(positions, "pos_embed")
+    names = [f"{TRUNK}blocks.{i}.attn.freqs_cis" for i in range(depth)]
+    if not any(name in tensors for name in names):
+        if (embed_dim, depth, patch_size, pretrain_grid) != (1024, 32, 14, 24):
+            raise CheckpointError(
+                f"tensor {names[0]!r} is missing: without rotary tables only SAM 3's published "
+                f"size is known, and this is width {embed_dim}, depth {depth}"
+            )
+        tensors = {**tensors, **_published_tables(names)}
+    tables = [_tensor(tensors, name, 2) for name in names]
     sides = [
         _square_root(table.shape[0], f"blocks.{i}.attn.freqs_cis") for i, table in enumerate(tables)
     ]
@@ -44,7 +54,6 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     if embed_dim % head_dim:
         raise CheckpointError(f"width {embed_dim} is not a multiple of the head size {head_dim}")
     decoder_mlp = _tensor(tensors, DECODER + "transformer.layers.0.mlp.lin1.weight", 2)
-    positions = _tensor(tensors, TRUNK + "pos_embed", 3).shape[1] - 1
     architecture = Sam3Architecture(
         image_size=grid * patch_size,
         patch_size=patch_size,
@@ -54,7 +63,7 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
         mlp_dim=_tensor(tensors, TRUNK + "blocks.0.mlp.fc1.weight", 2).shape[0],
         window=window,
         global_blocks=tuple(i for i, side in enumerate(sides) if side == grid),
-        pretrain_grid=_square_root(positions, "pos_embed"),
+        pretrain_grid=pretrain_grid,
         fpn_dim=_tensor(tensors, NECK + "2.conv_3x3.weight", 4).shape[0],
         decoder_mlp_dim=decoder_mlp.shape[0],
         mask_channels=_tensor(tensors, PROMPT + "mask_downscaling.6.weight", 4).shape[1],
@@ -64,6 +73,14 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     _check_rope(architecture, tables)
     _tensor(tensors, NO_MEMORY, 3)
     return architecture
+
+
+def _published_tables(names: list[str]) -> dict[str, Tensor]:
+    """The published SAM 3's tables: windows of 24 tokens, a grid of 72 in every eighth block."""
+    windowed, everywhere = (
+        torch.complex(*axial_rope(side, 64, 10000.0, 24 / side)) for side in (24, 72)
+    )
+    return {name: everywhere if i % 8 == 7 else windowed for i, name in enumerate(names)}
 
 
 def check_architecture(architecture: Sam3Architecture) -> None:

@@ -22,10 +22,10 @@ from tests.support.export_helpers import (
 )
 from torch import Tensor
 
-from sam3rt_export.architecture import Sam3Architecture
 from sam3rt_export.errors import CheckpointError
-from sam3rt_export.read_architecture import check_architecture, read_architecture
-from sam3rt_export.sources.sam3_checkpoint import source_from_tensors
+from sam3rt_export.graphs.sam3_encoder import Sam3Architecture
+from sam3rt_export.sources.sam3 import source_from_tensors
+from sam3rt_export.sources.sam3_architecture import check_architecture, read_architecture
 
 ROPE_0 = TRUNK + "blocks.0.attn.freqs_cis"
 ROPE_1 = TRUNK + "blocks.1.attn.freqs_cis"
@@ -87,6 +87,18 @@ def test_the_published_size() -> None:
     architecture = read_architecture(published_tensors())
     assert architecture == expected
     assert (architecture.grid, architecture.head_dim) == (72, 64)
+
+
+def test_the_published_size_needs_no_rotary_tables() -> None:
+    tensors = published_tensors()
+    expected = read_architecture(tensors)
+    assert read_architecture({n: t for n, t in tensors.items() if "freqs_cis" not in n}) == expected
+
+
+def test_other_sizes_need_their_rotary_tables() -> None:
+    tensors = {n: t for n, t in tiny_tensors().items() if "freqs_cis" not in n}
+    with pytest.raises(CheckpointError, match=r"freqs_cis.*published size.*width 16, depth 2"):
+        read_architecture(tensors)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +243,7 @@ MALFORMED: dict[str, tuple[str, Tensor]] = {
 def test_malformed_tensors_are_refused_as_such(name: str, tensor: Tensor) -> None:
     """A checkpoint is untrusted: whatever its shapes, the answer is a refusal, not a crash."""
     with pytest.raises(CheckpointError):
-        source_from_tensors(tiny_tensors() | {name: tensor}, kind="test", reference="test")
+        source_from_tensors(tiny_tensors() | {name: tensor}, kind="test", origin="test")
 
 
 @pytest.mark.parametrize(
