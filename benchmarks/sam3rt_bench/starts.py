@@ -6,7 +6,6 @@ prints its row as the last line.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sam3rt.bundle import open_bundle
@@ -66,7 +66,7 @@ def measure_start(
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BackendError(f"{choice.name} failed in a process of its own: {said}")
-    return StartRow(**json.loads(lines[-1]))
+    return msgspec.json.decode(lines[-1], type=StartRow)
 
 
 def _run(task: dict[str, Any]) -> StartRow:
@@ -123,4 +123,4 @@ def _peak_host_mb() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(_run(json.load(sys.stdin)))))
+    print(msgspec.json.encode(_run(json.load(sys.stdin))).decode())
