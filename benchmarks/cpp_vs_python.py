@@ -30,6 +30,7 @@ from tests.support.c_library import Library, PredictOptions, image, prompts
 
 import sam3rt
 from sam3rt_bench.scene import FULL_HD, click, draw_scene, requests
+from sam3rt_bench.starts import peak_host_mb
 from sam3rt_bench.timing import Effort, alternate
 
 
@@ -54,14 +55,11 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
         shape = own.predict(**click(FULL_HD).arguments())[0].shape
         encoder = "_encoder_session" in vars(served.backend)
     seconds = time.perf_counter() - start
-    # Not getrusage, whose figure a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     print(
         json.dumps(
             {
                 "first_mask_ms": round(1e3 * seconds, 1),
-                "peak_mb": round(peak / 1024, 1),
+                "peak_mb": peak_host_mb(),
                 "encoder_loaded": encoder,
                 "mask_shape": list(shape),
             }
@@ -71,8 +69,9 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
 
 def run_client(kind: str, options: argparse.Namespace, embedding: Path) -> dict[str, Any]:
     """Run :func:`client` in a new process."""
-    command = [sys.executable, "-m", "benchmarks.cpp_vs_python", options.bundle, "--builds", options.builds]
-    command += ["--threads", options.threads, "--client", kind, "--embedding", embedding]
+    command = [sys.executable, "-m", "benchmarks.cpp_vs_python", options.bundle]
+    command += ["--builds", options.builds, "--threads", options.threads]
+    command += ["--client", kind, "--embedding", embedding]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -325,7 +325,9 @@ def read_result(path: Path) -> Result:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Result)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidInputError(str(path), str(error), "a result of sam3rt bench, as JSON") from error
+        raise InvalidInputError(
+            str(path), str(error), "a result of sam3rt bench, as JSON"
+        ) from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _run(task: dict[str, Any]) -> StartRow:
         steady_encode_ms=encodes[1],
         first_predict_ms=predicts[0],
         steady_predict_ms=float(np.median(predicts[1:])),
-        peak_host_mb=_peak_host_mb(),
+        peak_host_mb=peak_host_mb(),
         peak_device_mb=None if peak_device is None else round(peak_device() / 1e6, 1),
     )
 
@@ -107,7 +107,8 @@ def _milliseconds(call: Any) -> float:
     return round(1e3 * (time.perf_counter() - start), 2)
 
 
-def _peak_host_mb() -> float | None:
+def peak_host_mb() -> float | None:
+    """Most resident memory of this process so far, 10^6 bytes; ``None`` on Windows."""
     status = Path("/proc/self/status")
     if status.is_file():
         # Not ru_maxrss, which on Linux begins at the size of the process that started this one.
