@@ -1,6 +1,6 @@
 """What an ahead-of-time build takes: time, memory of the builder, size of the engines.
 
-    python benchmarks/ahead_of_time.py BUNDLE [--target 8.9 ...] [--output FILE]
+    python -m benchmarks.ahead_of_time BUNDLE [--target 8.9 ...] [--output FILE]
 
 Builds with TensorRT for RTX, without a GPU, into the bundle's own folder, as
 ``sam3rt build BUNDLE --backend tensorrt-rtx --target 8.9`` does.
@@ -12,7 +12,7 @@ import argparse
 import resource
 from pathlib import Path
 
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 
 from sam3rt.bundle import open_bundle
 from sam3rt_build.build import BuildOptions, build_bundle
@@ -38,9 +38,9 @@ def main() -> None:
     publish(
         {
             "what": "engines built ahead of time, without a GPU; none was run",
+            **conditions(),
             "bundle": bundle.manifest.name,
             "image_size": bundle.manifest.image.size,
-            "cpu": cpu_name(),
             "tensorrt_rtx": engines[0].sidecar.tensorrt_version,
             "targets": targets,
             "builder_peak_mb": round(peak / 1024),

@@ -6,7 +6,7 @@ processes of their own, how long each takes from a loaded library to the first m
 on disk, and whether the encoder was loaded. Needs a build of ``make test-cpp``; run from the
 repository's root:
 
-    PYTHONPATH=runtime:tests/cpp python benchmarks/cpp_vs_python.py BUNDLE --builds build-cpp \\
+    python -m benchmarks.cpp_vs_python BUNDLE --builds build-cpp \\
         --output benchmarks/results/NAME/cpp_vs_python.json
 """
 
@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from benchmarks.predict_calls import HEIGHT, PROMPTS, WIDTH, measure
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 from tests.support.c_library import Library, PredictOptions, image, prompts
 
 import sam3rt
-
-CLICK = PROMPTS["one click"]
+from sam3rt_bench.scene import FULL_HD, click, draw_scene, requests
+from sam3rt_bench.starts import peak_host_mb
+from sam3rt_bench.timing import Effort, alternate
 
 
 def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int) -> None:
@@ -45,7 +44,7 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
         loaded = library.make("embedding_load", model, str(embedding).encode())
         predictor = library.predictor(model)
         library.call("predictor_set_embedding", predictor, loaded)
-        shape = library.predict(predictor, CLICK)[0].shape
+        shape = library.predict(predictor, click(FULL_HD).arguments())[0].shape
         encoder = bool(library.c.sam3rt_model_encoder_loaded(model))
     else:
         served = sam3rt.load_model(
@@ -53,17 +52,14 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
         )
         own = sam3rt.SAM3InteractiveImagePredictor(served, mask_dtype=np.uint8)
         own.set_embedding(served.load_embedding(embedding))
-        shape = own.predict(**CLICK)[0].shape
+        shape = own.predict(**click(FULL_HD).arguments())[0].shape
         encoder = "_encoder_session" in vars(served.backend)
     seconds = time.perf_counter() - start
-    # Not getrusage, whose figure a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     print(
         json.dumps(
             {
                 "first_mask_ms": round(1e3 * seconds, 1),
-                "peak_mb": round(peak / 1024, 1),
+                "peak_mb": peak_host_mb(),
                 "encoder_loaded": encoder,
                 "mask_shape": list(shape),
             }
@@ -73,8 +69,9 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
 
 def run_client(kind: str, options: argparse.Namespace, embedding: Path) -> dict[str, Any]:
     """Run :func:`client` in a new process."""
-    command = [sys.executable, __file__, options.bundle, "--builds", options.builds]
-    command += ["--threads", options.threads, "--client", kind, "--embedding", embedding]
+    command = [sys.executable, "-m", "benchmarks.cpp_vs_python", options.bundle]
+    command += ["--builds", options.builds, "--threads", options.threads]
+    command += ["--client", kind, "--embedding", embedding]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -85,8 +82,7 @@ def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[
     model = sam3rt.load_model(
         options.bundle, backend="onnxruntime", device="cpu", threads=options.threads
     )
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    embedding = model.encode(pixels)
+    embedding = model.encode(draw_scene(*FULL_HD))
     handle = library.load(options.bundle, threads=options.threads)
     with tempfile.NamedTemporaryFile() as file:
         embedding.save(file.name)
@@ -99,9 +95,10 @@ def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[
         python.set_embedding(embedding)
         cpp = library.predictor(handle, max_hole_area=holes)
         library.call("predictor_set_embedding", cpp, same)
-        for name, call in PROMPTS.items():
+        for request in requests(FULL_HD):
+            call = request.arguments()
             given = prompts(call)
-            single = int(not call.get("multimask_output", True))
+            single = int(not request.multimask)
 
             def predict_cpp(cpp: Any = cpp, given: Any = given, single: int = single) -> None:
                 made = ctypes.c_void_p()
@@ -121,13 +118,16 @@ def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[
             mine = library.predict(cpp, call)
             theirs = python.predict(**call)
             calls: dict[str, Callable[[], Any]] = {"cpp": predict_cpp, "python": predict_python}
-            times = measure(calls, options.repetitions)
+            times = alternate(calls, Effort(options.repetitions, float("inf"), 3))
             rows.append(
                 {
-                    "prompt": name,
+                    "prompt": request.name,
                     "max_hole_area": holes,
-                    **times,
-                    "ratio": round(times["python"]["median_ms"] / times["cpp"]["median_ms"], 3),
+                    **{
+                        name: {"median_ms": t.median_ms, "p95_ms": t.p95_ms, "min_ms": t.min_ms}
+                        for name, t in times.items()
+                    },
+                    "ratio": round(times["python"].median_ms / times["cpp"].median_ms, 3),
                     "differing_pixels": float((mine[0] != theirs[0]).mean()),
                 }
             )
@@ -156,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.embedding"
         model = library.load(options.bundle, threads=options.threads, skip_file_checks=1)
-        pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        pixels = draw_scene(*FULL_HD)
         start = time.perf_counter()
         made = library.make("model_encode", model, ctypes.byref(image(pixels)))
         encode_ms = round(1e3 * (time.perf_counter() - start), 1)
@@ -166,12 +166,9 @@ def main() -> None:
                 found.append(run_client(kind, options, path))
     publish(
         {
+            **conditions("onnxruntime"),
             "bundle": sam3rt.open_bundle(options.bundle, check_files=False).manifest.name,
-            "cpu": cpu_name(),
-            "threads": options.threads,
-            "onnxruntime": onnxruntime.__version__,
-            "image": [HEIGHT, WIDTH],
-            "repetitions": options.repetitions,
+            "image": FULL_HD,
             "median_ratio": statistics.median(row["ratio"] for row in rows),
             "predict": rows,
             "first_encode_with_loading_ms": encode_ms,

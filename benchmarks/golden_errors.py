@@ -2,75 +2,67 @@
 
     python -m benchmarks.golden_errors SMALL_BUNDLE [--output FILE]
 
-SMALL_BUNDLE is an export of the small SAM 3 of tests/golden/sam3. The tests hold the same
-comparisons to fixed limits; this prints what is reached.
+SMALL_BUNDLE is an export of the small SAM 3 of tests/golden/sam3. The tests hold the same distances
+to fixed limits; this prints what is reached.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from benchmarks.report import publish
-from tests import conftest
-from tests.golden import test_golden_mobile_sam as mobile
-from tests.golden import test_golden_sam3 as sam3_cases
+from benchmarks.report import conditions, publish
+from tests.golden.sam3 import synthetic
+from tests.support import golden
+from tests.support.helpers import photo
 
 import sam3rt
 
 
 def sam3_errors(bundle: Path) -> dict[str, float]:
     """Largest errors over the golden cases of SAM 3."""
-    model = sam3rt.load_model(bundle, device="cpu")
-    images = {
-        int(number): sam3_cases.synthetic.image(entry["seed"], entry["height"], entry["width"])
-        for number, entry in sam3_cases.synthetic.cases()["images"].items()
+    model = sam3rt.load_model(bundle, backend="onnxruntime", device="cpu")
+    embeddings = {
+        int(number): model.encode(synthetic.image(entry["seed"], entry["height"], entry["width"]))
+        for number, entry in synthetic.cases()["images"].items()
     }
-    embeddings = {number: model.encode(image) for number, image in images.items()}
-    golden = sam3_cases.GOLDEN
-    worst = {"features": 0.0, "logits": 0.0, "iou": 0.0, "mask_pixels": 0.0}
-    for number, embedding in embeddings.items():
-        fine, middle, coarse = embedding.numpy().values()
-        for array, name in (
-            (coarse[:, ::8, ::4, ::4], "image_embed"),
-            (fine[:, ::8, ::16, ::16], "high_res_0"),
-            (middle[:, ::8, ::8, ::8], "high_res_1"),
-        ):
-            _worse(worst, "features", np.abs(array - golden[f"image{number}/{name}"]).max())
-    for name, case in sam3_cases.CASES.items():
-        if case.get("batch"):
-            continue
-        masks, iou, low_res = sam3_cases.predict_case(name, model, embeddings)
-        expected = np.unpackbits(golden[f"{name}/masks"], count=masks.size).reshape(masks.shape)
-        _worse(worst, "logits", np.abs(low_res[..., ::3, ::3] - golden[f"{name}/low_res"]).max())
-        _worse(worst, "iou", np.abs(iou - golden[f"{name}/iou"]).max())
-        differing = ((masks > 0) != expected.astype(bool)).mean(axis=(-2, -1)).max()
-        _worse(worst, "mask_pixels", differing)
-    return worst
+    cases = [name for name, case in golden.sam3_cases().items() if not case.get("batch")]
+    errors = [
+        golden.sam3_errors(name, golden.predict_sam3_case(name, model, embeddings))
+        for name in cases
+    ]
+    features = [golden.sam3_feature_error(n, embedding) for n, embedding in embeddings.items()]
+    return {"cases": len(cases), "features": worst(features)} | {
+        name: worst(e[name] for e in errors) for name in errors[0]
+    }
 
 
 def mobile_sam_errors() -> dict[str, float]:
-    """Least mask IoU and largest IoU-head error over the golden cases of MobileSAM."""
-    model = sam3rt.load_model(device="cpu")
+    """Least mask IoU and largest error of predicted IoUs over the golden cases of MobileSAM."""
+    model = sam3rt.load_model(backend="onnxruntime", device="cpu")
     predictor = sam3rt.SAM3InteractiveImagePredictor(model)
-    embeddings = {name: model.encode(conftest.photo(name)) for name in mobile.DOCUMENT["photos"]}
-    least, iou_error, count = 1.0, 0.0, 0
-    for name, case in mobile.CASES.items():
+    embeddings = {
+        name: model.encode(photo(name)) for name in golden.mobile_sam_document()["photos"]
+    }
+    errors = []
+    for name, case in golden.mobile_sam_cases().items():
         predictor.set_embedding(embeddings[case["photo"]])
-        masks, iou, _ = predictor.predict(**mobile.arguments_of(case))
-        bits = np.unpackbits(mobile.EXPECTED[f"{name}/masks"], count=masks.size)
-        ious = mobile.mask_ious(masks > 0, bits.reshape(masks.shape).astype(bool))
-        least, count = min(least, float(ious.min())), count + ious.size
-        iou_error = max(iou_error, float(np.abs(iou - mobile.EXPECTED[f"{name}/iou"]).max()))
-    return {"masks": count, "least_mask_iou": least, "iou": iou_error}
+        errors.append(
+            golden.mobile_sam_errors(name, predictor.predict(**golden.arguments_of(case)))
+        )
+    return {
+        "masks": sum(e["mask_ious"].size for e in errors),
+        "least_mask_iou": float(np.min([e["mask_ious"].min() for e in errors])),
+        "iou": worst(e["iou"] for e in errors),
+    }
 
 
-def _worse(worst: dict[str, float], name: str, value: Any) -> None:
-    worst[name] = max(worst[name], float(value))
+def worst(values: Iterable[float]) -> float:
+    """The largest; NaN where one is."""
+    return float(np.max(list(values)))
 
 
 def main() -> None:
@@ -79,13 +71,9 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    document = {
-        "command": "python -m benchmarks.golden_errors SMALL_BUNDLE",
-        "machine": platform.platform(),
-        "versions": {"sam3rt": sam3rt.__version__, "onnxruntime": onnxruntime.__version__},
-        "sam3": sam3_errors(options.bundle),
-        "mobile_sam": mobile_sam_errors(),
-    }
+    document: dict[str, Any] = conditions("onnxruntime")
+    document["sam3"] = sam3_errors(options.bundle)
+    document["mobile_sam"] = mobile_sam_errors()
     publish(document, options.output)
 
 

@@ -1,16 +1,19 @@
-"""One call of ``predict``, this runtime against SAM 3's own predictor, in one process.
+"""``predict`` of this runtime against SAM 3's own predictor, in one process.
 
-Both get the same decoder weights (synthetic, of the published decoder's size) and the same
-features of one image, and answer the same prompts in turn, so that drift of the machine hits both
-alike. Needs ``pip install sam3==0.1.4 psutil decord scikit-image onnxruntime`` and the exported
-small model of the tests; run from the repository's root:
-
-    PYTHONPATH=runtime python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT \\
+    python -m benchmarks.predict_vs_reference BUNDLE CHECKPOINT [--with-encoder] \\
         --output benchmarks/results/NAME/predict_vs_reference.json
 
-BUNDLE is an export of CHECKPOINT, a ``sam3.pt``-style file. The reference asks for CUDA in
-places; on a machine without it, its tensors are made on the CPU instead. Several ways of running
-the bundle can be compared at once: ``--candidate openvino:fp32 --candidate onnxruntime:fp32``.
+CHECKPOINT is a ``sam3.pt`` and BUNDLE its export. Both runtimes have the same decoder weights and
+the same features of one image, and answer the same prompts in turn, so that drift of the machine
+hits both alike. Several ways of running the bundle can be compared at once:
+``--candidate openvino:fp32 --candidate onnxruntime:fp32``.
+
+With ``--with-encoder`` the reference encodes the image itself, so that whole models are compared;
+this takes a checkpoint of the published size, about 12 GB of memory and a few minutes on a CPU.
+
+Needs ``pip install sam3==0.1.4 psutil decord scikit-image`` beside the export's extra; run it from
+the repository's root. The reference asks for CUDA in places; on a machine without it, its tensors
+are made on the CPU instead.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import platform
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,11 +31,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmarks.predict_calls import HEIGHT, PROMPTS, WIDTH, measure
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
+from numpy.typing import NDArray
 
 import sam3rt
-from sam3rt.geometry import ImageGeometry
+from sam3rt_bench.scene import FULL_HD, draw_scene, requests
+from sam3rt_bench.timing import Effort, alternate
+
+# Parameters that neither predictor uses.
+_UNUSED = ("sam2_convs.3.", "backbone.vision_backbone.convs.", "freqs_cis")
 
 
 @contextlib.contextmanager
@@ -55,8 +62,8 @@ def factories_on_the_cpu() -> Iterator[None]:
         yield
 
 
-def reference_predictor(checkpoint: Path, embedding: sam3rt.ImageEmbedding) -> Any:
-    """The reference's predictor with the checkpoint's decoder and the given features."""
+def reference_predictor(checkpoint: Path, with_encoder: bool) -> Any:
+    """The reference's predictor in FP32, with its decoder or with its whole model."""
     # Beside another build of PyTorch, torchvision's wheel lacks these. Nothing here uses them.
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):
@@ -68,32 +75,94 @@ def reference_predictor(checkpoint: Path, embedding: sam3rt.ImageEmbedding) -> A
         from sam3.model.sam1_task_predictor import SAM3InteractiveImagePredictor
         from sam3.model_builder import build_tracker
 
-        tracker = build_tracker(apply_temporal_disambiguation=False, with_backbone=False)
-    weights = torch.load(checkpoint, weights_only=True)
-    prefix = "tracker."
-    own = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    tracker.load_state_dict(own, strict=False)
-    tracker.float().eval()
-    predictor = SAM3InteractiveImagePredictor(tracker)
+        tracker = build_tracker(apply_temporal_disambiguation=False, with_backbone=with_encoder)
+    prefixes = {"tracker.": ""} | ({"detector.backbone.": "backbone."} if with_encoder else {})
+    own = {
+        new + name[len(old) :]: tensor
+        for name, tensor in torch.load(checkpoint, weights_only=True, mmap=True).items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
+    report = tracker.load_state_dict(own, strict=False)
+    missing = [k for k in report.missing_keys if not any(part in k for part in _UNUSED)]
+    if with_encoder and missing:
+        raise SystemExit(f"the reference misses {missing[:5]}")
+    return SAM3InteractiveImagePredictor(tracker.float().eval())
+
+
+def give_features(reference: Any, embedding: sam3rt.ImageEmbedding) -> None:
+    """Set the reference's image by its features."""
     maps = [torch.from_numpy(array) for array in embedding.numpy().values()]
-    predictor._features = {"image_embed": maps[-1], "high_res_feats": maps[:-1]}
-    predictor._orig_hw = [embedding.original_size]
-    predictor._is_image_set = True
-    return predictor
+    reference._features = {"image_embed": maps[-1], "high_res_feats": maps[:-1]}
+    reference._orig_hw = [embedding.original_size]
+    reference._is_image_set = True
 
 
-def mask_iou(actual: np.ndarray, expected: np.ndarray) -> float:
+def encode_both(
+    reference: Any, embedding: sam3rt.ImageEmbedding, image: NDArray[np.uint8]
+) -> dict[str, float]:
+    """Set the reference's image by its own encoder, and say how far the embeddings are apart."""
+    start = time.perf_counter()
+    # The reference's package switches a global bf16 autocast on; this is to be FP32.
+    with torch.autocast("cpu", enabled=False):
+        reference.set_image(image)
+    seconds = time.perf_counter() - start
+    theirs = reference.get_image_embedding().numpy()
+    ours = list(embedding.numpy().values())[-1]
+    return {
+        "largest_difference": float(np.abs(ours - theirs).max()),
+        "largest_value": float(np.abs(theirs).max()),
+        "reference_seconds": round(seconds, 2),
+    }
+
+
+def mask_iou(actual: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
     """The mean IoU of masks [..., H, W]."""
     both = (actual & expected).sum(axis=(-2, -1))
     either = (actual | expected).sum(axis=(-2, -1))
     return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
 
 
+def compare(
+    reference: Any, ours: dict[str, sam3rt.SAM3InteractiveImagePredictor], repetitions: int
+) -> Iterator[dict[str, Any]]:
+    """Time and compare every prompt; one row a candidate."""
+    for request in requests(FULL_HD):
+        arguments = {
+            key: np.array(value) if isinstance(value, list) else value
+            for key, value in request.arguments().items()
+        }
+        expected = reference.predict(**arguments)
+        calls = {name: partial(p.predict, **arguments) for name, p in ours.items()}
+        calls["reference"] = partial(reference.predict, **arguments)
+        times = alternate(calls, Effort(repetitions, float("inf"), 3))
+        short = {
+            name: {"median_ms": t.median_ms, "p95_ms": t.p95_ms, "min_ms": t.min_ms}
+            for name, t in times.items()
+        }
+        for name, predictor in ours.items():
+            masks, iou, low_res = predictor.predict(**arguments)
+            yield {
+                "prompt": request.name,
+                "max_hole_area": predictor.max_hole_area,
+                "candidate": name,
+                "sam3rt": short[name],
+                "reference": short["reference"],
+                "ratio": round(times["reference"].median_ms / times[name].median_ms, 2),
+                "mask_iou": round(mask_iou(masks > 0, expected[0] > 0), 5),
+                "differing_mask_pixels": float((masks != expected[0]).mean()),
+                "largest_iou_difference": float(np.abs(iou - expected[1]).max()),
+                "largest_logit_difference": float(np.abs(low_res - expected[2]).max()),
+                "largest_logit": float(np.abs(expected[2]).max()),
+            }
+
+
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--with-encoder", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
@@ -111,71 +180,31 @@ def main() -> None:
         )
         for name in names
     }
-    rng = np.random.default_rng(0)
     # One encoder for all, in FP32 where there is a choice: what is compared are the decoders.
     exact = next((m for n, m in models.items() if n.endswith("fp32")), models[names[0]])
-    embedding = exact.encode(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
-    assert embedding.geometry == ImageGeometry((HEIGHT, WIDTH), exact.manifest.image.size)
-    maps = list(embedding.numpy().values())
-
+    image = draw_scene(*FULL_HD)
+    embedding = exact.encode(image)
+    reference = reference_predictor(options.checkpoint, options.with_encoder)
+    facts: dict[str, Any] = {}
+    if options.with_encoder:
+        facts["image_embedding"] = encode_both(reference, embedding, image)
+    else:
+        give_features(reference, embedding)
     rows = []
     for holes in (0.0, 256.0):
+        reference._transforms.max_hole_area = holes
         ours = {}
         for name, model in models.items():
             ours[name] = sam3rt.SAM3InteractiveImagePredictor(model, max_hole_area=holes)
-            features = model.backend.upload(maps)
+            features = model.backend.upload(list(embedding.numpy().values()))
             ours[name].set_embedding(dataclasses.replace(embedding, features=features))
-        theirs = reference_predictor(options.checkpoint, embedding)
-        theirs._transforms.max_hole_area = holes
-        for prompt, prompts in PROMPTS.items():
-            arrays = {k: np.array(v) if isinstance(v, list) else v for k, v in prompts.items()}
-            expected = theirs.predict(**arrays)
-            times = measure(
-                {
-                    **{name: partial(p.predict, **arrays) for name, p in ours.items()},
-                    "reference": partial(theirs.predict, **arrays),
-                },
-                options.repetitions,
-            )
-            for name, predictor in ours.items():
-                masks, _, low_res = predictor.predict(**arrays)
-                rows.append(
-                    {
-                        "prompt": prompt,
-                        "max_hole_area": holes,
-                        "candidate": name,
-                        "sam3rt": times[name],
-                        "reference": times["reference"],
-                        "ratio": round(
-                            times["reference"]["median_ms"] / times[name]["median_ms"], 2
-                        ),
-                        "mask_iou": round(mask_iou(masks > 0, expected[0] > 0), 5),
-                        "differing_mask_pixels": float((masks != expected[0]).mean()),
-                        "largest_logit_difference": float(np.abs(low_res - expected[2]).max()),
-                    }
-                )
-                print(json.dumps(rows[-1]))
-    if options.output:
-        document = {
-            "what": f"predict at {WIDTH}x{HEIGHT}, features given, {options.threads} threads",
-            "command": "python benchmarks/predict_vs_reference.py BUNDLE CHECKPOINT "
-            f"--threads {options.threads} --repetitions {options.repetitions} "
-            + " ".join(f"--candidate {name}" for name in names),
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
-            "versions": {
-                "sam3rt": sam3rt.__version__,
-                **{
-                    k: v
-                    for m in models.values()
-                    for k, v in m.backend.versions().items()
-                    if k != "precision"
-                },
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "rows": rows,
-        }
-        publish(document, options.output)
+        for row in compare(reference, ours, options.repetitions):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    document = conditions("onnxruntime", "torch", "numpy", "sam3")
+    for model in models.values():
+        document["versions"] |= model.backend.versions()
+    publish({**document, "threads": options.threads, **facts, "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

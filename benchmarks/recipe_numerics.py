@@ -1,6 +1,6 @@
 """What each precision recipe costs in accuracy, rounded on the CPU as hardware would.
 
-    python benchmarks/recipe_numerics.py BUNDLE [--recipe NAME ...] [--output FILE]
+    python -m benchmarks.recipe_numerics BUNDLE [--recipe NAME ...] [--output FILE]
 
 Runs the bundle's parity record, encoder and decoder in the same recipe, on graphs that compute in
 FP32 and round every value the recipe narrows. It shows what a recipe loses by itself; what a GPU's
@@ -10,15 +10,12 @@ kernels add, only the gate on that GPU shows.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 
-import sam3rt
 from sam3rt.accuracy.gate import GATE_LIMITS, judge
 from sam3rt.accuracy.record import load_record, verify
 from sam3rt.bundle import Bundle, open_bundle
@@ -54,12 +51,9 @@ def main() -> None:
     publish(
         {
             "what": "worst figures over the parity record, simulated on the CPU",
+            **conditions("onnxruntime"),
             "bundle": bundle.manifest.name,
             "image_size": bundle.manifest.image.size,
-            "cpu": cpu_name(),
-            "python": platform.python_version(),
-            "onnxruntime": onnxruntime.__version__,
-            "sam3rt": sam3rt.__version__,
             "recipes": [measure(bundle, recipe) for recipe in chosen],
         },
         options.output,

@@ -1,19 +1,36 @@
-"""What the benchmark scripts share: naming the machine and publishing a result."""
+"""What the scripts share: saying how a result came about, and publishing it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import sam3rt
+from sam3rt.machine import processor_name, usable_cores
 
-def cpu_name() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+
+def conditions(*packages: str) -> dict[str, Any]:
+    """The command, the machine and the versions behind a result.
+
+    Args:
+        packages: distributions whose versions matter, beside Python's and sam3rt's.
+    """
+    versions = {"python": platform.python_version(), "sam3rt": sam3rt.__version__}
+    return {
+        "command": _command(),
+        "machine": {
+            "processor": processor_name(),
+            "cores": usable_cores(),
+            "platform": platform.platform(),
+        },
+        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def publish(document: dict[str, Any], output: Path | None) -> None:
@@ -23,3 +40,10 @@ def publish(document: dict[str, Any], output: Path | None) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
+
+
+def _command() -> str:
+    """The command, with files by their names alone: folders say nothing on another machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).name, *words])

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
-import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.hardening.soak import calls
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
 import sam3rt
@@ -116,12 +114,7 @@ def main() -> int:
     result = compare(model, options.workers, options.calls, options.calls_per_image)
     publish(
         {
-            "command": f"python -m benchmarks.hardening.concurrency --calls {options.calls}",
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
-            "versions": {
-                "sam3rt": sam3rt.__version__,
-                "onnxruntime": importlib.metadata.version("onnxruntime"),
-            },
+            **conditions("onnxruntime"),
             "model": model.manifest.name,
             "threads_per_operator": options.threads or "all cores",
             **result,

@@ -13,8 +13,6 @@ disagrees. Needs the export extra.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import sys
 import tempfile
 import time
@@ -22,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
 import sam3rt
 
-# Those of tests/test_golden_sam3.py.
+# Those of tests/golden/test_golden_sam3.py.
 LIMITS = {"features": 2e-3, "logits": 5e-3, "iou": 1e-3, "mask_pixels": 2e-4}
 
 
@@ -234,19 +232,7 @@ def main() -> int:
         if bundle is None or checkpoint is None:
             bundle, checkpoint = make_model(Path(folder))
         result = compare(bundle, checkpoint, options.cases, options.images, options.seed)
-    publish(
-        {
-            "command": f"python -m benchmarks.hardening.differential --cases {options.cases} "
-            f"--images {options.images} --seed {options.seed}",
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("sam3rt", "onnxruntime", "torch", "transformers")
-            },
-            **result,
-        },
-        options.output,
-    )
+    publish(conditions("onnxruntime", "torch", "transformers") | result, options.output)
     return int(bool(result["disagreements"]))
 
 

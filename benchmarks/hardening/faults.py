@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
@@ -38,7 +37,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.bundle import TensorSpec, check_file, file_entry, open_bundle
@@ -209,20 +208,20 @@ def export_work(folder: Path) -> Iterator[Work]:
 @contextmanager
 def build_work(folder: Path) -> Iterator[Work]:
     """Engines of made-up content for a bundle of a few nodes, proven by a made-up verdict."""
+    from tests.support import stand_in_builds
     from tests.support.build_helpers import toy_bundle
-    from tests.unit.build import test_build
 
     bundle = toy_bundle(folder / "toy")
 
     def run() -> None:
-        test_build.run(bundle)
+        stand_in_builds.run(bundle)
 
     def check() -> None:
         for engine in find_engines(bundle):
             check_file(engine.path.parent, engine.sidecar.engine)
 
     def leftovers() -> list[str]:
-        test_build.consistent(bundle)
+        stand_in_builds.check_consistent(bundle)
         return [str(path) for path in (bundle.path / "engines").glob(".build-*")]
 
     def gives_way(error: Exception) -> bool:
@@ -310,9 +309,7 @@ def main() -> None:
         damage = damaged_embeddings(Path(folder), rng, 20 * options.kills)
     publish(
         {
-            "command": f"python -m benchmarks.hardening.faults --kills {options.kills} "
-            f"--races {options.races}",
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
+            **conditions("numpy"),
             "killed": results,
             "two_at_once": races,
             "damaged_embeddings": damage,

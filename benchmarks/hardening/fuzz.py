@@ -2,16 +2,14 @@
 
     python -m benchmarks.hardening.fuzz [--executions N] [--target NAME ...] [--output FILE]
 
-Runs each target of tests/fuzz/targets.py in a process of its own under atheris (libFuzzer), from
-valid inputs. Anything but a documented exception ends a target's run and is listed as a finding,
-with the input that caused it. Exits with 1 where there is one. Needs atheris.
+Runs each target of tests/support/fuzz_targets.py in a process of its own under atheris (libFuzzer),
+from valid inputs. Anything but a documented exception ends a target's run and is listed as a
+finding, with the input that caused it. Exits with 1 where there is one. Needs atheris.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import re
 import subprocess
 import sys
@@ -20,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 
 # Shares of the executions: more where one takes less time.
 SHARES = {
@@ -122,12 +120,7 @@ def main() -> int:
     findings = [name for name, result in results.items() if result["finding"]]
     publish(
         {
-            "command": f"python -m benchmarks.hardening.fuzz --executions {options.executions}",
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
-            "versions": {
-                "python": platform.python_version(),
-                **{p: importlib.metadata.version(p) for p in ("atheris", "numpy", "pillow")},
-            },
+            **conditions("atheris", "numpy", "pillow"),
             "executions": sum(result["executions"] for result in results.values()),
             "findings": findings,
             "targets": results,

@@ -1,22 +1,20 @@
 """One process that predicts and changes images for a long time: do memory and latency stay flat?
 
-    python -m benchmarks.hardening.soak [--predictions 20000] [--images 500] [--embeddings 100]
+    python -m benchmarks.hardening.soak [--backend openvino] [--predictions 20000] [--images 500]
 
-Runs on the bundled model. Images of different sizes are set in turn and prompted with clicks,
-boxes, several objects and masks. A tenth of a run is warm-up; over the rest, a line is fitted to
-the resident memory and to the latency of one kind of call. Embeddings are saved and loaded again on
-the way. Latency is measured twice: by the clock, which other work on the machine disturbs, and as
-the processor time this process used, which says whether it has more to do than before. Exits with 1
-where memory grows by more than 1 MB per 1,000 predictions, or where a click in the second half
-takes over a tenth more processor time than in the first.
+Images of many shapes are set in turn and prompted with clicks, boxes, masks and varied numbers of
+objects and points. A tenth of a run is warm-up; over the rest, a line is fitted to the resident
+memory and to the latency of one kind of call on images of one size. Embeddings are saved and loaded
+again on the way. Latency is measured twice: by the clock, which other work on the machine disturbs,
+and as the processor time this process used, which says whether it has more to do than before. Exits
+with 1 where memory grows by more than 1 MB per 1,000 predictions, or where a click in the second
+half takes over a tenth more processor time than in the first.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -24,12 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import cpu_name, publish
+from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
 import sam3rt
+from sam3rt_bench.scene import many_points
 
-_SIZES = ((240, 320), (300, 451), (64, 64), (200, 100), (480, 640))
+# (height, width) of every fifth image; the others have shapes of their own.
+_FOLLOWED_SIZE = (240, 320)
+_SIDES = (16, 900)
+_MOST_OBJECTS = 6
+_MOST_POINTS = 40
 # 10^6 bytes per 1,000 predictions.
 _ALLOWED_GROWTH = 1.0
 # Processor time of a click in the second half, over that in the first.
@@ -59,6 +62,22 @@ def calls(height: int, width: int, low_res: NDArray[np.float32]) -> list[dict[st
         {"point_coords": [[x, y]], "point_labels": [1], "mask_input": low_res},
         {},
     ]
+
+
+def varied_call(rng: np.random.Generator, size: tuple[int, int]) -> dict[str, Any]:
+    """Clicks for a random number of objects, each with a random number of points."""
+    objects, points = rng.integers(1, _MOST_OBJECTS + 1), rng.integers(1, _MOST_POINTS + 1)
+    prompts = many_points(size, int(objects), int(points))
+    return {"point_coords": prompts.point_coords, "point_labels": prompts.point_labels}
+
+
+def picture(rng: np.random.Generator, number: int) -> NDArray[np.uint8]:
+    """One image, uint8 [H, W, 3]; every fifth has the size that is followed."""
+    size = _FOLLOWED_SIZE
+    if number % 5:
+        height, width = np.exp(rng.uniform(*np.log(_SIDES), 2))
+        size = (int(height), int(width))
+    return rng.integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -96,13 +115,12 @@ def complaints(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def run(predictions: int, images: int, embeddings: int, threads: int) -> dict[str, Any]:
+def run(
+    model: sam3rt.SegmentationModel, predictions: int, images: int, embeddings: int
+) -> dict[str, Any]:
     """Do it, and say how memory and latency went."""
-    model = sam3rt.load_model(backend="onnxruntime", device="cpu", threads=threads)
     predictor = sam3rt.SAM3InteractiveImagePredictor(model, mask_dtype=bool)
     rng = np.random.default_rng(0)
-    # One array per size: the soak is to find what the runtime keeps, not what it is given.
-    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in _SIZES]
     low_res = np.zeros((1, *model.manifest.prompts.mask_size), np.float32)
     done = saved = 0
     samples: list[tuple[int, float]] = []
@@ -112,22 +130,25 @@ def run(predictions: int, images: int, embeddings: int, threads: int) -> dict[st
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(images):
-            picture = pictures[number % len(pictures)]
+            image = picture(rng, number)
+            height, width = image.shape[:2]
             begin = time.perf_counter()
-            predictor.set_image(picture)
+            predictor.set_image(image)
             set_ms.append((number, 1e3 * (time.perf_counter() - begin)))
             if saved < embeddings and number * embeddings >= saved * images:
                 path = Path(folder) / f"{number % 4}.embedding"
-                model.encode(picture).save(path)
+                model.encode(image).save(path)
                 predictor.set_embedding(model.load_embedding(path))
                 saved += 1
-            kinds = calls(picture.shape[0], picture.shape[1], low_res)
+            kinds = calls(height, width, low_res)
             while done * images < predictions * (number + 1):
-                kind = done % len(kinds)
+                # Every second call has another shape.
+                kind = done // 2 % len(kinds) if done % 2 == 0 else None
+                call = varied_call(rng, (height, width)) if kind is None else kinds[kind]
                 begin, spent = time.perf_counter(), time.process_time()
-                predictor.predict(**kinds[kind])
+                predictor.predict(**call)
                 # Post-processing depends on the image's size: one size is followed.
-                if kind == 0 and picture is pictures[0]:
+                if kind == 0 and (height, width) == _FOLLOWED_SIZE:
                     click_ms.append((done, 1e3 * (time.perf_counter() - begin)))
                     spent_ms.append((done, 1e3 * (time.process_time() - spent)))
                 done += 1
@@ -162,26 +183,24 @@ def run(predictions: int, images: int, embeddings: int, threads: int) -> dict[st
 def main() -> int:
     """Run, print and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", choices=("onnxruntime", "openvino"), default="onnxruntime")
+    parser.add_argument("--bundle", type=Path, help="default: the bundled model")
     parser.add_argument("--predictions", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--embeddings", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    result = run(options.predictions, options.images, options.embeddings, options.threads)
+    model = sam3rt.load_model(
+        options.bundle,
+        backend=options.backend,
+        device="cpu",
+        precision="fp32",
+        threads=options.threads,
+    )
+    result = run(model, options.predictions, options.images, options.embeddings)
     publish(
-        {
-            "command": f"python -m benchmarks.hardening.soak --predictions {options.predictions} "
-            f"--images {options.images} --embeddings {options.embeddings} "
-            f"--threads {options.threads}",
-            "machine": {"processor": cpu_name(), "platform": platform.platform()},
-            "versions": {
-                "sam3rt": sam3rt.__version__,
-                "onnxruntime": importlib.metadata.version("onnxruntime"),
-                "numpy": np.__version__,
-            },
-            **result,
-        },
+        conditions(options.backend, "numpy") | {"model": model.manifest.name} | result,
         options.output,
     )
     found = complaints(result)

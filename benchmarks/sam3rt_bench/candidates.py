@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from .document import CandidateInfo
 
 PYTORCH = "pytorch"
 PYTORCH_PRECISIONS = ("fp32", "bf16", "compile-fp32", "compile-bf16")
-# Lives on the export's side: the runtime imports no PyTorch.
-_PYTORCH_BACKEND = "sam3rt_bench.pytorch_backend"
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,12 @@ def load_candidate(bundle: Bundle, choice: Choice, settings: Settings) -> Candid
     if settings.checkpoint is None:
         raise BackendError("PyTorch needs --checkpoint, the model the bundle was exported from")
     try:
-        module = importlib.import_module(_PYTORCH_BACKEND)
+        from .pytorch_backend import PyTorchBackend
     except ImportError as error:
         raise BackendError(
             f"PyTorch needs the export's extra: pip install 'sam3rt[export]' ({error})"
         ) from error
-    backend = module.PyTorchBackend(
+    backend = PyTorchBackend(
         bundle,
         settings.checkpoint,
         precision=choice.precision,

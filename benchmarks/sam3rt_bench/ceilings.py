@@ -6,7 +6,6 @@ The largest figure counts as the machine's ceiling, whichever library reached it
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,6 @@ from .document import Ceiling
 _SIDE = 2048
 _COPY_BYTES = 1 << 28
 _RUNS = 5
-_PYTORCH_CEILINGS = "sam3rt_bench.pytorch_backend"
 
 
 def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> list[Ceiling]:
@@ -35,8 +33,9 @@ def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> li
         found += _openvino(threads)
     if with_pytorch:
         with contextlib.suppress(ImportError):
-            module = importlib.import_module(_PYTORCH_CEILINGS)
-            found += module.measure_ceilings(device, threads)
+            from . import pytorch_backend
+
+            found += pytorch_backend.measure_ceilings(device, threads)
     return found
 
 

@@ -5,24 +5,20 @@ Durations are in milliseconds. Where something was not measured, its list is emp
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from sam3rt.bundle.files import atomic_write
-from sam3rt.bundle.schema import SchemaError, parse_document, read
 from sam3rt.errors import InvalidInputError
 
-FORMAT = "sam3rt-bench"
-FORMAT_VERSION = 1
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the document: its fields are the schema."""
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(_Part, frozen=True):
     """Durations of repeated calls.
 
     Attributes:
@@ -46,8 +42,7 @@ class Times:
     spread: float
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(_Part, frozen=True):
     """Where it ran.
 
     Attributes:
@@ -69,8 +64,7 @@ class Machine:
     python: str
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(_Part, frozen=True):
     """What was run.
 
     Attributes:
@@ -90,8 +84,7 @@ class Model:
     note: str
 
 
-@dataclass(frozen=True)
-class CandidateInfo:
+class CandidateInfo(_Part, frozen=True):
     """One way of running the model.
 
     Attributes:
@@ -111,8 +104,7 @@ class CandidateInfo:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
-class StageRow:
+class StageRow(_Part, frozen=True):
     """One stage of one candidate.
 
     Attributes:
@@ -128,8 +120,7 @@ class StageRow:
     times: Times
 
 
-@dataclass(frozen=True)
-class CallRow:
+class CallRow(_Part, frozen=True):
     """One end-to-end call of one candidate, NumPy in to NumPy out.
 
     Attributes:
@@ -143,8 +134,7 @@ class CallRow:
     times: Times
 
 
-@dataclass(frozen=True)
-class AgreementRow:
+class AgreementRow(_Part, frozen=True):
     """How far a candidate's masks are from FP32's, over all prompts of the side-by-side part.
 
     Attributes:
@@ -168,8 +158,7 @@ class AgreementRow:
     single_least_iou: float
 
 
-@dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(_Part, frozen=True):
     """One point of a curve.
 
     Attributes:
@@ -185,8 +174,7 @@ class CurvePoint:
     per_second: float
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(_Part, frozen=True):
     """How a call's duration depends on something.
 
     Attributes:
@@ -204,8 +192,7 @@ class Curve:
     points: tuple[CurvePoint, ...]
 
 
-@dataclass(frozen=True)
-class StartRow:
+class StartRow(_Part, frozen=True):
     """A fresh process of one candidate.
 
     Attributes:
@@ -229,8 +216,7 @@ class StartRow:
     peak_device_mb: float | None
 
 
-@dataclass(frozen=True)
-class Ceiling:
+class Ceiling(_Part, frozen=True):
     """The best this machine was seen to do.
 
     Attributes:
@@ -248,8 +234,7 @@ class Ceiling:
     per_second: float
 
 
-@dataclass(frozen=True)
-class LimitRow:
+class LimitRow(_Part, frozen=True):
     """A stage against the ceilings.
 
     Attributes:
@@ -273,8 +258,7 @@ class LimitRow:
     ratio: float
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(_Part, frozen=True):
     """A whole benchmark.
 
     Attributes:
@@ -300,8 +284,8 @@ class Result:
         skipped: what was not measured, and why.
     """
 
-    format: str
-    format_version: int
+    format: Literal["sam3rt-bench"]
+    format_version: Literal[1]
     created: str
     command: str
     quick: bool
@@ -327,9 +311,8 @@ def write_result(path: Path, result: Result) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
     with atomic_write(path) as stream:
-        stream.write(text.encode())
+        stream.write(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
 
 
 def read_result(path: Path) -> Result:
@@ -340,11 +323,11 @@ def read_result(path: Path) -> Result:
         OSError: the file cannot be read.
     """
     try:
-        document = parse_document(path.read_bytes(), FORMAT, FORMAT_VERSION, "update sam3rt")
-        result: Result = read(Result, document)
-    except SchemaError as error:
-        raise InvalidInputError(str(path), f"a file that {error}", "a benchmark's JSON") from error
-    return result
+        return msgspec.json.decode(path.read_bytes(), type=Result)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(
+            str(path), str(error), "a result of sam3rt bench, as JSON"
+        ) from error
 
 
 def json_schema() -> dict[str, Any]:
@@ -352,33 +335,5 @@ def json_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Result of sam3rt bench",
-        **_schema(Result),
+        **msgspec.json.schema(Result),
     }
-
-
-_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
-
-
-def _schema(kind: Any) -> dict[str, Any]:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return {
-            "type": "object",
-            "additionalProperties": False,
-            "required": list(hints),
-            "properties": {name: _schema(hint) for name, hint in hints.items()},
-        }
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin is types.UnionType:
-        inner = [_schema(a) for a in arguments if a is not types.NoneType]
-        return {"anyOf": [*inner, {"type": "null"}]}
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return {"type": "array", "items": _schema(arguments[0])}
-    if origin is tuple:
-        items = [_schema(a) for a in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": _schema(arguments[1])}
-    return {"type": _PLAIN[kind]}

@@ -33,12 +33,7 @@ Progress = Callable[[str], None]
 def time_stages(
     candidates: list[Candidate], image: Image, effort: Effort, progress: Progress
 ) -> list[StageRow]:
-    """Time each stage of a one-click call by itself.
-
-    A backend that times itself by events of its device offers ``device_times()``, the
-    milliseconds of this thread's last encode and decode by stage; those are listed beside the
-    host's.
-    """
+    """Time each stage of a one-click call by itself."""
     rows = _host_stages(candidates[0], image, effort, progress)
     manifest = candidates[0].model.manifest
     pixels, place = preprocess(manifest.image, image)
@@ -58,7 +53,7 @@ def time_stages(
     ):
         progress(f"stages: {stage}")
         rows += _rows(stage, candidates, action, effort)
-    return rows + _device_rows(candidates, pixels, packed, effort)
+    return rows
 
 
 def time_calls(
@@ -129,26 +124,3 @@ def _rows(
 ) -> list[StageRow]:
     times = alternate({c.name: partial(action, c) for c in candidates}, effort)
     return [StageRow(c.name, stage, "host", times[c.name]) for c in candidates]
-
-
-def _device_rows(
-    candidates: list[Candidate], pixels: Any, packed: Any, effort: Effort
-) -> list[StageRow]:
-    from .timing import summarize
-
-    rows = []
-    for candidate in candidates:
-        backend = candidate.model.backend
-        device_times: Callable[[], dict[str, float]] | None = getattr(backend, "device_times", None)
-        if device_times is None:
-            continue
-        seen: dict[str, list[float]] = {}
-        for _ in range(max(3, min(effort.repetitions, 30))):
-            backend.decode(backend.encode(pixels), packed, MULTI)
-            for stage, milliseconds in device_times().items():
-                seen.setdefault(stage, []).append(milliseconds / 1e3)
-        rows += [
-            StageRow(candidate.name, stage, "device", summarize(values))
-            for stage, values in seen.items()
-        ]
-    return rows

@@ -6,7 +6,6 @@ prints its row as the last line.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sam3rt.bundle import open_bundle
@@ -66,7 +66,7 @@ def measure_start(
     if done.returncode or not lines:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BackendError(f"{choice.name} failed in a process of its own: {said}")
-    return StartRow(**json.loads(lines[-1]))
+    return msgspec.json.decode(lines[-1], type=StartRow)
 
 
 def _run(task: dict[str, Any]) -> StartRow:
@@ -96,7 +96,7 @@ def _run(task: dict[str, Any]) -> StartRow:
         steady_encode_ms=encodes[1],
         first_predict_ms=predicts[0],
         steady_predict_ms=float(np.median(predicts[1:])),
-        peak_host_mb=_peak_host_mb(),
+        peak_host_mb=peak_host_mb(),
         peak_device_mb=None if peak_device is None else round(peak_device() / 1e6, 1),
     )
 
@@ -107,7 +107,8 @@ def _milliseconds(call: Any) -> float:
     return round(1e3 * (time.perf_counter() - start), 2)
 
 
-def _peak_host_mb() -> float | None:
+def peak_host_mb() -> float | None:
+    """Most resident memory of this process so far, 10^6 bytes; ``None`` on Windows."""
     status = Path("/proc/self/status")
     if status.is_file():
         # Not ru_maxrss, which on Linux begins at the size of the process that started this one.
@@ -123,4 +124,4 @@ def _peak_host_mb() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(_run(json.load(sys.stdin)))))
+    print(msgspec.json.encode(_run(json.load(sys.stdin))).decode())

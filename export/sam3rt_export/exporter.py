@@ -196,7 +196,7 @@ def _limits(weights: str, log_odds: bool) -> ParityLimits:
     limits = LIMITS[weights]
     if not log_odds:
         return limits
-    return dataclasses.replace(limits, iou_error=_LOG_ODDS_FACTOR * limits.iou_error)
+    return msgspec.structs.replace(limits, iou_error=_LOG_ODDS_FACTOR * limits.iou_error)
 
 
 def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list[Measurement]:

@@ -1,4 +1,4 @@
-"""`benchmarks/concurrency.py` in short: 16 threads over one model, bit for bit."""
+"""`benchmarks/hardening/concurrency.py` in short: 16 threads over one model, bit for bit."""
 
 from __future__ import annotations
 

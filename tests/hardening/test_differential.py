@@ -1,4 +1,4 @@
-"""`benchmarks/differential.py` in short, and how it tells a tie from a difference."""
+"""`benchmarks/hardening/differential.py` in short, and how it tells a tie from a difference."""
 
 from __future__ import annotations
 

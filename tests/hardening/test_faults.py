@@ -1,4 +1,4 @@
-"""`benchmarks/faults.py` in short: work that is killed, and work that two do at once."""
+"""`benchmarks/hardening/faults.py` in short: work that is killed, and work that two do at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_killed_and_doubled_work_leaves_nothing_half_done(tmp_path: Path) -> Non
     report = tmp_path / "faults.json"
     done = subprocess.run(
         [
-            *(sys.executable, "benchmarks/faults.py", "--kills", "5", "--races", "2"),
+            *(sys.executable, "-m", "benchmarks.hardening.faults", "--kills", "5", "--races", "2"),
             *("--output", str(report)),
         ],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""A short run of every fuzz target; `benchmarks/fuzz.py` runs them by the hundred thousand."""
+"""Every fuzz target in short; `benchmarks/hardening/fuzz.py` runs them by the hundred thousand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from benchmarks.hardening import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support import fuzz_targets as targets
@@ -74,6 +75,11 @@ def test_changed_json_raises_only_what_is_documented(name: str) -> None:
                 continue
             targets.TARGETS[name](changed)
             content = changed
+
+
+def test_every_target_has_its_share() -> None:
+    assert set(fuzz.SHARES) == set(targets.TARGETS)
+    assert sum(fuzz.SHARES.values()) == pytest.approx(1)
 
 
 def test_an_undocumented_exception_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

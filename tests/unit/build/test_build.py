@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto
-from tests.support.build_helpers import float_types, toy_bundle
+from tests.support.build_helpers import toy_bundle
+from tests.support.stand_in_builds import (
+    DEVICE,
+    FEATURES_OFF,
+    FINE,
+    GPU,
+    MASKS_OFF,
+    RTX,
+    Maker,
+    Prover,
+    check_consistent,
+    run,
+)
 
 from sam3rt.accuracy.gate import Verdict
-from sam3rt.accuracy.record import Measurement
 from sam3rt.backends.tensorrt.cuda.driver import Device
 from sam3rt.backends.tensorrt.engines import (
     EngineFile,
@@ -28,7 +38,6 @@ from sam3rt.backends.tensorrt.engines import (
     Machine,
     candidates,
     find_engines,
-    sidecar_path,
 )
 from sam3rt.backends.tensorrt.engines.selection import ENGINES
 from sam3rt.bundle import Bundle
@@ -40,83 +49,10 @@ from sam3rt_build.ep_context import wrapper_path
 from sam3rt_build.errors import BuildError
 from sam3rt_build.recipes import RECIPES
 
-GPU = Gpu("NVIDIA Test 4090", "8.9")
-DEVICE = Device(0, GPU, 24 << 30, "580.65", (13, 0))
-RTX = "tensorrt-rtx"
-
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Bundle:
     return toy_bundle(tmp_path / "toy")
-
-
-class Maker:
-    """Stands in for the builder: looks at what it is given and writes some bytes as the engine."""
-
-    def __init__(self) -> None:
-        self.requests: list[EngineRequest] = []
-        self.made: list[str] = []
-        self.fails: Callable[[str], BaseException | None] = lambda _: None
-
-    def __call__(self, request: EngineRequest) -> None:
-        graph = Path(request.graph)
-        model = onnx.load(graph)
-        onnx.checker.check_model(model)
-        recipe = {entry.key: entry.value for entry in model.metadata_props}.get("sam3rt.recipe")
-        what = f"{graph.stem} {recipe}" if recipe else graph.stem
-        (types,) = ({float_types(model)["image_embeddings.0"]} if recipe else {TensorProto.FLOAT},)
-        features = "float16" if TensorProto.FLOAT16 in types else "float32"
-        self.requests.append(request)
-        self.made.append(what)
-        failure = self.fails(what)
-        if failure is not None:
-            raise failure
-        Path(request.engine).write_bytes(f"{what} {features} {len(self.made)}".encode())
-
-
-def measured(output: str, value: float) -> Measurement:
-    return Measurement("image 0", output, "cosine", value, 0.999, at_least=True)
-
-
-FEATURES_OFF = Verdict((measured("features 0", 0.04), measured("masks", 1.0)))
-MASKS_OFF = Verdict((measured("features 0", 1.0), measured("masks", float("nan"))))
-FINE = Verdict((measured("features 0", 0.9999), measured("masks", 0.9995)))
-
-
-class Prover:
-    """Stands in for the gate: verdicts by encoder and decoder recipe."""
-
-    def __init__(self, **verdicts: Verdict) -> None:
-        self.verdicts = {tuple(name.split("__")): verdict for name, verdict in verdicts.items()}
-        self.seen: list[tuple[str, str]] = []
-
-    def __call__(self, bundle: Bundle, engines: EngineSet) -> Verdict:
-        for engine in (engines.encoder, engines.decoder):
-            # What is judged lies where it would serve from, whole.
-            content = engine.path.read_bytes()
-            assert engine.sidecar.engine.sha256 == hashlib.sha256(content).hexdigest()
-            assert engine.sidecar.state == "unproven"
-        assert engines.encoder.sidecar.features_dtype == engines.decoder.sidecar.features_dtype
-        names = (engines.encoder.sidecar.recipe, engines.decoder.sidecar.recipe)
-        self.seen.append(names)
-        for key in (names, (names[0], "any"), ("any", names[1]), ("any", "any")):
-            if key in self.verdicts:
-                return self.verdicts[key]
-        return FINE
-
-
-def run(
-    bundle: Bundle, make: Maker | None = None, prove: Prover | None = None, **options: Any
-) -> tuple[Any, ...]:
-    """A build with TensorRT for RTX, the flavour that is installed here, on a made-up GPU."""
-    return build_bundle(
-        bundle,
-        BuildOptions(**{"backend": RTX, **options}),
-        lambda _: None,
-        make=make or Maker(),
-        prove=prove or Prover(),
-        device=DEVICE,
-    )
 
 
 def files(bundle: Bundle) -> dict[str, list[str]]:
@@ -134,30 +70,11 @@ def by_path(engines: Iterable[EngineFile]) -> list[EngineFile]:
     return sorted(engines, key=lambda engine: engine.path)
 
 
-def consistent(bundle: Bundle) -> None:
-    """Nothing on disk claims what is not so."""
-    for path in (bundle.path / ENGINES).rglob("*"):
-        if path.is_dir():
-            assert not path.name.startswith(".build-"), path
-            continue
-        assert not path.name.endswith((".tmp", ".request.json", ".onnx.data")), path
-        if path.suffix == ".engine":
-            document = json.loads(sidecar_path(path).read_text())
-            assert document["engine"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-            assert document["state"] in ("proven", "unproven")
-        if path.name.endswith(".engine.json"):
-            engine = path.with_name(path.name.removesuffix(".json"))
-            refused = json.loads(path.read_text())["state"] == "refused"
-            assert engine.is_file() != refused, path
-        if path.name.endswith("_ctx.onnx"):
-            assert path.with_name(path.name.replace("_ctx.onnx", ".engine")).is_file()
-
-
 @pytest.fixture(autouse=True)
 def everything_is_consistent(toy: Bundle) -> Iterator[None]:
     yield
     if (toy.path / ENGINES).is_dir():
-        consistent(toy)
+        check_consistent(toy)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""The reference predictors' real outputs, and how far a result is from them.
+
+The golden tests hold these distances to limits; ``benchmarks/golden_errors.py`` prints what is
+reached. tests/golden/*/README.md say what the data is.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.golden.sam3 import synthetic
+
+from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationModel
+
+_MOBILE_SAM = Path(__file__).resolve().parents[1] / "golden" / "mobile_sam"
+
+Case = dict[str, Any]
+Prediction = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
+
+
+@cache
+def sam3_outputs() -> dict[str, NDArray[Any]]:
+    """What SAM 3's own predictor returned on the small synthetic model, by name."""
+    return dict(np.load(synthetic.FOLDER / "golden.npz"))
+
+
+@cache
+def sam3_cases() -> dict[str, Case]:
+    """The calls behind it, by name."""
+    return {case["id"]: case for case in synthetic.cases()["cases"]}
+
+
+def predict_sam3_case(
+    name: str, model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
+) -> Prediction:
+    """Answer one call, and before it the one that its mask prompt comes from."""
+    case = sam3_cases()[name]
+    predictor = SAM3InteractiveImagePredictor(model, **case["ctor"])
+    predictor.set_embedding(embeddings[case["image"]])
+    arguments = dict(case["args"])
+    if "mask_input" in case:
+        source = case["mask_input"]
+        low_res = predict_sam3_case(source["from_case"], model, embeddings)[2]
+        arguments["mask_input"] = low_res[source["channel"]][None]
+    return predictor.predict(**arguments)
+
+
+def sam3_errors(name: str, prediction: Prediction) -> dict[str, float]:
+    """Largest errors of one call: of logits and of predicted IoUs, and the share of mask pixels."""
+    masks, iou, low_res = prediction
+    outputs = sam3_outputs()
+    logits = largest(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
+    if f"{name}/logits" in outputs:
+        logits = max(logits, largest(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
+    differing = ((masks > 0) != _unpacked(outputs[f"{name}/masks"], masks)).mean(axis=(-2, -1))
+    return {
+        "logits": logits,
+        "iou": largest(iou, outputs[f"{name}/iou"]),
+        "mask_pixels": float(differing.max()),
+    }
+
+
+def sam3_feature_error(number: int, embedding: ImageEmbedding) -> float:
+    """The largest error of the feature maps of one golden image, and of their statistics."""
+    fine, middle, coarse = embedding.numpy().values()
+    outputs = sam3_outputs()
+    stats = [[a.mean(), a.std(), np.abs(a).max()] for a in (fine, middle, coarse)]
+    errors = [
+        largest(coarse[:, ::8, ::4, ::4], outputs[f"image{number}/image_embed"]),
+        largest(fine[:, ::8, ::16, ::16], outputs[f"image{number}/high_res_0"]),
+        largest(middle[:, ::8, ::8, ::8], outputs[f"image{number}/high_res_1"]),
+        largest(np.ravel(stats), outputs[f"image{number}/stats"].ravel()),
+    ]
+    return float(np.max(errors))
+
+
+@cache
+def mobile_sam_outputs() -> dict[str, NDArray[Any]]:
+    """What MobileSAM's own predictor returned on photographs, by name."""
+    return dict(np.load(_MOBILE_SAM / "golden.npz"))
+
+
+@cache
+def mobile_sam_document() -> dict[str, Any]:
+    """The parsed ``cases.json``: the photographs and the calls."""
+    parsed: dict[str, Any] = json.loads((_MOBILE_SAM / "cases.json").read_text())
+    return parsed
+
+
+@cache
+def mobile_sam_cases() -> dict[str, Case]:
+    """The calls, by name."""
+    return {case["id"]: case for case in mobile_sam_document()["cases"]}
+
+
+def arguments_of(case: Case) -> dict[str, Any]:
+    """The arguments of ``predict`` for one of MobileSAM's calls."""
+    arguments = {key: value for key, value in case["args"].items() if value is not None}
+    if "boxes" in arguments:
+        arguments["box"] = arguments.pop("boxes")
+    if "mask_input" in case:
+        source = case["mask_input"]
+        with np.load(_MOBILE_SAM / "mask_inputs.npz") as masks:
+            arguments["mask_input"] = masks[f"{source['from_case']}/{source['channel']}"][None]
+    return arguments
+
+
+def mobile_sam_errors(name: str, prediction: Prediction) -> dict[str, Any]:
+    """Largest errors of one call, and the IoU of each of its masks with the reference's."""
+    masks, iou, low_res = prediction
+    outputs = mobile_sam_outputs()
+    logits = largest(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
+    if f"{name}/logits" in outputs:
+        logits = max(logits, largest(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
+    expected = _unpacked(outputs[f"{name}/masks"], masks)
+    both = ((masks > 0) & expected).sum(axis=(-2, -1))
+    either = ((masks > 0) | expected).sum(axis=(-2, -1))
+    return {
+        "logits": logits,
+        "iou": largest(iou, outputs[f"{name}/iou"]),
+        "mask_ious": np.where(either > 0, both / np.maximum(either, 1), 1.0),
+    }
+
+
+def largest(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The largest absolute difference of arrays of one shape; NaN where either has one."""
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes differ: {actual.shape} and {expected.shape}")
+    return float(np.abs(actual - expected).max())
+
+
+def _unpacked(bits: NDArray[np.uint8], masks: NDArray[Any]) -> NDArray[np.bool_]:
+    """Packed masks in the shape of others."""
+    return np.unpackbits(bits, count=masks.size).reshape(masks.shape).astype(bool)
