@@ -219,6 +219,7 @@ def load_model(
     device: str = "auto",
     threads: int | None = None,
     precision: str = "auto",
+    map_weights: bool = False,
     check_files: bool = True,
     expected_fingerprint: str | None = None,
 ) -> SegmentationModel:
@@ -236,6 +237,10 @@ def load_model(
         threads: CPU threads per operator; ``None`` leaves it to the backend.
         precision: ``"auto"`` (what the backend does best and has proved here), or one it offers,
             such as ``"fp32"``.
+        map_weights: let the backend map a bundle's weights from their file, which saves up to
+            their size in memory. By default they are read into this process's own memory while
+            they are hashed: a mapped file that is changed later changes results, and one that is
+            cut ends the process.
         check_files: hash every file against the manifest first.
         expected_fingerprint: refuse any bundle but the one with this fingerprint.
 
@@ -255,5 +260,12 @@ def load_model(
         )
     return SegmentationModel(
         opened,
-        create_backend(backend, opened, device=device, threads=threads, precision=precision),
+        create_backend(
+            backend,
+            opened,
+            device=device,
+            threads=threads,
+            precision=precision,
+            map_weights=map_weights,
+        ),
     )

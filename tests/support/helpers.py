@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
     NO_FINGERPRINT,
+    Bundle,
     GraphSpec,
     ImageSpec,
     Manifest,
@@ -32,8 +34,10 @@ from sam3rt.bundle import (
     SourceSpec,
     TensorSpec,
     file_entry,
+    open_bundle,
     write_manifest,
 )
+from sam3rt.bundle.default import default_bundle_path
 from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
 
@@ -140,6 +144,25 @@ def relist(folder: Path) -> None:
                 refresh(inner)
 
     edit_manifest(folder, refresh)
+
+
+def external_weights(folder: Path) -> Bundle:
+    """The bundled model with its decoder's large weights in a file beside it."""
+    import onnx  # not in every environment that runs the tests of the runtime
+
+    shutil.copytree(default_bundle_path(), folder)
+    onnx.save(
+        onnx.load(folder / "decoder.onnx"),
+        folder / "decoder.onnx",
+        save_as_external_data=True,
+        location="decoder.data",
+        size_threshold=1024,
+    )
+    document = read_document(folder)
+    document["decoder"]["external_data"] = [{"file": "decoder.data", "sha256": "", "bytes": 0}]
+    (folder / "bundle.json").write_bytes(sign(document))
+    relist(folder)
+    return open_bundle(folder)
 
 
 def flip(content: bytes, bit: int) -> bytes:

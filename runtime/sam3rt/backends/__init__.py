@@ -16,8 +16,8 @@ __all__ = ["BACKENDS", "Backend", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
 
-# Functions (bundle, *, device, threads, precision) -> Offer. They are dotted paths, so that a
-# backend's libraries are imported only when it is asked for.
+# Functions that make an Offer, as dotted paths: a backend's libraries are imported only when it is
+# asked for.
 BACKENDS: dict[str, str] = {
     "tensorrt": "sam3rt.backends.tensorrt:offer_tensorrt",
     "tensorrt-rtx": "sam3rt.backends.tensorrt:offer_tensorrt_rtx",
@@ -42,6 +42,7 @@ def create_backend(
     device: str = "auto",
     threads: int | None = None,
     precision: str = "auto",
+    map_weights: bool = False,
 ) -> Backend:
     """Create the named backend, or the best one that works here for ``"auto"``.
 
@@ -51,6 +52,7 @@ def create_backend(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         threads: CPU threads per operator; ``None`` leaves it to the backend.
         precision: ``"auto"``, or what the backend must compute in; see the backends.
+        map_weights: see :func:`sam3rt.load_model`.
 
     Raises:
         InvalidInputError: there is no backend of that name, or an option makes no sense.
@@ -70,7 +72,11 @@ def create_backend(
         raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
     if not isinstance(precision, str):
         raise InvalidInputError("precision", repr(precision), 'a name such as "auto" or "fp32"')
-    options: dict[str, Any] = {"threads": threads, "precision": precision}
+    options: dict[str, Any] = {
+        "threads": threads,
+        "precision": precision,
+        "map_weights": map_weights,
+    }
     if name != "auto":
         return _create(name, bundle, device=device, **options)
     reasons = []

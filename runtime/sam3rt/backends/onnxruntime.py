@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..accuracy.select import Recipe
 from ..accuracy.verdicts import Subject
 from ..bundle import Bundle, GraphSpec
-from ..bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source
+from ..bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source, load_graph
 from ..errors import BackendError, BundleError, EmbeddingError
 from ..features import Features
 from ..prompts import PackedPrompts, decoder_inputs
@@ -62,7 +62,12 @@ class OrtFeatures(Features):
 
 
 def offer(
-    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "auto",
+    map_weights: bool = False,
 ) -> Offer:
     """What ONNX Runtime can do here: FP32; on CUDA also TF32, where the gate allows it.
 
@@ -72,6 +77,7 @@ def offer(
             ``"cuda"`` or ``"cuda:N"`` insist.
         threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
         precision: ``"auto"``, ``"fp32"`` or, on CUDA, ``"tf32"``.
+        map_weights: see :func:`sam3rt.load_model`.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
@@ -90,7 +96,9 @@ def offer(
 
     def open_recipe(recipe: Recipe) -> OnnxRuntimeBackend:
         where = "cpu" if kind == "cpu" else f"cuda:{number}"
-        return OnnxRuntimeBackend(bundle, where, recipe.name, threads=threads)
+        return OnnxRuntimeBackend(
+            bundle, where, recipe.name, threads=threads, map_weights=map_weights
+        )
 
     return Offer(wanted, open_recipe)
 
@@ -103,6 +111,7 @@ class OnnxRuntimeBackend(Backend):
         device: ``"cpu"`` or ``"cuda:N"``.
         precision: ``"fp32"``; on CUDA also ``"tf32"``, which rounds the factors of matrix products.
         threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
+        map_weights: see :func:`sam3rt.load_model`.
     """
 
     name = "onnxruntime"
@@ -114,9 +123,11 @@ class OnnxRuntimeBackend(Backend):
         precision: str = _FP32,
         *,
         threads: int | None = None,
+        map_weights: bool = False,
     ) -> None:
         super().__init__(bundle, device, precision)
         self._threads = threads
+        self._map_weights = map_weights
         self._kind, _, number = device.partition(":")
         self._device_id = int(number or 0)
         self._feature_names = [spec.name for spec in bundle.manifest.encoder.outputs]
@@ -211,10 +222,17 @@ class OnnxRuntimeBackend(Backend):
             # Unless told otherwise, the provider computes in TF32.
             cuda = {"device_id": self._device_id, "use_tf32": int(self.precision == _TF32)}
             providers.insert(0, ("CUDAExecutionProvider", cuda))
-        try:
-            session = ort.InferenceSession(
-                graph_source(self.bundle, graph), options, providers=providers
+        source: str | bytes
+        if self._map_weights:
+            source = graph_source(self.bundle, graph)
+        else:
+            loaded = load_graph(self.bundle, graph)
+            source, weights = loaded.model, loaded.weights
+            options.add_external_initializers_from_files_in_memory(
+                list(weights), list(weights.values()), [w.nbytes for w in weights.values()]
             )
+        try:
+            session = ort.InferenceSession(source, options, providers=providers)
         except BundleError:
             raise
         except Exception as error:  # see _run

@@ -80,7 +80,7 @@ def read_file(folder: Path, entry: FileEntry) -> NDArray[np.uint8]:
     filled = 0
     try:
         content = np.empty(entry.bytes, np.uint8)
-        view = memoryview(content)
+        view = content.data
         with (folder / entry.file).open("rb", buffering=0) as stream:
             while count := stream.readinto(view[filled : filled + _BLOCK]):
                 digest.update(view[filled : filled + count])

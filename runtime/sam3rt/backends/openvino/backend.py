@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from ...accuracy.select import Recipe
 from ...accuracy.verdicts import Subject, load_verdict
 from ...bundle import Bundle, GraphSpec
-from ...bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source
+from ...bundle.contract import (
+    EXPORT_ID,
+    LoadedGraph,
+    LoadedTensor,
+    check_graph,
+    graph_source,
+    load_graph,
+)
 from ...errors import BackendError, BundleError, EmbeddingError
 from ...features import Features
 from ...machine import processor_has, processor_name
@@ -63,7 +70,12 @@ _KNOWN_TO_FAIL = frozenset({"mobile_sam"})
 
 
 def offer(
-    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "auto",
+    map_weights: bool = False,
 ) -> Offer:
     """What OpenVINO can do here.
 
@@ -79,6 +91,7 @@ def offer(
         precision: ``"auto"`` offers all recipes where the CPU has BF16; a recipe's name insists on
             it; with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does without the
             gate, for those who have compared by other means.
+        map_weights: see :func:`sam3rt.load_model`.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
@@ -104,7 +117,11 @@ def offer(
         Recipe(name, _encoder_of(name), _subject(name) if proof_needed and name != _FULL else None)
         for name in names
     )
-    return Offer(recipes, lambda recipe: OpenVinoBackend(bundle, recipe.name, threads=threads))
+
+    def open_recipe(recipe: Recipe) -> OpenVinoBackend:
+        return OpenVinoBackend(bundle, recipe.name, threads=threads, map_weights=map_weights)
+
+    return Offer(recipes, open_recipe)
 
 
 def known_recipes(bundle: Bundle) -> dict[str, str]:
@@ -172,12 +189,21 @@ class OpenVinoBackend(Backend):
         bundle: an opened bundle.
         recipe: see :func:`offer`; nothing is proved here.
         threads: CPU threads; ``None`` leaves it to OpenVINO.
+        map_weights: see :func:`sam3rt.load_model`.
     """
 
     name = "openvino"
 
-    def __init__(self, bundle: Bundle, recipe: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        recipe: str,
+        *,
+        threads: int | None = None,
+        map_weights: bool = False,
+    ) -> None:
         super().__init__(bundle, "cpu", recipe)
+        self._map_weights = map_weights
         self._core = ov.Core()
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
@@ -255,8 +281,11 @@ class OpenVinoBackend(Backend):
             "CPU_RUNTIME_CACHE_CAPACITY": 0,
             **self._threads,
         }
+        loaded = None if self._map_weights else load_graph(self.bundle, graph)
         try:
-            model = self._core.read_model(graph_source(self.bundle, graph))
+            model = self._core.read_model(
+                graph_source(self.bundle, graph) if loaded is None else loaded.with_addresses()
+            )
             self._check(model, graph)
             if batch is not None:
                 # Images come one by one; with sizes fixed, memory is planned once.
@@ -267,7 +296,7 @@ class OpenVinoBackend(Backend):
                 if _has_tiles():
                     split_hidden_layers(model, _PART_WIDTH, exact)
                 products_in_bf16(model, exact)
-            return _CompiledGraph(self._core.compile_model(model, "CPU", options))
+            return _CompiledGraph(self._core.compile_model(model, "CPU", options), loaded)
         except BundleError:
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
@@ -289,10 +318,15 @@ class _CompiledGraph:
     """A compiled graph and the requests to run it that are not in use.
 
     A request holds the tensors of its last run; each run replaces all its inputs.
+
+    Args:
+        compiled: an ``openvino.CompiledModel``.
+        loaded: whose memory it may use.
     """
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, loaded: LoadedGraph | None) -> None:
         self._compiled = compiled
+        self._loaded = loaded
         self._idle: deque[Any] = deque()
 
     @contextmanager

@@ -58,12 +58,12 @@ def open_tensorrt_rtx(
     return open_backend("tensorrt-rtx", bundle, device, precision)
 
 
-def offer_tensorrt(bundle: Bundle, **options: Any) -> Offer:
+def offer_tensorrt(bundle: Bundle, *, map_weights: bool = False, **options: Any) -> Offer:
     """The backend over the module ``tensorrt``, opened and proved already."""
     return _offer(open_tensorrt(bundle, **options))
 
 
-def offer_tensorrt_rtx(bundle: Bundle, **options: Any) -> Offer:
+def offer_tensorrt_rtx(bundle: Bundle, *, map_weights: bool = False, **options: Any) -> Offer:
     """The backend over the module ``tensorrt_rtx``, opened and proved already."""
     return _offer(open_tensorrt_rtx(bundle, **options))
 

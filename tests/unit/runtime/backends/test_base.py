@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.helpers import WrappedBackend, noise, wrapped
+from tests.support.helpers import WrappedBackend, external_weights, noise, wrapped
 
-from sam3rt import BackendError, Prompts, SegmentationModel
+from sam3rt import BackendError, Bundle, BundleError, Prompts, SegmentationModel, load_model
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.bundle.contract import decoder_outputs
 from sam3rt.prompts import PackedPrompts
@@ -108,3 +109,52 @@ def test_scores_that_are_no_numbers_are_an_error(default_model: SegmentationMode
     model = wrapped(default_model, on_decode=spoil)
     with pytest.raises(BackendError, match="not finite"):
         model.decode(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
+
+
+# --- weights beside a graph -----------------------------------------------------------------------
+
+
+def load_external(bundle: Bundle, backend: str, *, map_weights: bool = False) -> SegmentationModel:
+    return load_model(
+        bundle.path, backend=backend, device="cpu", precision="fp32", map_weights=map_weights
+    )
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("map_weights", [False, True])
+def test_weights_beside_a_graph_give_the_same_result(
+    tmp_path: Path, default_model: SegmentationModel, backend: str, map_weights: bool
+) -> None:
+    model = load_external(external_weights(tmp_path / "e"), backend, map_weights=map_weights)
+    click = Prompts([[4, 4]], [1])
+    expected = default_model.decode(default_model.encode(noise(9, 9)), click)
+    found = model.decode(model.encode(noise(9, 9)), click)
+    scale = np.abs(expected.low_res_masks).max()
+    np.testing.assert_allclose(found.low_res_masks, expected.low_res_masks, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_exchanged_before_first_use_are_not_served(tmp_path: Path, backend: str) -> None:
+    bundle = external_weights(tmp_path / "e")
+    model = load_external(bundle, backend)
+    path = bundle.path / "decoder.data"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"decoder\.data"):
+        model.warm_up()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_what_happens_to_weights_in_use_changes_nothing(tmp_path: Path, backend: str) -> None:
+    """A mapped file that is cut would end the process."""
+    bundle = external_weights(tmp_path / "e")
+    model = load_external(bundle, backend)
+    click = Prompts([[4, 4]], [1])
+    embedding = model.encode(noise(9, 9))
+    before = model.decode(embedding, click).low_res_masks
+    path = bundle.path / "decoder.data"
+    path.write_bytes(bytes(path.stat().st_size))
+    np.testing.assert_array_equal(model.decode(embedding, click).low_res_masks, before)
+    path.write_bytes(b"")
+    np.testing.assert_array_equal(model.decode(embedding, click).low_res_masks, before)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from tests.support.helpers import read_document, relist, sign, tiny_bundle
+from tests.support.helpers import external_weights, tiny_bundle
 
 from sam3rt import BundleError
 from sam3rt.bundle import Bundle, Manifest, open_bundle
@@ -94,21 +92,7 @@ def test_names_are_those_of_the_bundled_model() -> None:
 @pytest.fixture
 def external(tmp_path: Path) -> Bundle:
     """The bundled model with its decoder's large weights in a file beside it."""
-    folder = tmp_path / "external"
-    shutil.copytree(default_bundle_path(), folder)
-    loaded = onnx.load(folder / "decoder.onnx")
-    onnx.save(
-        loaded,
-        folder / "decoder.onnx",
-        save_as_external_data=True,
-        location="decoder.data",
-        size_threshold=1024,
-    )
-    document = read_document(folder)
-    document["decoder"]["external_data"] = [{"file": "decoder.data", "sha256": "", "bytes": 0}]
-    (folder / "bundle.json").write_bytes(sign(document))
-    relist(folder)
-    return open_bundle(folder)
+    return external_weights(tmp_path / "external")
 
 
 def feed(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
