@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .bundle import Bundle, Manifest, open_bundle
-from .embedding import ImageEmbedding
-from .errors import (
-    BackendError,
-    BundleError,
-    EmbeddingError,
-    ImageError,
-    InvalidInputError,
-    PromptError,
-    PromptWarning,
-    Sam3rtError,
-    StateError,
-    VerificationError,
-)
-from .model import DecodedMasks, SegmentationModel, load_model
-from .predictor import SAM3InteractiveImagePredictor
-from .prompts import Prompts
+
+if TYPE_CHECKING:
+    from .bundle import Bundle, Manifest, open_bundle
+    from .embedding import ImageEmbedding
+    from .errors import (
+        BackendError,
+        BundleError,
+        EmbeddingError,
+        ImageError,
+        InvalidInputError,
+        PromptError,
+        PromptWarning,
+        Sam3rtError,
+        StateError,
+        VerificationError,
+    )
+    from .model import DecodedMasks, SegmentationModel, load_model
+    from .predictor import SAM3InteractiveImagePredictor
+    from .prompts import Prompts
+
+# Where each name lives. Names are imported when they are first used, so that the command line runs
+# before NumPy has loaded and can be interrupted meanwhile.
+_HOMES = {
+    "bundle": ("Bundle", "Manifest", "open_bundle"),
+    "embedding": ("ImageEmbedding",),
+    "errors": (
+        "BackendError",
+        "BundleError",
+        "EmbeddingError",
+        "ImageError",
+        "InvalidInputError",
+        "PromptError",
+        "PromptWarning",
+        "Sam3rtError",
+        "StateError",
+        "VerificationError",
+    ),
+    "model": ("DecodedMasks", "SegmentationModel", "load_model"),
+    "predictor": ("SAM3InteractiveImagePredictor",),
+    "prompts": ("Prompts",),
+}
 
 __all__ = [
     "BackendError",
@@ -43,3 +70,22 @@ __all__ = [
     "load_model",
     "open_bundle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{module}", __name__), name)
+            globals()[name] = value
+            return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..backends import BACKENDS
+from ..backends.table import TABLE
 from ..backends.tensorrt.cuda.driver import probe_all
 from ..backends.tensorrt.engines import find_engines
 from ..bundle import Bundle, Manifest, open_bundle
 from ..bundle.default import default_bundle_path
 from ..errors import BackendError, BundleError
 from ..machine import memory_gb, package_versions, processor_name, usable_cores
-from .options import add_bundle_argument
+from .options import add_bundle_argument, printable
 
 HELP = "show versions, backends and a bundle's description"
 DESCRIPTION = "Show this installation's versions, the backends that can run here, and a bundle."
@@ -88,16 +87,7 @@ def _machine() -> dict[str, Any]:
 
 def _backends() -> dict[str, str]:
     """Whether each backend's libraries can be imported; nothing is loaded onto a device."""
-    said = {}
-    for name, path in BACKENDS.items():
-        try:
-            importlib.import_module(path.partition(":")[0])
-            said[name] = "can be imported"
-        except BackendError as error:
-            said[name] = str(error)
-        except Exception as error:  # a broken installation of somebody else's library
-            said[name] = f"{type(error).__name__}: {error}"
-    return said
+    return {entry.name: entry.problem() or "can be imported" for entry in TABLE}
 
 
 def _files(bundle: Bundle) -> str:
@@ -175,4 +165,4 @@ def _print(value: dict[str, Any], indent: str) -> None:
             _print(entry, indent + "  ")
         else:
             text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
-            print(f"{indent}{name}: {text}")
+            print(f"{indent}{name}: {printable(str(text))}")

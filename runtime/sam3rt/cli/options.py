@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..backends import BACKENDS
+from ..backends.table import TABLE
 from ..model import SegmentationModel, load_model
 
 
@@ -28,7 +28,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help=f"what runs the graphs: auto, {', '.join(sorted(BACKENDS))} (default: auto)",
+        help="what runs the graphs: auto (the default), "
+        + ", ".join(sorted(entry.name for entry in TABLE)),
     )
     parser.add_argument(
         "--device",
@@ -60,11 +61,21 @@ def load_from_options(
     )
 
 
+def printable(text: str) -> str:
+    """A line with control characters as their escapes, so that no file's name moves a cursor."""
+    return "".join(
+        character
+        if character.isprintable() or "\ud800" <= character <= "\udfff"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return value
 
 

@@ -1,4 +1,4 @@
-"""``sam3rt verify``: is a bundle whole, and does this machine compute it rightly?"""
+"""``sam3rt verify``: is a bundle whole, and are its outputs right on this machine?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..accuracy.record import load_record, verify
 from ..bundle import check_file, open_bundle
 from ..bundle.default import default_bundle_path
 from ..errors import BundleError
-from .options import add_bundle_argument, add_model_options, load_from_options
+from .options import add_bundle_argument, add_model_options, load_from_options, printable
 
 HELP = "check a bundle's files and its outputs on this machine"
 DESCRIPTION = """\
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Verify."""
     path = default_bundle_path() if options.bundle is None else options.bundle
+    shown = printable(str(path))
     bundle = open_bundle(path, check_files=False)
     damaged = []
     for entry in bundle.manifest.files():
@@ -41,11 +42,11 @@ def run(options: argparse.Namespace) -> int:
         except BundleError as error:
             damaged.append(str(error))
     if damaged:
-        print(f"{path}: {len(damaged)} of {len(bundle.manifest.files())} files are off")
+        print(f"{shown}: {len(damaged)} of {len(bundle.manifest.files())} files are off")
         for line in damaged:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         return 1
-    print(f"{path}: {len(bundle.manifest.files())} files match their hashes")
+    print(f"{shown}: {len(bundle.manifest.files())} files match their hashes")
     model = load_from_options(options, check_files=False)
     limits = limits_for(bundle.manifest, model.backend.precision)
     measurements = []

@@ -1,0 +1,125 @@
+"""The parser of the command line, and how a subcommand is run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from .._version import __version__
+from ..errors import Sam3rtError
+from . import info, segment, verify
+from .options import printable
+
+_LOG = logging.getLogger(__name__)
+
+# A subcommand is a module with HELP, DESCRIPTION, add_arguments(parser) and run(arguments) -> int.
+# It imports what it needs when it runs, so that --help is quick and needs no extra.
+_OWN = (segment, verify, info)
+_GROUP = "sam3rt.commands"
+# In the order in which people need them; whatever else is installed comes last.
+_ORDER = ("segment", "export", "build", "verify", "compare", "bench", "info")
+
+# Coordinates that begin with a minus sign, which argparse would take for an option.
+_NEGATIVE = re.compile(r"-[0-9.][^=]*,.*")
+
+_EPILOG = """\
+examples:
+  sam3rt segment photo.jpg --point 225,150 --output masks
+  sam3rt segment photo.jpg --box 40,60,300,280 --point 90,100,0 --single-mask --output masks
+  sam3rt export sam3.pt --output engines/sam3
+  sam3rt build engines/sam3
+  sam3rt verify engines/sam3
+  sam3rt compare engines/sam3 onnxruntime simulated:fp16
+  sam3rt bench engines/sam3 --quick
+  sam3rt info --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints show what the user typed without obeying it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+class _Formatter(logging.Formatter):
+    """Log lines without the control characters that a file's name may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = _Parser(
+        prog="sam3rt",
+        description="Segment objects in images from clicks, boxes and masks, without PyTorch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sam3rt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _subcommands().items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="log what is done, to standard error"
+        )
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _subcommands() -> dict[str, ModuleType]:
+    """The runtime's own subcommands and those that other installed packages offer."""
+    found = {module.__name__.rpartition(".")[2]: module for module in _OWN}
+    for entry in importlib.metadata.entry_points(group=_GROUP):
+        try:
+            found[entry.name] = entry.load()
+        except ImportError as error:  # somebody else's broken package must not break this one
+            _LOG.warning("the subcommand %s cannot be loaded: %s", entry.name, error)
+    order = [name for name in _ORDER if name in found]
+    return {name: found[name] for name in (*order, *sorted(set(found) - set(order)))}
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and run the subcommand they name; see :func:`sam3rt.cli.main`."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser().parse_args(_attach_negative(given))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler])
+    try:
+        status: int = options.run(options)
+        return status
+    except BrokenPipeError:
+        raise
+    except (Sam3rtError, OSError) as error:
+        problem = str(error)
+    except MemoryError as error:
+        problem = f"not enough memory{f' ({error})' if str(error) else ''}"
+    print(f"sam3rt {options.command}: {printable(problem)}", file=sys.stderr)
+    return 1
+
+
+def _attach_negative(arguments: Sequence[str]) -> list[str]:
+    """Write ``--point -5,10`` as ``--point=-5,10``."""
+    attached: list[str] = []
+    for argument in arguments:
+        last = attached[-1] if attached else ""
+        if last.startswith("--") and "=" not in last and _NEGATIVE.fullmatch(argument):
+            attached[-1] = f"{last}={argument}"
+        else:
+            attached.append(argument)
+    return attached
