@@ -11,19 +11,13 @@ from ..accuracy.select import select
 from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError, VerificationError
 from .base import Backend, Offer
+from .table import TABLE, entry, nothing_installed
 
 __all__ = ["BACKENDS", "Backend", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
 
-# Functions that make an Offer, as dotted paths: a backend's libraries are imported only when it is
-# asked for.
-BACKENDS: dict[str, str] = {
-    "tensorrt": "sam3rt.backends.tensorrt:offer_tensorrt",
-    "tensorrt-rtx": "sam3rt.backends.tensorrt:offer_tensorrt_rtx",
-    "onnxruntime": "sam3rt.backends.onnxruntime:offer",
-    "openvino": "sam3rt.backends.openvino:offer",
-}
+BACKENDS = tuple(entry.name for entry in TABLE)
 # What "auto" tries, best first, and the device each is tried on.
 AUTO_ORDER: tuple[tuple[str, str], ...] = (
     ("tensorrt", "cuda"),
@@ -60,10 +54,8 @@ def create_backend(
         VerificationError: the precision asked for fails the gate here.
         BundleError: the bundle's parity record is damaged.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise InvalidInputError(
-            "backend", repr(name), "one of " + ", ".join(["auto", *sorted(BACKENDS)])
-        )
+    if name not in ("auto", *BACKENDS):
+        raise InvalidInputError("backend", repr(name), "one of " + ", ".join(["auto", *BACKENDS]))
     if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise InvalidInputError("device", repr(device), '"auto", "cpu", "cuda" or "cuda:N"')
     if threads is not None and (
@@ -79,6 +71,9 @@ def create_backend(
     }
     if name != "auto":
         return _create(name, bundle, device=device, **options)
+    nothing = nothing_installed()
+    if nothing is not None:
+        raise BackendError(nothing)
     reasons = []
     for candidate, kind in AUTO_ORDER:
         if device != "auto" and device.partition(":")[0] != kind:
@@ -97,9 +92,21 @@ def create_backend(
 
 
 def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
-    """Open the first recipe of a backend that is proven here."""
-    module, _, function = BACKENDS[name].partition(":")
-    offer: Offer = getattr(importlib.import_module(module), function)(bundle, **options)
+    """Open the first recipe of a backend that is proven here.
+
+    Raises:
+        BackendError: also where the backend's module cannot be imported: its library is missing or
+            broken, or a frozen application left it out.
+    """
+    found = entry(name)
+    module, _, function = found.factory.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise BackendError(
+            f"the {name} backend cannot be imported ({error}): {found.hint}"
+        ) from error
+    offer: Offer = factory(bundle, **options)
 
     def say(line: str) -> None:
         _LOG.info("%s: %s", name, line)
