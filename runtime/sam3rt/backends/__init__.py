@@ -102,7 +102,7 @@ def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
     module, _, function = found.factory.partition(":")
     try:
         factory = getattr(importlib.import_module(module), function)
-    except ImportError as error:
+    except Exception as error:  # a broken installation of somebody else's library
         raise BackendError(
             f"the {name} backend cannot be imported ({error}): {found.hint}"
         ) from error

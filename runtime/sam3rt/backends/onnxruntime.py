@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..accuracy.select import Recipe
@@ -20,14 +21,6 @@ from ..errors import BackendError, BundleError, EmbeddingError
 from ..features import Features
 from ..prompts import PackedPrompts, decoder_inputs
 from .base import Backend, Offer
-
-try:
-    import onnxruntime as ort
-except ImportError as _error:
-    raise BackendError(
-        "the onnxruntime backend needs ONNX Runtime: "
-        "pip install 'sam3rt[cpu]', or 'sam3rt[gpu]' for CUDA"
-    ) from _error
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,9 +77,9 @@ def offer(
     """
     kind, number = _choose_device(device)
     recipes = [Recipe(_FP32, _FP32)]
-    if kind == "cuda":
-        subject = Subject("onnxruntime", ort.__version__, _gpu(number), _TF32)
-        recipes.insert(0, Recipe(_TF32, _TF32, subject))
+    gpu = _gpu(number) if kind == "cuda" else None
+    if gpu is not None:
+        recipes.insert(0, Recipe(_TF32, _TF32, Subject("onnxruntime", ort.__version__, gpu, _TF32)))
     wanted = tuple(r for r in recipes if precision in ("auto", r.name))
     if not wanted:
         raise BackendError(
@@ -283,9 +276,16 @@ def _cuda_answers() -> bool:
     return True
 
 
-def _gpu(number: int) -> str:
-    """A GPU and its driver, in words that tell two kinds apart."""
+def _gpu(number: int) -> str | None:
+    """A GPU and its driver, in words that tell two kinds apart; ``None`` if the driver is silent.
+
+    A verdict on an unknown GPU could not be remembered, so none is asked for.
+    """
     from .tensorrt.cuda import probe
 
-    device = probe(number)
+    try:
+        device = probe(number)
+    except BackendError as error:
+        _LOG.info("tf32 is not offered: %s", error)
+        return None
     return f"{device.gpu.name}, {device.gpu.compute_capability}, driver {device.driver_version}"

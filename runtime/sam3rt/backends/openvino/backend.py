@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
 
 from ...accuracy.select import Recipe
@@ -31,14 +32,6 @@ from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
-
-try:
-    import openvino as ov
-except ImportError as _error:
-    raise BackendError(
-        "the openvino backend needs OpenVINO: pip install 'sam3rt[openvino]'"
-    ) from _error
-
 from .bf16 import FIRST_BLOCKS, NOTHING, TOKENS, products_in_bf16
 from .hidden_layers import split_hidden_layers
 

@@ -28,7 +28,8 @@ from sam3rt import (
     load_model,
     open_bundle,
 )
-from sam3rt.backends import create_backend
+from sam3rt.backends import create_backend, onnxruntime
+from sam3rt.bundle.default import default_bundle_path
 from sam3rt.prompts import PackedPrompts, pack
 
 CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
@@ -205,6 +206,35 @@ def test_session_that_falls_back_to_the_cpu_is_refused(
     model = load_model(copied, device="cuda")
     with pytest.raises(BackendError, match=r"CUDA|cuda"):
         model.backend.prepare()
+
+
+def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider's own default is TF32, which would be called FP32 here."""
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, source: Any, options: Any, providers: Any) -> None:
+            asked.append(providers[0])
+            raise RuntimeError("enough seen")
+
+    monkeypatch.setattr("sam3rt.backends.onnxruntime._choose_device", lambda device: ("cuda", 2))
+    monkeypatch.setattr("sam3rt.backends.onnxruntime._gpu", lambda number: "a GPU")
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    bundle = open_bundle(default_bundle_path(), check_files=False)
+    offered = onnxruntime.offer(bundle, device="cuda:2")
+    assert [(r.name, r.subject is not None) for r in offered.recipes] == [
+        ("tf32", True),
+        ("fp32", False),
+    ]
+    for recipe in offered.recipes:
+        with pytest.raises(BackendError, match="enough seen"):
+            offered.open(recipe).prepare()
+    assert asked == [
+        ("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 1}),
+        ("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0}),
+    ]
 
 
 # --- threads --------------------------------------------------------------------------------------
