@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3rt._version import __version__
+from sam3rt import __version__
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, VerificationError
 from sam3rt.machine import memory_gb, package_versions, processor_name, usable_cores
