@@ -56,6 +56,11 @@ class OrtFeatures(Features):
         """Memory they take, bytes."""
         return sum(value.tensor_size_in_bytes() for value in self.values)
 
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return str(self.values[0].device_name())
+
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
         return tuple(np.array(value.numpy()) for value in self.values)
