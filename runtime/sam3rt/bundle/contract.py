@@ -50,7 +50,8 @@ SINGLE_MASK_OUTPUTS = (SINGLE_MASK_LOGITS, SINGLE_IOU_SCORES)
 
 _FEATURES = "image_embeddings."
 
-# Labels below -1 mean that there is no point: the decoder excludes it from every attention.
+# The decoder's padding: anything below -1. No attention sees such a point, so the result is that of
+# the other points alone. A point labelled -1 is seen: it has an embedding of its own.
 PADDING_LABEL = -10
 
 
