@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Struct, field
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from .bundle import TensorSpec
@@ -159,12 +159,6 @@ class _Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class _Header(Struct, frozen=True):
-    """What is ours in a file's header; the tensors are the library's."""
-
-    metadata: _Metadata = field(name="__metadata__")
-
-
 def write_embedding(path: Path, maps: Maps, geometry: ImageGeometry, fingerprint: str) -> None:
     """Write feature maps in the layout described above.
 
@@ -286,11 +280,15 @@ def _decode(content: bytes, subject: str) -> tuple[Maps, ImageGeometry, str]:
     if not start < end <= min(len(content), start + _MAX_HEADER):
         raise EmbeddingError(damaged)
     try:
-        metadata = msgspec.json.decode(content[start:end], type=_Header).metadata
+        entries = msgspec.json.decode(content[start:end], type=dict[str, dict[str, Any]])
+        metadata = msgspec.convert(entries.pop("__metadata__", None), _Metadata)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EmbeddingError(f"{damaged}: {error}") from error
     if metadata.format != _FORMAT:
         raise EmbeddingError(f"{subject}: has format {metadata.format!r}, expected {_FORMAT!r}")
+    # The library lets further fields pass.
+    if any(set(entry) != {"dtype", "shape", "data_offsets"} for entry in entries.values()):
+        raise EmbeddingError(damaged)
     if not re.fullmatch("[0-9a-f]{64}", metadata.sha256):
         raise EmbeddingError(damaged)
     header = content[start:end].replace(metadata.sha256.encode(), _NO_DIGEST.encode(), 1)

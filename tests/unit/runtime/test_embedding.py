@@ -577,6 +577,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "swapped offsets": lambda h: h["image_embeddings.0"].update(data_offsets=[480, 0]),
     "overlapping maps": lambda h: h["image_embeddings.1"].update(data_offsets=[0, 192]),
     "no shape": lambda h: h["image_embeddings.0"].pop("shape"),
+    "extra field": lambda h: h["image_embeddings.0"].update(extra=1),
     "entry is a list": lambda h: h.update({"image_embeddings.0": [1]}),
     "entry is null": lambda h: h.update({"image_embeddings.0": None}),
     "renamed map": lambda h: h.update({"other": h.pop("image_embeddings.1")}),
