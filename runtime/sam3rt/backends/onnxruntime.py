@@ -232,9 +232,10 @@ class OnnxRuntimeBackend(Backend):
             source = graph_source(self.bundle, graph)
         else:
             loaded = load_graph(self.bundle, graph)
-            source, weights = loaded.model, loaded.weights
-            options.add_external_initializers_from_files_in_memory(
-                list(weights), list(weights.values()), [w.nbytes for w in weights.values()]
+            source, weights = loaded.model, loaded.initializers()
+            # Not ..._from_files_in_memory, which Python has only since ONNX Runtime 1.24.
+            options.add_external_initializers(
+                list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
             )
         try:
             session = ort.InferenceSession(source, options, providers=providers)
