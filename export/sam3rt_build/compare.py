@@ -25,7 +25,7 @@ from sam3rt.bundle import Bundle
 from sam3rt.errors import InvalidInputError
 from sam3rt.geometry import preprocess
 from sam3rt.model import SegmentationModel
-from sam3rt.prompts import PackedPrompts
+from sam3rt.prompts import decoder_inputs
 
 from .build import BuildOptions, graph_profile
 from .builder_process import EngineRequest, build_engine
@@ -216,17 +216,8 @@ def _inputs(bundle: Bundle, role: Role) -> dict[str, NDArray[Any]]:
     model = open_side(bundle, Side("onnxruntime", "auto"))
     case = record.cases()[0]
     maps = model.encode(record.images()[case.image]).numpy()
-    return {**maps, **_prompt_inputs(case.prompts, manifest.prompts.mask_size)}
-
-
-def _prompt_inputs(prompts: PackedPrompts, mask_size: tuple[int, int]) -> dict[str, NDArray[Any]]:
-    blank = np.zeros((1, 1, *mask_size), np.float32)
-    return {
-        "input_points": prompts.points[None],
-        "input_labels": prompts.labels[None],
-        "input_masks": blank if prompts.masks is None else prompts.masks[None],
-        "has_input_masks": np.array([prompts.masks is not None], np.float32),
-    }
+    no_mask = np.zeros((1, 1, *manifest.prompts.mask_size), np.float32)
+    return maps | dict(decoder_inputs(case.prompts, no_mask))
 
 
 def _difference(name: str, a: NDArray[Any], b: NDArray[Any]) -> LayerDifference:

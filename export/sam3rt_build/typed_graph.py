@@ -25,6 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sam3rt.bundle import Bundle, GraphSpec, check_file
+from sam3rt.bundle.contract import is_feature_name
 from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.errors import BundleError
 
@@ -35,7 +36,6 @@ Role = Literal["encoder", "decoder"]
 FeaturesType = Literal["float16", "float32"]
 
 RECIPE_PROPERTY = "sam3rt.recipe"
-_FEATURES = "image_embeddings."
 _FLOAT = ir.DataType.FLOAT
 _NARROW: dict[Narrow, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
@@ -168,7 +168,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
     graph = model.graph
     feature_type = ir.DataType.FLOAT16 if features == "float16" else _FLOAT
     for given in graph.inputs:
-        if (given.name or "").startswith(_FEATURES):
+        if is_feature_name(given.name or ""):
             given.dtype = feature_type
     outputs = tuple(graph.outputs)
     caster = _Caster(model)
@@ -186,7 +186,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
     for index, output in enumerate(outputs):
         if not _is_float(output):
             continue
-        promised = feature_type if (output.name or "").startswith(_FEATURES) else _FLOAT
+        promised = feature_type if is_feature_name(output.name or "") else _FLOAT
         if output.dtype != promised:
             _retype_output(model, index, promised)
     _drop_unused_weights(graph)
@@ -208,7 +208,7 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
     feature_type = ir.DataType.FLOAT16 if features == "float16" else _FLOAT
     rounder = _Rounder(model)
     for given in graph.inputs:
-        if (given.name or "").startswith(_FEATURES) and feature_type != _FLOAT:
+        if is_feature_name(given.name or "") and feature_type != _FLOAT:
             rounder.after(given, feature_type)
     for node, wanted in types.items():
         if wanted == _FLOAT:
@@ -223,7 +223,7 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
         _round_factors_to_tf32(model)
     if feature_type != _FLOAT:
         for output in tuple(graph.outputs):
-            if (output.name or "").startswith(_FEATURES):
+            if is_feature_name(output.name or ""):
                 rounder.after(output, feature_type)
     _drop_unused_weights(graph)
     model.metadata_props[RECIPE_PROPERTY] = f"simulated {recipe.name}"

@@ -1,28 +1,34 @@
 """Names, types and axes of the two graphs' tensors.
 
-Names follow the common exchange format (``onnx-community/sam3-tracker-ONNX``) wherever they
-mean the same. Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0),
-``num_masks`` 1 or P.
+Names are those of :mod:`sam3rt.bundle.contract`. Axes: ``batch`` images, ``num_objects`` P,
+``num_points`` N (which may be 0), ``num_masks`` 1 or P.
 """
 
 from __future__ import annotations
 
 from sam3rt.bundle import TensorSpec
+from sam3rt.bundle.contract import (
+    HAS_MASKS,
+    IOU_SCORES,
+    LABELS,
+    MASK_LOGITS,
+    MASKS,
+    OBJECT_SCORE,
+    PIXELS,
+    POINTS,
+    SINGLE_IOU_SCORES,
+    SINGLE_MASK_LOGITS,
+    feature_name,
+)
 
 from .graphs.sam_decoder import DecoderArchitecture
 
-ENCODER_INPUT = "pixel_values"
 MASK_PROMPT_AXIS = "num_masks"
-
-
-def feature_name(level: int) -> str:
-    """Name of a feature map, finest first."""
-    return f"image_embeddings.{level}"
 
 
 def encoder_inputs(image_size: int) -> tuple[TensorSpec, ...]:
     """Normalized RGB pixels."""
-    return (TensorSpec(ENCODER_INPUT, "float32", ("batch", 3, image_size, image_size)),)
+    return (TensorSpec(PIXELS, "float32", ("batch", 3, image_size, image_size)),)
 
 
 def encoder_outputs(shapes: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
@@ -51,10 +57,10 @@ def decoder_inputs(
     )
     return (
         *features,
-        TensorSpec("input_points", "float32", (1, "num_objects", "num_points", 2)),
-        TensorSpec("input_labels", "int64", (1, "num_objects", "num_points")),
-        TensorSpec("input_masks", "float32", (1, MASK_PROMPT_AXIS, side, side)),
-        TensorSpec("has_input_masks", "float32", (1,)),
+        TensorSpec(POINTS, "float32", (1, "num_objects", "num_points", 2)),
+        TensorSpec(LABELS, "int64", (1, "num_objects", "num_points")),
+        TensorSpec(MASKS, "float32", (1, MASK_PROMPT_AXIS, side, side)),
+        TensorSpec(HAS_MASKS, "float32", (1,)),
     )
 
 
@@ -62,11 +68,11 @@ def decoder_outputs(architecture: DecoderArchitecture, multimask: int) -> tuple[
     """Three masks and the single mask per object, unclamped logits, with predicted IoUs."""
     side = 4 * architecture.grid
     outputs: tuple[TensorSpec, ...] = (
-        TensorSpec("pred_masks", "float32", (1, "num_objects", multimask, side, side)),
-        TensorSpec("iou_scores", "float32", (1, "num_objects", multimask)),
-        TensorSpec("single_pred_masks", "float32", (1, "num_objects", 1, side, side)),
-        TensorSpec("single_iou_scores", "float32", (1, "num_objects", 1)),
+        TensorSpec(MASK_LOGITS, "float32", (1, "num_objects", multimask, side, side)),
+        TensorSpec(IOU_SCORES, "float32", (1, "num_objects", multimask)),
+        TensorSpec(SINGLE_MASK_LOGITS, "float32", (1, "num_objects", 1, side, side)),
+        TensorSpec(SINGLE_IOU_SCORES, "float32", (1, "num_objects", 1)),
     )
     if architecture.object_score:
-        outputs += (TensorSpec("object_score_logits", "float32", (1, "num_objects", 1)),)
+        outputs += (TensorSpec(OBJECT_SCORE, "float32", (1, "num_objects", 1)),)
     return outputs

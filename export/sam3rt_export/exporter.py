@@ -39,6 +39,7 @@ from sam3rt.bundle import (
     open_bundle,
     write_manifest,
 )
+from sam3rt.bundle.contract import EXPORT_ID, MASKS, ROLE
 from sam3rt.errors import Sam3rtError
 from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
@@ -302,12 +303,12 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
         outputs=contracts.decoder_outputs(architecture, source.masks.multimask),
         weights=options.weights,
         metadata=_metadata(export_id, "decoder"),
-        size_free_inputs=("input_masks",),
+        size_free_inputs=(MASKS,),
     )
 
 
 def _metadata(export_id: str, role: str) -> dict[str, str]:
-    return {"sam3rt.export_id": export_id, "sam3rt.role": role}
+    return {EXPORT_ID: export_id, ROLE: role}
 
 
 def _export_id(source: ExportSource, options: ExportOptions) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import ctypes
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -184,9 +185,34 @@ class Features(abc.ABC):
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
 
+    @property
+    def device(self) -> str:
+        """Where they lie, such as ``"cpu"`` or ``"cuda:0"``."""
+        return "cpu"
+
     def arrays(self) -> tuple[DeviceArray, ...]:
         """The maps for other libraries, [1, C, h, w] each, finest map first.
 
         Copies in host memory, unless the backend can offer its own.
         """
         return tuple(of_host(array) for array in self.numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class HostFeatures(Features):
+    """Feature maps of no backend, in host memory: what came out of bytes.
+
+    Attributes:
+        maps: float32 [1, C, h, w] each, finest map first.
+    """
+
+    maps: tuple[NDArray[np.float32], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take, bytes."""
+        return sum(array.nbytes for array in self.maps)
+
+    def numpy(self) -> tuple[NDArray[np.float32], ...]:
+        """Copies, float32 [1, C, h, w] each, finest map first."""
+        return tuple(array.copy() for array in self.maps)

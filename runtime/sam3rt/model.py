@@ -15,9 +15,10 @@ from .backends import Backend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
-from .embedding import ImageEmbedding, read_embedding
+from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError
-from .geometry import Image, geometry, to_rgb
+from .features import HostFeatures
+from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .masks import MaskOptions
 from .prompts import PackedPrompts, Prompts, pack
 from .timer import StageListener, timed
@@ -111,7 +112,7 @@ class SegmentationModel:
         self, embedding: ImageEmbedding, prompts: PackedPrompts, multimask_output: bool = True
     ) -> DecodedMasks:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
-        self._check_embedding(embedding)
+        embedding = self.upload(embedding)
         outputs = decoder_outputs(self.manifest, multimask_output)
         with timed("decode", self.on_stage):
             results = self.backend.decode(embedding.features, prompts, outputs)
@@ -150,7 +151,7 @@ class SegmentationModel:
         Raises:
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
-        self._check_embedding(embedding)
+        embedding = self.upload(embedding)
         results, masks = self.backend.decode_masks(
             embedding.features,
             self._pack(prompts, embedding),
@@ -179,12 +180,21 @@ class SegmentationModel:
         score = results[2][0, :, 0] if has_object_score(self.manifest) else None
         return DecodedMasks(results[0][0], results[1][0], score)
 
-    def _check_embedding(self, embedding: ImageEmbedding) -> None:
-        if embedding.fingerprint != self.manifest.fingerprint:
-            raise EmbeddingError(
-                f"the embedding was made by the bundle {embedding.fingerprint[:16]}..., "
-                f"this model is {self.manifest.fingerprint[:16]}...; encode the image again"
-            )
+    def upload(self, embedding: ImageEmbedding) -> ImageEmbedding:
+        """The embedding on this model's device: itself, unless it came from bytes or by pickle.
+
+        Raises:
+            EmbeddingError: it was made by another bundle.
+        """
+        fingerprint, specs = self.manifest.fingerprint, self.manifest.encoder.outputs
+        check_maker(embedding.fingerprint, fingerprint, "the embedding")
+        if not isinstance(embedding.features, HostFeatures):
+            return embedding
+        maps = dict(zip(embedding.names, embedding.features.maps, strict=True))
+        check_maps(maps, specs, "the embedding")
+        self._check_geometry(embedding.geometry, "the embedding")
+        features = self.backend.upload([maps[name] for name in self._names])
+        return ImageEmbedding(features, embedding.geometry, fingerprint, self._names)
 
     def load_embedding(self, path: str | Path) -> ImageEmbedding:
         """Load an embedding that this bundle made. The encoder is not needed for it.
@@ -194,9 +204,12 @@ class SegmentationModel:
         """
         fingerprint = self.manifest.fingerprint
         maps, where = read_embedding(Path(path), fingerprint, self.manifest.encoder.outputs)
-        if where != geometry(self.manifest.image, where.original_size):
-            raise EmbeddingError(f"{path}: its image geometry contradicts this model's")
+        self._check_geometry(where, str(path))
         return ImageEmbedding(self.backend.upload(maps), where, fingerprint, self._names)
+
+    def _check_geometry(self, where: ImageGeometry, subject: str) -> None:
+        if where != geometry(self.manifest.image, where.original_size):
+            raise EmbeddingError(f"{subject}: its image geometry contradicts this model's")
 
     def warm_up(self) -> None:
         """Load both graphs and run each once, so that the first request is not the slow one."""

@@ -99,12 +99,13 @@ class SAM3InteractiveImagePredictor:
 
         Raises:
             InvalidInputError: it is not an embedding.
+            EmbeddingError: it came from bytes or by pickle, and from another bundle.
             StateError: another thread is using this predictor.
         """
         if not isinstance(embedding, ImageEmbedding):
             raise InvalidInputError("embedding", type(embedding).__qualname__, "an ImageEmbedding")
         with self._one_caller():
-            self._embeddings, self._is_batch = [embedding], False
+            self._embeddings, self._is_batch = [self.model.upload(embedding)], False
 
     def set_image_batch(self, image_list: Sequence[Image]) -> None:
         """Encode several images, so that :meth:`predict_batch` can be called on them.

@@ -14,13 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bundle import PromptSpec
+from .bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
 from .errors import PromptError, PromptWarning
 from .geometry import ImageGeometry
 
 NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
-# The decoder graph's padding: anything below -1. No attention sees such a point, so the result is
-# that of the other points alone. A point labelled -1 is seen: it has an embedding of its own.
-PADDING_LABEL = -10
 
 # Memory and time of a call grow with the objects, and with the square of an object's points.
 MAX_OBJECTS = 1024
@@ -180,10 +178,10 @@ def decoder_inputs(
     """
     masks = no_mask if prompts.masks is None else prompts.masks[None]
     return (
-        ("input_points", np.ascontiguousarray(prompts.points[None])),
-        ("input_labels", np.ascontiguousarray(prompts.labels[None])),
-        ("input_masks", np.ascontiguousarray(masks)),
-        ("has_input_masks", np.array([prompts.masks is not None], np.float32)),
+        (POINTS, np.ascontiguousarray(prompts.points[None])),
+        (LABELS, np.ascontiguousarray(prompts.labels[None])),
+        (MASKS, np.ascontiguousarray(masks)),
+        (HAS_MASKS, np.array([prompts.masks is not None], np.float32)),
     )
 
 

@@ -49,6 +49,11 @@ class OrtFeatures(Features):
         """Memory they take, bytes."""
         return sum(value.tensor_size_in_bytes() for value in self.values)
 
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return str(self.values[0].device_name())
+
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
         return tuple(np.array(value.numpy()) for value in self.values)
@@ -220,9 +225,10 @@ class OnnxRuntimeBackend(Backend):
             source = graph_source(self.bundle, graph)
         else:
             loaded = load_graph(self.bundle, graph)
-            source, weights = loaded.model, loaded.weights
-            options.add_external_initializers_from_files_in_memory(
-                list(weights), list(weights.values()), [w.nbytes for w in weights.values()]
+            source, weights = loaded.model, loaded.initializers()
+            # Not ..._from_files_in_memory, which Python has only since ONNX Runtime 1.24.
+            options.add_external_initializers(
+                list(weights), [ort.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
             )
         try:
             session = ort.InferenceSession(source, options, providers=providers)

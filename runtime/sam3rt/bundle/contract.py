@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ..errors import BundleError
 from .files import check_length, read_file
 from .manifest import Bundle, GraphSpec, Manifest, TensorSpec
-from .onnx_locations import check_tensor_locations, with_addresses
+from .onnx_locations import ExternalTensor, check_tensor_locations, with_addresses
 
 # Keys of a graph's metadata. Both graphs of an export hold the same EXPORT_ID.
 EXPORT_ID = "sam3rt.export_id"
@@ -50,8 +50,26 @@ SINGLE_MASK_OUTPUTS = (SINGLE_MASK_LOGITS, SINGLE_IOU_SCORES)
 
 _FEATURES = "image_embeddings."
 
-# Labels below -1 mean that there is no point: the decoder excludes it from every attention.
+# The decoder's padding: anything below -1. No attention sees such a point, so the result is that of
+# the other points alone. A point labelled -1 is seen: it has an embedding of its own.
 PADDING_LABEL = -10
+
+
+# NumPy's types by TensorProto.DataType; it has no bfloat16.
+_NUMPY_TYPES = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    4: np.uint16,
+    5: np.int16,
+    6: np.int32,
+    7: np.int64,
+    9: np.bool_,
+    10: np.float16,
+    11: np.float64,
+    12: np.uint32,
+    13: np.uint64,
+}
 
 
 def feature_name(level: int) -> str:
@@ -89,14 +107,39 @@ class LoadedGraph:
         file: the ``.onnx`` file's name, for messages.
         model: its content.
         weights: content of each file beside it that holds weights, uint8, by the file's name.
-            For ONNX Runtime: names, arrays and their lengths go to
-            ``SessionOptions.add_external_initializers_from_files_in_memory``, and the arrays must
-            live until the session has been made.
+        tensors: what of the graph lies in those files.
     """
 
     file: str
     model: bytes
     weights: dict[str, NDArray[np.uint8]]
+    tensors: tuple[ExternalTensor, ...]
+
+    def initializers(self) -> dict[str, NDArray[Any]]:
+        """The tensors of ``weights`` by name, for ONNX Runtime's
+        ``SessionOptions.add_external_initializers``.
+
+        A session copies them when it is made.
+
+        Raises:
+            BundleError: one has a type that NumPy lacks.
+        """
+        found = {}
+        for tensor in self.tensors:
+            dtype = _NUMPY_TYPES.get(tensor.data_type)
+            if dtype is None:
+                raise BundleError(
+                    f"has the tensor {tensor.name!r} of the type {tensor.data_type} in "
+                    f"{tensor.location}, which NumPy lacks",
+                    self.file,
+                )
+            end = tensor.offset + tensor.length
+            part = self.weights[tensor.location][tensor.offset : end]
+            # Copied only where the file does not align it.
+            found[tensor.name] = np.require(part.view(dtype), requirements="A").reshape(
+                tensor.shape
+            )
+        return found
 
     def with_addresses(self) -> bytes:
         """The model with addresses in ``weights`` in place of files, as OpenVINO reads them.
@@ -116,9 +159,9 @@ def load_graph(bundle: Bundle, graph: GraphSpec) -> LoadedGraph:
             says; the graph is not one of a bundle (see :mod:`.onnx_locations`); or there is not
             enough memory.
     """
-    model = _read_model(bundle, graph)
+    model, tensors = _read_model(bundle, graph)
     weights = {entry.file: read_file(bundle.path, entry) for entry in graph.external_data}
-    return LoadedGraph(graph.model.file, model, weights)
+    return LoadedGraph(graph.model.file, model, weights, tensors)
 
 
 def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
@@ -132,14 +175,13 @@ def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
     """
     for entry in graph.external_data:
         check_length(bundle.path, entry)
-    model = _read_model(bundle, graph)
+    model, _ = _read_model(bundle, graph)
     return str(bundle.file(graph.model)) if graph.external_data else model
 
 
-def _read_model(bundle: Bundle, graph: GraphSpec) -> bytes:
+def _read_model(bundle: Bundle, graph: GraphSpec) -> tuple[bytes, tuple[ExternalTensor, ...]]:
     content = read_file(bundle.path, graph.model).tobytes()
-    check_tensor_locations(content, graph.model.file, graph.external_data)
-    return content
+    return content, check_tensor_locations(content, graph.model.file, graph.external_data)
 
 
 def check_graph(

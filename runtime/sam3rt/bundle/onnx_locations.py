@@ -81,12 +81,16 @@ class ExternalTensor:
 
     Attributes:
         name: its name.
+        data_type: its element type, a ``TensorProto.DataType``.
+        shape: its sizes.
         location: the file.
         offset: where in the file its data begin.
         length: how many bytes they take.
     """
 
     name: str
+    data_type: int
+    shape: tuple[int, ...]
     location: str
     offset: int
     length: int
@@ -212,17 +216,16 @@ def _external_tensor(
         Refused: it breaks a rule.
     """
     entries: dict[bytes, bytes] = {}
-    element_bytes: int | None = None
+    data_type = 0
     is_external, has_values = False, False
     raw_bytes: int | None = None
-    elements = 1
+    shape: tuple[int, ...] = ()
     name = b""
     for field in fields(content, tensor.start, tensor.end, "TensorProto"):
         if field.number == 1:
-            for side in numbers(content, field):
-                elements *= side
+            shape += tuple(numbers(content, field))
         elif field.number == 2:
-            element_bytes = _ELEMENT_BYTES.get(field.value)
+            data_type = field.value
         elif field.number == 8:
             name = content[field.start : field.end]
         elif field.number == 13:
@@ -240,9 +243,9 @@ def _external_tensor(
             has_values = True
             if field.number == 9:
                 raw_bytes = field.end - field.start
-    if element_bytes is None:
+    if data_type not in _ELEMENT_BYTES:
         raise Refused(f"has a tensor {_shown(name)} of a type that no bundle needs")
-    nbytes = elements * element_bytes
+    nbytes = math.prod(shape) * _ELEMENT_BYTES[data_type]
     if raw_bytes not in (None, nbytes):
         raise Refused(
             f"has a tensor {_shown(name)} with {raw_bytes} bytes of data, its shape has {nbytes}"
@@ -252,7 +255,8 @@ def _external_tensor(
     if not is_external or has_values:
         raise Refused(f"has a tensor {_shown(name)} whose data lie both in the file and elsewhere")
     location, offset = _location(entries, nbytes, lengths)
-    return ExternalTensor(name.decode(errors="backslashreplace"), location.decode(), offset, nbytes)
+    text = name.decode(errors="backslashreplace")
+    return ExternalTensor(text, data_type, shape, location.decode(), offset, nbytes)
 
 
 def _location(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
+import pickle
 import stat
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from sam3rt.bundle import TensorSpec
 from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.geometry import ImageGeometry
 
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 Maps = dict[str, NDArray[np.float32]]
 
 SPECS = (
@@ -135,32 +139,73 @@ def less_memory_than(limit: int) -> Iterator[None]:
 
 
 @given(
-    first=hnp.arrays(np.uint32, (1, 4, 6, 5)),
-    second=hnp.arrays(np.uint32, (1, 8, 3, 2)),
+    first=hnp.arrays(np.float32, (1, 4, 6, 5), elements=FINITE),
+    second=hnp.arrays(np.float32, (1, 8, 3, 2), elements=FINITE),
     size=st.tuples(st.integers(1, 16_000), st.integers(1, 16_000)),
 )
 @examples(40)
-def test_any_bits_survive_the_file(
-    first: NDArray[np.uint32],
-    second: NDArray[np.uint32],
+def test_any_numbers_survive_the_file(
+    first: NDArray[np.float32],
+    second: NDArray[np.float32],
     size: tuple[int, int],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """NaN with payload, infinities, denormals and negative zeros included."""
+    """Denormals and negative zeros included."""
     path = tmp_path_factory.mktemp("bits") / "a.emb"
-    maps = dict(
-        zip(
-            (spec.name for spec in SPECS),
-            (a.view(np.float32) for a in (first, second)),
-            strict=True,
-        )
-    )
+    maps = dict(zip((spec.name for spec in SPECS), (first, second), strict=True))
     place = ImageGeometry(size, (1008, 1008))
     write_embedding(path, maps, place, FINGERPRINT)
     loaded, loaded_place = read(path)
     assert loaded_place == place
     for actual, expected in zip(loaded, maps.values(), strict=True):
         same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_maps_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "a.emb"
+    maps = random_maps()
+    maps["image_embeddings.1"].reshape(-1)[-1] = value
+    forge(path, data=b"".join(array.tobytes() for array in maps.values()))
+    with pytest.raises(EmbeddingError, match=r"a\.emb.*image_embeddings\.1 holds NaN"):
+        read(path)
+    with pytest.raises(EmbeddingError, match="holds NaN"):
+        write_embedding(tmp_path / "b.emb", maps, PLACE, FINGERPRINT)
+    assert not (tmp_path / "b.emb").exists()
+
+
+def test_a_file_of_the_first_release_is_read(tmp_path: Path) -> None:
+    """As it was written then, byte for byte: header, blanks up to a multiple of eight, data."""
+    metadata = {
+        "format": "sam3rt-embedding-1",
+        "fingerprint": FINGERPRINT,
+        "original_size": "480 640",
+        "input_size": "1008 1008",
+        "sha256": "0" * 64,
+    }
+    header = {
+        "__metadata__": metadata,
+        "image_embeddings.0": {
+            "dtype": "F32",
+            "shape": [1, 4, 6, 5],
+            "data_offsets": [0, 480],
+        },
+        "image_embeddings.1": {
+            "dtype": "F32",
+            "shape": [1, 8, 3, 2],
+            "data_offsets": [480, 672],
+        },
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    body = b"".join(array.tobytes() for array in random_maps().values())
+    text = text.replace(b"0" * 64, hashlib.sha256(text + body).hexdigest().encode())
+    old = struct.pack("<Q", len(text)) + text + body
+    (tmp_path / "old.emb").write_bytes(old)
+    for actual, expected in zip(read(tmp_path / "old.emb")[0], random_maps().values(), strict=True):
+        same_bits(actual, expected)
+    write_embedding(tmp_path / "new.emb", random_maps(), PLACE, FINGERPRINT)
+    assert (tmp_path / "new.emb").read_bytes() == old
 
 
 def test_strided_maps_are_written_in_order(tmp_path: Path) -> None:
@@ -264,6 +309,100 @@ def test_embedding_is_a_value(model: SegmentationModel, embedding: ImageEmbeddin
     for array in embedding.numpy().values():
         array[:] = 7
     same_bits(model.decode(embedding, CLICK).low_res_masks, before.low_res_masks)
+
+
+def test_bytes_are_the_files_content(
+    model: SegmentationModel, embedding: ImageEmbedding, saved: Path
+) -> None:
+    content = embedding.to_bytes()
+    assert content == saved.read_bytes() == embedding.to_bytes()
+    for form in (content, bytearray(content), memoryview(content)):
+        again = ImageEmbedding.from_bytes(form)
+        assert again.to_bytes() == content
+        assert (again.names, again.geometry) == (embedding.names, embedding.geometry)
+        assert again.nbytes == embedding.nbytes
+    expected = model.decode(embedding, CLICK).low_res_masks
+    same_bits(model.decode(again, CLICK).low_res_masks, expected)
+    on_device = model.upload(again)
+    assert type(on_device.features) is type(embedding.features)
+    assert model.upload(on_device) is on_device
+    assert model.upload(embedding) is embedding
+    same_bits(model.segment(again, CLICK)[0].low_res_masks, expected)
+
+
+@pytest.mark.parametrize("wrong", [None, "text", 3, [1, 2]])
+def test_what_is_no_bytes_is_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        ImageEmbedding.from_bytes(wrong)
+    assert caught.value.argument == "content"
+
+
+def test_damaged_bytes_are_refused(content: bytes) -> None:
+    for damaged in (b"", content[:-1], content + b"x", content[:8], flip(content, 8000)):
+        with pytest.raises(EmbeddingError):
+            ImageEmbedding.from_bytes(damaged)
+
+
+def test_bytes_of_other_maps_are_refused(model: SegmentationModel, content: bytes) -> None:
+    """The fingerprint may be right all the same: it is not a secret."""
+    embedding = ImageEmbedding.from_bytes(content)
+    with pytest.raises(EmbeddingError, match="encode the image again"):
+        model.decode(embedding, CLICK)
+    forged = dataclasses.replace(embedding, fingerprint=model.manifest.fingerprint)
+    with pytest.raises(EmbeddingError, match="holds the feature maps"):
+        model.decode(forged, CLICK)
+    with pytest.raises(EmbeddingError, match="holds the feature maps"):
+        SAM3InteractiveImagePredictor(model).set_embedding(forged)
+
+
+def test_a_geometry_of_bytes_is_the_models(small_model: SegmentationModel) -> None:
+    embedding = small_model.encode(noise(50, 70))
+    wrong = dataclasses.replace(embedding, geometry=ImageGeometry((50, 70), (720, 1008)))
+    with pytest.raises(EmbeddingError, match="geometry"):
+        small_model.decode(ImageEmbedding.from_bytes(wrong.to_bytes()), CLICK)
+
+
+def test_a_pickled_embedding_serves_in_another_process(
+    default_model: SegmentationModel,
+) -> None:
+    embedding = default_model.encode(noise(50, 70))
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(embedding, protocol))
+        assert again.to_bytes() == embedding.to_bytes()
+    assert copy.deepcopy(embedding).to_bytes() == embedding.to_bytes()
+    expected = SAM3InteractiveImagePredictor(default_model)
+    expected.set_embedding(embedding)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        masks, scores, _ = pool.submit(click_in_another_process, embedding).result(timeout=120)
+    wanted = expected.predict([[30, 25]], [1])
+    np.testing.assert_array_equal(masks, wanted[0])
+    same_bits(scores, wanted[1])
+
+
+def click_in_another_process(embedding: ImageEmbedding) -> Any:
+    predictor = SAM3InteractiveImagePredictor(load_model(backend="onnxruntime", device="cpu"))
+    predictor.set_embedding(embedding)
+    return predictor.predict([[30, 25]], [1])
+
+
+def test_an_embedding_as_a_numpy_array_is_its_coarsest_map(embedding: ImageEmbedding) -> None:
+    """It was an object array without axes."""
+    coarsest = embedding.numpy()[embedding.names[-1]]
+    array = np.asarray(embedding)
+    same_bits(array, coarsest)
+    array[:] = 7
+    same_bits(np.array(embedding), coarsest)
+    same_bits(np.from_dlpack(embedding), coarsest)
+    assert np.asarray(embedding, np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="always a copy"):
+        embedding.__array__(copy=False)
+
+
+def test_an_embedding_says_what_it_is(embedding: ImageEmbedding) -> None:
+    text = repr(embedding)
+    for part in ("70 x 50", " MB", "cpu", embedding.fingerprint[:16]):
+        assert part in text
+    assert len(text) < 200
 
 
 def test_map_shapes_are_those_of_the_manifest(

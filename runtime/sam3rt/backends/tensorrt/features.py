@@ -41,6 +41,11 @@ class DeviceFeatures(Features):
         """Memory they take, bytes."""
         return self.layout.nbytes
 
+    @property
+    def device(self) -> str:
+        """Such as ``"cuda:0"``."""
+        return f"cuda:{self._device[1]}"
+
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
         host = np.empty(self.layout.nbytes, np.uint8)

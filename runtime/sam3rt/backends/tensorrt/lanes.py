@@ -13,13 +13,14 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bundle.contract import PADDING_LABEL
 from ...errors import BackendError
 from ...prompts import PackedPrompts
 from .cuda.api import Cuda
 from .imaging import DeviceImaging, DeviceMatrices
 from .memory import Block, Layout, Memory, Staging, aligned
 from .network import HAS_MASKS, LABELS, MASKS, POINTS, THRESHOLD, Network
-from .shapes import PADDING_LABEL, ShapeClass, classify
+from .shapes import ShapeClass, classify
 from .trt import Context, contiguous
 
 _LOG = logging.getLogger(__name__)

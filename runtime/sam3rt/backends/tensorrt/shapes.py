@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# The decoder's labels below -1 are no points at all; see the export's decoder graph.
-PADDING_LABEL = -10
 _FEWEST_POINTS = 4
 
 

@@ -137,6 +137,8 @@ def external(content: bytes) -> list[ExternalTensor]:
             found.append(
                 ExternalTensor(
                     one.name,
+                    one.data_type,
+                    tuple(one.dims),
                     place["location"],
                     int(place.get("offset", 0)),
                     int(place.get("length", 4 * int(np.prod(one.dims)))),
@@ -147,7 +149,7 @@ def external(content: bytes) -> list[ExternalTensor]:
 
 def test_initializers_may_lie_beside_the_graph() -> None:
     content = hide("initializer", tensor(location="weights.data", offset=84, length=16, checksum=1))
-    assert check(content) == (ExternalTensor("w", "weights.data", 84, 16),)
+    assert check(content) == (ExternalTensor("w", TensorProto.FLOAT, (4,), "weights.data", 84, 16),)
     assert check(hide("initializer", tensor(location="weights.data")))[0].length == 16
     assert check(hide("attribute", helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))) == ()
 
