@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 import PIL.Image
 
+from sam3rt import geometry
 from sam3rt.accuracy import verdicts
 from sam3rt.accuracy.record import ParityRecord
 from sam3rt.backends.tensorrt.engines.sidecar import (
@@ -174,8 +175,8 @@ def verdict(data: bytes) -> None:
 def image(data: bytes) -> None:
     """An image file through the command line's reader."""
     path = _file("image", data)
-    # A hundred bytes may rightly claim as many pixels as Pillow allows, which is memory, no fault.
-    PIL.Image.MAX_IMAGE_PIXELS = 1 << 20
+    # A hundred bytes may rightly claim as many pixels as are allowed, which is memory, no fault.
+    geometry.MAX_PIXELS = 1 << 20
     with contextlib.suppress(ImageError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         array = read_image(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
 import warnings
 import zlib
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.helpers import examples, noise
 
-from sam3rt import ImageError
+from sam3rt import ImageError, geometry
 from sam3rt.cli import main
 from sam3rt.cli.segment import read_image
 
@@ -129,6 +131,117 @@ def test_modes_become_rgb_as_pillow_converts_them(mode: str, tmp_path: Path) -> 
     picture.save(path, form)
     with PIL.Image.open(path) as again:
         np.testing.assert_array_equal(read_image(path), np.asarray(again.convert("RGB")))
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"])
+def test_no_picture_starts_a_program(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+
+    def start(*arguments: object, **options: object) -> None:
+        raise AssertionError("a program was started")
+
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with PIL.Image.open(path) as image:
+        assert image.format == "EPS"  # what came before opened it so
+    for name in ("Popen", "run", "call", "check_call"):
+        monkeypatch.setattr(subprocess, name, start)
+    with pytest.raises(ImageError, match=r"photo\.jpg: cannot identify"):
+        read_image(path)
+
+
+# --- orientation ----------------------------------------------------------------------------------
+
+
+def with_exif(form: str, orientation: object, odd: bool) -> tuple[bytes, np.ndarray]:
+    """An image file with an orientation, and how it looks upright."""
+    picture = PIL.Image.fromarray(noise(16, 32))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    if odd:
+        exif[0x9286] = b"ASCII\0\0\0hello"
+        exif[0xEA1C] = b"\0" * 40
+    stream = io.BytesIO()
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    picture.save(stream, form, exif=exif, **lossless)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(stream.getvalue())))
+    return stream.getvalue(), np.asarray(upright.convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_orientation_is_applied(form: str, orientation: int, tmp_path: Path) -> None:
+    content, upright = with_exif(form, orientation, odd=False)
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    found = read_image(path)
+    np.testing.assert_array_equal(found, upright)
+    assert found.flags.c_contiguous
+
+
+def test_odd_metadata_are_no_reason_to_refuse_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``exif_transpose`` writes all of EXIF back, and raises where it cannot."""
+
+    def cannot(*arguments: object) -> bytes:
+        raise struct.error("a tag that Pillow cannot write")
+
+    content, upright = with_exif("JPEG", 6, odd=True)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    monkeypatch.setattr(PIL.Image.Exif, "tobytes", cannot)
+    with PIL.Image.open(path) as image, pytest.raises(struct.error):
+        PIL.ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(read_image(path), upright)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0", b"\0" * 30])
+def test_damaged_metadata_mean_upright(exif: bytes, tmp_path: Path) -> None:
+    picture = PIL.Image.fromarray(noise(16, 32))
+    picture.save(tmp_path / "photo.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "photo.png"), noise(16, 32))
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (1 << 20, 1), (20_000, 20_000)])
+def test_large_images_are_refused_with_the_remedy(size: tuple[int, int], tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_that_claims(*size))
+    with pytest.raises(ImageError, match="--max-pixels"):
+        read_image(path)
+
+
+def test_the_limit_can_be_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(geometry, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(geometry, "MAX_SIDE", 1000)
+    path = tmp_path / "image.png"
+    PIL.Image.fromarray(noise(2, 2000)).save(path)
+    arguments = ["segment", str(path), "--point", "1,1", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "--max-pixels" in capsys.readouterr().err
+    assert main([*arguments, "--max-pixels", "4000"]) == 0
+    assert main([*arguments, "--max-pixels", "3999"]) == 1
+
+
+def test_pillow_s_own_limit_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours holds instead: 179 million pixels are fewer than a phone of today takes."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
+    path = tmp_path / "image.png"
+    PIL.Image.fromarray(noise(24, 31)).save(path)
+    np.testing.assert_array_equal(read_image(path), noise(24, 31))
+    assert PIL.Image.MAX_IMAGE_PIXELS == 10
 
 
 @given(data=st.data())

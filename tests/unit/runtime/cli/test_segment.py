@@ -16,6 +16,7 @@ from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
 
 CHELSEA = str(PHOTOS / "chelsea.png")
+CLICK = ("--point", "9,9")
 
 
 def mask_of(path: Path) -> np.ndarray:
@@ -33,6 +34,10 @@ def test_segment_writes_what_the_predictor_says(
     predictor.set_image(chelsea)
     masks, scores, _ = predictor.predict(point_coords=[[225, 150]], point_labels=[1])
     document = json.loads((output / "result.json").read_text())
+    steps = ["read", "load", "encode", "predict", "write"]
+    assert list(document["seconds"]) == [*steps, "total"]
+    total = document["seconds"].pop("total")
+    assert sum(document["seconds"].values()) == pytest.approx(total, abs=0.001)
     assert [m["file"] for m in document["masks"]] == ["mask_0.png", "mask_1.png", "mask_2.png"]
     for entry, index in zip(document["masks"], np.argsort(-scores), strict=True):
         written = mask_of(output / entry["file"])
@@ -61,11 +66,10 @@ def test_segment_boxes_are_objects(tmp_path: Path) -> None:
         assert right > x0
 
 
-def test_segment_box_with_clicks_and_nothing_at_all(tmp_path: Path) -> None:
+def test_segment_box_with_clicks(tmp_path: Path) -> None:
     box = ["--box", "100,80,200,160", "--point", "150,120", "--point", "172,112,0"]
     assert main(["segment", CHELSEA, *box, "--output", str(tmp_path / "a")]) == 0
-    assert main(["segment", CHELSEA, "--output", str(tmp_path / "b")]) == 0
-    assert len(list((tmp_path / "b").glob("mask_*.png"))) == 3
+    assert len(list((tmp_path / "a").glob("mask_*.png"))) == 3
 
 
 def test_segment_applies_exif_orientation(tmp_path: Path, chelsea: np.ndarray) -> None:
@@ -90,6 +94,9 @@ def test_segment_applies_exif_orientation(tmp_path: Path, chelsea: np.ndarray) -
         ["--box", "1,2,3"],
         ["--box", "30,2,3,40"],
         ["--threads", "0"],
+        ["--max-pixels", "0"],
+        ["--point", "-5,a"],
+        ["--box", "-3,2"],
     ],
 )
 def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Path, capsys) -> None:
@@ -113,10 +120,10 @@ def test_segment_refuses_broken_images(content: bytes | str, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["segment", "missing.png", "--output", "o"], "missing.png"),
-        (["segment", CHELSEA, "--bundle", "missing", "--output", "o"], "no bundle folder"),
-        (["segment", CHELSEA, "--device", "cuda", "--output", "o"], "cuda"),
-        (["segment", CHELSEA, "--backend", "nothing", "--output", "o"], "onnxruntime"),
+        (["segment", "missing.png", *CLICK, "--output", "o"], "missing.png"),
+        (["segment", CHELSEA, *CLICK, "--bundle", "missing", "--output", "o"], "no bundle folder"),
+        (["segment", CHELSEA, *CLICK, "--device", "cuda", "--output", "o"], "cuda"),
+        (["segment", CHELSEA, *CLICK, "--backend", "nothing", "--output", "o"], "onnxruntime"),
         (["verify", "missing"], "no bundle folder"),
         (["info", "missing"], "no bundle folder"),
     ],
@@ -129,6 +136,141 @@ def test_errors_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the output folder ----------------------------------------------------------------------------
+
+
+def segment_to(output: Path, *arguments: str, image: str = CHELSEA) -> int:
+    click = ("--point", "225,150")
+    return main(["segment", image, *click, *arguments, "--output", str(output)])
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_results_of_an_earlier_run_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    assert segment_to(tmp_path) == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    assert names(tmp_path) == {
+        *("mask_0.png", "mask_1.png", "mask_2.png", "overlay.png", "result.json", "notes.txt")
+    }
+    assert segment_to(tmp_path, "--single-mask", "--no-overlay") == 0
+    assert names(tmp_path) == {"mask_0.png", "result.json", "notes.txt"}
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["overlay"] is None
+    assert [mask["file"] for mask in document["masks"]] == ["mask_0.png"]
+
+
+@pytest.mark.parametrize("name", ["mask_0.png", "mask_7.png", "overlay.png", "result.json"])
+def test_files_of_the_user_s_are_not_overwritten(
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SegmentationModel, "encode", _never)
+    (tmp_path / name).write_text("{}")
+    assert segment_to(tmp_path) == 1
+    assert f"{name} is not from an earlier run" in capsys.readouterr().err
+    assert names(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("link", ["none", "soft", "hard"])
+def test_the_image_is_never_a_target(
+    link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert segment_to(output) == 0
+    image = output / "overlay.png"
+    if link == "soft":
+        (tmp_path / "link.png").symlink_to(image)
+        image = tmp_path / "link.png"
+    elif link == "hard":
+        (tmp_path / "link.png").hardlink_to(image)
+        image = tmp_path / "link.png"
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    capsys.readouterr()
+    assert segment_to(output, image=str(image)) == 1
+    assert "overlay.png is the image itself" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
+def test_a_bad_output_is_found_before_the_model_is_loaded(
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sam3rt.cli.segment.load_from_options", _never)
+    output = tmp_path / "out"
+    if kind == "dangling link":
+        output.symlink_to(tmp_path / "nowhere")
+    else:
+        output.write_text("a file")
+    assert segment_to(output / "deep" if kind == "below a file" else output) == 1
+    assert str(output) in capsys.readouterr().err
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_nothing_is_left_of_a_run_that_fails(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "deep" / "out"
+    if earlier:
+        assert segment_to(output) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("sam3rt.cli.segment.draw_overlay", _full_disk)
+    assert segment_to(output, "--single-mask") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert names(tmp_path) == ({"deep"} if earlier else set())
+
+
+def _full_disk(*arguments: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+# --- prompts that are hardly meant ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "neither --point nor --box"),
+        (["--point", "2250,1500"], "far outside the image of 451 x 300"),
+        (["--box", "500,400,600,500"], "far outside the image of 451 x 300"),
+    ],
+)
+def test_prompts_that_are_hardly_meant_are_refused_before_the_image_is_encoded(
+    prompts: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SegmentationModel, "encode", _never)
+    assert main(["segment", CHELSEA, *prompts, "--output", str(tmp_path / "o")]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _never(*arguments: object) -> None:
+    raise AssertionError("was called")
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_coordinates_may_begin_with_a_minus_sign(separate: bool, tmp_path: Path) -> None:
+    prompts = [("--point", "-5,10"), ("--box", "-3,-2.5,200,200")]
+    given = [part for pair in prompts for part in (pair if separate else ("=".join(pair),))]
+    assert main(["segment", CHELSEA, *given, "--no-overlay", "--output", str(tmp_path / "o")]) == 0
+    document = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert document["prompts"]["point_coords"] == [[-5, 10]]
+    assert document["prompts"]["box"] == [-3, -2.5, 200, 200]
 
 
 def test_clicks_with_several_boxes_are_refused(tmp_path: Path, capsys) -> None:
@@ -140,7 +282,7 @@ def test_clicks_with_several_boxes_are_refused(tmp_path: Path, capsys) -> None:
 def test_sixteen_bit_image_is_refused(tmp_path: Path, capsys) -> None:
     path = tmp_path / "deep.png"
     PIL.Image.fromarray(np.full((20, 20), 4000, np.uint16)).save(path)
-    assert main(["segment", str(path), "--output", str(tmp_path / "o")]) == 1
+    assert main(["segment", str(path), *CLICK, "--output", str(tmp_path / "o")]) == 1
     assert "I;16" in capsys.readouterr().err
 
 

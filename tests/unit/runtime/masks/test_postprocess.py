@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -383,6 +384,24 @@ def test_no_product_is_given_to_several_threads(size: tuple[int, int], unpad: bo
     assert [first for first, _, _ in resampling.groups] == bounds[:-1]
     band = resampling.weights.shape[1]
     assert max((b - a) * band * size[1] for a, b in itertools.pairwise(bounds)) < 1 << 18
+
+
+@pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1), (3, 65_536), (65_536, 3)])
+@pytest.mark.parametrize("model", MODELS)
+def test_thin_images_take_no_dense_matrices(model: str, size: tuple[int, int]) -> None:
+    """A matrix [65,536, 1,024] alone has 537 MB."""
+    image, masks = MODELS[model]
+    logits = smooth_logits(*masks.low_res_size)
+    out = np.empty(size, np.bool_)
+    for cached in (direct, unpadded):
+        cached.cache_clear()
+    tracemalloc.start()
+    try:
+        upsample(logits, geometry(image, size), image, masks, out, 0.0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (170e6 if size[0] == 3 else 20e6)
 
 
 def test_upsample_from_many_threads() -> None:

@@ -1,0 +1,137 @@
+"""The command line as a process: pipes, interrupts, odd names, narrow terminals, no memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from sam3rt.cli import main
+from sam3rt.cli.options import printable
+
+
+def run(
+    *arguments: str | bytes, code: str = "", **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line, after some code, in a process of its own."""
+    start = f"import sys; from sam3rt.cli import main\n{code}\nsys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", start, *arguments],
+        capture_output=True,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["segment", "--help"]])
+def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sam3rt", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+    # argparse prints its help without looking at errors.
+    assert done.returncode == (0 if "--help" in arguments else 141)
+
+
+def test_an_interrupt_while_libraries_load_is_quiet(tmp_path: Path) -> None:
+    """A NumPy that never finishes loading stands in for a slow disk."""
+    (tmp_path / "numpy.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from sam3rt.cli import main; sys.exit(main())", "info"],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"loading\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, b"")
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    code = "import sam3rt, sam3rt.cli, sys; print('numpy' in sys.modules, 'PIL' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"False False\n"
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    output = tmp_path / "masken_für_\u2603"
+    image = tmp_path / "photo.png"
+    PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
+    done = run(
+        *("segment", str(image), "--point", "5,5", "--device", "cpu"),
+        *("--backend", "onnxruntime", "--output", str(output)),
+        PYTHONIOENCODING="ascii",
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"masken_f\\xfcr_\\u2603" in done.stdout
+    assert (output / "result.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names there are Unicode")
+def test_a_name_that_is_not_unicode_is_escaped(tmp_path: Path) -> None:
+    done = run("verify", os.fsencode(tmp_path) + b"/\xff\xfe")
+    assert done.returncode == 1
+    assert b"\\udcff\\udcfe" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2J\n\x9b31m\u202eb"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", HOSTILE],
+        ["info", HOSTILE],
+        ["segment", HOSTILE, "--point", "1,1", "--output", "o"],
+        ["segment", "missing.png", "--point", HOSTILE, "--output", "o"],
+        ["segment", "missing.png", "--output", "o", "-v", HOSTILE],
+    ],
+)
+def test_terminal_escapes_in_names_are_shown_and_not_obeyed(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert not set("\x1b\x07\x9b\u202e") & set(text)
+    assert r"\x1b]0;owned" in printed.err
+
+
+def test_printable_changes_nothing_else() -> None:
+    for text in ("photo.jpg", "Füße ☃ 写真.png", "a b", ""):
+        assert printable(text) == text
+    assert printable("a\tb\nc\\d") == r"a\tb\nc\d"
+
+
+def test_running_out_of_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*arguments: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("sam3rt.cli.info.default_bundle_path", exhausted)
+    assert main(["info"]) == 1
+    error = capsys.readouterr().err
+    assert error == "sam3rt info: not enough memory (Unable to allocate 9 TiB)\n"
