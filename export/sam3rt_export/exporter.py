@@ -35,6 +35,7 @@ from sam3rt.bundle import (
     ParityLimits,
     ParitySpec,
     SourceSpec,
+    contract,
     file_entry,
     open_bundle,
     write_manifest,
@@ -307,7 +308,7 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
 
 
 def _metadata(export_id: str, role: str) -> dict[str, str]:
-    return {"sam3rt.export_id": export_id, "sam3rt.role": role}
+    return {contract.EXPORT_ID: export_id, contract.ROLE: role}
 
 
 def _export_id(source: ExportSource, options: ExportOptions) -> str:
