@@ -1,40 +1,24 @@
-"""Names, types and axes of the two graphs' tensors.
+"""Types and axes of the two graphs' tensors, under the names of :mod:`sam3rt.bundle.contract`.
 
-Names are those of :mod:`sam3rt.bundle.contract`. Axes: ``batch`` images, ``num_objects`` P,
-``num_points`` N (which may be 0), ``num_masks`` 1 or P.
+Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0), ``num_masks`` 1 or P.
 """
 
 from __future__ import annotations
 
-from sam3rt.bundle import TensorSpec
-from sam3rt.bundle.contract import (
-    HAS_MASKS,
-    IOU_SCORES,
-    LABELS,
-    MASK_LOGITS,
-    MASKS,
-    OBJECT_SCORE,
-    PIXELS,
-    POINTS,
-    SINGLE_IOU_SCORES,
-    SINGLE_MASK_LOGITS,
-    feature_name,
-)
+from sam3rt.bundle import TensorSpec, contract
 
 from .graphs.sam_decoder import DecoderArchitecture
-
-MASK_PROMPT_AXIS = "num_masks"
 
 
 def encoder_inputs(image_size: int) -> tuple[TensorSpec, ...]:
     """Normalized RGB pixels."""
-    return (TensorSpec(PIXELS, "float32", ("batch", 3, image_size, image_size)),)
+    return (TensorSpec(contract.PIXELS, "float32", ("batch", 3, image_size, image_size)),)
 
 
 def encoder_outputs(shapes: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...]:
     """The feature maps, each (channels, height, width)."""
     return tuple(
-        TensorSpec(feature_name(level), "float32", ("batch", *shape))
+        TensorSpec(contract.feature_name(level), "float32", ("batch", *shape))
         for level, shape in enumerate(shapes)
     )
 
@@ -52,15 +36,15 @@ def decoder_inputs(
     """
     side = 4 * architecture.grid
     features = tuple(
-        TensorSpec(feature_name(level), "float32", (1, *shape))
+        TensorSpec(contract.feature_name(level), "float32", (1, *shape))
         for level, shape in enumerate(shapes)
     )
     return (
         *features,
-        TensorSpec(POINTS, "float32", (1, "num_objects", "num_points", 2)),
-        TensorSpec(LABELS, "int64", (1, "num_objects", "num_points")),
-        TensorSpec(MASKS, "float32", (1, MASK_PROMPT_AXIS, side, side)),
-        TensorSpec(HAS_MASKS, "float32", (1,)),
+        TensorSpec(contract.POINTS, "float32", (1, "num_objects", "num_points", 2)),
+        TensorSpec(contract.LABELS, "int64", (1, "num_objects", "num_points")),
+        TensorSpec(contract.MASKS, "float32", (1, "num_masks", side, side)),
+        TensorSpec(contract.HAS_MASKS, "float32", (1,)),
     )
 
 
@@ -68,11 +52,11 @@ def decoder_outputs(architecture: DecoderArchitecture, multimask: int) -> tuple[
     """Three masks and the single mask per object, unclamped logits, with predicted IoUs."""
     side = 4 * architecture.grid
     outputs: tuple[TensorSpec, ...] = (
-        TensorSpec(MASK_LOGITS, "float32", (1, "num_objects", multimask, side, side)),
-        TensorSpec(IOU_SCORES, "float32", (1, "num_objects", multimask)),
-        TensorSpec(SINGLE_MASK_LOGITS, "float32", (1, "num_objects", 1, side, side)),
-        TensorSpec(SINGLE_IOU_SCORES, "float32", (1, "num_objects", 1)),
+        TensorSpec(contract.MASK_LOGITS, "float32", (1, "num_objects", multimask, side, side)),
+        TensorSpec(contract.IOU_SCORES, "float32", (1, "num_objects", multimask)),
+        TensorSpec(contract.SINGLE_MASK_LOGITS, "float32", (1, "num_objects", 1, side, side)),
+        TensorSpec(contract.SINGLE_IOU_SCORES, "float32", (1, "num_objects", 1)),
     )
     if architecture.object_score:
-        outputs += (TensorSpec(OBJECT_SCORE, "float32", (1, "num_objects", 1)),)
+        outputs += (TensorSpec(contract.OBJECT_SCORE, "float32", (1, "num_objects", 1)),)
     return outputs

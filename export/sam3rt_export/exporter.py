@@ -35,11 +35,12 @@ from sam3rt.bundle import (
     ParityLimits,
     ParitySpec,
     SourceSpec,
+    contract,
     file_entry,
     open_bundle,
     write_manifest,
 )
-from sam3rt.bundle.contract import EXPORT_ID, MASKS, ROLE
+from sam3rt.bundle.contract import MASKS
 from sam3rt.errors import Sam3rtError
 from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
@@ -308,7 +309,7 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
 
 
 def _metadata(export_id: str, role: str) -> dict[str, str]:
-    return {EXPORT_ID: export_id, ROLE: role}
+    return {contract.EXPORT_ID: export_id, contract.ROLE: role}
 
 
 def _export_id(source: ExportSource, options: ExportOptions) -> str:

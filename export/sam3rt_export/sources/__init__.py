@@ -56,18 +56,47 @@ def _open_path(checkpoint: Any, weights_key: str | None) -> ExportSource:
             f"checkpoint: got {type(checkpoint).__qualname__}, expected a path, a hub id or a model"
         )
     path = Path(checkpoint)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not _is_transformers_folder(path):
         path = _only_checkpoint(path)
     if path.is_file():
-        state, digest = read_state(path, weights_key)
-        return _open_state(state, str(path), path.name, digest)
+        return _open_file(path, weights_key)
     if weights_key is not None:
         raise CheckpointError(f"weights_key: {checkpoint} is not a checkpoint file")
-    if path.is_dir() or (isinstance(checkpoint, str) and _is_hub_id(checkpoint)):
+    if path.is_dir():
         from .transformers_model import open_pretrained
 
         return open_pretrained(os.fspath(checkpoint))
+    if isinstance(checkpoint, str) and _is_hub_id(checkpoint):
+        return _open_hub(checkpoint)
     raise CheckpointError(f"checkpoint: {checkpoint} is no file, no folder and no hub id")
+
+
+def _open_file(path: Path, weights_key: str | None = None) -> ExportSource:
+    state, digest = read_state(path, weights_key)
+    return _open_state(state, str(path), path.name, digest)
+
+
+def _open_hub(name: str) -> ExportSource:
+    """A repository in transformers' layout, or one with SAM 3.1's checkpoint, which has another."""
+    from .transformers_model import open_pretrained
+
+    try:
+        return open_pretrained(name)
+    except CheckpointError as error:
+        import huggingface_hub
+
+        try:
+            path = huggingface_hub.hf_hub_download(name, _KINDS["sam3.1"])
+        except Exception:  # it has no such file, or cannot be reached
+            raise error from None
+    return _open_file(Path(path))
+
+
+def _is_transformers_folder(folder: Path) -> bool:
+    """Whether a folder has transformers' files; Meta's checkpoints may lie beside a config.json."""
+    return (folder / "config.json").is_file() and (
+        any(folder.glob("*.safetensors")) or not any(folder.glob("*.pt"))
+    )
 
 
 def _only_checkpoint(folder: Path) -> Path:

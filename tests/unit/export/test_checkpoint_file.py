@@ -200,6 +200,12 @@ def test_a_folder_stands_for_its_only_checkpoint(checkpoint: Path, tmp_path: Pat
         open_source(tmp_path)
 
 
+def test_metas_checkpoint_may_lie_beside_a_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sam3.pt").write_bytes(checkpoint.read_bytes())
+    assert open_source(tmp_path).origin == "sam3.pt"
+
+
 def test_a_folder_of_adapters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"x.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")

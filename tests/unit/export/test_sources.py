@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from tests.support.export_helpers import (
@@ -168,6 +169,33 @@ def test_other_names_are_not_looked_up(
     with pytest.raises(CheckpointError, match=r"no file, no folder and no hub id|no config\.json"):
         open_source(Path(text))
     assert asked == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_repository_of_sam_3_1_holds_metas_file(
+    tensors: dict[str, Tensor], there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "sam3.1_multiplex.pt"
+    torch.save(as_multiplex(tensors), path)
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if not there:
+            raise OSError("not found")
+        return str(path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no file named model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(transformers_model.Sam3TrackerModel, "from_pretrained", fail)
+    if there:
+        assert open_source("facebook/sam3.1").name == "sam3.1"
+    else:
+        with pytest.raises(CheckpointError, match=r"no file named model\.safetensors"):
+            open_source("facebook/sam3.1")
+    assert asked == [("facebook/sam3.1", "sam3.1_multiplex.pt")]
 
 
 def test_a_path_is_never_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
