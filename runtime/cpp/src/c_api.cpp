@@ -193,6 +193,12 @@ sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* 
             chosen.expected_fingerprint = known.expected_fingerprint;
         }
         chosen.engine_folder = text_or(known.engine_folder, "");
+        if (known.concurrent_encodes != 0) {
+            chosen.concurrent_encodes = known.concurrent_encodes;
+        }
+        if (known.concurrent_decodes != 0) {
+            chosen.concurrent_decodes = known.concurrent_decodes;
+        }
         require(model, "model");
         auto loaded = sam3rt::Model::load(&require(bundle, "bundle"), chosen);
         std::string device = loaded.device();
