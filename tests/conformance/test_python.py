@@ -14,7 +14,7 @@ from tests.support.conformance import Document, Refusal, as_image, as_prompts
 
 import sam3rt
 from sam3rt.bundle import FileEntry, ImageSpec, PromptSpec, TensorSpec, parse_manifest
-from sam3rt.bundle.onnx_locations import check_tensor_places
+from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.embedding import read_embedding
 from sam3rt.geometry import geometry, to_rgb
 from sam3rt.prompts import Prompts, pack
@@ -74,10 +74,11 @@ class PythonRuntime:
 
     def check_onnx(self, contents: Sequence[bytes], beside: dict[str, int]) -> list[Any]:
         entries = [FileEntry(name, "0" * 64, size) for name, size in beside.items()]
-        return [
-            outcome(lambda content=content: check_tensor_places(content, "m.onnx", entries))
-            for content in contents
-        ]
+
+        def check(content: bytes) -> None:
+            check_tensor_locations(content, "m.onnx", entries)
+
+        return [outcome(lambda content=content: check(content)) for content in contents]
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         specs = [

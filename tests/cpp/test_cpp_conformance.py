@@ -128,7 +128,9 @@ class CppRuntime:
             value: Any = None
             if step["call"] == "predict_batch":
                 count = len(step["prompts"])
-                value = [list(result.arrays.get(f"{i}.masks", np.empty(0)).shape) for i in range(count)]
+                value = [
+                    list(result.arrays.get(f"{i}.masks", np.empty(0)).shape) for i in range(count)
+                ]
             elif step["call"] == "predict" and result.error is None:
                 value = list(result.arrays["masks"].shape)
             found.append(outcome(result, value))

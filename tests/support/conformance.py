@@ -362,9 +362,7 @@ def check_embeddings(runtime: Runtime, folder: Path) -> None:
     for case in vectors["files"]:
         files[f"file: {case['name']}"] = bytes.fromhex(case["hex"])
     files |= {f"cut to {size} bytes": content[:size] for size in range(0, len(content), 13)}
-    files |= {
-        f"bit {bit} flipped": flip(content, bit) for bit in range(0, 8 * len(content), 29)
-    }
+    files |= {f"bit {bit} flipped": flip(content, bit) for bit in range(0, 8 * len(content), 29)}
     paths = [folder / f"forged{number}" for number in range(len(files))]
     for path, forged in zip(paths, files.values(), strict=True):
         path.write_bytes(forged)

@@ -120,13 +120,14 @@ typedef struct sam3rt_image {
     size_t row_stride;
 } sam3rt_image;
 
-/* Prompts for one image. Everything may be absent; B counts objects, at most 4096, and each has at
- * most 1024 points. */
+/* Prompts for one image. Everything may be absent; B counts objects, at most 1024, and each has at
+ * most 1024 points; with B 0 the results are empty. */
 typedef struct sam3rt_prompts {
     size_t struct_size;
     /* [N, 2] or [B, N, 2], (x, y) in pixels of the image. */
     sam3rt_float_array point_coords;
-    /* [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 a box's corners. */
+    /* [N] or [B, N]: 1 foreground, 0 background, 2 and 3 a box's corners, -1 "not a point", which
+     * has no place and still changes the masks. */
     sam3rt_label_array point_labels;
     /* [4] or [B, 4], x0, y0, x1, y1. */
     sam3rt_float_array box;
@@ -261,7 +262,8 @@ SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
 /* --- predictions --------------------------------------------------------------------------------
  */
 
-/* The arrays of a prediction live as long as it does. With B > 1 objects each has a leading axis B.
+/* The arrays of a prediction live as long as it does. With B objects, unless B is 1, each has a
+ * leading axis B.
  */
 
 /* [C, H, W], 0 and 1; no axes where logits were asked for. */

@@ -131,7 +131,8 @@ template <typename View, typename T>
 View view_of(const sam3rt::Array<T>& array) {
     View view;
     std::memset(&view, 0, sizeof view);
-    if (array.size() != 0) {
+    // An array that was not asked for has the shape [0]; one of no objects has more axes.
+    if (array.size() != 0 || array.shape().size() > 1) {
         view.values = array.data();
         view.axes = static_cast<std::int32_t>(array.shape().size());
         std::copy(array.shape().begin(), array.shape().end(), view.shape);

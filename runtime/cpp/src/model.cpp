@@ -77,6 +77,13 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
                              embedding.fingerprint().substr(0, 16) + "..., this model is " +
                              about.fingerprint.substr(0, 16) + "...; encode the image again");
     }
+    const std::int64_t objects = packed.points.shape()[0];
+    if (objects == 0) {
+        const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
+        const Size& size = about.masks.low_res_size;
+        return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
+                std::nullopt};
+    }
     std::vector<std::string> outputs =
         multimask_output ? std::vector<std::string>{"pred_masks", "iou_scores"}
                          : std::vector<std::string>{"single_pred_masks", "single_iou_scores"};
@@ -91,8 +98,8 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
         data_->backend.decode(*embedding.data().features, packed, outputs);
     DecodedMasks decoded{without_batch(results[0], 4), without_batch(results[1], 2), {}};
     const Shape& shape = decoded.low_res_masks.shape();
-    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} ||
-        shape[0] != packed.points.shape()[0] || decoded.low_res_masks.size() == 0) {
+    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} || shape[0] != objects ||
+        decoded.low_res_masks.size() == 0) {
         throw BackendError("the decoder returned masks and scores that do not fit each other");
     }
     require_finite(decoded.iou_predictions);

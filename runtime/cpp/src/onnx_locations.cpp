@@ -2,432 +2,251 @@
 
 #include <algorithm>
 #include <array>
-#include <functional>
+#include <limits>
 #include <map>
+#include <optional>
 #include <string_view>
+
+#include "onnx_wire.hpp"
 
 namespace sam3rt {
 namespace {
 
-/// The messages of onnx.proto that are walked. `none` stands for values that are not messages, and
-/// for messages that hold no tensor, which are stepped over by their length.
-enum class Message { none, model, graph, node, attribute, tensor, entry, opset };
+using onnx::Field;
+using onnx::Message;
+using onnx::Wire;
 
-/// The wire type of a field. `numbers` and `floats` are repeated, alone or packed in one field.
-enum class Wire { number, bytes, float32, numbers, floats, doubles };
-
-/// A field that a message may have.
-struct Known {
-    Message message;
-    std::uint32_t number;
-    Wire wire;
-    Message inner = Message::none;
-};
-// Left out, and so refused: training, functions, device configurations, quantization annotations,
-// sparse tensors, subgraphs, lists of tensors, types as attributes, segments and texts as data.
-constexpr Known known_fields[] = {
-    {Message::model, 1, Wire::number},                      // ir_version
-    {Message::model, 2, Wire::bytes},                       // producer_name
-    {Message::model, 3, Wire::bytes},                       // producer_version
-    {Message::model, 4, Wire::bytes},                       // domain
-    {Message::model, 5, Wire::number},                      // model_version
-    {Message::model, 6, Wire::bytes},                       // doc_string
-    {Message::model, 7, Wire::bytes, Message::graph},       // graph
-    {Message::model, 8, Wire::bytes, Message::opset},       // opset_import
-    {Message::model, 14, Wire::bytes},                      // metadata_props
-    {Message::graph, 1, Wire::bytes, Message::node},        // node
-    {Message::graph, 2, Wire::bytes},                       // name
-    {Message::graph, 5, Wire::bytes, Message::tensor},      // initializer
-    {Message::graph, 10, Wire::bytes},                      // doc_string
-    {Message::graph, 11, Wire::bytes},                      // input
-    {Message::graph, 12, Wire::bytes},                      // output
-    {Message::graph, 13, Wire::bytes},                      // value_info
-    {Message::graph, 16, Wire::bytes},                      // metadata_props
-    {Message::node, 1, Wire::bytes},                        // input
-    {Message::node, 2, Wire::bytes},                        // output
-    {Message::node, 3, Wire::bytes},                        // name
-    {Message::node, 4, Wire::bytes},                        // op_type
-    {Message::node, 5, Wire::bytes, Message::attribute},    // attribute
-    {Message::node, 6, Wire::bytes},                        // doc_string
-    {Message::node, 7, Wire::bytes},                        // domain
-    {Message::node, 9, Wire::bytes},                        // metadata_props
-    {Message::attribute, 1, Wire::bytes},                   // name
-    {Message::attribute, 2, Wire::float32},                 // f
-    {Message::attribute, 3, Wire::number},                  // i
-    {Message::attribute, 4, Wire::bytes},                   // s
-    {Message::attribute, 5, Wire::bytes, Message::tensor},  // t
-    {Message::attribute, 7, Wire::floats},                  // floats
-    {Message::attribute, 8, Wire::numbers},                 // ints
-    {Message::attribute, 9, Wire::bytes},                   // strings
-    {Message::attribute, 13, Wire::bytes},                  // doc_string
-    {Message::attribute, 20, Wire::number},                 // type
-    {Message::tensor, 1, Wire::numbers},                    // dims
-    {Message::tensor, 2, Wire::number},                     // data_type
-    {Message::tensor, 4, Wire::floats},                     // float_data
-    {Message::tensor, 5, Wire::numbers},                    // int32_data
-    {Message::tensor, 7, Wire::numbers},                    // int64_data
-    {Message::tensor, 8, Wire::bytes},                      // name
-    {Message::tensor, 9, Wire::bytes},                      // raw_data
-    {Message::tensor, 10, Wire::doubles},                   // double_data
-    {Message::tensor, 11, Wire::numbers},                   // uint64_data
-    {Message::tensor, 12, Wire::bytes},                     // doc_string
-    {Message::tensor, 13, Wire::bytes, Message::entry},     // external_data
-    {Message::tensor, 14, Wire::number},                    // data_location
-    {Message::tensor, 16, Wire::bytes},                     // metadata_props
-    {Message::entry, 1, Wire::bytes},                       // key
-    {Message::entry, 2, Wire::bytes},                       // value
-    {Message::opset, 1, Wire::bytes},                       // domain
-    {Message::opset, 2, Wire::number},                      // version
-};
 constexpr std::uint32_t op_type_field = 4;
 constexpr std::uint32_t node_domain_field = 7;
 constexpr std::uint32_t external_data_field = 13;
 constexpr std::uint32_t data_location_field = 14;
 constexpr std::uint32_t opset_domain_field = 1;
 
-// Operators of the domain "ai.onnx" that exports of image models use; sorted. None of them runs
-// a subgraph, keeps state or draws random numbers.
-constexpr std::string_view operators[] = {"Abs",
-                                          "Acos",
-                                          "Acosh",
-                                          "Add",
-                                          "And",
-                                          "ArgMax",
-                                          "ArgMin",
-                                          "Asin",
-                                          "Asinh",
-                                          "Atan",
-                                          "Atanh",
-                                          "AveragePool",
-                                          "BatchNormalization",
-                                          "BitShift",
-                                          "BitwiseAnd",
-                                          "BitwiseNot",
-                                          "BitwiseOr",
-                                          "BitwiseXor",
-                                          "Cast",
-                                          "CastLike",
-                                          "Ceil",
-                                          "Celu",
-                                          "CenterCropPad",
-                                          "Clip",
-                                          "Concat",
-                                          "Constant",
-                                          "ConstantOfShape",
-                                          "Conv",
-                                          "ConvTranspose",
-                                          "Cos",
-                                          "Cosh",
-                                          "CumSum",
-                                          "DepthToSpace",
-                                          "DequantizeLinear",
-                                          "Div",
-                                          "Einsum",
-                                          "Elu",
-                                          "Equal",
-                                          "Erf",
-                                          "Exp",
-                                          "Expand",
-                                          "EyeLike",
-                                          "Flatten",
-                                          "Floor",
-                                          "Gather",
-                                          "GatherElements",
-                                          "GatherND",
-                                          "Gelu",
-                                          "Gemm",
-                                          "GlobalAveragePool",
-                                          "GlobalMaxPool",
-                                          "Greater",
-                                          "GreaterOrEqual",
-                                          "GridSample",
-                                          "GroupNormalization",
-                                          "HardSigmoid",
-                                          "HardSwish",
-                                          "Identity",
-                                          "InstanceNormalization",
-                                          "IsInf",
-                                          "IsNaN",
-                                          "LayerNormalization",
-                                          "LeakyRelu",
-                                          "Less",
-                                          "LessOrEqual",
-                                          "Log",
-                                          "LogSoftmax",
-                                          "MatMul",
-                                          "Max",
-                                          "MaxPool",
-                                          "Mean",
-                                          "Min",
-                                          "Mish",
-                                          "Mod",
-                                          "Mul",
-                                          "Neg",
-                                          "NonZero",
-                                          "Not",
-                                          "OneHot",
-                                          "Or",
-                                          "PRelu",
-                                          "Pad",
-                                          "Pow",
-                                          "QuantizeLinear",
-                                          "RMSNormalization",
-                                          "Range",
-                                          "Reciprocal",
-                                          "ReduceL1",
-                                          "ReduceL2",
-                                          "ReduceLogSum",
-                                          "ReduceLogSumExp",
-                                          "ReduceMax",
-                                          "ReduceMean",
-                                          "ReduceMin",
-                                          "ReduceProd",
-                                          "ReduceSum",
-                                          "ReduceSumSquare",
-                                          "Relu",
-                                          "Reshape",
-                                          "Resize",
-                                          "Round",
-                                          "ScatterElements",
-                                          "ScatterND",
-                                          "Selu",
-                                          "Shape",
-                                          "Sigmoid",
-                                          "Sign",
-                                          "Sin",
-                                          "Sinh",
-                                          "Size",
-                                          "Slice",
-                                          "Softmax",
-                                          "Softplus",
-                                          "Softsign",
-                                          "SpaceToDepth",
-                                          "Split",
-                                          "Sqrt",
-                                          "Squeeze",
-                                          "Sub",
-                                          "Sum",
-                                          "Swish",
-                                          "Tan",
-                                          "Tanh",
-                                          "ThresholdedRelu",
-                                          "Tile",
-                                          "TopK",
-                                          "Transpose",
-                                          "Trilu",
-                                          "Unsqueeze",
-                                          "Where",
-                                          "Xor"};
+constexpr std::uint32_t raw_data_field = 9;
+constexpr std::uint32_t dims_field = 1;
+constexpr std::uint32_t data_type_field = 2;
+constexpr std::uint32_t tensor_name_field = 8;
 
-/// One field of a message in the file.
-struct Field {
-    const Known* known;
-    std::size_t start;
-    std::size_t end;
-};
+// Operators of ONNX without subgraphs, sequences, texts and random numbers, between blanks.
+constexpr std::string_view operators =
+    " Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool"
+    " BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv"
+    " ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div DynamicQuantizeLinear"
+    " Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND"
+    " Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample"
+    " GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN"
+    " LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Mean"
+    " MeanVarianceNormalization Min Mish Mod Mul Neg NonZero Not OneHot Or PRelu Pad Pow"
+    " QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum"
+    " ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
+    " Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh"
+    " Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh"
+    " ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where Xor ";
+
+/// Bytes of an element, by TensorProto.DataType; 0 for types that exported graphs do not use.
+std::uint64_t element_bytes(std::uint64_t type) {
+    switch (type) {
+        case 2:  // uint8
+        case 3:  // int8
+        case 9:  // bool
+            return 1;
+        case 4:   // uint16
+        case 5:   // int16
+        case 10:  // float16
+        case 16:  // bfloat16
+            return 2;
+        case 1:   // float32
+        case 6:   // int32
+        case 12:  // uint32
+            return 4;
+        case 7:   // int64
+        case 11:  // float64
+        case 13:  // uint64
+            return 8;
+        default:
+            return 0;
+    }
+}
+
+/// The product, or the largest number where that is too small to hold it.
+std::uint64_t saturating_product(std::uint64_t a, std::uint64_t b) {
+    constexpr std::uint64_t limit = std::numeric_limits<std::uint64_t>::max();
+    return b != 0 && a > limit / b ? limit : a * b;
+}
 
 /// Walks one file.
 class Walker {
 public:
     Walker(const Bytes& content, const std::string& file, const std::vector<FileEntry>& beside)
-        : content_(content), file_(file) {
+        : reader_(content, file) {
         for (const FileEntry& entry : beside) {
             lengths_[entry.file] = entry.bytes;
         }
     }
 
     /// The whole file. Messages nest at most five deep, since subgraphs are refused.
-    void check() const { check_message(Message::model, 0, content_.size()); }
+    void check() const {
+        bool has_graph = false;
+        reader_.for_each_field(Message::model, 0, reader_.size(), [&](const Field& field) {
+            has_graph = has_graph || field.known->inner == Message::graph;
+        });
+        if (!has_graph) {
+            reader_.refuse_malformed("holds no graph");
+        }
+        check_message(Message::model, 0, reader_.size());
+    }
 
 private:
-    [[noreturn]] void refuse(const std::string& problem) const {
-        throw BundleError(problem, file_);
-    }
-
-    [[noreturn]] void refuse_malformed(const std::string& problem) const {
-        refuse("is not an ONNX file: " + problem);
-    }
-
-    std::string text(const Field& field) const {
-        return {content_.begin() + static_cast<std::ptrdiff_t>(field.start),
-                content_.begin() + static_cast<std::ptrdiff_t>(field.end)};
-    }
+    using Entries = std::map<std::string, std::string>;
 
     void check_message(Message message, std::size_t start, std::size_t end) const {
-        if (message == Message::tensor) {
-            check_tensor(start, end);
-            return;
-        }
-        for_each_field(message, start, end, [&](const Field& field) {
-            if (field.known->inner != Message::none) {
+        bool has_operator = false;
+        reader_.for_each_field(message, start, end, [&](const Field& field) {
+            if (field.known->inner == Message::tensor) {
+                check_tensor(field, message == Message::graph);
+            } else if (field.known->inner != Message::none) {
                 check_message(field.known->inner, field.start, field.end);
             } else if (message == Message::node && field.known->number == op_type_field) {
-                check_operator(text(field));
+                has_operator = true;
+                check_operator(reader_.text(field));
             } else if ((message == Message::node && field.known->number == node_domain_field) ||
                        (message == Message::opset && field.known->number == opset_domain_field)) {
-                check_domain(text(field));
+                check_domain(reader_.text(field));
             }
         });
+        if (message == Message::node && !has_operator) {
+            check_operator("");
+        }
     }
 
     void check_operator(const std::string& name) const {
-        if (!std::binary_search(std::begin(operators), std::end(operators), name)) {
-            refuse("has a node of the operator '" + name.substr(0, 60) +
-                   "', which exported graphs do not use");
+        if (name.empty() || name.find(' ') != std::string::npos ||
+            operators.find(" " + name + " ") == std::string_view::npos) {
+            reader_.refuse("has a node of the operator '" + name.substr(0, 60) +
+                           "', which exported graphs do not use");
         }
     }
 
     void check_domain(const std::string& name) const {
         if (!name.empty() && name != "ai.onnx") {
-            refuse("uses operators of the domain '" + name.substr(0, 60) +
-                   "', expected those of ONNX itself");
+            reader_.refuse("uses operators of the domain '" + name.substr(0, 60) +
+                           "', expected those of ONNX itself");
         }
     }
 
-    /// Protocol buffers merge a message that comes in parts. So every entry is held to the rules by
-    /// itself, even where this part does not say that the data lie elsewhere.
-    void check_tensor(std::size_t start, std::size_t end) const {
-        std::map<std::string, std::string> location;
-        bool elsewhere = false;
-        for_each_field(Message::tensor, start, end, [&](const Field& field) {
-            if (field.known->number == data_location_field) {
-                elsewhere = elsewhere || content_[field.start] != 0;
-            } else if (field.known->number == external_data_field) {
-                const auto [key, value] = entry(field.start, field.end);
-                if (!location.emplace(key, value).second) {
-                    refuse("says twice what the '" + key + "' of a tensor's data is");
-                }
+    void check_tensor(const Field& tensor, bool is_initializer) const {
+        Entries location;
+        std::uint64_t data_location = 0;
+        std::uint64_t nbytes = 0;
+        std::uint64_t elements = 1;
+        std::optional<std::uint64_t> raw_bytes;
+        bool has_values = false;
+        std::string name;
+        reader_.for_each_field(Message::tensor, tensor.start, tensor.end, [&](const Field& field) {
+            switch (field.known->number) {
+                case dims_field:
+                    reader_.for_each_number(field, [&](std::uint64_t side) {
+                        elements = saturating_product(elements, side);
+                    });
+                    break;
+                case data_type_field:
+                    nbytes = element_bytes(field.value);
+                    break;
+                case tensor_name_field:
+                    name = reader_.text(field).substr(0, 60);
+                    break;
+                case external_data_field:
+                    add_entry(field, location);
+                    break;
+                case data_location_field:
+                    data_location = field.value;
+                    break;
+                case raw_data_field:
+                    raw_bytes = field.end - field.start;
+                    has_values = true;
+                    break;
+                default:
+                    has_values = has_values || field.known->wire > Wire::bytes_list;
             }
         });
-        if (!location.empty() || elsewhere) {
-            check_location(location);
+        if (nbytes == 0) {
+            reader_.refuse("has a tensor '" + name + "' of a type that exported graphs do not use");
         }
+        nbytes = saturating_product(nbytes, elements);
+        if (raw_bytes && *raw_bytes != nbytes) {
+            reader_.refuse("has a tensor '" + name + "' with " + std::to_string(*raw_bytes) +
+                           " bytes of data, its shape has " + std::to_string(nbytes));
+        }
+        if (data_location > 1) {
+            reader_.refuse("has a tensor whose data location is " + std::to_string(data_location));
+        }
+        if (data_location == 0 && location.empty()) {
+            return;
+        }
+        if (!is_initializer) {
+            reader_.refuse("has a tensor in an attribute whose data lie elsewhere");
+        }
+        if (data_location == 0 || has_values) {
+            reader_.refuse("has a tensor '" + name +
+                           "' whose data lie both in the file and elsewhere");
+        }
+        check_location(location, nbytes);
     }
 
-    void check_location(const std::map<std::string, std::string>& location) const {
+    void check_location(const Entries& location, std::uint64_t nbytes) const {
         const auto name = location.find("location");
         if (name == location.end()) {
-            refuse("has a tensor whose data lie elsewhere, without saying where");
+            reader_.refuse("has a tensor whose data lie elsewhere, without saying where");
         }
         const auto known = lengths_.find(name->second);
         if (known == lengths_.end()) {
-            refuse("has a tensor whose data lie in '" + name->second.substr(0, 60) +
-                   "', a file that the manifest does not list for this graph");
+            reader_.refuse("has a tensor whose data lie in '" + name->second.substr(0, 60) +
+                           "', a file that the manifest does not list for this graph");
         }
-        std::uint64_t end = 0;
-        for (const char* key : {"offset", "length"}) {
-            const auto found = location.find(key);
-            const std::string number = found == location.end() ? "0" : found->second;
-            if (number.empty() || number.size() > 18 ||
-                number.find_first_not_of("0123456789") != std::string::npos) {
-                refuse(std::string("has a tensor whose data have the ") + key + " '" +
-                       number.substr(0, 60) + "'");
-            }
-            end += std::stoull(number);
+        const std::uint64_t offset = number_of(location, "offset").value_or(0);
+        if (number_of(location, "length").value_or(nbytes) != nbytes) {
+            reader_.refuse("has a tensor whose data have the length " + location.at("length") +
+                           ", its shape has " + std::to_string(nbytes));
         }
-        if (end > known->second) {
-            refuse("has a tensor whose data end at byte " + std::to_string(end) + " of '" +
-                   known->first + "', which has " + std::to_string(known->second));
+        if (nbytes > known->second || offset > known->second - nbytes) {
+            reader_.refuse("has a tensor of " + std::to_string(nbytes) + " bytes from byte " +
+                           std::to_string(offset) + " of '" + known->first + "', which has " +
+                           std::to_string(known->second));
         }
     }
 
-    /// Key and value of a StringStringEntryProto.
-    std::pair<std::string, std::string> entry(std::size_t start, std::size_t end) const {
+    /// A decimal number without leading zeros, if there is one.
+    std::optional<std::uint64_t> number_of(const Entries& location, const std::string& key) const {
+        const auto found = location.find(key);
+        if (found == location.end()) {
+            return std::nullopt;
+        }
+        const std::string& number = found->second;
+        if (number.empty() || number.size() > 18 || (number[0] == '0' && number.size() > 1) ||
+            number.find_first_not_of("0123456789") != std::string::npos) {
+            reader_.refuse("has a tensor whose data have the " + key + " '" + number.substr(0, 60) +
+                           "'");
+        }
+        return std::stoull(number);
+    }
+
+    /// One StringStringEntryProto of a tensor's location.
+    void add_entry(const Field& entry, Entries& location) const {
         std::pair<std::string, std::string> parts;
-        for_each_field(Message::entry, start, end, [&](const Field& field) {
-            (field.known->number == 1 ? parts.first : parts.second) = text(field);
+        reader_.for_each_field(Message::entry, entry.start, entry.end, [&](const Field& field) {
+            (field.known->number == 1 ? parts.first : parts.second) = reader_.text(field);
         });
-        return parts;
-    }
-
-    void for_each_field(Message message, std::size_t start, std::size_t end,
-                        const std::function<void(const Field&)>& visit) const {
-        for (std::size_t at = start; at < end;) {
-            const std::uint64_t tag = varint(at, end);
-            const std::uint64_t number = tag >> 3U;
-            const auto kind = static_cast<unsigned>(tag & 7U);
-            // Readers of protocol buffers drop the higher bits and take the field for another.
-            if (tag > 0xffffffffU) {
-                refuse_malformed("has a field number of more than 29 bits before byte " +
-                                 std::to_string(at));
-            }
-            const auto* known = std::find_if(
-                std::begin(known_fields), std::end(known_fields),
-                [&](const Known& k) { return k.message == message && k.number == number; });
-            if (known == std::end(known_fields) || !takes(known->wire, kind)) {
-                refuse_malformed("has field " + std::to_string(number) + " of the wire type " +
-                                 std::to_string(kind) + " before byte " + std::to_string(at) +
-                                 ", which exported graphs do not have");
-            }
-            Field field{known, at, at};
-            std::uint64_t length = 0;
-            if (kind == varint_kind) {
-                varint(at, end);
-            } else if (kind == bytes_kind) {
-                length = varint(at, end);
-                field.start = at;
-            } else {
-                length = kind == fixed64_kind ? 8 : 4;
-            }
-            if (length > end - at) {
-                refuse_malformed("ends within a field that begins at byte " + std::to_string(at));
-            }
-            at += static_cast<std::size_t>(length);
-            field.end = at;
-            visit(field);
+        if (parts.first != "location" && parts.first != "offset" && parts.first != "length" &&
+            parts.first != "checksum") {
+            reader_.refuse("has a tensor whose data lie at an unknown '" +
+                           parts.first.substr(0, 60) + "'");
+        }
+        if (!location.insert(parts).second) {
+            reader_.refuse("says twice what the '" + parts.first + "' of a tensor's data is");
         }
     }
 
-    static constexpr unsigned varint_kind = 0;
-    static constexpr unsigned fixed64_kind = 1;
-    static constexpr unsigned bytes_kind = 2;
-    static constexpr unsigned fixed32_kind = 5;
-
-    static bool takes(Wire wire, unsigned kind) {
-        switch (wire) {
-            case Wire::number:
-                return kind == varint_kind;
-            case Wire::bytes:
-                return kind == bytes_kind;
-            case Wire::float32:
-                return kind == fixed32_kind;
-            case Wire::numbers:
-                return kind == varint_kind || kind == bytes_kind;
-            case Wire::floats:
-                return kind == fixed32_kind || kind == bytes_kind;
-            case Wire::doubles:
-                return kind == fixed64_kind || kind == bytes_kind;
-        }
-        return false;
-    }
-
-    /// A number of up to 64 bits in groups of seven, lowest first, in as few bytes as it takes;
-    /// `at` moves behind it.
-    std::uint64_t varint(std::size_t& at, std::size_t end) const {
-        std::uint64_t value = 0;
-        for (unsigned shift = 0; shift < 70; shift += 7) {
-            if (at >= end) {
-                refuse_malformed("ends within a number at byte " + std::to_string(at));
-            }
-            const std::uint8_t byte = content_[at++];
-            if (shift == 63 && (byte & 0x7eU) != 0) {
-                refuse_malformed("has a number of more than 64 bits before byte " +
-                                 std::to_string(at));
-            }
-            value |= std::uint64_t{byte & 0x7fU} << shift;
-            if (byte < 0x80U) {
-                if (byte == 0 && shift != 0) {
-                    refuse_malformed("has a number in more bytes than it takes before byte " +
-                                     std::to_string(at));
-                }
-                return value;
-            }
-        }
-        refuse_malformed("has a number of more than ten bytes before byte " + std::to_string(at));
-    }
-
-    const Bytes& content_;
-    const std::string& file_;
+    onnx::Reader reader_;
     std::map<std::string, std::uint64_t> lengths_;
 };
 
@@ -435,11 +254,18 @@ private:
 
 void check_onnx(const Bytes& content, const std::string& file,
                 const std::vector<FileEntry>& beside) {
-    // ONNX Runtime takes a file for its own flat format, whatever its name, by these bytes.
-    constexpr std::string_view own_format = "ORTM";
-    if (content.size() >= 8 &&
-        std::equal(own_format.begin(), own_format.end(), content.begin() + 4)) {
-        throw BundleError("is in ONNX Runtime's own format, expected ONNX", file);
+    constexpr std::string_view ending = ".onnx";
+    if (file.size() < ending.size() ||
+        file.compare(file.size() - ending.size(), ending.size(), ending) != 0) {
+        throw BundleError("is not named .onnx: libraries choose a reader by the name", file);
+    }
+    // Libraries take files for another format, whatever their name, by these bytes.
+    constexpr std::array<std::string_view, 2> other_formats = {"ORTM", "TFL3"};
+    for (const std::string_view mark : other_formats) {
+        if (content.size() >= 8 && std::equal(mark.begin(), mark.end(), content.begin() + 4)) {
+            throw BundleError(
+                "is in another format, marked " + std::string(mark) + ", expected ONNX", file);
+        }
     }
     Walker(content, file, beside).check();
 }

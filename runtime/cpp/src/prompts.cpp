@@ -8,7 +8,8 @@
 namespace sam3rt {
 namespace {
 
-constexpr std::int64_t ignored = -1;
+// The model has an embedding for it, which the masks depend on.
+constexpr std::int64_t not_a_point = -1;
 constexpr std::int64_t box_top_left = 2;
 constexpr std::int64_t box_bottom_right = 3;
 
@@ -55,13 +56,13 @@ std::optional<Points> read_points(const Prompts& prompts) {
     const Shape& shape = prompts.point_coords->shape();
     require_finite(*prompts.point_coords, "point_coords", expected);
     const bool batched = shape.size() == 3;
-    if ((!batched && shape.size() != 2) || shape.back() != 2 || (batched && shape[0] == 0)) {
+    if ((!batched && shape.size() != 2) || shape.back() != 2) {
         throw PromptError("point_coords", "shape " + shape_text(shape), expected);
     }
     require_at_most(batched ? shape[0] : 1, max_objects, "objects", "point_coords");
     require_at_most(shape[shape.size() - 2], max_points, "points per object", "point_coords");
     for (const std::int64_t label : *prompts.point_labels) {
-        if (label < ignored || label > box_bottom_right) {
+        if (label < not_a_point || label > box_bottom_right) {
             throw PromptError("point_labels", std::to_string(label), "whole numbers -1..3");
         }
     }
@@ -87,7 +88,7 @@ std::optional<Boxes> read_boxes(const std::optional<Array<float>>& box) {
     }
     require_finite(*box, "box", "[4] or [B, 4]");
     const Shape& shape = box->shape();
-    if ((shape.size() != 1 && shape.size() != 2) || shape.back() != 4 || shape[0] == 0) {
+    if ((shape.size() != 1 && shape.size() != 2) || shape.back() != 4) {
         throw PromptError("box", "shape " + shape_text(shape), "[4] or [B, 4], x0, y0, x1, y1");
     }
     require_at_most(shape.size() == 2 ? shape[0] : 1, max_objects, "boxes", "box");
@@ -217,7 +218,7 @@ PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGe
                      i == 0 ? box_top_left : box_bottom_right, "box");
         }
         if (padded) {
-            rows.put(object, count - 1, origin, ignored, "point_coords");
+            rows.put(object, count - 1, origin, not_a_point, "point_coords");
         }
     }
     return rows.finish(std::move(masks));

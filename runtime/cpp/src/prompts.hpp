@@ -8,7 +8,7 @@ namespace sam3rt {
 
 /// Prompts as the decoder graph reads them.
 struct PackedPrompts {
-    /// [P, N, 2], pixels of the encoder's input; N may be 0.
+    /// [P, N, 2], pixels of the encoder's input; P and N may be 0.
     Array<float> points;
     /// [P, N].
     Array<std::int64_t> labels;

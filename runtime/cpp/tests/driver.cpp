@@ -8,6 +8,8 @@
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
 
 #include "bundle.hpp"
 #include "components.hpp"
@@ -397,6 +399,35 @@ json moved_from() {
     return found;
 }
 
+/// This process's memory now and at most so far, bytes.
+json memory() {
+    std::ifstream status("/proc/self/status");
+    std::map<std::string, std::size_t> kilobytes;
+    for (std::string line; std::getline(status, line);) {
+        std::istringstream words(line);
+        std::string name;
+        std::size_t number = 0;
+        if (words >> name >> number) {
+            kilobytes[name] = number;
+        }
+    }
+    return {{"now", kilobytes["VmRSS:"] * 1024}, {"peak", kilobytes["VmHWM:"] * 1024}};
+}
+
+/// Encode one image in several threads at once; the embeddings are dropped.
+json encode_at_once(Session& session, const json& step) {
+    const Image image(step);
+    const Model& model = session.models.at(text(step, "model"));
+    std::vector<std::thread> threads;
+    for (int i = 0; i < step.at("threads").get<int>(); ++i) {
+        threads.emplace_back([&] { model.encode(image.view); });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    return nullptr;
+}
+
 using Step = std::function<json(Session&, const json&)>;
 
 const std::map<std::string, Step>& steps() {
@@ -488,7 +519,15 @@ const std::map<std::string, Step>& steps() {
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"onnx_locations", [](Session&, const json& s) { return onnx_locations(s); }},
         {"image_geometry", [](Session&, const json& s) { return image_geometry(s); }},
+        {"memory", [](Session&, const json&) { return memory(); }},
+        {"encode_at_once", encode_at_once},
         {"moved_from", [](Session&, const json&) { return moved_from(); }},
+        {"copy_file",
+         [](Session&, const json& s) {
+             std::filesystem::copy_file(text(s, "from"), text(s, "to"),
+                                        std::filesystem::copy_options::overwrite_existing);
+             return json();
+         }},
         {"chdir",
          [](Session&, const json& s) {
              std::filesystem::current_path(text(s, "path"));

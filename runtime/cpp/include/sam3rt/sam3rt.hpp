@@ -34,7 +34,7 @@ constexpr std::int64_t max_image_side = 65536;
 constexpr std::int64_t max_image_pixels = 268435456;
 /// One call takes at most this many objects, and this many points for each of them. More are a
 /// PromptError.
-constexpr std::int64_t max_objects = 4096;
+constexpr std::int64_t max_objects = 1024;
 constexpr std::int64_t max_points = 1024;
 /// The values of a mask prompt are at most this far from 0; others are a PromptError.
 constexpr float max_mask_logit = 1e4F;
@@ -247,12 +247,14 @@ struct ImageView {
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
-/// B counts objects, at most max_objects; each has at most max_points points.
+/// B counts objects, at most max_objects; each has at most max_points points. With B 0 the results
+/// are empty.
 struct Prompts {
     /// [N, 2] or [B, N, 2], (x, y) in pixels of the original image.
     std::optional<Array<float>> point_coords;
-    /// [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 the top left and bottom right
-    /// corner of a box.
+    /// [N] or [B, N]: 1 foreground, 0 background, 2 and 3 the top left and bottom right corner of a
+    /// box, -1 "not a point". The model has an embedding for -1: such a point has no place, and
+    /// still changes the masks.
     std::optional<Array<std::int64_t>> point_labels;
     /// [4] or [B, 4], x0, y0, x1, y1.
     std::optional<Array<float>> box;
@@ -525,7 +527,7 @@ struct PredictOptions {
     bool return_logits = false;
 };
 
-/// Masks of the image's size. With B > 1 objects every array has a leading axis B.
+/// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
 struct Prediction {
     /// [C, H, W], 0 and 1; of shape [0] with return_logits.
     Array<std::uint8_t> masks;
