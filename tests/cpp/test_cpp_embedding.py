@@ -1,4 +1,4 @@
-"""Embeddings in C++: files that both runtimes write and read alike, or refuse alike."""
+"""Embeddings in C++ beyond the vectors: files that both runtimes write, and other models' files."""
 
 from __future__ import annotations
 
@@ -7,45 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+from tests.support import conformance
 from tests.support.cpp_driver import Build, Step, as_prompts
 from tests.support.golden_calls import Golden
-from tests.unit.runtime import test_embedding
-from tests.unit.runtime.test_embedding import (
-    FINGERPRINT,
-    FORGERIES,
-    NOT_FILES,
-    PLACE,
-    SPECS,
-    forge,
-    random_maps,
-)
 
 import sam3rt
+from sam3rt.bundle import TensorSpec
 from sam3rt.embedding import read_embedding, write_embedding
+from sam3rt.geometry import ImageGeometry, geometry
 
 CLICK = {"point_coords": [[30, 25]], "point_labels": [1]}
 
 
-def read_step(path: Path, fingerprint: str = FINGERPRINT) -> Step:
-    """Read a file with SPECS, in the driver."""
-    specs = [[spec.name, list(spec.shape[1:])] for spec in SPECS]
-    return {"op": "read_embedding", "path": path, "fingerprint": fingerprint, "specs": specs}
-
-
-def refused_by_both(build: Build, paths: list[Path]) -> None:
-    for path, result in zip(paths, build.run([read_step(path) for path in paths]), strict=True):
-        with pytest.raises(sam3rt.EmbeddingError):
-            read_embedding(path, FINGERPRINT, SPECS)
-        assert str(path) in result.refusal("EmbeddingError")
-
-
-def test_files_are_the_same_byte_for_byte(cpp_build: Build, tmp_path: Path) -> None:
-    maps = random_maps()
-    first = next(iter(maps.values())).reshape(-1)
-    first[:4] = [np.nan, -np.inf, -0.0, 1e-40]
-    write_embedding(tmp_path / "python", maps, PLACE, FINGERPRINT)
-    place = {"original_size": PLACE.original_size, "input_size": PLACE.input_size}
+def test_written_files(cpp_build: Build, tmp_path: Path) -> None:
+    """Any bits survive: what C++ writes, Python reads, and the other way round."""
+    vectors = conformance.load("embeddings")
+    maps = conformance.embedding_maps(vectors)
+    fingerprint = vectors["fingerprint"]
+    next(iter(maps.values())).reshape(-1)[:4] = [np.nan, -np.inf, -0.0, 1e-40]
+    image = ImageGeometry(tuple(vectors["original_size"]), tuple(vectors["input_size"]))
+    write_embedding(tmp_path / "python", maps, image, fingerprint)
     written, read = cpp_build.run(
         [
             {
@@ -53,18 +34,26 @@ def test_files_are_the_same_byte_for_byte(cpp_build: Build, tmp_path: Path) -> N
                 "path": tmp_path / "cpp",
                 "names": list(maps),
                 "maps": list(maps.values()),
-                "fingerprint": FINGERPRINT,
-                **place,
+                "fingerprint": fingerprint,
+                "original_size": image.original_size,
+                "input_size": image.input_size,
             },
-            read_step(tmp_path / "python"),
+            {
+                "op": "read_embedding",
+                "path": tmp_path / "python",
+                "fingerprint": fingerprint,
+                "specs": [*vectors["maps"].items()],
+            },
         ]
     )
     assert written.error is None
-    assert (tmp_path / "cpp").read_bytes() == (tmp_path / "python").read_bytes()
-    assert read.value == [list(PLACE.original_size), list(PLACE.input_size)]
-    for number, array in enumerate(maps.values()):
-        found = read.arrays[str(number)]
-        np.testing.assert_array_equal(found.view(np.uint32), array.view(np.uint32))
+    assert read.value == [list(image.original_size), list(image.input_size)]
+    specs = [TensorSpec(name, "float32", ("batch", *s)) for name, s in vectors["maps"].items()]
+    found, geometry = read_embedding(tmp_path / "cpp", fingerprint, specs)
+    assert geometry == image
+    for number, expected in enumerate(maps.values()):
+        for array in (found[number], read.arrays[str(number)]):
+            np.testing.assert_array_equal(array.view(np.uint32), expected.view(np.uint32))
 
 
 def test_embeddings_travel_both_ways(cpp_build: Build, golden: Golden, tmp_path: Path) -> None:
@@ -141,8 +130,6 @@ def test_geometry_of_another_resize_rule(
 ) -> None:
     maps = sam3_golden.features["2"]
     manifest = sam3rt.open_bundle(sam3_golden.bundle).manifest
-    from sam3rt.geometry import ImageGeometry
-
     wrong = ImageGeometry((48, 64), (720, 1008))
     write_embedding(tmp_path / "wrong", maps, wrong, manifest.fingerprint)
     result = cpp_build.run(
@@ -154,65 +141,49 @@ def test_geometry_of_another_resize_rule(
     assert "geometry" in result.refusal("EmbeddingError")
 
 
-def test_forged_headers(cpp_build: Build, tmp_path: Path) -> None:
-    forge(tmp_path / "unchanged")
-    assert cpp_build.one(**read_step(tmp_path / "unchanged")).error is None
-    paths = []
-    for number, change in enumerate(FORGERIES.values()):
-        paths.append(tmp_path / f"forged{number}")
-        forge(paths[-1], change)
-    assert len(paths) > 50
-    refused_by_both(cpp_build, paths)
-
-
-def test_other_fingerprint(cpp_build: Build, tmp_path: Path) -> None:
-    forge(tmp_path / "a")
-    message = cpp_build.one(**read_step(tmp_path / "a", "f" * 64)).refusal("EmbeddingError")
-    assert "encode the image again" in message
-
-
-def test_what_is_no_embedding(cpp_build: Build, tmp_path: Path) -> None:
-    paths = []
-    for number, make in enumerate(NOT_FILES.values()):
-        paths.append(tmp_path / f"not{number}")
-        make(paths[-1])
-    for number, header in enumerate(test_embedding.JSON_HEADERS):
-        paths.append(tmp_path / f"header{number}")
-        paths[-1].write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 700)
-    refused_by_both(cpp_build, paths)
-
-
-def test_damaged_files(cpp_build: Build, tmp_path: Path) -> None:
-    forge(tmp_path / "valid")
-    content = (tmp_path / "valid").read_bytes()
-    rng = np.random.default_rng(3)
-    damaged: list[bytes] = [content[:length] for length in range(0, len(content), 13)]
-    damaged += [test_embedding.flip(content, bit) for bit in range(0, len(content) * 8, 29)]
-    damaged += [content + b"\0", content + content, b"\0" * 8 + content]
-    for length in (0, 1, 1 << 16, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
-        damaged.append(struct.pack("<Q", length) + content[8:])
-    for _ in range(100):
-        start, end = sorted(rng.integers(0, len(content), 2).tolist())
-        other = content[:start] + rng.bytes(int(rng.integers(0, 200))) + content[end:]
-        damaged += [other] if other != content else []
-    paths = []
-    for number, text in enumerate(damaged):
-        paths.append(tmp_path / f"damaged{number}")
-        paths[-1].write_bytes(text)
-    refused_by_both(cpp_build, paths)
-
-
 def test_header_that_reaches_into_blank_data(cpp_build: Build, tmp_path: Path) -> None:
-    maps = random_maps()
+    """The digest covers header and data but not where one ends."""
+    vectors = conformance.load("embeddings")
+    maps = conformance.embedding_maps(vectors)
     next(iter(maps.values())).reshape(-1)[:2] = np.frombuffer(b" " * 8, np.float32)
-    write_embedding(tmp_path / "valid", maps, PLACE, FINGERPRINT)
+    image = ImageGeometry(tuple(vectors["original_size"]), tuple(vectors["input_size"]))
+    write_embedding(tmp_path / "valid", maps, image, vectors["fingerprint"])
     content = (tmp_path / "valid").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    paths = []
+    step = {
+        "op": "read_embedding",
+        "fingerprint": vectors["fingerprint"],
+        "specs": [*vectors["maps"].items()],
+    }
+    steps: list[Step] = [{**step, "path": tmp_path / "valid"}]
     for other in (length + 4, length + 8, length - 1):
-        paths.append(tmp_path / str(other))
-        paths[-1].write_bytes(struct.pack("<Q", other) + content[8:])
-    refused_by_both(cpp_build, paths)
+        (tmp_path / str(other)).write_bytes(struct.pack("<Q", other) + content[8:])
+        steps.append({**step, "path": tmp_path / str(other)})
+    valid, *forged = cpp_build.run(steps)
+    assert valid.error is None
+    for result in forged:
+        result.refusal("EmbeddingError")
+
+
+def test_values_that_are_not_finite(
+    cpp_build: Build, mobile_sam_golden: Golden, tmp_path: Path
+) -> None:
+    """An embedding may hold them, but no call returns masks made of them."""
+    (maps,) = [mobile_sam_golden.features["chelsea"]]
+    forged = {name: np.full_like(array, np.nan) for name, array in maps.items()}
+    bundle = sam3rt.open_bundle(mobile_sam_golden.bundle)
+    image = mobile_sam_golden.images["chelsea"]
+    inside = geometry(bundle.manifest.image, image.shape[:2])
+    write_embedding(tmp_path / "forged", forged, inside, bundle.manifest.fingerprint)
+    results = cpp_build.run(
+        [
+            {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle},
+            {"op": "load_embedding", "model": "m", "embedding": "e", "path": tmp_path / "forged"},
+            {"op": "decode", "model": "m", "embedding": "e", "prompts": as_prompts(CLICK)},
+        ]
+    )
+    assert results[1].error is None
+    assert "not finite" in results[2].refusal("BackendError")
 
 
 def test_failed_write_leaves_the_old_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,79 @@ def test_hole_area_is_the_models_own_unless_given(
         unset, none, filled = (result.arrays["masks"] for result in cpp_build.run(steps)[4::3])
         assert (none != filled).any()
         np.testing.assert_array_equal(unset, filled if default else none)
+
+
+# --- many objects, many threads -------------------------------------------------------------------
+
+
+def boxes(count: int) -> np.ndarray:
+    """Boxes within the first image."""
+    corners = np.random.default_rng(4).uniform(0, 30, (count, 4))
+    corners[:, 2:] += corners[:, :2] + 1
+    return corners.astype(np.float32)
+
+
+def test_many_objects_are_decoded_a_few_at_a_time(
+    cpp_build: Build, mobile_sam_golden: Golden
+) -> None:
+    """The results are those of calls with few objects, to the last bit."""
+    many = boxes(19)
+    masks = np.random.default_rng(5).normal(size=(19, 1, 256, 256)).astype(np.float32)
+    parts = [slice(0, 8), slice(8, 16), slice(16, 19)]
+    decode: Step = {"op": "decode", "model": "m", "embedding": "e"}
+    steps: list[Step] = [{"op": "encode", "model": "m", "embedding": "e", "image": FIRST}]
+    for given in (
+        {"box": many},
+        {"box": many, "mask_input": masks},
+        {"box": many, "mask_input": masks[0]},
+    ):
+        steps.append({**decode, "prompts": given})
+        for part in parts:
+            few = {k: v[part] if len(v) == len(many) else v for k, v in given.items()}
+            steps.append({**decode, "prompts": few})
+    results = run(cpp_build, mobile_sam_golden, *steps)[1:]
+    assert not [result.error for result in results if result.error]
+    for start in (0, 4, 8):
+        whole, *pieces = results[start : start + 4]
+        assert whole.arrays["low_res"].shape == (19, 3, 256, 256)
+        for name, array in whole.arrays.items():
+            expected = np.concatenate([piece.arrays[name] for piece in pieces])
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_memory_does_not_grow_with_objects(
+    cpp_builds: Path, mobile_sam_golden: Golden, tmp_path: Path
+) -> None:
+    steps: list[Step] = [
+        {"op": "encode", "model": "m", "embedding": "e", "image": FIRST},
+        {"op": "decode", "model": "m", "embedding": "e", "prompts": CLICK},
+        {"op": "memory"},
+        {"op": "decode", "model": "m", "embedding": "e", "prompts": {"box": boxes(64)}},
+        {"op": "memory"},
+    ]
+    results = run(Build(cpp_builds / "release", tmp_path), mobile_sam_golden, *steps)
+    before, after = results[2].value, results[4].value
+    # At once they would take more than 2 GB. 64 objects' results take 50 MB.
+    assert after["peak"] - before["now"] < 700e6
+    assert after["now"] - before["now"] < 200e6
+
+
+def test_encodes_at_once_are_bounded(
+    cpp_builds: Path, mobile_sam_golden: Golden, tmp_path: Path
+) -> None:
+    build = Build(cpp_builds / "release", tmp_path)
+    peaks = []
+    for allowed in (1, 4):
+        load = {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle, "threads": 1}
+        results = build.run(
+            [
+                {**load, "concurrent_encodes": allowed},
+                {"op": "prepare", "model": "m"},
+                {"op": "memory"},
+                {"op": "encode_at_once", "model": "m", "image": FIRST, "threads": 4},
+                {"op": "memory"},
+            ]
+        )
+        assert not [result.error for result in results if result.error]
+        peaks.append(results[4].value["peak"] - results[2].value["now"])
+    assert peaks[0] < 0.6 * peaks[1], peaks

@@ -236,6 +236,29 @@ def readme_block(language: str, containing: str) -> str:
     return str(found)
 
 
+def test_part_of_another_project(cpp_builds: Path, tmp_path: Path) -> None:
+    """``add_subdirectory`` gives the target that ``find_package`` gives, and installs nothing."""
+    (tmp_path / "main.cpp").write_text("#include <sam3rt/sam3rt.hpp>\nint main() {}\n")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\nproject(app CXX C)\n"
+        f'add_subdirectory("{ROOT}/runtime/cpp" sam3rt)\n'
+        "add_executable(app main.cpp)\ntarget_link_libraries(app PRIVATE sam3rt::sam3rt)\n"
+        "get_target_property(real sam3rt::sam3rt ALIASED_TARGET)\n"
+        "message(STATUS \"target ${real}, build type '${CMAKE_BUILD_TYPE}'\")\n"
+    )
+    dependencies = cpp_builds / "dependencies"
+    options = [f"-DCMAKE_PREFIX_PATH={dependencies}", f"-DONNXRUNTIME_ROOT={dependencies}"]
+    done = subprocess.run(
+        ["cmake", "-S", tmp_path, "-B", tmp_path / "build", *options],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "target sam3rt_shared, build type ''" in done.stdout
+    installed = (tmp_path / "build" / "sam3rt" / "cmake_install.cmake").read_text()
+    assert "libsam3rt" not in installed
+
+
 def test_readme_quick_start(cpp_builds: Path, sam3_golden: Golden, tmp_path: Path) -> None:
     """Compiled and run as written, against the installed library."""
     source = readme_block("cpp", "sam3rt::Model::load")
@@ -259,10 +282,8 @@ def test_readme_quick_start(cpp_builds: Path, sam3_golden: Golden, tmp_path: Pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            "LD_LIBRARY_PATH": f"{cpp_builds / 'install/lib'}:{dependencies / 'lib'}",
-        },
+        # The program finds every library by itself.
+        env={name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "photo.embedding").stat().st_size > 1_000_000

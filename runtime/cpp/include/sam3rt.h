@@ -108,26 +108,30 @@ typedef struct sam3rt_mask_array {
     int32_t axes;
 } sam3rt_mask_array;
 
-/* An 8-bit RGB image, interleaved, which is only read, and only during the call. */
+/* An 8-bit RGB image, interleaved, which is only read, and only during the call. It has at most
+ * 65536 pixels on a side and 268435456 in total. */
 typedef struct sam3rt_image {
     size_t struct_size;
     const uint8_t* pixels;
     int64_t height;
     int64_t width;
-    /* Bytes from one row to the next; 0 stands for 3 * width. */
+    /* Bytes from one row to the next, at least 3 * width, for which 0 stands too. All rows together
+     * span less than 2^62 bytes. */
     size_t row_stride;
 } sam3rt_image;
 
-/* Prompts for one image. Everything may be absent; B counts objects. */
+/* Prompts for one image. Everything may be absent; B counts objects, at most 1024, and each has at
+ * most 1024 points; with B 0 the results are empty. */
 typedef struct sam3rt_prompts {
     size_t struct_size;
     /* [N, 2] or [B, N, 2], (x, y) in pixels of the image. */
     sam3rt_float_array point_coords;
-    /* [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 a box's corners. */
+    /* [N] or [B, N]: 1 foreground, 0 background, 2 and 3 a box's corners, -1 "not a point", which
+     * has no place and still changes the masks. */
     sam3rt_label_array point_labels;
     /* [4] or [B, 4], x0, y0, x1, y1. */
     sam3rt_float_array box;
-    /* [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call. */
+    /* [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call, from -10000 to 10000. */
     sam3rt_float_array mask_input;
     /* Not 0: coordinates are already in [0, 1] of the image. */
     int32_t coords_are_normalized;
@@ -149,14 +153,20 @@ typedef struct sam3rt_model_options {
     const char* expected_fingerprint;
     /* The engine folder to use where several would do; NULL for none. */
     const char* engine_folder;
+    /* How many threads may run the encoder at once, and the decoder; others wait for their turn. 0
+     * stands for the defaults, 1 and 4. */
+    int32_t concurrent_encodes;
+    int32_t concurrent_decodes;
 } sam3rt_model_options;
 
-/* Opens a bundle folder; `options` may be NULL. Graphs are loaded at first use. */
+/* Opens a bundle folder, a relative one from the current folder as it is now; `options` may be NULL.
+ * Graphs are loaded at first use. */
 SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                            sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
 
-/* Loads both graphs and runs each once. */
+/* Loads both graphs and runs each once. A graph that could not be loaded is tried again here, and
+ * only here: every other call fails at once with the same error. */
 SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
 
 /* Such as "cpu" or "cuda:0"; and the bundle's name and fingerprint. They live as long as the model.
@@ -252,7 +262,8 @@ SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
 /* --- predictions --------------------------------------------------------------------------------
  */
 
-/* The arrays of a prediction live as long as it does. With B > 1 objects each has a leading axis B.
+/* The arrays of a prediction live as long as it does. With B objects, unless B is 1, each has a
+ * leading axis B.
  */
 
 /* [C, H, W], 0 and 1; no axes where logits were asked for. */

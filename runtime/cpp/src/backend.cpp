@@ -4,11 +4,14 @@
 #include <map>
 #include <system_error>
 
+#include "onnx_locations.hpp"
 #include "sha256.hpp"
-#include "tensor_places.hpp"
 
 namespace sam3rt {
 namespace {
+
+/// The decoder's working memory grows with the objects of a run; more at a time are no faster.
+constexpr std::size_t objects_per_run = 8;
 
 /// ONNX Runtime's element types by the manifest's names.
 const std::map<std::string, ONNXTensorElementDataType>& element_types() {
@@ -22,12 +25,23 @@ const std::map<std::string, ONNXTensorElementDataType>& element_types() {
     return types;
 }
 
-/// A tensor over an array's memory, which must outlive it.
+/// A tensor over the memory of an array, which must outlive it.
 template <typename T>
 Ort::Value view(const Array<T>& array, const Shape& shape) {
     // ONNX Runtime's interface has no tensors of constant memory; inputs are only read.
     return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()), array.size(),
                                        shape.data(), shape.size());
+}
+
+/// A tensor [1, count, ...] over `count` entries of the first axis of an array.
+template <typename T>
+Ort::Value view(const Array<T>& array, std::size_t first, std::size_t count) {
+    Shape shape = {1};
+    shape.insert(shape.end(), array.shape().begin(), array.shape().end());
+    const std::size_t step = array.size() / static_cast<std::size_t>(shape[1]);
+    shape[1] = static_cast<std::int64_t>(count);
+    return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()) + first * step,
+                                       count * step, shape.data(), shape.size());
 }
 
 Array<float> copy_of(const Ort::Value& value) {
@@ -36,6 +50,39 @@ Array<float> copy_of(const Ort::Value& value) {
         throw BackendError("a graph returned a tensor of another type than float32");
     }
     return Array<float>(info.GetShape(), value.GetTensorData<float>(), info.GetElementCount());
+}
+
+/// Put a tensor [1, count, ...] at entry `first` of an array [1, objects, ...], which is made by
+/// the first of them.
+void store(const Ort::Value& value, std::size_t first, std::size_t count, std::size_t objects,
+           Array<float>& result) {
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    Shape shape = info.GetShape();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.size() < 2 ||
+        shape[0] != 1 || shape[1] != static_cast<std::int64_t>(count)) {
+        throw BackendError("the decoder returned a tensor that is not one float32 row per object");
+    }
+    shape[1] = static_cast<std::int64_t>(objects);
+    if (first == 0) {
+        result = Array<float>(shape);
+    }
+    if (result.shape() != shape) {
+        throw BackendError("the decoder returned tensors of changing shapes");
+    }
+    std::copy_n(value.GetTensorData<float>(), info.GetElementCount(),
+                result.data() + first * (result.size() / objects));
+}
+
+/// Memory for a feature map, outside of what ONNX Runtime reuses between runs: maps live long, and
+/// would keep that from being given back.
+Ort::Value empty_map(const TensorSpec& spec) {
+    Shape shape = {1};
+    for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
+        shape.push_back(std::get<std::int64_t>(spec.shape[axis]));
+    }
+    Ort::AllocatorWithDefaultOptions allocator;
+    return Ort::Value::CreateTensor(allocator, shape.data(), shape.size(),
+                                    element_types().at(spec.dtype));
 }
 
 /// A tensor's name, type and sizes; -1 stands for a dynamic axis, which each side may name as it
@@ -102,6 +149,25 @@ void compare(const std::vector<Signature>& found, const std::vector<TensorSpec>&
     }
 }
 
+int require_positive(const std::string& argument, int value) {
+    if (value < 1) {
+        throw InvalidInputError(argument, std::to_string(value), "a positive whole number");
+    }
+    return value;
+}
+
+/// A thread's turn at a turnstile, which ends with its scope.
+class Turn {
+public:
+    explicit Turn(Turnstile& turnstile) : turnstile_(turnstile) { turnstile_.enter(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { turnstile_.leave(); }
+
+private:
+    Turnstile& turnstile_;
+};
+
 }  // namespace
 
 FeatureTransfer::FeatureTransfer(const Device& device, const std::string& dtype)
@@ -146,11 +212,29 @@ Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
     return copier_ ? copier_->to_device(host) : std::move(host);
 }
 
+void Turnstile::enter() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    left_.wait(lock, [this] { return free_ > 0; });
+    --free_;
+}
+
+void Turnstile::leave() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++free_;
+    }
+    left_.notify_one();
+}
+
 Backend::Backend(const Bundle& bundle, const ModelOptions& options)
     : bundle_(bundle),
       threads_(options.threads),
       blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
-                   bundle.manifest.prompts.mask_size.width}) {
+                   bundle.manifest.prompts.mask_size.width}),
+      encoder_(bundle.manifest.encoder,
+               require_positive("concurrent_encodes", options.concurrent_encodes)),
+      decoder_(bundle.manifest.decoder,
+               require_positive("concurrent_decodes", options.concurrent_decodes)) {
     if (threads_ < 0) {
         throw InvalidInputError("threads", std::to_string(threads_),
                                 "a positive whole number, or 0 to leave it to ONNX Runtime");
@@ -162,8 +246,6 @@ Backend::Backend(const Bundle& bundle, const ModelOptions& options)
             query_gpu(device_.number), options.engine_folder);
     }
     std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
-    encoder_.spec = &bundle.manifest.encoder;
-    decoder_.spec = &bundle.manifest.decoder;
 }
 
 std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels) const {
@@ -171,13 +253,17 @@ std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels) cons
     try {
         Ort::IoBinding binding(*session);
         binding.BindInput(encoder_.spec->inputs[0].name.c_str(), view(pixels, pixels.shape()));
-        const Ort::MemoryInfo memory = memory_of(device_);
         for (const TensorSpec& output : encoder_.spec->outputs) {
-            binding.BindOutput(output.name.c_str(), memory);
+            if (device_.on_gpu()) {
+                binding.BindOutput(output.name.c_str(), memory_of(device_));
+            } else {
+                binding.BindOutput(output.name.c_str(), empty_map(output));
+            }
         }
-        run(*session, binding);
-        return std::make_shared<Features>(
-            Features{binding.GetOutputValues(), transfer(), device_.name(), session});
+        run(encoder_, *session, binding, true);
+        return std::make_shared<Features>(Features{binding.GetOutputValues(), transfer(),
+                                                   device_.name(),
+                                                   device_.on_gpu() ? session : nullptr});
     } catch (const Ort::Exception& error) {
         throw BackendError(std::string("ONNX Runtime failed in the encoder: ") + error.what());
     }
@@ -203,31 +289,36 @@ std::vector<Array<float>> Backend::decode(const Features& features, const Packed
                              device_.name() + "; save the embedding and load it with this model");
     }
     const std::shared_ptr<Ort::Session> session = session_of(decoder_);
+    const auto objects = static_cast<std::size_t>(prompts.points.shape()[0]);
+    const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
+    const Ort::MemoryInfo memory = host_memory();
+    std::vector<Array<float>> results(outputs.size());
     try {
-        Ort::IoBinding binding(*session);
-        for (std::size_t i = 0; i < features.values.size(); ++i) {
-            binding.BindInput(encoder_.spec->outputs[i].name.c_str(), features.values[i]);
-        }
-        const auto batched = [](const Shape& shape) {
-            Shape result = {1};
-            result.insert(result.end(), shape.begin(), shape.end());
-            return result;
-        };
-        const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
-        binding.BindInput("input_points", view(prompts.points, batched(prompts.points.shape())));
-        binding.BindInput("input_labels", view(prompts.labels, batched(prompts.labels.shape())));
-        binding.BindInput("input_masks", prompts.masks
-                                             ? view(*prompts.masks, batched(prompts.masks->shape()))
-                                             : view(blank_mask_, blank_mask_.shape()));
-        binding.BindInput("has_input_masks", view(present, present.shape()));
-        const Ort::MemoryInfo memory = host_memory();
-        for (const std::string& output : outputs) {
-            binding.BindOutput(output.c_str(), memory);
-        }
-        run(*session, binding);
-        std::vector<Array<float>> results;
-        for (const Ort::Value& value : binding.GetOutputValues()) {
-            results.push_back(copy_of(value));
+        for (std::size_t first = 0; first < objects; first += objects_per_run) {
+            const std::size_t count = std::min(objects_per_run, objects - first);
+            Ort::IoBinding binding(*session);
+            for (std::size_t i = 0; i < features.values.size(); ++i) {
+                binding.BindInput(encoder_.spec->outputs[i].name.c_str(), features.values[i]);
+            }
+            binding.BindInput("input_points", view(prompts.points, first, count));
+            binding.BindInput("input_labels", view(prompts.labels, first, count));
+            if (!prompts.masks) {
+                binding.BindInput("input_masks", view(blank_mask_, blank_mask_.shape()));
+            } else if (prompts.masks->shape()[0] == 1) {
+                binding.BindInput("input_masks", view(*prompts.masks, 0, 1));
+            } else {
+                binding.BindInput("input_masks", view(*prompts.masks, first, count));
+            }
+            binding.BindInput("has_input_masks", view(present, present.shape()));
+            for (const std::string& output : outputs) {
+                binding.BindOutput(output.c_str(), memory);
+            }
+            // One click keeps its memory for the next; more objects take several times as much.
+            run(decoder_, *session, binding, objects > 1 && first + count == objects);
+            const std::vector<Ort::Value> values = binding.GetOutputValues();
+            for (std::size_t i = 0; i < values.size(); ++i) {
+                store(values[i], first, count, objects, results[i]);
+            }
         }
         return results;
     } catch (const Ort::Exception& error) {
@@ -236,20 +327,26 @@ std::vector<Array<float>> Backend::decode(const Features& features, const Packed
 }
 
 void Backend::prepare() const {
-    session_of(encoder_);
-    session_of(decoder_);
+    session_of(encoder_, true);
+    session_of(decoder_, true);
 }
 
-bool Backend::encoder_loaded() const {
-    const std::lock_guard<std::mutex> lock(encoder_.mutex);
-    return encoder_.session != nullptr;
-}
+bool Backend::encoder_loaded() const { return encoder_.loaded; }
 
-std::shared_ptr<Ort::Session> Backend::session_of(const Graph& graph) const {
+std::shared_ptr<Ort::Session> Backend::session_of(const Graph& graph, bool try_again) const {
     // Two threads may ask for a session at once; it must be made once.
     const std::lock_guard<std::mutex> lock(graph.mutex);
     if (graph.session == nullptr) {
-        graph.session = engines_ ? load_wrapped(graph) : load(graph);
+        if (graph.failure != nullptr && !try_again) {
+            std::rethrow_exception(graph.failure);
+        }
+        try {
+            graph.session = engines_ ? load_wrapped(graph) : load(graph);
+            graph.loaded = true;
+        } catch (const Error&) {
+            graph.failure = std::current_exception();
+            throw;
+        }
     }
     return graph.session;
 }
@@ -283,7 +380,7 @@ std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
     if (sha256_hex(content.data(), content.size()) != spec.model.sha256) {
         throw BundleError("changed since the bundle was opened", spec.model.file);
     }
-    check_tensor_places(content, spec.model.file, spec.external_data);
+    check_onnx(content, spec.model.file, spec.external_data);
     // Without weights beside it, what is loaded is what was hashed, even if the file is exchanged
     // meanwhile. Weights beside the graph are found through its path.
     try {
@@ -357,8 +454,14 @@ void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wra
     compare(outputs, promised.outputs, "outputs", file);
 }
 
-void Backend::run(Ort::Session& session, Ort::IoBinding& binding) const {
-    session.Run(Ort::RunOptions{nullptr}, binding);
+void Backend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
+                  bool give_memory_back) const {
+    Ort::RunOptions options;
+    if (give_memory_back && !device_.on_gpu()) {
+        options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
+    }
+    const Turn turn(graph.turnstile);
+    session.Run(options, binding);
     if (device_.on_gpu()) {
         binding.SynchronizeOutputs();
     }

@@ -1,6 +1,9 @@
 // Runs the two graphs of a bundle in ONNX Runtime, on one device.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -40,6 +43,20 @@ struct Features {
     std::shared_ptr<Ort::Session> owner;
 };
 
+/// Lets at most so many threads at once past a point; others wait.
+class Turnstile {
+public:
+    explicit Turnstile(int places) : free_(places) {}
+
+    void enter();
+    void leave();
+
+private:
+    std::mutex mutex_;
+    std::condition_variable left_;
+    int free_;
+};
+
 /// The two graphs as sessions, created at first use. Every method may be called from many threads.
 class Backend {
 public:
@@ -55,29 +72,40 @@ public:
     /// Bring feature maps, [1, C, h, w] each, to the device.
     std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const;
 
-    /// Run the decoder and bring the named outputs to the host, in the order asked for.
+    /// Run the decoder and bring the named outputs, [1, P, ...] each, to the host, in the order
+    /// asked for. It runs on a few objects at a time: memory does not grow with the number of
+    /// objects.
     std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
                                      const std::vector<std::string>& outputs) const;
 
-    /// Load both graphs now.
+    /// Load both graphs now, also one that could not be loaded before.
     void prepare() const;
 
     bool encoder_loaded() const;
 
 private:
-    /// A session that is made when it is first asked for. What fails is tried again next time.
+    /// A session that is made when it is first asked for.
     struct Graph {
-        const GraphSpec* spec = nullptr;
+        explicit Graph(const GraphSpec& graph_spec, int places)
+            : spec(&graph_spec), turnstile(places) {}
+
+        const GraphSpec* spec;
         mutable std::mutex mutex;
         mutable std::shared_ptr<Ort::Session> session;
+        /// Why it could not be made. A service would otherwise try again at every request.
+        mutable std::exception_ptr failure;
+        mutable std::atomic<bool> loaded{false};
+        /// Bounds how many runs hold working memory at once.
+        mutable Turnstile turnstile;
     };
 
-    std::shared_ptr<Ort::Session> session_of(const Graph& graph) const;
+    std::shared_ptr<Ort::Session> session_of(const Graph& graph, bool try_again = false) const;
     std::shared_ptr<Ort::Session> load(const Graph& graph) const;
     std::shared_ptr<Ort::Session> load_wrapped(const Graph& graph) const;
     Ort::SessionOptions options_for(const Graph& graph) const;
     void check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const;
-    void run(Ort::Session& session, Ort::IoBinding& binding) const;
+    void run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
+             bool give_memory_back) const;
     std::shared_ptr<const FeatureTransfer> transfer() const;
 
     const Bundle& bundle_;

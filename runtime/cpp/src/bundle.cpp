@@ -17,7 +17,6 @@ const std::string format_name = "sam3rt-bundle";
 constexpr std::int64_t format_version = 1;
 // A manifest lists two graphs and their tensors; anything near this size is not one of ours.
 constexpr std::uint64_t max_manifest_bytes = std::uint64_t{1} << 20;
-constexpr std::int64_t max_side = std::int64_t{1} << 16;
 
 [[noreturn]] void refuse(const std::string& message) { throw BundleError(message, manifest_name); }
 
@@ -187,7 +186,8 @@ Manifest read_manifest(const JsonValue& value) {
 }
 
 bool in_range(const Size& size) {
-    return size.height >= 1 && size.height <= max_side && size.width >= 1 && size.width <= max_side;
+    return size.height >= 1 && size.height <= max_image_side && size.width >= 1 &&
+           size.width <= max_image_side;
 }
 
 void require_sha256(const std::string& name, const std::string& digest) {
@@ -369,10 +369,17 @@ Bundle open_bundle(const fs::path& folder, bool check_files) {
     } catch (const std::system_error& error) {
         refuse(std::string("cannot be read: ") + error.what());
     }
-    Bundle bundle{folder, parse_manifest(raw)};
+    std::error_code no_current_folder;
+    // Files are opened later too, when the process may have another current folder.
+    const fs::path absolute = fs::absolute(folder, no_current_folder);
+    if (no_current_folder) {
+        throw BundleError("no bundle folder at " + folder.string() +
+                          ": the current folder cannot be read");
+    }
+    Bundle bundle{absolute, parse_manifest(raw)};
     if (check_files) {
         for (const FileEntry& entry : bundle.manifest.files()) {
-            check_file(folder, entry);
+            check_file(absolute, entry);
         }
     }
     return bundle;

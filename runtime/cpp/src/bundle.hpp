@@ -8,7 +8,7 @@
 
 namespace sam3rt {
 
-/// A bundle folder whose manifest has been read and checked.
+/// A bundle folder, as an absolute path, whose manifest has been read and checked.
 struct Bundle {
     std::filesystem::path path;
     Manifest manifest;

@@ -131,7 +131,8 @@ template <typename View, typename T>
 View view_of(const sam3rt::Array<T>& array) {
     View view;
     std::memset(&view, 0, sizeof view);
-    if (array.size() != 0) {
+    // An array that was not asked for has the shape [0]; one of no objects has more axes.
+    if (array.size() != 0 || array.shape().size() > 1) {
         view.values = array.data();
         view.axes = static_cast<std::int32_t>(array.shape().size());
         std::copy(array.shape().begin(), array.shape().end(), view.shape);
@@ -193,6 +194,12 @@ sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* 
             chosen.expected_fingerprint = known.expected_fingerprint;
         }
         chosen.engine_folder = text_or(known.engine_folder, "");
+        if (known.concurrent_encodes != 0) {
+            chosen.concurrent_encodes = known.concurrent_encodes;
+        }
+        if (known.concurrent_decodes != 0) {
+            chosen.concurrent_decodes = known.concurrent_decodes;
+        }
         require(model, "model");
         auto loaded = sam3rt::Model::load(&require(bundle, "bundle"), chosen);
         std::string device = loaded.device();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <map>
 #include <system_error>
 
@@ -46,8 +45,7 @@ Size parse_size(const std::filesystem::path& path, const std::string& text) {
     if (blank != std::string::npos) {
         size = {parse_side(text.substr(0, blank)), parse_side(text.substr(blank + 1))};
     }
-    constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
-    if (size.height < 1 || size.width < 1 || size.height > limit || size.width > limit) {
+    if (!is_image_size(size)) {
         refuse(path, "has an image size of '" + text.substr(0, 40) + "'");
     }
     return size;
@@ -177,8 +175,8 @@ Shape shape_of(const TensorSpec& spec) {
 
 }  // namespace
 
-Size ImageEmbedding::original_size() const noexcept { return data_->place.original_size; }
-Size ImageEmbedding::input_size() const noexcept { return data_->place.input_size; }
+Size ImageEmbedding::original_size() const noexcept { return data_->geometry.original_size; }
+Size ImageEmbedding::input_size() const noexcept { return data_->geometry.input_size; }
 const std::string& ImageEmbedding::fingerprint() const noexcept { return data_->fingerprint; }
 const std::vector<std::string>& ImageEmbedding::names() const noexcept { return data_->names; }
 
@@ -207,16 +205,16 @@ std::vector<Array<float>> ImageEmbedding::maps() const {
 }
 
 void ImageEmbedding::save(const std::filesystem::path& path) const {
-    write_embedding(path, data_->names, maps(), data_->place, data_->fingerprint);
+    write_embedding(path, data_->names, maps(), data_->geometry, data_->fingerprint);
 }
 
 void write_embedding(const std::filesystem::path& path, const std::vector<std::string>& names,
-                     const std::vector<Array<float>>& maps, const ImageGeometry& place,
+                     const std::vector<Array<float>>& maps, const ImageGeometry& geometry,
                      const std::string& fingerprint) {
     std::string text = "{\"__metadata__\":{\"format\":" + json_text(format_name) +
                        ",\"fingerprint\":" + json_text(fingerprint) +
-                       ",\"original_size\":" + json_text(size_text(place.original_size)) +
-                       ",\"input_size\":" + json_text(size_text(place.input_size)) +
+                       ",\"original_size\":" + json_text(size_text(geometry.original_size)) +
+                       ",\"input_size\":" + json_text(size_text(geometry.input_size)) +
                        ",\"sha256\":" + json_text(no_digest) + "}";
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < maps.size(); ++i) {
@@ -275,8 +273,8 @@ StoredEmbedding read_embedding(const std::filesystem::path& path, const std::str
                          fingerprint.substr(0, 16) + "...; encode the image again");
     }
     StoredEmbedding stored;
-    stored.place = {parse_size(path, metadata.at("original_size")),
-                    parse_size(path, metadata.at("input_size"))};
+    stored.geometry = {parse_size(path, metadata.at("original_size")),
+                       parse_size(path, metadata.at("input_size"))};
     const std::map<std::string, TensorEntry>& tensors = parsed.header.tensors;
     if (parsed.data_size != data_size || tensors.size() != specs.size()) {
         refuse(path, "does not hold exactly this model's feature maps");

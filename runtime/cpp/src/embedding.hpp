@@ -10,14 +10,14 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "geometry.hpp"
 #include "sam3rt/sam3rt.hpp"
-#include "transforms.hpp"
 
 namespace sam3rt {
 
 struct ImageEmbedding::Data {
     std::shared_ptr<const Features> features;
-    ImageGeometry place;
+    ImageGeometry geometry;
     std::string fingerprint;
     std::vector<std::string> names;
 };
@@ -26,13 +26,13 @@ struct ImageEmbedding::Data {
 struct StoredEmbedding {
     /// [1, C, h, w] each, in the order of the encoder's outputs.
     std::vector<Array<float>> maps;
-    ImageGeometry place;
+    ImageGeometry geometry;
 };
 
 /// Write feature maps, whole or not at all, byte for byte as the Python runtime does.
 /// Throws std::system_error.
 void write_embedding(const std::filesystem::path& path, const std::vector<std::string>& names,
-                     const std::vector<Array<float>>& maps, const ImageGeometry& place,
+                     const std::vector<Array<float>>& maps, const ImageGeometry& geometry,
                      const std::string& fingerprint);
 
 /// Read an embedding file and check it against the bundle that will use it.

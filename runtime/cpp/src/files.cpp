@@ -36,7 +36,7 @@ public:
 
     /// The length of a plain file.
     std::uint64_t plain_size() const {
-        struct stat status{};
+        struct stat status {};
         if (::fstat(descriptor_, &status) != 0) {
             fail(errno, path_);
         }

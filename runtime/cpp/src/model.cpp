@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "embedding.hpp"
-#include "transforms.hpp"
+#include "geometry.hpp"
 
 #ifndef SAM3RT_VERSION
 #error "SAM3RT_VERSION must be defined by the build"
@@ -33,6 +34,16 @@ Array<float> without_batch(const Array<float>& array, std::size_t rank) {
     return Array<float>(Shape(shape.begin() + 1, shape.end()), array.data(), array.size());
 }
 
+/// Scores are few and depend on everything before them, so that checking them costs nothing and
+/// notices what went wrong there.
+void require_finite(const Array<float>& scores) {
+    if (!std::all_of(scores.begin(), scores.end(), [](float s) { return std::isfinite(s); })) {
+        throw BackendError(
+            "the decoder returned scores that are not finite: the embedding or the device is at "
+            "fault");
+    }
+}
+
 }  // namespace
 
 std::string version() { return SAM3RT_VERSION; }
@@ -50,20 +61,28 @@ Model Model::load(const std::filesystem::path& bundle, const ModelOptions& optio
 ImageEmbedding Model::encode(const ImageView& image) const {
     check_image(image, "image");
     const Manifest& about = manifest();
-    const ImageGeometry place = geometry(about.image, {image.height, image.width});
-    const Array<float> pixels = preprocess(about.image, image, place);
-    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(ImageEmbedding::Data{
-        data_->backend.encode(pixels), place, about.fingerprint, names_of(about.encoder.outputs)}));
+    const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
+    const Array<float> pixels = preprocess(about.image, image, geometry);
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
+        ImageEmbedding::Data{data_->backend.encode(pixels), geometry, about.fingerprint,
+                             names_of(about.encoder.outputs)}));
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
                            bool multimask_output) const {
     const Manifest& about = manifest();
-    const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().place);
+    const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
     if (embedding.fingerprint() != about.fingerprint) {
         throw EmbeddingError("the embedding was made by the bundle " +
                              embedding.fingerprint().substr(0, 16) + "..., this model is " +
                              about.fingerprint.substr(0, 16) + "...; encode the image again");
+    }
+    const std::int64_t objects = packed.points.shape()[0];
+    if (objects == 0) {
+        const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
+        const Size& size = about.masks.low_res_size;
+        return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
+                std::nullopt};
     }
     std::vector<std::string> outputs =
         multimask_output ? std::vector<std::string>{"pred_masks", "iou_scores"}
@@ -79,11 +98,13 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
         data_->backend.decode(*embedding.data().features, packed, outputs);
     DecodedMasks decoded{without_batch(results[0], 4), without_batch(results[1], 2), {}};
     const Shape& shape = decoded.low_res_masks.shape();
-    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} ||
-        shape[0] != packed.points.shape()[0] || decoded.low_res_masks.size() == 0) {
+    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} || shape[0] != objects ||
+        decoded.low_res_masks.size() == 0) {
         throw BackendError("the decoder returned masks and scores that do not fit each other");
     }
+    require_finite(decoded.iou_predictions);
     if (has_score) {
+        require_finite(results[2]);
         const Array<float> score = without_batch(results[2], 2);
         decoded.object_score_logits =
             Array<float>({static_cast<std::int64_t>(score.size())}, score.data(), score.size());
@@ -94,11 +115,11 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
 ImageEmbedding Model::load_embedding(const std::filesystem::path& path) const {
     const Manifest& about = manifest();
     const StoredEmbedding stored = read_embedding(path, about.fingerprint, about.encoder.outputs);
-    if (!(stored.place == geometry(about.image, stored.place.original_size))) {
+    if (!(stored.geometry == geometry_of(about.image, stored.geometry.original_size))) {
         throw EmbeddingError(path.string() + ": its image geometry contradicts this model's");
     }
     return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.upload(stored.maps), stored.place, about.fingerprint,
+        ImageEmbedding::Data{data_->backend.upload(stored.maps), stored.geometry, about.fingerprint,
                              names_of(about.encoder.outputs)}));
 }
 

@@ -12,14 +12,16 @@ namespace {
 constexpr float fill_margin = 10.0F;
 
 template <typename Out, typename Resize>
-Array<Out> finish(const Array<float>& low_res, const ImageGeometry& place, const ImageSpec& image,
-                  const MaskSpec& masks, const Cleaning& cleaning, Resize resize) {
+Array<Out> finish(const Array<float>& low_res, const ImageGeometry& geometry,
+                  const ImageSpec& image, const MaskSpec& masks, const Cleaning& cleaning,
+                  Resize resize) {
     const Shape& shape = low_res.shape();
     const Size size{shape[2], shape[3]};
     MaskSpec source = masks;
     source.low_res_size = size;
-    const Resampling resampling = resampling_to_image(place, image, source);
-    Array<Out> result({shape[0], shape[1], place.original_size.height, place.original_size.width});
+    const Resampling resampling = resampling_to_image(geometry, image, source);
+    Array<Out> result(
+        {shape[0], shape[1], geometry.original_size.height, geometry.original_size.width});
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
         const float* logits = low_res.data() + i * (low_res.size() / count);
@@ -58,21 +60,21 @@ std::vector<float> clean(const float* logits, const Size& size, const Cleaning& 
     return cleaned;
 }
 
-Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometry& place,
+Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometry& geometry,
                                  const ImageSpec& image, const MaskSpec& masks,
                                  const Cleaning& cleaning) {
     const auto threshold = static_cast<float>(cleaning.threshold);
     return finish<std::uint8_t>(
-        low_res, place, image, masks, cleaning,
+        low_res, geometry, image, masks, cleaning,
         [threshold](const float* logits, const Resampling& resampling, std::uint8_t* out) {
             resize_to_mask(logits, resampling, threshold, out);
         });
 }
 
-Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& place,
+Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& geometry,
                            const ImageSpec& image, const MaskSpec& masks,
                            const Cleaning& cleaning) {
-    return finish<float>(low_res, place, image, masks, cleaning, resize_logits);
+    return finish<float>(low_res, geometry, image, masks, cleaning, resize_logits);
 }
 
 }  // namespace sam3rt

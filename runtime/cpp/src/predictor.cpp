@@ -2,9 +2,9 @@
 #include <cmath>
 
 #include "embedding.hpp"
+#include "geometry.hpp"
 #include "model.hpp"
 #include "postprocess.hpp"
-#include "transforms.hpp"
 
 namespace sam3rt {
 namespace {
@@ -93,15 +93,15 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
                                  const PredictOptions& options) const {
     DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
     const Manifest& about = model_.manifest();
-    const ImageGeometry& place = embedding.data().place;
+    const ImageGeometry& geometry = embedding.data().geometry;
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
     if (options.return_logits) {
         prediction.logits = without_single_object(
-            finish_logits(decoded.low_res_masks, place, about.image, about.masks, cleaning));
+            finish_logits(decoded.low_res_masks, geometry, about.image, about.masks, cleaning));
     } else {
         prediction.masks = without_single_object(
-            finish_masks(decoded.low_res_masks, place, about.image, about.masks, cleaning));
+            finish_masks(decoded.low_res_masks, geometry, about.image, about.masks, cleaning));
     }
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;

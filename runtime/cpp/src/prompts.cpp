@@ -8,7 +8,8 @@
 namespace sam3rt {
 namespace {
 
-constexpr std::int64_t ignored = -1;
+// The model has an embedding for it, which the masks depend on.
+constexpr std::int64_t not_a_point = -1;
 constexpr std::int64_t box_top_left = 2;
 constexpr std::int64_t box_bottom_right = 3;
 
@@ -32,6 +33,14 @@ void require_finite(const Array<float>& array, const std::string& argument,
     }
 }
 
+void require_at_most(std::int64_t count, std::int64_t limit, const std::string& things,
+                     const std::string& argument) {
+    if (count > limit) {
+        throw PromptError(argument, std::to_string(count) + " " + things,
+                          "at most " + std::to_string(limit));
+    }
+}
+
 std::optional<Points> read_points(const Prompts& prompts) {
     if (!prompts.point_coords) {
         if (prompts.point_labels) {
@@ -47,11 +56,13 @@ std::optional<Points> read_points(const Prompts& prompts) {
     const Shape& shape = prompts.point_coords->shape();
     require_finite(*prompts.point_coords, "point_coords", expected);
     const bool batched = shape.size() == 3;
-    if ((!batched && shape.size() != 2) || shape.back() != 2 || (batched && shape[0] == 0)) {
+    if ((!batched && shape.size() != 2) || shape.back() != 2) {
         throw PromptError("point_coords", "shape " + shape_text(shape), expected);
     }
+    require_at_most(batched ? shape[0] : 1, max_objects, "objects", "point_coords");
+    require_at_most(shape[shape.size() - 2], max_points, "points per object", "point_coords");
     for (const std::int64_t label : *prompts.point_labels) {
-        if (label < ignored || label > box_bottom_right) {
+        if (label < not_a_point || label > box_bottom_right) {
             throw PromptError("point_labels", std::to_string(label), "whole numbers -1..3");
         }
     }
@@ -77,9 +88,10 @@ std::optional<Boxes> read_boxes(const std::optional<Array<float>>& box) {
     }
     require_finite(*box, "box", "[4] or [B, 4]");
     const Shape& shape = box->shape();
-    if ((shape.size() != 1 && shape.size() != 2) || shape.back() != 4 || shape[0] == 0) {
+    if ((shape.size() != 1 && shape.size() != 2) || shape.back() != 4) {
         throw PromptError("box", "shape " + shape_text(shape), "[4] or [B, 4], x0, y0, x1, y1");
     }
+    require_at_most(shape.size() == 2 ? shape[0] : 1, max_objects, "boxes", "box");
     const Boxes boxes{box->size() / 4, box->data()};
     for (std::size_t i = 0; i < boxes.objects; ++i) {
         const float* corner = boxes.corners + 4 * i;
@@ -109,6 +121,13 @@ std::optional<Array<float>> read_masks(const std::optional<Array<float>>& mask,
         throw PromptError("mask_input", "shape " + shape_text(shape), expected);
     }
     const std::int64_t count = shape.size() == 4 ? shape[0] : 1;
+    require_at_most(count, max_objects, "masks", "mask_input");
+    // Much larger ones overflow within the decoder, which then returns NaN.
+    if (!std::all_of(mask->begin(), mask->end(),
+                     [](float logit) { return std::abs(logit) <= max_mask_logit; })) {
+        throw PromptError("mask_input", "logits beyond " + std::to_string(max_mask_logit),
+                          "low-resolution logits of an earlier call");
+    }
     return Array<float>({count, wanted[1], wanted[2]}, mask->data(), mask->size());
 }
 
@@ -134,16 +153,16 @@ std::size_t count_objects(const std::optional<Points>& points, const std::option
 /// Appends labelled points to the rows of the decoder's inputs.
 class Rows {
 public:
-    Rows(std::size_t objects, std::size_t points, const ImageGeometry& place, bool normalize)
+    Rows(std::size_t objects, std::size_t points, const ImageGeometry& geometry, bool normalize)
         : points_({static_cast<std::int64_t>(objects), static_cast<std::int64_t>(points), 2}),
           labels_({static_cast<std::int64_t>(objects), static_cast<std::int64_t>(points)}),
           per_object_(points),
-          size_{normalize ? static_cast<float>(place.original_size.width) : 1.0F,
-                normalize ? static_cast<float>(place.original_size.height) : 1.0F},
-          input_{static_cast<float>(place.input_size.width),
-                 static_cast<float>(place.input_size.height)} {}
+          size_{normalize ? static_cast<float>(geometry.original_size.width) : 1.0F,
+                normalize ? static_cast<float>(geometry.original_size.height) : 1.0F},
+          input_{static_cast<float>(geometry.input_size.width),
+                 static_cast<float>(geometry.input_size.height)} {}
 
-    /// Put image coordinates (x, y) at the next free place of an object.
+    /// Put image coordinates (x, y) at the next free position of an object.
     void put(std::size_t object, std::size_t position, const float* coords, std::int64_t label,
              const std::string& argument) {
         const std::size_t at = object * per_object_ + position;
@@ -172,7 +191,7 @@ private:
 
 }  // namespace
 
-PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGeometry& place) {
+PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGeometry& geometry) {
     const std::optional<Points> points = read_points(prompts);
     const std::optional<Boxes> boxes = read_boxes(prompts.box);
     std::optional<Array<float>> masks = read_masks(prompts.mask_input, spec);
@@ -186,7 +205,7 @@ PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGe
     const std::size_t first_click = box_first ? corners : 0;
     const std::size_t first_corner = box_first ? 0 : clicks;
     const std::size_t count = clicks + corners + (padded ? 1 : 0);
-    Rows rows(objects, count, place, prompts.normalize_coords);
+    Rows rows(objects, count, geometry, prompts.normalize_coords);
     const float origin[2] = {0, 0};
     for (std::size_t object = 0; object < objects; ++object) {
         for (std::size_t i = 0; i < clicks; ++i) {
@@ -199,7 +218,7 @@ PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGe
                      i == 0 ? box_top_left : box_bottom_right, "box");
         }
         if (padded) {
-            rows.put(object, count - 1, origin, ignored, "point_coords");
+            rows.put(object, count - 1, origin, not_a_point, "point_coords");
         }
     }
     return rows.finish(std::move(masks));

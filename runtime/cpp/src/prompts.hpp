@@ -1,14 +1,14 @@
 // Prompts: what a caller may pass, checked, and how it becomes labelled points.
 #pragma once
 
+#include "geometry.hpp"
 #include "sam3rt/sam3rt.hpp"
-#include "transforms.hpp"
 
 namespace sam3rt {
 
 /// Prompts as the decoder graph reads them.
 struct PackedPrompts {
-    /// [P, N, 2], pixels of the encoder's input; N may be 0.
+    /// [P, N, 2], pixels of the encoder's input; P and N may be 0.
     Array<float> points;
     /// [P, N].
     Array<std::int64_t> labels;
@@ -18,6 +18,6 @@ struct PackedPrompts {
 
 /// Check prompts and bring them to the decoder's form.
 /// Throws PromptError naming the argument, what came and what was expected.
-PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGeometry& place);
+PackedPrompts pack(const Prompts& prompts, const PromptSpec& spec, const ImageGeometry& geometry);
 
 }  // namespace sam3rt

@@ -83,21 +83,35 @@ struct Unrounded {
     static Pixel finish(Weight sum) { return static_cast<float>(sum); }
 };
 
-/// Rows of `width` pixels to rows of `taps.windows.size()` pixels.
-template <typename Kind>
-std::vector<typename Kind::Pixel> resize_columns(const std::vector<typename Kind::Pixel>& pixels,
-                                                 std::size_t width,
+/// Rows of pixels in memory, `stride` values from one to the next.
+template <typename Value>
+struct PixelRows {
+    const Value* values;
+    std::size_t height;
+    std::size_t width;
+    std::size_t stride;
+};
+
+template <typename Value>
+PixelRows<Value> rows_of(const std::vector<Value>& pixels, std::size_t width) {
+    const std::size_t stride = width * channels;
+    return {pixels.data(), pixels.size() / stride, width, stride};
+}
+
+/// Every row to `taps.windows.size()` pixels.
+template <typename Kind, typename Value>
+std::vector<typename Kind::Pixel> resize_columns(const PixelRows<Value>& rows,
                                                  const Taps<typename Kind::Weight>& taps) {
-    const std::size_t height = pixels.size() / (width * channels);
+    const std::size_t height = rows.height;
     std::vector<typename Kind::Pixel> result(height * taps.windows.size() * channels);
     auto* out = result.data();
     for (std::size_t y = 0; y < height; ++y) {
-        const typename Kind::Pixel* row = &pixels[y * width * channels];
+        const Value* row = rows.values + y * rows.stride;
         for (std::size_t x = 0; x < taps.windows.size(); ++x) {
             const auto [first, count] = taps.windows[x];
             const typename Kind::Weight* weights = taps.weights_of(x);
             typename Kind::Weight sums[channels] = {Kind::start, Kind::start, Kind::start};
-            const typename Kind::Pixel* pixel = row + channels * first;
+            const Value* pixel = row + channels * first;
             for (std::size_t i = 0; i < count; ++i, pixel += channels) {
                 for (std::size_t channel = 0; channel < channels; ++channel) {
                     sums[channel] +=
@@ -112,12 +126,11 @@ std::vector<typename Kind::Pixel> resize_columns(const std::vector<typename Kind
     return result;
 }
 
-/// Rows of `width` pixels to `taps.windows.size()` such rows.
-template <typename Kind>
-std::vector<typename Kind::Pixel> resize_rows(const std::vector<typename Kind::Pixel>& pixels,
-                                              std::size_t width,
+/// `taps.windows.size()` rows of the same width.
+template <typename Kind, typename Value>
+std::vector<typename Kind::Pixel> resize_rows(const PixelRows<Value>& rows,
                                               const Taps<typename Kind::Weight>& taps) {
-    const std::size_t row_size = width * channels;
+    const std::size_t row_size = rows.width * channels;
     std::vector<typename Kind::Pixel> result(taps.windows.size() * row_size);
     std::vector<typename Kind::Weight> sums(row_size);
     for (std::size_t y = 0; y < taps.windows.size(); ++y) {
@@ -125,7 +138,7 @@ std::vector<typename Kind::Pixel> resize_rows(const std::vector<typename Kind::P
         std::fill(sums.begin(), sums.end(), Kind::start);
         for (std::size_t i = 0; i < count; ++i) {
             const typename Kind::Weight weight = taps.weights_of(y)[i];
-            const typename Kind::Pixel* row = &pixels[(first + i) * row_size];
+            const Value* row = rows.values + (first + i) * rows.stride;
             for (std::size_t x = 0; x < row_size; ++x) {
                 sums[x] += static_cast<typename Kind::Weight>(row[x]) * weight;
             }
@@ -152,21 +165,32 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
     const auto new_height = static_cast<std::size_t>(target.height);
     const auto new_width = static_cast<std::size_t>(target.width);
     const std::size_t stride = image.row_stride == 0 ? channels * width : image.row_stride;
-    std::vector<typename Kind::Pixel> pixels(height * width * channels);
-    for (std::size_t y = 0; y < height; ++y) {
-        std::copy_n(image.pixels + y * stride, width * channels, &pixels[y * width * channels]);
+    const PixelRows<std::uint8_t> source{image.pixels, height, width, stride};
+    const auto columns = [&](const auto& all) {
+        return resize_columns<Kind>(all, prepare(triangle(width, new_width)));
+    };
+    const auto rows = [&](const auto& all) {
+        return resize_rows<Kind>(all, prepare(triangle(height, new_height)));
+    };
+    if (new_width == width && new_height == height) {
+        std::vector<typename Kind::Pixel> pixels;
+        pixels.reserve(height * width * channels);
+        for (std::size_t y = 0; y < height; ++y) {
+            const std::uint8_t* row = image.pixels + y * stride;
+            pixels.insert(pixels.end(), row, row + width * channels);
+        }
+        return pixels;
     }
-    const bool first_rows = rows_first(image, target);
-    if (first_rows) {
-        pixels = resize_rows<Kind>(pixels, width, prepare(triangle(height, new_height)));
+    if (new_height == height) {
+        return columns(source);
     }
-    if (new_width != width) {
-        pixels = resize_columns<Kind>(pixels, width, prepare(triangle(width, new_width)));
+    if (new_width == width) {
+        return rows(source);
     }
-    if (!first_rows && new_height != height) {
-        pixels = resize_rows<Kind>(pixels, new_width, prepare(triangle(height, new_height)));
+    if (rows_first(image, target)) {
+        return columns(rows_of(rows(source), width));
     }
-    return pixels;
+    return rows(rows_of(columns(source), new_width));
 }
 
 }  // namespace

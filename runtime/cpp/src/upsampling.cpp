@@ -35,8 +35,8 @@ Rows bilinear(std::size_t inputs, std::size_t outputs) {
     return rows;
 }
 
-/// `second` after `first`, of which it only takes the outputs it knows.
-Rows product(const Rows& second, const Rows& first) {
+/// One resize that does `first` and then `second`, which may use only the first of its outputs.
+Rows compose(const Rows& second, const Rows& first) {
     Rows rows;
     rows.reserve(second.size());
     for (const Row& outer : second) {
@@ -82,7 +82,7 @@ AxisResampling unpadded(std::int64_t source, std::int64_t padded, std::int64_t k
                         std::int64_t target) {
     const auto inputs = static_cast<std::size_t>(source);
     return finish(
-        product(bilinear(static_cast<std::size_t>(kept), static_cast<std::size_t>(target)),
+        compose(bilinear(static_cast<std::size_t>(kept), static_cast<std::size_t>(target)),
                 bilinear(inputs, static_cast<std::size_t>(padded))),
         inputs);
 }
@@ -159,15 +159,15 @@ void resample(const float* source, const Resampling& resampling, Out* out, Finis
 
 }  // namespace
 
-Resampling resampling_to_image(const ImageGeometry& place, const ImageSpec& image,
+Resampling resampling_to_image(const ImageGeometry& geometry, const ImageSpec& image,
                                const MaskSpec& masks) {
     const Size& source = masks.low_res_size;
-    const Size& target = place.original_size;
+    const Size& target = geometry.original_size;
     if (masks.upsampling == MaskSpec::Upsampling::direct) {
         return {direct(source.height, target.height), direct(source.width, target.width)};
     }
-    return {unpadded(source.height, image.size.height, place.input_size.height, target.height),
-            unpadded(source.width, image.size.width, place.input_size.width, target.width)};
+    return {unpadded(source.height, image.size.height, geometry.input_size.height, target.height),
+            unpadded(source.width, image.size.width, geometry.input_size.width, target.width)};
 }
 
 void resize_logits(const float* source, const Resampling& resampling, float* out) {

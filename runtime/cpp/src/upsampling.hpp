@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "geometry.hpp"
 #include "sam3rt/sam3rt.hpp"
-#include "transforms.hpp"
 
 namespace sam3rt {
 
@@ -31,7 +31,7 @@ struct Resampling {
 };
 
 /// What brings low-resolution logits to the size of the original image.
-Resampling resampling_to_image(const ImageGeometry& place, const ImageSpec& image,
+Resampling resampling_to_image(const ImageGeometry& geometry, const ImageSpec& image,
                                const MaskSpec& masks);
 
 /// Resize a map [h, w] to `out` [H, W].

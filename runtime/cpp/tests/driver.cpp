@@ -8,21 +8,23 @@
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <sstream>
+#include <thread>
 
 #include "bundle.hpp"
 #include "components.hpp"
 #include "embedding.hpp"
 #include "engines.hpp"
 #include "files.hpp"
+#include "geometry.hpp"
 #include "npy.hpp"
+#include "onnx_locations.hpp"
 #include "ort_session.hpp"
 #include "postprocess.hpp"
 #include "prompts.hpp"
 #include "resize.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "sha256.hpp"
-#include "tensor_places.hpp"
-#include "transforms.hpp"
 
 namespace {
 
@@ -51,7 +53,7 @@ Size size_of(const json& value) {
     return {value.at(0).get<std::int64_t>(), value.at(1).get<std::int64_t>()};
 }
 
-ImageGeometry place_of(const json& value) {
+ImageGeometry geometry_from(const json& value) {
     return {size_of(value.at("original_size")), size_of(value.at("input_size"))};
 }
 
@@ -131,6 +133,8 @@ json load_model(Session& session, const json& step) {
     ModelOptions options;
     options.device = step.value("device", "cpu");
     options.threads = step.value("threads", 0);
+    options.concurrent_encodes = step.value("concurrent_encodes", 1);
+    options.concurrent_decodes = step.value("concurrent_decodes", 4);
     options.check_files = step.value("check_files", true);
     if (step.contains("expected_fingerprint")) {
         options.expected_fingerprint = text(step, "expected_fingerprint");
@@ -228,7 +232,7 @@ json pack_prompts(const json& step) {
                              ? PromptSpec::PaddingPoint::always
                              : PromptSpec::PaddingPoint::without_box;
     spec.mask_size = size_of(step.at("mask_size"));
-    const PackedPrompts packed = pack(prompts_of(step["prompts"]), spec, place_of(step));
+    const PackedPrompts packed = pack(prompts_of(step["prompts"]), spec, geometry_from(step));
     write_npy(result_path(step, "points"), packed.points);
     write_npy(result_path(step, "labels"), packed.labels);
     if (packed.masks) {
@@ -241,9 +245,9 @@ json preprocess_image(Session& session, const json& step) {
     const Image image(step);
     const ImageSpec& spec = session.models.at(text(step, "model")).manifest().image;
     check_image(image.view, "image");
-    const ImageGeometry place = geometry(spec, {image.view.height, image.view.width});
-    write_npy(result_path(step, "pixels"), preprocess(spec, image.view, place));
-    return as_json(place.input_size);
+    const ImageGeometry geometry = geometry_of(spec, {image.view.height, image.view.width});
+    write_npy(result_path(step, "pixels"), preprocess(spec, image.view, geometry));
+    return as_json(geometry.input_size);
 }
 
 json resize(const json& step) {
@@ -271,10 +275,10 @@ json finish(const json& step) {
     const Array<float> low_res = read_npy<float>(text(step, "low_res"));
     if (step.at("return_logits").get<bool>()) {
         write_npy(result_path(step, "masks"),
-                  finish_logits(low_res, place_of(step), image, masks, cleaning));
+                  finish_logits(low_res, geometry_from(step), image, masks, cleaning));
     } else {
         write_npy(result_path(step, "masks"),
-                  finish_masks(low_res, place_of(step), image, masks, cleaning));
+                  finish_masks(low_res, geometry_from(step), image, masks, cleaning));
     }
     return nullptr;
 }
@@ -296,7 +300,7 @@ json write_embedding_file(const json& step) {
         arrays.push_back(read_npy<float>(path.get<std::string>()));
     }
     write_embedding(text(step, "path"), step.at("names").get<std::vector<std::string>>(), arrays,
-                    place_of(step), text(step, "fingerprint"));
+                    geometry_from(step), text(step, "fingerprint"));
     return nullptr;
 }
 
@@ -316,7 +320,8 @@ json read_embedding_file(const json& step) {
             write_npy(result_path(step, std::to_string(i)), stored.maps[i]);
         }
     }
-    return json::array({as_json(stored.place.original_size), as_json(stored.place.input_size)});
+    return json::array(
+        {as_json(stored.geometry.original_size), as_json(stored.geometry.input_size)});
 }
 
 /// What a GPU's memory would be reached by, over the host's memory.
@@ -333,13 +338,11 @@ json copy_through_identity(const json& step) {
 
 json hash(const json& step) {
     const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
-    Sha256::use_portable(step.at("portable"));
     Sha256 digest;
     const std::size_t piece = step.at("piece");
     for (std::size_t at = 0; at < content.size(); at += piece) {
         digest.update(content.data() + at, std::min(piece, content.size() - at));
     }
-    Sha256::use_portable(false);
     return digest.hex_digest();
 }
 
@@ -353,12 +356,75 @@ json choose(const json& step) {
             {"features_dtype", set.features_dtype}};
 }
 
-json tensor_places(const json& step) {
+json onnx_locations(const json& step) {
     std::vector<FileEntry> beside;
     for (const json& entry : step.at("beside")) {
         beside.push_back({entry.at(0), "", entry.at(1)});
     }
-    check_tensor_places(read_file(text(step, "path"), std::uint64_t{1} << 40U), "m.onnx", beside);
+    check_onnx(read_file(text(step, "path"), std::uint64_t{1} << 40U), "m.onnx", beside);
+    return nullptr;
+}
+
+/// Where an image of a size lies in the encoder's input, and whether it may have that size.
+json image_geometry(const json& step) {
+    ImageSpec spec;
+    spec.size = size_of(step.at("input"));
+    spec.resize = text(step, "resize") == "stretch" ? ImageSpec::Resize::stretch
+                                                    : ImageSpec::Resize::longest_side;
+    const Size size = size_of(step.at("size"));
+    const std::uint8_t pixel = 0;
+    check_image({&pixel, size.height, size.width, step.value("row_stride", std::size_t{0})},
+                "image");
+    return as_json(geometry_of(spec, size).input_size);
+}
+
+/// The shape, size and element count of copies of what was moved from.
+json moved_from() {
+    Array<float> array({2, 3}, std::vector<float>(6, 1.0F));
+    Prompts prompts;
+    prompts.box = array;
+    const Array<float> taken = std::move(array);
+    const Prompts taken_prompts = std::move(prompts);
+    Array<float> copy = array;
+    const Prompts copied_prompts = prompts;
+    json found = {taken.size(),
+                  copy.size(),
+                  copy.shape().size(),
+                  std::distance(copy.begin(), copy.end()),
+                  taken_prompts.box->size(),
+                  copied_prompts.box->size()};
+    copy = taken;
+    array = copy;
+    found.push_back(array[5]);
+    return found;
+}
+
+/// This process's memory now and at most so far, bytes.
+json memory() {
+    std::ifstream status("/proc/self/status");
+    std::map<std::string, std::size_t> kilobytes;
+    for (std::string line; std::getline(status, line);) {
+        std::istringstream words(line);
+        std::string name;
+        std::size_t number = 0;
+        if (words >> name >> number) {
+            kilobytes[name] = number;
+        }
+    }
+    return {{"now", kilobytes["VmRSS:"] * 1024}, {"peak", kilobytes["VmHWM:"] * 1024}};
+}
+
+/// Encode one image in several threads at once; the embeddings are dropped.
+json encode_at_once(Session& session, const json& step) {
+    const Image image(step);
+    const Model& model = session.models.at(text(step, "model"));
+    std::vector<std::thread> threads;
+    for (int i = 0; i < step.at("threads").get<int>(); ++i) {
+        threads.emplace_back([&] { model.encode(image.view); });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
     return nullptr;
 }
 
@@ -451,7 +517,22 @@ const std::map<std::string, Step>& steps() {
         {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
         {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
-        {"tensor_places", [](Session&, const json& s) { return tensor_places(s); }},
+        {"onnx_locations", [](Session&, const json& s) { return onnx_locations(s); }},
+        {"image_geometry", [](Session&, const json& s) { return image_geometry(s); }},
+        {"memory", [](Session&, const json&) { return memory(); }},
+        {"encode_at_once", encode_at_once},
+        {"moved_from", [](Session&, const json&) { return moved_from(); }},
+        {"copy_file",
+         [](Session&, const json& s) {
+             std::filesystem::copy_file(text(s, "from"), text(s, "to"),
+                                        std::filesystem::copy_options::overwrite_existing);
+             return json();
+         }},
+        {"chdir",
+         [](Session&, const json& s) {
+             std::filesystem::current_path(text(s, "path"));
+             return json();
+         }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
     };
     return table;

@@ -72,7 +72,7 @@ int main(int count, char** arguments) {
         threads.emplace_back([&, i] {
             try {
                 const sam3rt::ImageEmbedding own = model.encode(image);
-                own.save(shared_path);  // all to one place: it always holds a whole file
+                own.save(shared_path);  // all to one path: it always holds a whole file
                 const sam3rt::ImageEmbedding loaded = model.load_embedding(shared_path);
                 sam3rt::Predictor predictor(model);
                 predictor.set_embedding(loaded);

@@ -1,9 +1,9 @@
 /// sam3rt: SAM 3's interactive predictor over a bundle, without Python.
 ///
-/// The layers are those of the Python package, with its rules, defaults and error messages:
-/// a Model without state turns images into ImageEmbedding values and prompts into masks; a
-/// Predictor keeps the embedding of the image set last, and returns masks of the image's size.
-/// Bundles and embedding files are the same.
+/// The layers are those of the Python package, with its rules and defaults; errors have the same
+/// classes and name the same argument or file. A Model without state turns images into
+/// ImageEmbedding values and prompts into masks. A Predictor keeps the embedding of the image set
+/// last, and returns masks of the image's size. Bundles and embedding files are the same.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +26,18 @@ namespace sam3rt {
 
 /// The library's version, such as "0.1.0".
 SAM3RT_EXPORT std::string version();
+
+// --- limits --------------------------------------------------------------------------------------
+
+/// Images have at most this many pixels on a side, and in total. A larger one is an ImageError.
+constexpr std::int64_t max_image_side = 65536;
+constexpr std::int64_t max_image_pixels = 268435456;
+/// One call takes at most this many objects, and this many points for each of them. More are a
+/// PromptError.
+constexpr std::int64_t max_objects = 1024;
+constexpr std::int64_t max_points = 1024;
+/// The values of a mask prompt are at most this far from 0; others are a PromptError.
+constexpr float max_mask_logit = 1e4F;
 
 // --- errors --------------------------------------------------------------------------------------
 
@@ -116,7 +128,8 @@ using Shape = std::vector<std::int64_t>;
 /// Throws InvalidInputError where a size is negative or the number overflows.
 SAM3RT_EXPORT std::size_t element_count(const Shape& shape);
 
-/// A dense array in row-major order that owns its elements.
+/// A dense array in row-major order that owns its elements. One that was moved from has none; it
+/// may be copied, assigned and destroyed.
 template <typename T>
 class Array {
 public:
@@ -158,11 +171,13 @@ public:
             values);
     }
 
-    Array(const Array& other) : Array(other.shape_) {
+    Array(const Array& other)
+        : shape_(other.shape_), size_(other.size_), values_(new T[other.size_]) {
         std::copy_n(other.values_.get(), size_, values_.get());
     }
     Array(Array&& other) noexcept
         : shape_(std::move(other.shape_)), size_(other.size_), values_(std::move(other.values_)) {
+        other.shape_.clear();
         other.size_ = 0;
     }
     Array& operator=(Array other) noexcept {
@@ -219,27 +234,32 @@ struct Size {
     bool operator!=(const Size& other) const { return !(*this == other); }
 };
 
-/// An 8-bit RGB image in the caller's memory, which is only read, and only during the call.
+/// An 8-bit RGB image in the caller's memory, which is only read, and only during the call. It has
+/// at most max_image_side pixels on a side and max_image_pixels in total.
 struct ImageView {
     /// First pixel of the first row: R, G, B, R, G, B, ...
     const std::uint8_t* pixels = nullptr;
     std::int64_t height = 0;
     std::int64_t width = 0;
-    /// Bytes from one row to the next; 0 stands for 3 * width.
+    /// Bytes from one row to the next, at least 3 * width, for which 0 stands too. All rows
+    /// together span less than 2^62 bytes.
     std::size_t row_stride = 0;
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
-/// B counts objects.
+/// B counts objects, at most max_objects; each has at most max_points points. With B 0 the results
+/// are empty.
 struct Prompts {
     /// [N, 2] or [B, N, 2], (x, y) in pixels of the original image.
     std::optional<Array<float>> point_coords;
-    /// [N] or [B, N]: 1 foreground, 0 background, -1 ignored, 2 and 3 the top left and bottom right
-    /// corner of a box.
+    /// [N] or [B, N]: 1 foreground, 0 background, 2 and 3 the top left and bottom right corner of a
+    /// box, -1 "not a point". The model has an embedding for -1: such a point has no place, and
+    /// still changes the masks.
     std::optional<Array<std::int64_t>> point_labels;
     /// [4] or [B, 4], x0, y0, x1, y1.
     std::optional<Array<float>> box;
-    /// [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call.
+    /// [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call, from -max_mask_logit to
+    /// max_mask_logit.
     std::optional<Array<float>> mask_input;
     /// Coordinates are pixels; false takes them as already in [0, 1].
     bool normalize_coords = true;
@@ -418,6 +438,11 @@ struct ModelOptions {
     std::string device = "auto";
     /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
     int threads = 0;
+    /// How many threads may run the encoder at once; others wait for their turn. One encode uses
+    /// all cores unless `threads` says otherwise, so more at once take more memory, not less time.
+    int concurrent_encodes = 1;
+    /// The same for the decoder, which runs on at most 8 objects at a time.
+    int concurrent_decodes = 4;
     /// Hash every file against the manifest first. A graph is hashed in any case when it is loaded,
     /// but not weights that lie beside it.
     bool check_files = true;
@@ -430,9 +455,13 @@ struct ModelOptions {
 
 /// A bundle on a device. Holds no per-image state; copies are cheap and share what is loaded; every
 /// method may be called from many threads at once.
+///
+/// A graph that could not be loaded is not tried again by every call: each throws the same error at
+/// once, until prepare() tries again.
 class SAM3RT_EXPORT Model {
 public:
-    /// Open a bundle folder. Graphs are loaded at first use, or by prepare() or warm_up().
+    /// Open a bundle folder, a relative one from the current folder as it is now. Graphs are loaded
+    /// at first use, or by prepare() or warm_up().
     /// Throws InvalidInputError where an option makes no sense; BundleError where the bundle is
     /// missing, damaged, mixed, too new or not the expected one; BackendError where the device
     /// cannot be used here.
@@ -444,7 +473,8 @@ public:
 
     /// Run the decoder on one image's prompts: three masks per object, or the single one.
     /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs
-    /// to another bundle or device, BackendError where the device failed.
+    /// to another bundle or device, BackendError where the device failed or returned scores that
+    /// are not finite, as for an embedding that holds such values.
     DecodedMasks decode(const ImageEmbedding& embedding, const Prompts& prompts,
                         bool multimask_output = true) const;
 
@@ -452,17 +482,18 @@ public:
     /// it. Throws EmbeddingError where the file is missing, damaged, or from another bundle.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
 
-    /// Load both graphs now instead of at their first use.
+    /// Load both graphs now instead of at their first use, also one that could not be loaded
+    /// before.
     void prepare() const;
 
     /// Load both graphs and run each once, so that the first request is not the slow one.
     void warm_up() const;
 
-    /// Whether the encoder's graph has been loaded so far.
+    /// Whether the encoder's graph has been loaded so far. Does not wait for one that is loading.
     bool encoder_loaded() const;
 
     const Manifest& manifest() const noexcept;
-    /// The bundle's folder.
+    /// The bundle's folder, as an absolute path.
     const std::filesystem::path& path() const noexcept;
     /// Where the graphs run, such as "cpu" or "cuda:0".
     std::string device() const;
@@ -496,7 +527,7 @@ struct PredictOptions {
     bool return_logits = false;
 };
 
-/// Masks of the image's size. With B > 1 objects every array has a leading axis B.
+/// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
 struct Prediction {
     /// [C, H, W], 0 and 1; of shape [0] with return_logits.
     Array<std::uint8_t> masks;

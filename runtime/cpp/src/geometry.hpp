@@ -20,10 +20,14 @@ struct ImageGeometry {
 /// Refuse what is not an image. Throws ImageError that calls it `argument`.
 void check_image(const ImageView& image, const std::string& argument);
 
+/// Whether an image may have this size.
+bool is_image_size(const Size& size);
+
 /// Where an image of a given size lies in the encoder's input.
-ImageGeometry geometry(const ImageSpec& spec, const Size& original_size);
+ImageGeometry geometry_of(const ImageSpec& spec, const Size& original_size);
 
 /// Resize, normalize and pad a checked image: float32 [1, 3, height, width] of the spec's size.
-Array<float> preprocess(const ImageSpec& spec, const ImageView& image, const ImageGeometry& place);
+Array<float> preprocess(const ImageSpec& spec, const ImageView& image,
+                        const ImageGeometry& geometry);
 
 }  // namespace sam3rt

@@ -1,7 +1,6 @@
-#include "transforms.hpp"
+#include "geometry.hpp"
 
 #include <algorithm>
-#include <limits>
 
 #include "resize.hpp"
 
@@ -9,6 +8,8 @@ namespace sam3rt {
 namespace {
 
 constexpr std::size_t channels = 3;
+// Positions in a larger image could not be told by pointers.
+constexpr std::size_t max_span = std::size_t{1} << 62U;
 
 /// Planes of normalized values from interleaved ones.
 template <typename Pixel>
@@ -36,22 +37,30 @@ void check_image(const ImageView& image, const std::string& argument) {
     if (image.pixels == nullptr) {
         throw ImageError(argument, "no pixels", "8-bit RGB pixels");
     }
-    // A side's bytes and the number of values must be countable.
-    constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
-    if (image.height < 1 || image.width < 1 || image.height > limit || image.width > limit) {
+    if (!is_image_size({image.height, image.width})) {
         throw ImageError(argument,
                          "an image of " + std::to_string(image.width) + " x " +
                              std::to_string(image.height) + " pixels",
-                         "at least one pixel");
+                         "1 to " + std::to_string(max_image_side) +
+                             " pixels on a side and at most " + std::to_string(max_image_pixels) +
+                             " in total");
     }
     const std::size_t row = channels * static_cast<std::size_t>(image.width);
-    if (image.row_stride != 0 && image.row_stride < row) {
-        throw ImageError(argument, "rows of " + std::to_string(image.row_stride) + " bytes",
-                         "at least " + std::to_string(row));
+    // A negative stride, converted to an unsigned number, is too large as well.
+    const std::size_t limit = max_span / static_cast<std::size_t>(image.height);
+    if (image.row_stride != 0 && (image.row_stride < row || image.row_stride > limit)) {
+        throw ImageError(argument, "a row_stride of " + std::to_string(image.row_stride) + " bytes",
+                         std::to_string(row) + " to " + std::to_string(limit));
     }
 }
 
-ImageGeometry geometry(const ImageSpec& spec, const Size& original_size) {
+bool is_image_size(const Size& size) {
+    // The sides are compared first, so that their product cannot overflow.
+    return size.height >= 1 && size.width >= 1 && size.height <= max_image_side &&
+           size.width <= max_image_side && size.height * size.width <= max_image_pixels;
+}
+
+ImageGeometry geometry_of(const ImageSpec& spec, const Size& original_size) {
     if (spec.resize == ImageSpec::Resize::stretch) {
         return {original_size, spec.size};
     }
@@ -65,15 +74,18 @@ ImageGeometry geometry(const ImageSpec& spec, const Size& original_size) {
     return {original_size, {scaled(original_size.height), scaled(original_size.width)}};
 }
 
-Array<float> preprocess(const ImageSpec& spec, const ImageView& image, const ImageGeometry& place) {
+Array<float> preprocess(const ImageSpec& spec, const ImageView& image,
+                        const ImageGeometry& geometry) {
     Array<float> pixels({1, 3, spec.size.height, spec.size.width});
-    if (place.input_size != spec.size) {
+    if (geometry.input_size != spec.size) {
         std::fill_n(pixels.data(), pixels.size(), spec.pad_value);
     }
     if (spec.resize_dtype == ImageSpec::Rounding::uint8) {
-        normalize(resize_rounded(image, place.input_size), place.input_size, spec, pixels.data());
+        normalize(resize_rounded(image, geometry.input_size), geometry.input_size, spec,
+                  pixels.data());
     } else {
-        normalize(resize_unrounded(image, place.input_size), place.input_size, spec, pixels.data());
+        normalize(resize_unrounded(image, geometry.input_size), geometry.input_size, spec,
+                  pixels.data());
     }
     return pixels;
 }

@@ -1,0 +1,407 @@
+"""Checks that hold any runtime to the vectors of ``tests/conformance``.
+
+The vectors are data: what goes in, and what comes out or which error is raised, by its class and
+the argument or file that it names. What the message says is each runtime's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.support.helpers import flip, noise, sign, tiny_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+VECTORS = ROOT / "tests" / "conformance"
+Document = dict[str, Any]
+
+_DTYPES = {"point_labels": np.int64, "labels": np.int64}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error that a runtime raised.
+
+    Attributes:
+        kind: its class.
+        subject: the argument or file that it names, or an empty text.
+    """
+
+    kind: str
+    subject: str
+
+
+class Runtime(Protocol):
+    """A runtime under test. Each method returns one entry per case: a value or a refusal."""
+
+    name: str
+
+    def pack(self, cases: Sequence[Document]) -> list[dict[str, NDArray[Any]] | Refusal]:
+        """Pack prompts. A case has ``prompts``, as arrays, the ``rules`` and the ``size``."""
+
+    def input_sizes(self, cases: Sequence[Document]) -> list[list[int] | Refusal]:
+        """The part of the encoder's input that images fill."""
+
+    def parse_manifests(self, texts: Sequence[bytes]) -> list[Any]:
+        """Parse the content of ``bundle.json``."""
+
+    def open_bundles(self, folders: Sequence[Path]) -> list[Any]:
+        """Open bundles and hash their files."""
+
+    def prepare(self, folders: Sequence[Path]) -> list[Any]:
+        """Load bundles without hashing their files, then both graphs."""
+
+    def check_onnx(self, contents: Sequence[bytes], beside: dict[str, int]) -> list[Any]:
+        """Check ONNX files called ``m.onnx``."""
+
+    def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
+        """Read embeddings of the model that the vectors describe: maps and both sizes."""
+
+    def call(self, bundle: Path, steps: Sequence[Document]) -> list[Any]:
+        """Call a predictor's methods in turn; the shape of the masks of each prediction."""
+
+
+def load(name: str) -> Document:
+    """A file of vectors."""
+    document: Document = json.loads((VECTORS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def as_array(value: Any, dtype: Any = np.float32) -> NDArray[Any]:
+    """An array as the vectors write it: lists, or a shape and what fills it."""
+    if not isinstance(value, dict):
+        return np.array(value, np.float64 if dtype == np.float32 else dtype).astype(dtype)
+    size = int(np.prod(value["shape"]))
+    filled = (
+        np.arange(size) * value.get("step", 1) + value["from"]
+        if "from" in value
+        else np.full(size, value.get("value", 0))
+    )
+    return filled.astype(dtype).reshape(value["shape"])
+
+
+def as_prompts(prompts: Document) -> Document:
+    """The prompts of a case, with arrays."""
+    return {
+        name: value if isinstance(value, bool) else as_array(value, _DTYPES.get(name, np.float32))
+        for name, value in prompts.items()
+    }
+
+
+def patched(document: Any, patch: Sequence[Document]) -> Any:
+    """A copy of a JSON document with a patch (RFC 6902) applied."""
+    document = copy.deepcopy(document)
+
+    def find(pointer: str) -> tuple[Any, Any]:
+        *parents, last = pointer.split("/")[1:]
+        target = document
+        for step in parents:
+            target = target[int(step) if isinstance(target, list) else step]
+        if isinstance(target, list):
+            return target, len(target) if last == "-" else int(last)
+        return target, last
+
+    for change in patch:
+        action, (target, key) = change["op"], find(change["path"])
+        value = change.get("value")
+        if action in ("move", "copy"):
+            source, source_key = find(change["from"])
+            value = copy.deepcopy(source[source_key])
+            if action == "move":
+                del source[source_key]
+                target, key = find(change["path"])
+        if action == "remove":
+            del target[key]
+        elif isinstance(target, list) and action != "replace":
+            target.insert(key, value)
+        else:
+            assert action != "replace" or isinstance(target, list) or key in target, change
+            target[key] = value
+    return document
+
+
+def same(found: Sequence[Any], expected: Sequence[Any], names: Sequence[str]) -> None:
+    """Assert that every case has the outcome it should have."""
+    assert len(found) == len(expected) == len(names) > 0
+    wrong = [
+        f"{name}: {str(actual)[:200]}, expected {wanted}"
+        for name, actual, wanted in zip(names, found, expected, strict=True)
+        if type(actual) is not type(wanted) or actual != wanted
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def refused(found: Sequence[Any], kind: str, subject: str, names: Sequence[str]) -> None:
+    """Assert that every case raised one error."""
+    same(found, [Refusal(kind, subject)] * len(names), names)
+
+
+# --- prompts and images ---------------------------------------------------------------------------
+
+
+def check_packed_prompts(runtime: Runtime, folder: Path) -> None:
+    vectors = load("prompts")
+    cases = [
+        {
+            "prompts": as_prompts(case["prompts"]),
+            "size": case["size"],
+            "rules": vectors["rules"][case["rules"]],
+        }
+        for case in vectors["packed"]
+    ]
+    for case, found in zip(vectors["packed"], runtime.pack(cases), strict=True):
+        assert not isinstance(found, Refusal), (case["name"], found)
+        assert found.keys() == case["packed"].keys(), case["name"]
+        for name, value in case["packed"].items():
+            expected = as_array(value, _DTYPES.get(name, np.float32))
+            np.testing.assert_array_equal(found[name], expected, case["name"], strict=True)
+
+
+def check_refused_prompts(runtime: Runtime, folder: Path) -> None:
+    vectors = load("prompts")
+    for rules in vectors["rules"].values():
+        cases = [
+            {"prompts": as_prompts(case["prompts"]), "size": [480, 640], "rules": rules}
+            for case in vectors["refused"]
+        ]
+        same(
+            runtime.pack(cases),
+            [Refusal(*case["error"]) for case in vectors["refused"]],
+            [case["name"] for case in vectors["refused"]],
+        )
+
+
+def check_images(runtime: Runtime, folder: Path) -> None:
+    vectors = load("images")
+    accepted = [
+        {"size": case["size"], "rules": vectors["rules"][case["rules"]]}
+        for case in vectors["accepted"]
+    ]
+    same(
+        runtime.input_sizes(accepted),
+        [case["input_size"] for case in vectors["accepted"]],
+        [str(case) for case in accepted],
+    )
+    for rules in vectors["rules"].values():
+        cases = [{"size": size, "rules": rules} for size in vectors["refused"]]
+        found = runtime.input_sizes(cases)
+        refused(found, "ImageError", "image", [str(case["size"]) for case in cases])
+
+
+# --- bundles --------------------------------------------------------------------------------------
+
+_PROBES: dict[str, Any] = {
+    "null": None,
+    "boolean": True,
+    "whole number": 7,
+    "number": 1.5,
+    "text": "text",
+    "list": [1],
+    "object": {"file": "x"},
+}
+
+
+def _wrong_types(base: Document, types: dict[str, str]) -> Iterator[tuple[str, Document]]:
+    """Every value of a type that must not stand where it stands."""
+    for path, text in types.items():
+        allowed = set(text.split(" or "))
+        if "number" in allowed:
+            allowed.add("whole number")
+        for kind, value in _PROBES.items():
+            if kind not in allowed:
+                change = {"op": "replace", "path": path, "value": value}
+                yield f"{path}: {kind}", patched(base, [change])
+
+
+def check_manifests(runtime: Runtime, folder: Path) -> None:
+    vectors = load("manifests")
+    base = json.loads((ROOT / vectors["base"]).read_text())
+    accepted = {case["name"]: sign(patched(base, case["patch"])) for case in vectors["accepted"]}
+    for name, found in zip(accepted, runtime.parse_manifests([*accepted.values()]), strict=True):
+        assert not isinstance(found, Refusal), (name, found)
+
+    texts = {repr(text): text.encode() for text in vectors["refused_texts"]}
+    for case in vectors["refused"]:
+        document = patched(base, case["patch"])
+        signed = case.get("signed", True)
+        texts[case["name"]] = sign(document) if signed else json.dumps(document).encode()
+    for name, document in _wrong_types(base, vectors["types"]):
+        texts[name] = sign(document)
+    for path, text in vectors["types"].items():
+        if text == "object":
+            unknown = [{"op": "add", "path": f"{path}/surprise", "value": 1}]
+            texts[f"unknown field in {path}"] = sign(patched(base, unknown))
+        if path not in vectors["optional"] and not path.rpartition("/")[2].isdigit():
+            texts[f"without {path}"] = sign(patched(base, [{"op": "remove", "path": path}]))
+    assert len(texts) > 500
+    found = runtime.parse_manifests([*texts.values()])
+    refused(found, "BundleError", "bundle.json", [*texts])
+
+
+def _damage(path: Path, kind: str, outside: Path) -> None:
+    """Change a file of a bundle in one of the ways that the vectors name."""
+    content = path.read_bytes()
+    path.unlink()
+    changes: dict[str, Callable[[], object]] = {
+        "a byte shorter": lambda: path.write_bytes(content[:-1]),
+        "cut in half": lambda: path.write_bytes(content[: len(content) // 2]),
+        "empty": lambda: path.write_bytes(b""),
+        "a byte longer": lambda: path.write_bytes(content + b"\0"),
+        "first bit flipped": lambda: path.write_bytes(flip(content, 0)),
+        "last bit flipped": lambda: path.write_bytes(flip(content, 8 * len(content) - 1)),
+        "missing": lambda: None,
+        "a folder": path.mkdir,
+        "a pipe": lambda: os.mkfifo(path),
+        "a dangling link": lambda: path.symlink_to("nothing"),
+        "a link to itself": lambda: path.symlink_to(path.name),
+        "a link outside": lambda: (outside.write_bytes(content), path.symlink_to(outside)),
+    }
+    changes[kind]()
+
+
+def check_bundle_files(runtime: Runtime, folder: Path) -> None:
+    vectors = load("bundle_files")
+    cases = [(kind, file) for kind in vectors["damages"] for file in vectors["files"]]
+    cases += [(kind, "bundle.json") for kind in vectors["damages_of_the_manifest"]]
+    folders = []
+    for number, (kind, file) in enumerate(cases):
+        folders.append(folder / f"damaged{number}")
+        tiny_bundle(folders[-1])
+        _damage(folders[-1] / file, kind, folder / f"outside{number}")
+    names = [f"{file}: {kind}" for kind, file in cases]
+    expected = [Refusal("BundleError", file) for _, file in cases]
+    same(runtime.open_bundles(folders), expected, names)
+
+
+def check_signatures(runtime: Runtime, folder: Path) -> None:
+    vectors = load("signatures")
+    base_path = (ROOT / vectors["base"]).parent
+    base = json.loads((ROOT / vectors["base"]).read_text())
+    folders = []
+    for number, case in enumerate(vectors["refused"]):
+        folders.append(folder / f"signature{number}")
+        folders[-1].mkdir()
+        for path in base_path.iterdir():
+            if path.is_file():
+                os.link(path, folders[-1] / path.name)
+        (folders[-1] / "bundle.json").unlink()
+        (folders[-1] / "bundle.json").write_bytes(sign(patched(base, case["patch"])))
+    same(
+        runtime.prepare(folders),
+        [Refusal("BundleError", case["file"]) for case in vectors["refused"]],
+        [case["name"] for case in vectors["refused"]],
+    )
+
+
+def check_onnx_files(runtime: Runtime, folder: Path) -> None:
+    vectors = load("onnx_files")
+    for kind in ("accepted", "refused"):
+        cases = vectors[kind]
+        contents = [bytes.fromhex(case["hex"]) for case in cases]
+        found = runtime.check_onnx(contents, vectors["beside"])
+        wanted = None if kind == "accepted" else Refusal("BundleError", "m.onnx")
+        same(found, [wanted] * len(cases), [case["name"] for case in cases])
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def embedding_maps(vectors: Document) -> dict[str, NDArray[np.float32]]:
+    """The feature maps that the vectors describe."""
+    start, step = vectors["values"]["from"], vectors["values"]["step"]
+    maps = {}
+    for name, shape in vectors["maps"].items():
+        maps[name] = as_array({"shape": [1, *shape], "from": start, "step": step})
+        start += step * maps[name].size
+    return maps
+
+
+def _embedding_file(header: Any, data: bytes) -> bytes:
+    """An embedding file with a digest that fits, where its header has room for one."""
+    text = json.dumps(header).encode()
+    digest = hashlib.sha256(text + data).hexdigest()
+    text = text.replace(b"0" * 64, digest.encode(), 1)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def check_embeddings(runtime: Runtime, folder: Path) -> None:
+    vectors = load("embeddings")
+    whole = VECTORS / "version1.embedding"
+    content = whole.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["sha256"] = "0" * 64
+    data = content[8 + length :]
+    rebuilt = folder / "rebuilt"
+    rebuilt.write_bytes(_embedding_file(header, data))
+
+    for found in runtime.read_embeddings([whole, rebuilt], vectors):
+        assert not isinstance(found, Refusal), found
+        maps, original_size, input_size = found
+        assert [list(original_size), list(input_size)] == [[480, 640], [1008, 1008]]
+        for array, expected in zip(maps, embedding_maps(vectors).values(), strict=True):
+            np.testing.assert_array_equal(array, expected, strict=True)
+
+    files = {
+        case["name"]: _embedding_file(patched(header, case["patch"]), data)
+        for case in vectors["headers"]
+    }
+    for case in vectors["data"]:
+        files[f"data: {case['name']}"] = _embedding_file(header, (data * 2)[: case["size"]])
+    for text in vectors["header_texts"]:
+        files[f"header {text}"] = struct.pack("<Q", len(text)) + text.encode() + data
+    for case in vectors["files"]:
+        files[f"file: {case['name']}"] = bytes.fromhex(case["hex"])
+    files |= {f"cut to {size} bytes": content[:size] for size in range(0, len(content), 13)}
+    files |= {f"bit {bit} flipped": flip(content, bit) for bit in range(0, 8 * len(content), 29)}
+    paths = [folder / f"forged{number}" for number in range(len(files))]
+    for path, forged in zip(paths, files.values(), strict=True):
+        path.write_bytes(forged)
+    paths += [folder / "not there", folder / "link", folder / "pipe", folder]
+    paths[-3].symlink_to("nowhere")
+    os.mkfifo(paths[-2])
+    names = [*files, "missing", "dangling link", "pipe", "folder"]
+    refused(runtime.read_embeddings(paths, vectors), "EmbeddingError", "", names)
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+def as_image(size: Sequence[int] | None) -> NDArray[np.uint8] | None:
+    """The picture that stands for an image of a size in the vectors."""
+    return None if size is None else noise(size[0], size[1])
+
+
+def check_calls(runtime: Runtime, folder: Path) -> None:
+    vectors = load("calls")
+    for case in vectors["cases"]:
+        found = runtime.call(ROOT / vectors["bundle"], case["steps"])
+        expected = []
+        for step in case["steps"]:
+            kind, subject = step.get("error", (None, ""))
+            if isinstance(subject, dict):
+                subject = subject[runtime.name]
+            expected.append(step.get("masks") if kind is None else Refusal(kind, subject))
+        same(found, expected, [f"{case['name']}: {i}" for i in range(len(expected))])
+
+
+CHECKS: tuple[Callable[[Runtime, Path], None], ...] = (
+    check_packed_prompts,
+    check_refused_prompts,
+    check_images,
+    check_manifests,
+    check_bundle_files,
+    check_signatures,
+    check_onnx_files,
+    check_embeddings,
+    check_calls,
+)
