@@ -23,11 +23,11 @@ from tests.conftest import ROOT
 from tests.support.helpers import tiny_bundle, wrapped
 from tests.support.runnable_bundle import runnable_bundle
 
-from sam3rt import BackendError, InvalidInputError, SegmentationModel, open_bundle
+from sam3rt import BackendError, InvalidInputError, SegmentationModel, load_model, open_bundle
 from sam3rt.bundle import Bundle, FileEntry, GraphSpec, TensorSpec
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
-from sam3rt_bench import PARTS, plots, timing
+from sam3rt_bench import PARTS, ceilings, cli, plots, timing
 from sam3rt_bench.agreement import compare_masks, pick_reference
 from sam3rt_bench.candidates import (
     Candidate,
@@ -234,21 +234,21 @@ def test_limits_take_the_slower_of_compute_and_memory(default_model: Segmentatio
         StageRow("host", "pack prompts", "host", times),
     ]
     fast = Ceiling("matrix product", "fp32", "cpu", "b", 1e12)
-    ceilings = [
+    known = [
         Ceiling("matrix product", "fp32", "cpu", "a", 1e9),
         fast,
         Ceiling("matrix product", "bf16", "cpu", "c", 1e15),
         Ceiling("copy", "", "cpu", "a", 1e10),
     ]
-    assert best(ceilings, "matrix product", "fp32", "cpu") is fast
-    assert best(ceilings, "matrix product", "fp32", "cuda:0") is None
-    rows = stage_limits(default_model.bundle, (100, 200), [candidate], stages, ceilings)
+    assert best(known, "matrix product", "fp32", "cpu") is fast
+    assert best(known, "matrix product", "fp32", "cuda:0") is None
+    rows = stage_limits(default_model.bundle, (100, 200), [candidate], stages, known)
     assert [row.stage for row in rows] == ["encode", "preprocess"]
     assert rows[0].limit_ms == pytest.approx(rows[0].operations / 1e9, rel=1e-3)
     assert rows[0].ratio == pytest.approx(500 / rows[0].limit_ms, rel=1e-3)
     assert rows[1].least_bytes == 3 * 100 * 200 + 4 * 3 * 1024 * 1024
     assert rows[1].limit_ms == pytest.approx(rows[1].least_bytes / 1e7, rel=1e-3)
-    starved = [*ceilings[:3], Ceiling("copy", "", "cpu", "a", 1e6)]
+    starved = [*known[:3], Ceiling("copy", "", "cpu", "a", 1e6)]
     (row, _) = stage_limits(default_model.bundle, (100, 200), [candidate], stages, starved)
     assert row.limit_ms == pytest.approx(row.least_bytes / 1e3, rel=1e-3)
     assert GraphCost(1, 2, 3, 4).least_bytes == 9
@@ -280,16 +280,16 @@ def test_pytorch_needs_a_checkpoint(toy: Bundle) -> None:
 # --- agreement ------------------------------------------------------------------------------------
 
 
-def test_wrong_masks_are_seen(default_model: SegmentationModel) -> None:
+def test_wrong_masks_are_seen(toy: Bundle) -> None:
+    model = load_model(toy.path, backend="onnxruntime", device="cpu")
+
     def invert(outputs: dict[str, np.ndarray]) -> None:
         for name in outputs:
             if name.startswith("pred_masks"):
                 outputs[name] *= -1
 
-    right = Candidate(Choice("onnxruntime", "fp32"), default_model, None)
-    wrong = Candidate(
-        Choice("onnxruntime", "other"), wrapped(default_model, on_decode=invert), None
-    )
+    right = Candidate(Choice("onnxruntime", "fp32"), model, None)
+    wrong = Candidate(Choice("onnxruntime", "other"), wrapped(model, on_decode=invert), None)
     image = draw_scene(120, 160)
     rows = compare_masks([right, wrong], right, image)
     assert (rows[0].mean_iou, rows[0].least_iou, rows[0].single_least_iou) == (1, 1, 1)
@@ -328,7 +328,11 @@ def run_folder(
     arguments = ["--candidate", "onnxruntime", "--candidate", "openvino:fp32"]
     arguments += ["--image", str(scene_file), "--repetitions", "1", "--seconds", "1", "--quick"]
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        # Whatever else this machine does meanwhile, nothing is to be left out.
+        patch.setattr(cli, "_QUICK_SECONDS", 1e6)
+        patch.setattr(ceilings, "_SIDE", 128)
+        patch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
         assert main(["bench", str(toy.path), *arguments, "--output", str(folder)]) == 0
     return folder, said.getvalue()
 
@@ -426,7 +430,7 @@ def plan_for(toy: Bundle, budget: float | None, *parts: str) -> Plan:
         settings=Settings("cpu", 1, None),
         parts=parts or PARTS,
         image=draw_scene(48, 64),
-        effort=Effort(repetitions=5, seconds=0.2, warm_up=0, fewest=1),
+        effort=Effort(repetitions=1, seconds=0.2, warm_up=0, fewest=1),
         budget=budget,
         command="",
         note="",
