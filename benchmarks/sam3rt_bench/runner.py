@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from sam3rt._version import __version__
+import sam3rt
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, VerificationError
 from sam3rt.machine import memory_gb, package_versions, processor_name, usable_cores
@@ -305,7 +305,7 @@ def _empty_result(plan: Plan, load_average: float | None) -> Result:
         quick=plan.quick,
         revision=source_revision(),
         machine=describe_machine([], load_average),
-        versions={"sam3rt": __version__} | package_versions(),
+        versions={"sam3rt": sam3rt.__version__} | package_versions(),
         model=Model(
             name=manifest.name,
             model_type=manifest.model_type,
