@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -16,7 +17,7 @@ from sam3rt.bundle.contract import EXPORT_ID
 _FEATURES = TensorSpec("image_embeddings.0", "float32", ("batch", 4, 2, 2))
 _ENCODER_INPUTS = (TensorSpec("pixel_values", "float32", ("batch", 3, 8, 8)),)
 _DECODER_INPUTS = (
-    dataclasses.replace(_FEATURES, shape=(1, 4, 2, 2)),
+    msgspec.structs.replace(_FEATURES, shape=(1, 4, 2, 2)),
     TensorSpec("input_points", "float32", (1, "num_objects", "num_points", 2)),
     TensorSpec("input_labels", "int64", (1, "num_objects", "num_points")),
     TensorSpec("input_masks", "float32", (1, "num_masks", 8, 8)),
@@ -73,12 +74,12 @@ def runnable_bundle(folder: Path) -> Bundle:
     )
     decoder = _save(folder / "decoder.onnx", export_id, nodes, _DECODER_INPUTS, outputs, weights)
 
-    def describe(document: dict[str, object]) -> None:
-        document["encoder"] = dataclasses.asdict(encoder)
-        document["decoder"] = dataclasses.asdict(decoder)
-        document["image"]["size"] = [8, 8]  # type: ignore[index]
-        document["prompts"]["mask_size"] = [8, 8]  # type: ignore[index]
-        document["masks"]["low_res_size"] = [8, 8]  # type: ignore[index]
+    def describe(document: dict[str, Any]) -> None:
+        document["encoder"] = msgspec.to_builtins(encoder)
+        document["decoder"] = msgspec.to_builtins(decoder)
+        document["image"]["size"] = [8, 8]
+        document["prompts"]["mask_size"] = [8, 8]
+        document["masks"]["low_res_size"] = [8, 8]
 
     edit_manifest(folder, describe)
     return open_bundle(folder)
