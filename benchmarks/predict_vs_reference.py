@@ -35,6 +35,7 @@ from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
 import sam3rt
+from sam3rt.accuracy.metrics import mask_ious
 from sam3rt_bench.scene import FULL_HD, draw_scene, requests
 from sam3rt_bench.timing import Effort, alternate
 
@@ -116,13 +117,6 @@ def encode_both(
     }
 
 
-def mask_iou(actual: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
-    """The mean IoU of masks [..., H, W]."""
-    both = (actual & expected).sum(axis=(-2, -1))
-    either = (actual | expected).sum(axis=(-2, -1))
-    return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())
-
-
 def compare(
     reference: Any, ours: dict[str, sam3rt.SAM3InteractiveImagePredictor], repetitions: int
 ) -> Iterator[dict[str, Any]]:
@@ -149,7 +143,7 @@ def compare(
                 "sam3rt": short[name],
                 "reference": short["reference"],
                 "ratio": round(times["reference"].median_ms / times[name].median_ms, 2),
-                "mask_iou": round(mask_iou(masks > 0, expected[0] > 0), 5),
+                "mask_iou": round(float(mask_ious(masks, expected[0] > 0).mean()), 5),
                 "differing_mask_pixels": float((masks != expected[0]).mean()),
                 "largest_iou_difference": float(np.abs(iou - expected[1]).max()),
                 "largest_logit_difference": float(np.abs(low_res - expected[2]).max()),

@@ -153,7 +153,7 @@ def run(
                     spent_ms.append((done, 1e3 * (time.process_time() - spent)))
                 done += 1
             samples.append((done, resident_mb()))
-            if number % 25 == 0:
+            if number % max(1, images // 20) == 0:
                 print(f"{done} predictions, {samples[-1][1]:.0f} MB", file=sys.stderr, flush=True)
     after = [s for s in samples if s[0] > 0.1 * predictions]
     growth = 1e3 * slope([s[0] for s in after], [s[1] for s in after])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3rt.accuracy.metrics import cosine, mask_ious
+
 from .candidates import Candidate
 from .document import AgreementRow
 from .scene import requests
@@ -15,8 +17,8 @@ from .scene import requests
 @dataclass
 class _Answers:
     maps: list[NDArray[np.float32]]
-    multi: list[NDArray[np.bool_]] = field(default_factory=list)
-    single: list[NDArray[np.bool_]] = field(default_factory=list)
+    multi: list[NDArray[np.float32]] = field(default_factory=list)
+    single: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 def pick_reference(candidates: list[Candidate]) -> Candidate | None:
@@ -34,18 +36,20 @@ def compare_masks(
     rows = []
     for candidate in candidates:
         said = expected if candidate is reference else _answers(candidate, image)
-        multi = _ious(said.multi, expected.multi)
-        single = _ious(said.single, expected.single)
+        multi, single = (
+            mask_ious(np.concatenate(ours), np.concatenate(theirs) > 0)
+            for ours, theirs in ((said.multi, expected.multi), (said.single, expected.single))
+        )
         rows.append(
             AgreementRow(
                 candidate=candidate.name,
                 reference=reference.name,
-                feature_cosine=min(map(_cosine, said.maps, expected.maps)),
+                feature_cosine=_least(*map(cosine, said.maps, expected.maps)),
                 masks=len(multi),
-                mean_iou=float(multi.mean()),
-                least_iou=float(multi.min()),
+                mean_iou=float(np.nan_to_num(multi).mean()),
+                least_iou=_least(*multi),
                 single_masks=len(single),
-                single_least_iou=float(single.min()),
+                single_least_iou=_least(*single),
             )
         )
     return rows
@@ -58,21 +62,10 @@ def _answers(candidate: Candidate, image: NDArray[np.uint8]) -> _Answers:
         for multimask, masks in ((True, answers.multi), (False, answers.single)):
             decoded = candidate.model.decode(embedding, request.prompts, multimask)
             logits = decoded.low_res_masks
-            masks += list(logits.reshape(-1, *logits.shape[-2:]) > 0)
+            masks.append(logits.reshape(-1, *logits.shape[-2:]))
     return answers
 
 
-def _ious(
-    actual: list[NDArray[np.bool_]], expected: list[NDArray[np.bool_]]
-) -> NDArray[np.float64]:
-    ious = []
-    for a, b in zip(actual, expected, strict=True):
-        either = int((a | b).sum())
-        ious.append(int((a & b).sum()) / either if either else 1.0)
-    return np.array(ious)
-
-
-def _cosine(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    a, b = actual.ravel().astype(np.float64), expected.ravel().astype(np.float64)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return min(float(a @ b) / max(norms, 1e-30), 1.0)
+def _least(*values: float) -> float:
+    """The least; a value that is not a number counts as 0, since JSON has no word for it."""
+    return float(np.nan_to_num(values).min())

@@ -6,11 +6,14 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from sam3rt.cli.options import add_bundle_argument, positive_int
 from sam3rt.cli.segment import read_image
 from sam3rt.errors import BackendError, InvalidInputError
+
+from . import PARTS
 
 HELP = "measure a bundle on this machine, side by side with PyTorch, or compare two results"
 DESCRIPTION = """\
@@ -22,7 +25,8 @@ Ways of running it are BACKEND or BACKEND:PRECISION, such as onnxruntime or open
 and --checkpoint, the model the bundle was exported from. Masks of all of them are compared with
 FP32's.
 
-Writes to the output folder:
+Writes to the output folder, and again after each part, so that a run that is stopped leaves what
+it had:
   bench.json        everything; its schema is printed by --schema
   bench.md          as tables
   *.png             as pictures, where matplotlib is installed
@@ -30,7 +34,8 @@ Writes to the output folder:
 With --compare: two such JSON files. Exits with 1 where the second is slower or further from FP32.
 """
 
-PARTS = ("stages", "calls", "curves", "starts", "limits")
+# Seconds that a quick look takes at most, unless loading alone takes longer.
+_QUICK_SECONDS = 110.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +56,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="FILE", help="the PyTorch model, to run it beside"
     )
     parser.add_argument(
+        "--only",
         "--parts",
-        default=",".join(PARTS),
+        dest="parts",
+        metavar="PART",
         help=f"comma-separated, of {', '.join(PARTS)} (default: all)",
     )
-    parser.add_argument("--quick", action="store_true", help="few repetitions: a look, no report")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a look, no report: few repetitions, and in two minutes what fits into them",
+    )
     parser.add_argument(
         "--repetitions", type=positive_int, help="rounds at most (default: 50; 5 with --quick)"
     )
     parser.add_argument(
         "--seconds",
         type=positive_int,
-        help="seconds per table after which no round begins (default: 60; 5 with --quick)",
+        help="seconds per table after which no round begins (default: 60; 2 with --quick)",
     )
     parser.add_argument("--image", type=Path, metavar="IMAGE", help="(default: a drawn scene)")
     parser.add_argument(
@@ -99,49 +110,62 @@ def run(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> int:
     from sam3rt.bundle import open_bundle
     from sam3rt.bundle.default import default_bundle_path
+    from sam3rt.bundle.files import atomic_write
 
     from .candidates import Settings, default_choices, parse_choice
-    from .document import write_result
-    from .markdown import to_markdown
+    from .document import Result, write_result
+    from .markdown import summary, to_markdown
     from .plots import draw_plots
     from .runner import Plan, run_benchmark
     from .scene import FULL_HD, draw_scene
     from .timing import Effort
 
-    parts = tuple(part.strip() for part in options.parts.split(","))
+    begin = time.perf_counter()
+    quick = options.quick
+    parts = PARTS if options.parts is None else tuple(map(str.strip, options.parts.split(",")))
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise InvalidInputError("--parts", repr(unknown[0]), f"some of {', '.join(PARTS)}")
+        raise InvalidInputError("--only", repr(unknown[0]), f"some of {', '.join(PARTS)}")
     choices = [parse_choice(text) for text in options.candidates] or default_choices(
         options.checkpoint is not None
     )
+    if quick and not options.candidates:  # compiling alone takes minutes
+        choices = [choice for choice in choices if not choice.precision.startswith("compile")]
     if len(set(choices)) != len(choices):
         raise InvalidInputError("--candidate", "the same twice", "each once")
-    repetitions = options.repetitions or (5 if options.quick else 50)
-    seconds = options.seconds or (5 if options.quick else 60)
     plan = Plan(
         bundle=open_bundle(options.bundle or default_bundle_path()),
         choices=tuple(choices),
         settings=Settings(options.device, options.threads, options.checkpoint),
         parts=parts,
         image=draw_scene(*FULL_HD) if options.image is None else read_image(options.image),
-        effort=Effort(repetitions, seconds, 1 if options.quick else 3),
-        quick=options.quick,
+        effort=Effort(
+            repetitions=options.repetitions or (5 if quick else 50),
+            seconds=options.seconds or (2 if quick else 60),
+            warm_up=0 if quick else 3,
+            fewest=1 if quick else 3,
+        ),
+        budget=_QUICK_SECONDS if quick else None,
         command=_command(options),
         note=options.note,
     )
-    result = run_benchmark(plan, lambda line: print(line, file=sys.stderr, flush=True))
-    text = to_markdown(result)
-    print(text)
-    if options.output is None:
-        return 0
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_result(options.output / "bench.json", result)
-    (options.output / "bench.md").write_text(text, encoding="utf-8")
-    try:
-        draw_plots(result, options.output)
-    except BackendError as error:
-        print(error, file=sys.stderr)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+
+    def keep(result: Result) -> None:
+        if options.output is not None:
+            write_result(options.output / "bench.json", result)
+            with atomic_write(options.output / "bench.md") as stream:
+                stream.write(to_markdown(result).encode())
+
+    result = run_benchmark(plan, lambda line: print(line, file=sys.stderr, flush=True), keep)
+    print(to_markdown(result))
+    if options.output is not None:
+        try:
+            draw_plots(result, options.output)
+        except BackendError as error:
+            print(error, file=sys.stderr)
+    print(summary(result, time.perf_counter() - begin))
     return 0
 
 
@@ -174,7 +198,7 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--candidate", name]
     for option, value in (
         ("--checkpoint", options.checkpoint and options.checkpoint.name),
-        ("--parts", options.parts if options.parts != ",".join(PARTS) else None),
+        ("--only", options.parts),
         ("--repetitions", options.repetitions),
         ("--seconds", options.seconds),
         ("--image", options.image and options.image.name),

@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -77,17 +77,15 @@ class CurveMaker:
         """The image's."""
         return self._embedding
 
-    def curves(self) -> list[Curve]:
-        """All of them."""
-        return [
-            self.objects(),
-            self.points(),
-            self.prompts_per_image(),
-            self.image_size(),
-            self.images_per_batch(),
-            self.callers(),
-            self.embedding_files(),
-        ]
+    def curves(self) -> Iterator[Curve]:
+        """All of them, as they are measured."""
+        yield self.objects()
+        yield self.points()
+        yield self.prompts_per_image()
+        yield self.image_size()
+        yield self.images_per_batch()
+        yield self.callers()
+        yield self.embedding_files()
 
     def objects(self) -> Curve:
         """The decoder, one click per object."""

@@ -137,6 +137,8 @@ class CallRow(_Part, frozen=True):
 class AgreementRow(_Part, frozen=True):
     """How far a candidate's masks are from FP32's, over all prompts of the side-by-side part.
 
+    A figure of 0 is also that of outputs that are not numbers.
+
     Attributes:
         candidate: its name.
         reference: the candidate it is compared with.

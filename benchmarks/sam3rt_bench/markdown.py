@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from .document import Curve, Result, Times
 
+# Candidates in the summary, fastest first.
+_SUMMARY_CANDIDATES = 5
+
 
 def to_markdown(result: Result) -> str:
     """All tables, with what they are from."""
@@ -39,6 +42,49 @@ def to_markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
+def summary(result: Result, seconds: float) -> str:
+    """At most ten lines for a person.
+
+    Args:
+        result: what was measured.
+        seconds: how long that took.
+    """
+    height, width = result.image
+    lines = [
+        "=== Summary ===",
+        f"{result.model.name} at {width}x{height} on {result.machine.processor}, "
+        f"{result.machine.cores} cores; measured in {seconds:.0f} s",
+    ]
+    times = {(row.candidate, row.call): row.times for row in result.calls}
+    near = {row.candidate: row for row in result.agreement}
+    fastest = sorted(
+        {row.candidate for row in result.calls},
+        key=lambda name: times[name, "set_image"].median_ms,
+    )
+    for name in fastest[:_SUMMARY_CANDIDATES]:
+        image, one = times[name, "set_image"], times[name, "predict: one click"]
+        line = (
+            f"{name}: image median = {milliseconds(image.median_ms)} ms; click min = "
+            f"{milliseconds(one.min_ms)} ms, median = {milliseconds(one.median_ms)} ms, p95 = "
+            f"{milliseconds(one.p95_ms)} ms, {1e3 / max(one.median_ms, 1e-6):.3g}/s"
+        )
+        if name in near:
+            line += f"; mean mask IoU against {near[name].reference} = {near[name].mean_iou:.4f}"
+        lines.append(line)
+    if len(fastest) > _SUMMARY_CANDIDATES:
+        lines.append(f"and {len(fastest) - _SUMMARY_CANDIDATES} slower ones")
+    if result.limits:
+        encodes = [row for row in result.limits if row.stage == "encode"]
+        best = min(encodes or result.limits, key=lambda row: row.measured_ms)
+        lines.append(
+            f"Distance to the limit: {best.candidate} takes {best.ratio:.3g} times as long for "
+            f"{best.stage} as this machine's ceilings allow"
+        )
+    if result.skipped:
+        lines.append(f"Not measured: {len(result.skipped)} of what was asked for, see above")
+    return "\n".join(lines)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table with a blank line after it."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -66,7 +112,9 @@ def _calls(result: Result) -> list[str]:
     rows = []
     for call in dict.fromkeys(row.call for row in result.calls):
         times = {row.candidate: row.times for row in result.calls if row.call == call}
-        rows.append([call, *(milliseconds(times[n].median_ms) for n in names)])
+        rows.append(
+            [call, *(milliseconds(times[n].median_ms) if n in times else "" for n in names)]
+        )
     if result.agreement:
         # Beside the times, for speed with wrong masks is no speed.
         near = {row.candidate: f"{row.mean_iou:.4f}" for row in result.agreement}

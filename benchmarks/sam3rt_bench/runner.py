@@ -1,4 +1,4 @@
-"""A whole benchmark, part by part."""
+"""A whole benchmark, part by part. What is measured is handed over after each part."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ import datetime
 import os
 import platform
 import subprocess
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from sam3rt import __version__
+import sam3rt
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, VerificationError
 from sam3rt.machine import memory_gb, package_versions, processor_name, usable_cores
 from sam3rt.predictor import SAM3InteractiveImagePredictor
 
+from . import PARTS
 from .agreement import compare_masks, pick_reference
 from .candidates import PYTORCH, Candidate, Choice, Settings, load_candidate
 from .ceilings import measure_ceilings
 from .curves import CurveMaker, threads_curve
-from .document import FORMAT, FORMAT_VERSION, Machine, Model, Result
+from .document import CallRow, Machine, Model, Result
 from .limits import stage_limits
+from .scene import click
 from .stages import Progress, time_calls, time_stages
 from .starts import measure_start
-from .timing import Effort
+from .timing import Effort, summarize, timed
 
-PARTS = ("stages", "calls", "curves", "starts", "limits")
+# With a budget, what says most comes first.
+_QUICK_ORDER = ("calls", "stages", "limits", "starts", "curves")
 _START_TIMEOUT = 1800.0
 
 
@@ -41,10 +47,11 @@ class Plan:
         bundle: the model.
         choices: the candidates; those that cannot be used here are left out and named.
         settings: what they share.
-        parts: of :data:`PARTS`.
+        parts: of :data:`sam3rt_bench.PARTS`.
         image: uint8 [H, W, 3].
         effort: how often.
-        quick: fewer points on curves.
+        budget: seconds for everything; what would take longer is left out and named. ``None`` sets
+            no limit.
         command: what was typed, for the record.
         note: what a reader must know about the model.
     """
@@ -55,161 +62,279 @@ class Plan:
     parts: tuple[str, ...]
     image: NDArray[np.uint8]
     effort: Effort
-    quick: bool
+    budget: float | None
     command: str
     note: str
 
-
-@dataclass
-class _Parts:
-    stages: list[Any] = field(default_factory=list)
-    calls: list[Any] = field(default_factory=list)
-    agreement: list[Any] = field(default_factory=list)
-    curves: list[Any] = field(default_factory=list)
-    starts: list[Any] = field(default_factory=list)
-    ceilings: list[Any] = field(default_factory=list)
-    limits: list[Any] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    @property
+    def quick(self) -> bool:
+        """Whether this is a look rather than a report."""
+        return self.budget is not None
 
 
-def run_benchmark(plan: Plan, progress: Progress) -> Result:
-    """Measure what the plan says.
+@dataclass(frozen=True)
+class _First:
+    """Seconds of one candidate's first steps, from which the rest is planned."""
 
-    Raises:
-        BackendError: no candidate can be used here.
-    """
-    parts = _Parts()
-    load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    if "starts" in plan.parts:
-        # Before anything else takes memory.
-        _measure_starts(plan, parts, progress)
-    candidates = _load(plan, parts, progress)
-    if "stages" in plan.parts or "limits" in plan.parts:
-        parts.stages = time_stages(candidates, plan.image, plan.effort, progress)
-    if "calls" in plan.parts:
-        predictors = {c.name: SAM3InteractiveImagePredictor(c.model) for c in candidates}
-        parts.calls = time_calls(candidates, predictors, plan.image, plan.effort, progress)
-        reference = pick_reference(candidates)
+    load: float
+    encode: float
+    click: float
+
+
+class _Benchmark:
+    """One run of a plan."""
+
+    def __init__(self, plan: Plan, progress: Progress, keep: Callable[[Result], None]) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._keep = keep
+        self._begin = time.perf_counter()
+        self._load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        self._size = (plan.image.shape[0], plan.image.shape[1])
+        self._candidates: list[Candidate] = []
+        self._firsts: dict[str, _First] = {}
+        self.result = _empty_result(plan, self._load_average)
+
+    def run(self) -> None:
+        plan = self._plan
+        wanted = set(plan.parts) | ({"stages"} if "limits" in plan.parts else set())
+        todo = [part for part in (_QUICK_ORDER if plan.quick else PARTS) if part in wanted]
+        while todo:
+            if todo[0] != "starts" and not self._candidates:
+                self._load()
+                self._add(todo)
+            part = todo.pop(0)
+            needed = self._estimate(part)
+            if needed > self._left():
+                self._skip(f"{part}: takes about {needed:.0f} s; {self._left():.0f} s are left")
+            else:
+                getattr(self, f"_{part}")()
+            self._add(todo)
+
+    def _left(self) -> float:
+        if self._plan.budget is None:
+            return float("inf")
+        return self._plan.budget - (time.perf_counter() - self._begin)
+
+    def _skip(self, line: str) -> None:
+        self.result = replace(self.result, skipped=(*self.result.skipped, line))
+
+    def _add(self, todo: list[str]) -> None:
+        """Hand over what there is; until the next part is done, what is missing is named in it."""
+        missing = tuple(f"{part}: the run was stopped before" for part in todo)
+        self._keep(replace(self.result, skipped=(*self.result.skipped, *missing)))
+
+    def _estimate(self, part: str) -> float:
+        """About how many seconds a part takes at least."""
+        names = [n for n in self._firsts if part != "curves" or not n.startswith(PYTORCH)]
+        firsts = [self._firsts[name] for name in names]
+        load = sum(first.load for first in firsts)
+        encode = sum(first.encode for first in firsts)
+        one = sum(first.click for first in firsts)
+        effort = self._plan.effort
+        images, clicks = effort.seconds_for(encode), effort.seconds_for(one)
+        seconds = {
+            # An image and five kinds of prompt in turn; then the masks are compared.
+            "calls": images + 8 * clicks + encode + 9 * one,
+            # Encode, decode, two copies, and five stages of the host.
+            "stages": images + clicks + 2 * effort.seconds,
+            "starts": load + 2 * encode + 6 * one + 2 * len(firsts),
+            # Counting operations, and products and copies of three libraries.
+            "limits": 15.0,
+            # Six images, sixty clicks, and tables of about one click's time.
+            "curves": 6 * encode + 60 * one + 2 * load + 20 * clicks,
+        }
+        return seconds[part]
+
+    def _load(self) -> None:
+        """Load the candidates, and time the first image and click of each."""
+        for choice in self._plan.choices:
+            spent = max((first.load + first.encode for first in self._firsts.values()), default=0)
+            if spent > self._left() / 2:
+                self._skip(f"{choice.name}: not loaded, {self._left():.0f} s are left")
+                continue
+            self._progress(f"loading {choice.name}")
+            try:
+                load, candidate = timed(partial(self._loaded, choice))
+            except (BackendError, VerificationError) as error:
+                self._skip(f"{choice.name}: {error}")
+                continue
+            if any(c.name == candidate.name for c in self._candidates):
+                self._skip(f"{choice.name}: is {candidate.name} here")
+                continue
+            self._candidates.append(candidate)
+            if self._plan.quick:
+                self._firsts[candidate.name] = self._first(candidate, load)
+        if not self._candidates:
+            raise BackendError("no candidate can be used here: " + "; ".join(self.result.skipped))
+        self.result = replace(
+            self.result,
+            candidates=tuple(c.info() for c in self._candidates),
+            machine=describe_machine(self._candidates, self._load_average),
+        )
+
+    def _loaded(self, choice: Choice) -> Candidate:
+        candidate = load_candidate(self._plan.bundle, choice, self._plan.settings)
+        candidate.model.backend.prepare()
+        return candidate
+
+    def _first(self, candidate: Candidate, load: float) -> _First:
+        """Time the first image and click, which count as calls until better ones are measured."""
+        request = click(self._size)
+        self._progress(f"first calls: {candidate.name}")
+        predictor = SAM3InteractiveImagePredictor(candidate.model)
+        encode, _ = timed(lambda: predictor.set_image(self._plan.image))
+        one, _ = timed(lambda: predictor.predict(**request.arguments()))
+        rows = (
+            CallRow(candidate.name, "set_image", summarize([encode])),
+            CallRow(candidate.name, f"predict: {request.name}", summarize([one])),
+        )
+        self.result = replace(self.result, calls=(*self.result.calls, *rows))
+        return _First(load, encode, one)
+
+    def _calls(self) -> None:
+        plan = self._plan
+        predictors = {c.name: SAM3InteractiveImagePredictor(c.model) for c in self._candidates}
+        rows = time_calls(self._candidates, predictors, plan.image, plan.effort, self._progress)
+        self.result = replace(self.result, calls=tuple(rows))
+        reference = pick_reference(self._candidates)
         if reference is None:
-            parts.skipped.append("agreement: no candidate computes in FP32")
-        else:
-            progress(f"masks against {reference.name}")
-            parts.agreement = compare_masks(candidates, reference, plan.image)
-    if "curves" in plan.parts:
-        _measure_curves(plan, candidates, parts, progress)
-    if "limits" in plan.parts:
-        _measure_limits(plan, candidates, parts, progress)
-    return Result(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=plan.command,
-        quick=plan.quick,
-        revision=source_revision(),
-        machine=describe_machine(candidates, load_average),
-        versions={"sam3rt": __version__} | package_versions(),
-        model=_describe_model(plan),
-        image=(plan.image.shape[0], plan.image.shape[1]),
-        candidates=tuple(c.info() for c in candidates),
-        stages=tuple(parts.stages),
-        calls=tuple(parts.calls),
-        agreement=tuple(parts.agreement),
-        curves=tuple(parts.curves),
-        starts=tuple(parts.starts),
-        ceilings=tuple(parts.ceilings),
-        limits=tuple(parts.limits),
-        skipped=tuple(parts.skipped),
-    )
+            self._skip("agreement: no candidate computes in FP32")
+            return
+        self._progress(f"masks against {reference.name}")
+        rows_of_masks = compare_masks(self._candidates, reference, plan.image)
+        self.result = replace(self.result, agreement=tuple(rows_of_masks))
 
+    def _stages(self) -> None:
+        rows = time_stages(self._candidates, self._plan.image, self._plan.effort, self._progress)
+        self.result = replace(self.result, stages=tuple(rows))
 
-def _load(plan: Plan, parts: _Parts, progress: Progress) -> list[Candidate]:
-    candidates: list[Candidate] = []
-    for choice in plan.choices:
-        progress(f"loading {choice.name}")
+    def _limits(self) -> None:
+        if not self.result.stages:
+            self._skip("limits: no stage was timed")
+            return
+        self._progress("ceilings of this machine")
+        with_pytorch = any(c.model.backend.name == PYTORCH for c in self._candidates)
+        threads = self._plan.settings.threads
+        ceilings = [
+            ceiling
+            for device in sorted({c.model.device for c in self._candidates})
+            for ceiling in measure_ceilings(threads, device, with_pytorch)
+        ]
+        self.result = replace(self.result, ceilings=tuple(ceilings))
         try:
-            candidate = load_candidate(plan.bundle, choice, plan.settings)
-            candidate.model.backend.prepare()
-        except (BackendError, VerificationError) as error:
-            parts.skipped.append(f"{choice.name}: {error}")
-            continue
-        if any(c.name == candidate.name for c in candidates):
-            parts.skipped.append(f"{choice.name}: is {candidate.name} here")
-            continue
-        candidates.append(candidate)
-    if not candidates:
-        raise BackendError("no candidate can be used here: " + "; ".join(parts.skipped))
-    return candidates
-
-
-def _measure_starts(plan: Plan, parts: _Parts, progress: Progress) -> None:
-    for choice in plan.choices:
-        progress(f"fresh process: {choice.name}")
-        size = (plan.image.shape[0], plan.image.shape[1])
-        try:
-            row = measure_start(plan.bundle.path, choice, plan.settings, size, _START_TIMEOUT)
-            if all(row.candidate != other.candidate for other in parts.starts):
-                parts.starts.append(row)
+            rows = stage_limits(
+                self._plan.bundle,
+                self._size,
+                self._candidates,
+                list(self.result.stages),
+                ceilings,
+            )
         except BackendError as error:
-            parts.skipped.append(f"start of {choice.name}: {error}")
+            self._skip(f"limits: {error}")
+            return
+        self.result = replace(self.result, limits=tuple(rows))
 
+    def _starts(self) -> None:
+        plan = self._plan
+        for choice in plan.choices:
+            self._progress(f"fresh process: {choice.name}")
+            timeout = min(_START_TIMEOUT, max(self._left(), 1.0))
+            try:
+                row = measure_start(plan.bundle.path, choice, plan.settings, self._size, timeout)
+            except BackendError as error:
+                self._skip(f"start of {choice.name}: {error}")
+                continue
+            if all(row.candidate != other.candidate for other in self.result.starts):
+                self.result = replace(self.result, starts=(*self.result.starts, row))
 
-def _measure_curves(
-    plan: Plan, candidates: list[Candidate], parts: _Parts, progress: Progress
-) -> None:
-    for candidate in candidates:
-        if candidate.model.backend.name == PYTORCH:
-            continue  # what it is compared in are the calls, side by side
-        maker = CurveMaker(candidate, plan.image, plan.effort, plan.quick, progress)
-        parts.curves += maker.curves()
-        if candidate.model.device != "cpu":
-            continue
+    def _curves(self) -> None:
+        plan = self._plan
+        for candidate in self._candidates:
+            if candidate.model.backend.name == PYTORCH:
+                continue  # what it is compared in are the calls, side by side
+            maker = CurveMaker(candidate, plan.image, plan.effort, plan.quick, self._progress)
+            for curve in maker.curves():
+                self.result = replace(self.result, curves=(*self.result.curves, curve))
+                self._add(["the other curves"])
+                if self._left() <= 0:
+                    self._skip(f"the other curves: {plan.budget:.0f} s are over")
+                    return
+            if candidate.model.device != "cpu":
+                continue
 
-        def load(threads: int, choice: Choice = candidate.choice) -> Candidate:
-            settings = Settings(plan.settings.device, threads, plan.settings.checkpoint)
-            return load_candidate(plan.bundle, choice, settings)
+            def load(threads: int, choice: Choice = candidate.choice) -> Candidate:
+                settings = Settings(plan.settings.device, threads, plan.settings.checkpoint)
+                return load_candidate(plan.bundle, choice, settings)
 
-        parts.curves.append(
-            threads_curve(
+            curve = threads_curve(
                 load,
                 candidate.name,
                 plan.image,
                 maker.embedding,
                 plan.effort,
                 plan.quick,
-                progress,
+                self._progress,
             )
-        )
+            self.result = replace(self.result, curves=(*self.result.curves, curve))
 
 
-def _measure_limits(
-    plan: Plan, candidates: list[Candidate], parts: _Parts, progress: Progress
-) -> None:
-    progress("ceilings of this machine")
-    with_pytorch = any(c.model.backend.name == PYTORCH for c in candidates)
-    for device in sorted({c.model.device for c in candidates}):
-        parts.ceilings += measure_ceilings(plan.settings.threads, device, with_pytorch)
-    try:
-        parts.limits = stage_limits(
-            plan.bundle,
-            (plan.image.shape[0], plan.image.shape[1]),
-            candidates,
-            parts.stages,
-            parts.ceilings,
-        )
-    except BackendError as error:
-        parts.skipped.append(f"limits: {error}")
+def run_benchmark(plan: Plan, progress: Progress, keep: Callable[[Result], None]) -> Result:
+    """Measure what the plan says.
+
+    Args:
+        plan: what to measure.
+        progress: told what is measured.
+        keep: given what there is after each part, so that a run that is stopped leaves something.
+
+    Raises:
+        BackendError: no candidate can be used here.
+    """
+    benchmark = _Benchmark(plan, progress, keep)
+    benchmark.run()
+    return benchmark.result
+
+
+def _empty_result(plan: Plan, load_average: float | None) -> Result:
+    manifest = plan.bundle.manifest
+    return Result(
+        format="sam3rt-bench",
+        format_version=1,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=plan.command,
+        quick=plan.quick,
+        revision=source_revision(),
+        machine=describe_machine([], load_average),
+        versions={"sam3rt": sam3rt.__version__} | package_versions(),
+        model=Model(
+            name=manifest.name,
+            model_type=manifest.model_type,
+            fingerprint=manifest.fingerprint,
+            weights=manifest.weights,
+            source=f"{manifest.source.kind}: {manifest.source.reference}",
+            note=plan.note,
+        ),
+        image=(plan.image.shape[0], plan.image.shape[1]),
+        candidates=(),
+        stages=(),
+        calls=(),
+        agreement=(),
+        curves=(),
+        starts=(),
+        ceilings=(),
+        limits=(),
+        skipped=(),
+    )
 
 
 def describe_machine(candidates: list[Candidate], load_average: float | None) -> Machine:
-    """The machine, and the accelerators the candidates use."""
-    devices = {c.model.device for c in candidates} - {"cpu"}
-    names = [getattr(c.model.backend, "device_name", None) for c in candidates]
+    """The machine, and the devices other than the CPU that candidates use."""
     return Machine(
         processor=processor_name(),
         cores=usable_cores(),
         memory_gb=memory_gb(),
         load_average=load_average,
-        accelerators=tuple(sorted({str(n) for n in names if n} or devices)),
+        accelerators=tuple(sorted({c.model.device for c in candidates} - {"cpu"})),
         platform=platform.platform(),
         python=platform.python_version(),
     )
@@ -229,15 +354,3 @@ def source_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return described.stdout.strip() if described.returncode == 0 else ""
-
-
-def _describe_model(plan: Plan) -> Model:
-    manifest = plan.bundle.manifest
-    return Model(
-        name=manifest.name,
-        model_type=manifest.model_type,
-        fingerprint=manifest.fingerprint,
-        weights=manifest.weights,
-        source=f"{manifest.source.kind}: {manifest.source.reference}",
-        note=plan.note,
-    )

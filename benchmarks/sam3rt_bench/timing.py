@@ -14,8 +14,6 @@ import numpy as np
 from .document import Times
 
 Call = Callable[[], Any]
-# Fewer than this say nothing about spread, however slow the call is.
-_FEWEST_ROUNDS = 3
 # Seconds. Threads of GNU's OpenMP, which PyTorch uses, spin for some milliseconds.
 _PAUSE = 0.05
 
@@ -26,13 +24,23 @@ class Effort:
 
     Attributes:
         repetitions: rounds at most.
-        seconds: time after which no further round of one table begins, once there are three.
+        seconds: time after which no further round of one table begins, once there are the fewest.
         warm_up: untimed rounds at most; one where a round takes a second or more.
+        fewest: rounds at least; fewer than three say nothing about spread.
     """
 
     repetitions: int
     seconds: float
     warm_up: int
+    fewest: int = 3
+
+    def seconds_for(self, one_round: float) -> float:
+        """About how long a table takes whose calls in turn take so many seconds."""
+        rounds = min(
+            self.repetitions, max(self.fewest, 1 + int(self.seconds / max(one_round, 1e-3)))
+        )
+        warm_up = min(self.warm_up, 1) if one_round >= 1 else self.warm_up
+        return (rounds + warm_up) * one_round
 
 
 def summarize(seconds: Sequence[float]) -> Times:
@@ -78,7 +86,7 @@ def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
     gc.collect()
     begin = time.perf_counter()
     for number in range(effort.repetitions):
-        if number >= _FEWEST_ROUNDS and time.perf_counter() - begin > effort.seconds:
+        if number >= effort.fewest and time.perf_counter() - begin > effort.seconds:
             break
         for name in chance.sample(names, len(names)):
             call = calls[name]

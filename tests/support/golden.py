@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tests.golden.sam3 import synthetic
 
 from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationModel
+from sam3rt.accuracy.metrics import largest_error, mask_ious
 
 _MOBILE_SAM = Path(__file__).resolve().parents[1] / "golden" / "mobile_sam"
 
@@ -54,13 +55,13 @@ def sam3_errors(name: str, prediction: Prediction) -> dict[str, float]:
     """Largest errors of one call: of logits and of predicted IoUs, and the share of mask pixels."""
     masks, iou, low_res = prediction
     outputs = sam3_outputs()
-    logits = largest(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
+    logits = largest_error(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
     if f"{name}/logits" in outputs:
-        logits = max(logits, largest(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
+        logits = max(logits, largest_error(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
     differing = ((masks > 0) != _unpacked(outputs[f"{name}/masks"], masks)).mean(axis=(-2, -1))
     return {
         "logits": logits,
-        "iou": largest(iou, outputs[f"{name}/iou"]),
+        "iou": largest_error(iou, outputs[f"{name}/iou"]),
         "mask_pixels": float(differing.max()),
     }
 
@@ -71,10 +72,10 @@ def sam3_feature_error(number: int, embedding: ImageEmbedding) -> float:
     outputs = sam3_outputs()
     stats = [[a.mean(), a.std(), np.abs(a).max()] for a in (fine, middle, coarse)]
     errors = [
-        largest(coarse[:, ::8, ::4, ::4], outputs[f"image{number}/image_embed"]),
-        largest(fine[:, ::8, ::16, ::16], outputs[f"image{number}/high_res_0"]),
-        largest(middle[:, ::8, ::8, ::8], outputs[f"image{number}/high_res_1"]),
-        largest(np.ravel(stats), outputs[f"image{number}/stats"].ravel()),
+        largest_error(coarse[:, ::8, ::4, ::4], outputs[f"image{number}/image_embed"]),
+        largest_error(fine[:, ::8, ::16, ::16], outputs[f"image{number}/high_res_0"]),
+        largest_error(middle[:, ::8, ::8, ::8], outputs[f"image{number}/high_res_1"]),
+        largest_error(np.ravel(stats), outputs[f"image{number}/stats"].ravel()),
     ]
     return float(np.max(errors))
 
@@ -114,24 +115,14 @@ def mobile_sam_errors(name: str, prediction: Prediction) -> dict[str, Any]:
     """Largest errors of one call, and the IoU of each of its masks with the reference's."""
     masks, iou, low_res = prediction
     outputs = mobile_sam_outputs()
-    logits = largest(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
+    logits = largest_error(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
     if f"{name}/logits" in outputs:
-        logits = max(logits, largest(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
-    expected = _unpacked(outputs[f"{name}/masks"], masks)
-    both = ((masks > 0) & expected).sum(axis=(-2, -1))
-    either = ((masks > 0) | expected).sum(axis=(-2, -1))
+        logits = max(logits, largest_error(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
     return {
         "logits": logits,
-        "iou": largest(iou, outputs[f"{name}/iou"]),
-        "mask_ious": np.where(either > 0, both / np.maximum(either, 1), 1.0),
+        "iou": largest_error(iou, outputs[f"{name}/iou"]),
+        "mask_ious": mask_ious(masks, _unpacked(outputs[f"{name}/masks"], masks)),
     }
-
-
-def largest(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The largest absolute difference of arrays of one shape; NaN where either has one."""
-    if actual.shape != expected.shape:
-        raise ValueError(f"shapes differ: {actual.shape} and {expected.shape}")
-    return float(np.abs(actual - expected).max())
 
 
 def _unpacked(bits: NDArray[np.uint8], masks: NDArray[Any]) -> NDArray[np.bool_]:

@@ -124,7 +124,7 @@ class LoadedGraph:
         Raises:
             BundleError: one has a type that NumPy lacks.
         """
-        found = {}
+        found: dict[str, NDArray[Any]] = {}
         for tensor in self.tensors:
             dtype = _NUMPY_TYPES.get(tensor.data_type)
             if dtype is None:

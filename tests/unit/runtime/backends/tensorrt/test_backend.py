@@ -19,10 +19,9 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import photo
 from tests.golden.sam3 import synthetic
-from tests.golden.test_golden_mobile_sam import CASES as MOBILE_CASES
-from tests.golden.test_golden_mobile_sam import arguments_of
-from tests.golden.test_golden_sam3 import CASES as SAM3_CASES
+from tests.support import golden
 from tests.support.fake_cuda import CudaMisuse
+from tests.support.golden import arguments_of
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -37,6 +36,9 @@ from sam3rt.backends import ImagingBackend
 from sam3rt.backends.tensorrt.proof import allow_imaging
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import geometry
+
+SAM3_CASES = golden.sam3_cases()
+MOBILE_CASES = golden.mobile_sam_cases()
 
 TOLERANCE = 1e-4
 
