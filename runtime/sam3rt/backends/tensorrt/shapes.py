@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# The decoder's labels below -1 are no points at all; see the export's decoder graph.
-PADDING_LABEL = -10
 _FEWEST_POINTS = 4
 
 
@@ -55,17 +53,6 @@ def classify(objects: int, points: int, own_masks: bool, limits: Limits) -> Shap
         min(_power_of_two(max(points, _FEWEST_POINTS)), limits.points),
         padded if own_masks else 1,
     )
-
-
-def all_classes(limits: Limits) -> tuple[ShapeClass, ...]:
-    """Every class that the limits allow."""
-    classes = {
-        classify(objects, points, own, limits)
-        for objects in range(1, limits.objects + 1)
-        for points in range(limits.points + 1)
-        for own in (False, True)
-    }
-    return tuple(sorted(classes))
 
 
 def _power_of_two(count: int) -> int:
