@@ -346,7 +346,7 @@ def _clear(folder: Path) -> None:
     A runtime that is just writing what it found of an engine, without the lock, would say that it
     could not, and find it again next time.
     """
-    for path in [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]:
+    for path in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:
         if path.name.startswith(".build-"):
             shutil.rmtree(path, ignore_errors=True)
         else:

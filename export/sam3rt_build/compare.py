@@ -30,9 +30,10 @@ from sam3rt.prompts import decoder_inputs
 
 from .builder_process import EngineRequest, build_engine
 from .engine_builder import BuildOptions, graph_profile
+from .graph_files import load_graph, mark_layers, save_graph
 from .recipes import RECIPES, Recipe, recipe_named
-from .simulated import SimulatedBackend
-from .typed_graph import Role, apply_recipe, load_graph, mark_layers, save_graph, simulate
+from .simulated import SimulatedBackend, simulate
+from .typed_graph import Role, apply_recipe
 
 SIMULATED = "simulated"
 _TENSORRT = ("tensorrt", "tensorrt-rtx")

@@ -29,6 +29,7 @@ from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 from .builder_process import EngineRequest, Sizes
 from .ep_context import wrapper_path, write_wrapper
 from .errors import BuildError
+from .graph_files import load_graph, save_graph
 from .imaging_graphs import (
     postprocess_graph,
     postprocess_shapes,
@@ -36,7 +37,7 @@ from .imaging_graphs import (
     preprocess_shapes,
 )
 from .recipes import Recipe, recipe_named
-from .typed_graph import FeaturesType, Role, apply_recipe, load_graph, save_graph
+from .typed_graph import FeaturesType, Role, apply_recipe
 
 Make = Callable[[EngineRequest], None]
 # Least, typical and greatest shape of each input with a dynamic axis.

@@ -16,7 +16,7 @@ from tests.support.build_helpers import toy_graph
 from sam3rt_build import builder_process
 from sam3rt_build.builder_process import EngineRequest, build_engine
 from sam3rt_build.errors import BuildError
-from sam3rt_build.typed_graph import save_graph
+from sam3rt_build.graph_files import save_graph
 
 
 def toy(folder: Path, operator: str = "MatMul") -> Path:

@@ -33,9 +33,9 @@ from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
 from sam3rt_build.errors import RecipeError
+from sam3rt_build.graph_files import load_graph, mark_layers, save_graph
 from sam3rt_build.recipes import Recipe, recipe_named
-from sam3rt_build.simulated import SimulatedBackend
-from sam3rt_build.typed_graph import load_graph, mark_layers, save_graph, simulate
+from sam3rt_build.simulated import SimulatedBackend, simulate
 
 Array = NDArray[np.float32]
 NARROW: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}

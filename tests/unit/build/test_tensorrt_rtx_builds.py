@@ -20,8 +20,9 @@ from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.files import sha256_file
 from sam3rt.cli import main
+from sam3rt_build.graph_files import load_graph, save_graph
 from sam3rt_build.recipes import RECIPES, Recipe
-from sam3rt_build.typed_graph import Role, apply_recipe, load_graph, save_graph
+from sam3rt_build.typed_graph import Role, apply_recipe
 
 LOGGER = trt.Logger(trt.Logger.ERROR)
 _STRONGLY_TYPED = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

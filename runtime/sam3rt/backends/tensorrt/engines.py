@@ -191,14 +191,14 @@ def find_engines(bundle: Bundle) -> tuple[EngineFile, ...]:
     found = []
     for path in sorted((bundle.path / ENGINES).glob("[!.]*/*.engine")):
         try:
-            _check_place(path, bundle.path)
+            _check_location(path, bundle.path)
             found.append(EngineFile(path, read_sidecar(path)))
         except BundleError as error:
             _LOG.warning("%s is passed over: %s", path, error)
     return tuple(found)
 
 
-def _check_place(engine: Path, folder: Path) -> None:
+def _check_location(engine: Path, folder: Path) -> None:
     for path in (engine, sidecar_path(engine)):
         try:
             inside = is_inside(path, folder)
