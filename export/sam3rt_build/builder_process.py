@@ -9,21 +9,22 @@ Run as ``python -m sam3rt_build.builder_process REQUEST.json``; the log goes to 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sam3rt.backends.tensorrt.engines.sidecar import BackendName
+from sam3rt.backends.table import entry
+from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle.files import atomic_write
 
 from .errors import BuildError
 
-MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Lines of the builder's log that an error message quotes.
 _QUOTED_LINES = 12
 
@@ -42,9 +43,10 @@ class EngineRequest:
         profile: least, typical and greatest shape of each input with a dynamic axis. The engine
             is tuned for the typical one.
         targets: compute capabilities to build for ahead of time; empty for the GPU at hand.
-        tf32: whether FP32 matrix products may use TF32.
+        tf32: whether FP32 matmuls may use TF32.
         workspace: memory the builder may try layers with, bytes; ``None`` for all there is.
         timing_cache: file of measured layer times to reuse and extend, or ``None``.
+        device: number of the GPU to build on among those visible; ``None`` for the first.
     """
 
     graph: str
@@ -55,6 +57,7 @@ class EngineRequest:
     tf32: bool = False
     workspace: int | None = None
     timing_cache: str | None = None
+    device: int | None = None
 
 
 def build_engine(request: EngineRequest) -> None:
@@ -71,6 +74,8 @@ def build_engine(request: EngineRequest) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     # Polygraphy logs to standard output, errors go to the other: kept in order.
     environment["PYTHONUNBUFFERED"] = "1"
+    if request.device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = _only(request.device, environment)
     command = [sys.executable, "-m", "sam3rt_build.builder_process", str(document)]
     try:
         done = subprocess.run(
@@ -92,6 +97,12 @@ def build_engine(request: EngineRequest) -> None:
         )
 
 
+def _only(device: int, environment: Mapping[str, str]) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for a process that is to see one of the GPUs visible here."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return str(device) if visible is None else visible.split(",")[device].strip()
+
+
 def main(arguments: Sequence[str]) -> int:
     """Build what a request file asks for; the last lines of the log say what went wrong."""
     document = json.loads(Path(arguments[0]).read_text())
@@ -110,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
 def _build(request: EngineRequest) -> None:
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
 
-    trt = __import__(MODULES[request.backend])
+    trt = importlib.import_module(entry(request.backend).modules[0])
     # TensorRT 11 has no other networks and no flag for them.
     flag = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     network = NetworkFromOnnxPath(request.graph, strongly_typed=flag)
@@ -125,7 +136,7 @@ def _config(request: EngineRequest) -> Callable[[Any, Any], Any]:
     """A polygraphy configuration with what it does not set for both flavours."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
-    trt = __import__(MODULES[request.backend])
+    trt = importlib.import_module(entry(request.backend).modules[0])
     profile = Profile()
     for name, (least, typical, greatest) in request.profile.items():
         profile.add(name, min=least, opt=typical, max=greatest)

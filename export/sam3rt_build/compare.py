@@ -18,20 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
+from sam3rt.accuracy.metrics import cosine
 from sam3rt.accuracy.record import load_record, rerecord, verify
 from sam3rt.backends import BACKENDS, create_backend
-from sam3rt.backends.tensorrt.engines.sidecar import BackendName
+from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle import Bundle
 from sam3rt.errors import InvalidInputError
 from sam3rt.geometry import preprocess
 from sam3rt.model import SegmentationModel
 from sam3rt.prompts import decoder_inputs
 
-from .build import BuildOptions, graph_profile
 from .builder_process import EngineRequest, build_engine
+from .engine_builder import BuildOptions, graph_profile
+from .graph_files import load_graph, mark_layers, save_graph
 from .recipes import RECIPES, Recipe, recipe_named
-from .simulated import SimulatedBackend
-from .typed_graph import Role, apply_recipe, load_graph, mark_layers, save_graph, simulate
+from .simulated import SimulatedBackend, simulate
+from .typed_graph import Role, apply_recipe
 
 SIMULATED = "simulated"
 _TENSORRT = ("tensorrt", "tensorrt-rtx")
@@ -150,9 +152,9 @@ def compare_layers(
         runners: list[Any] = []
         names: tuple[str, ...] = ()
         for index, side in enumerate(sides):
-            place = Path(folder) / str(index)
-            place.mkdir()
-            runner, names = _runner(bundle, role, side, pattern, place)
+            subfolder = Path(folder) / str(index)
+            subfolder.mkdir()
+            runner, names = _runner(bundle, role, side, pattern, subfolder)
             runners.append(runner)
         inputs = _inputs(bundle, role)
         results = Comparator.run(runners, data_loader=[inputs])
@@ -221,9 +223,9 @@ def _inputs(bundle: Bundle, role: Role) -> dict[str, NDArray[Any]]:
 
 
 def _difference(name: str, a: NDArray[Any], b: NDArray[Any]) -> LayerDifference:
-    x, y = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
-    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
-    cosine = float(x @ y) / scale if scale else float(np.array_equal(x, y))
+    x, y = a.astype(np.float32), b.astype(np.float32)
+    # Two layers of zeros have no angle between them, and no difference.
+    similarity = 1.0 if np.array_equal(x, y) else cosine(x, y)
     return LayerDifference(
-        name, a.shape, cosine, float(np.abs(x - y).max(initial=0.0)), float(np.abs(x).max())
+        name, a.shape, similarity, float(np.abs(x - y).max(initial=0.0)), float(np.abs(x).max())
     )

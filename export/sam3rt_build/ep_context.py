@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from sam3rt.backends.tensorrt.engines.sidecar import BackendName
+from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle import TensorSpec
 from sam3rt.bundle.files import atomic_write
 

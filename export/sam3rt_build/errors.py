@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sam3rt.errors import Sam3rtError
+from sam3rt.errors import BackendError
 
 
-class BuildError(Sam3rtError, RuntimeError):
+class BuildError(BackendError):
     """An engine cannot be built; the message says of what and why."""
 
 

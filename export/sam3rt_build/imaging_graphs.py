@@ -1,6 +1,6 @@
 """Preprocessing and postprocessing as ONNX graphs, for engines that stand around the network.
 
-An antialiased resize and a bilinear upsampling are linear in each axis, so each is a product with
+An antialiased resize and a bilinear upsampling are linear in each axis, so each is a matmul with
 one matrix from either side. The matrices are inputs: they depend on the image's size alone and
 are computed on the host, in :mod:`sam3rt.geometry` and :mod:`sam3rt.masks.upsampling`. With them a
 graph serves every size, and holds neither interpolation nor data-dependent shapes.
@@ -15,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3rt.backends.tensorrt.imaging import (
+    COLUMNS,
+    IMAGE,
+    LOGITS,
+    MASKS,
+    PIXELS,
+    ROWS,
+    THRESHOLD,
+)
 from sam3rt.bundle import Manifest
 from sam3rt.errors import BackendError
 
@@ -23,10 +32,6 @@ if TYPE_CHECKING:
 
 OPSET = 18
 _IR_VERSION = 9
-
-IMAGE, PIXELS = "image", "pixel_values"
-LOGITS, THRESHOLD, MASKS = "logits", "threshold", "masks"
-ROWS, COLUMNS = "rows", "columns"
 
 
 def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
@@ -52,9 +57,9 @@ def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
     graph.input(COLUMNS, np.float32, ["width", width])
     x = graph.cast(IMAGE, np.float32)
     x = graph.node("Transpose", [x], perm=[2, 0, 1])
-    product = _rounded_product if spec.resize_dtype == "uint8" else _product
-    x = product(graph, x, COLUMNS, matrix_first=False)
-    x = product(graph, x, ROWS, matrix_first=True)
+    matmul = _rounded_matmul if spec.resize_dtype == "uint8" else _matmul
+    x = matmul(graph, x, COLUMNS, matrix_first=False)
+    x = matmul(graph, x, ROWS, matrix_first=True)
     mean = np.array(spec.mean, np.float32)[:, None, None]
     std = np.array(spec.std, np.float32)[:, None, None]
     x = graph.node("Div", [graph.node("Sub", [x, graph.constant(mean)]), graph.constant(std)])
@@ -70,12 +75,12 @@ def preprocess_graph(manifest: Manifest) -> onnx.ModelProto:
     return graph.model(PIXELS, np.float32, [1, 3, height, width])
 
 
-def _product(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
+def _matmul(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
     return graph.node("MatMul", [matrix, x] if matrix_first else [x, matrix])
 
 
-def _rounded_product(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
-    """The product of whole numbers up to 255 with weights, rounded to whole numbers, halves up.
+def _rounded_matmul(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) -> str:
+    """The matmul of whole numbers up to 255 with weights, rounded to whole numbers, halves up.
 
     Eleven bits of a weight times eight of a level, over weights that sum to one: 19 bits. The
     fraction left over and the sum of the lower eleven bits: 23. FP32 holds 24.
@@ -83,8 +88,8 @@ def _rounded_product(graph: _Graph, x: str, matrix: str, *, matrix_first: bool) 
     scale = graph.constant(float(1 << 11))
     high = graph.node("Div", [graph.node("Floor", [graph.node("Mul", [matrix, scale])]), scale])
     low = graph.node("Sub", [matrix, high])
-    coarse = _product(graph, x, high, matrix_first=matrix_first)
-    fine = _product(graph, x, low, matrix_first=matrix_first)
+    coarse = _matmul(graph, x, high, matrix_first=matrix_first)
+    fine = _matmul(graph, x, low, matrix_first=matrix_first)
     raised = graph.node("Add", [coarse, graph.constant(0.5)])
     whole = graph.node("Floor", [raised])
     rest = graph.node("Add", [graph.node("Sub", [raised, whole]), fine])

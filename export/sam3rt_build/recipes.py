@@ -53,7 +53,7 @@ class Recipe:
         rules: what stays in FP32.
         leading_blocks: share of the transformer blocks, counted from the input, that stay in FP32
             together with all that comes before them.
-        tf32: whether FP32 matrix products may round their factors to TF32.
+        tf32: whether FP32 matmuls may round their factors to TF32.
     """
 
     name: str
@@ -91,7 +91,7 @@ _ATTENTION_CORE = Rule(
     scope=_ATTENTION,
 )
 
-RECIPES: tuple[Recipe, ...] = (
+_RECIPES = (
     Recipe(
         "fp16",
         "FP16; normalization, softmax, positions and scores in FP32",
@@ -125,11 +125,13 @@ RECIPES: tuple[Recipe, ...] = (
         (*_ALWAYS, _ATTENTION_CORE),
         leading_blocks=0.75,
     ),
-    Recipe("tf32", "FP32, with matrix products in TF32", None, tf32=True),
+    Recipe("tf32", "FP32, with matmuls in TF32", None, tf32=True),
     Recipe("fp32", "FP32", None),
 )
-if tuple(recipe.name for recipe in RECIPES) != RECIPE_ORDER:
-    raise ImportError("the recipes are not those of sam3rt.backends.tensorrt.engines.RECIPE_ORDER")
+# The runtime tries engines in the same order.
+RECIPES: tuple[Recipe, ...] = tuple(
+    sorted(_RECIPES, key=lambda recipe: RECIPE_ORDER.index(recipe.name))
+)
 
 
 def recipe_named(name: str) -> Recipe:

@@ -2,6 +2,10 @@
 
 It shows what a recipe costs in accuracy, and nothing about any GPU: kernels are what goes wrong
 there, and only the gate on the target sees them.
+
+The typed graph itself is not run here. ONNX Runtime on the CPU has few FP16 kernels and no BF16
+ones, and silently drops the rounding between two operators it computes in FP32, so that would
+flatter the recipe.
 """
 
 from __future__ import annotations
@@ -10,12 +14,27 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import onnx_ir as ir
 
 from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
+from sam3rt.bundle.contract import is_feature_name
 
+from .graph_files import load_graph, save_graph
 from .recipes import Recipe
-from .typed_graph import FeaturesType, Role, load_graph, save_graph, simulate
+from .typed_graph import (
+    FLOAT,
+    RECIPE_PROPERTY,
+    FeaturesType,
+    Role,
+    cast_node,
+    drop_unused_weights,
+    is_float,
+    narrowed,
+    new_weight,
+    node_types,
+)
 
 
 class SimulatedBackend(OnnxRuntimeBackend):
@@ -61,3 +80,127 @@ def _simulated(
     return msgspec.structs.replace(
         spec, model=file_entry(path), external_data=tuple(file_entry(part) for part in external)
     )
+
+
+def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
+    """Make a graph compute in FP32 what :func:`apply_recipe` would give on exact hardware.
+
+    Every value that the recipe narrows is rounded to its type right after it is computed, and so
+    are the weights; sums inside one operator are FP32, as tensor cores accumulate. With TF32 the
+    factors of matmuls and convolutions are rounded.
+
+    Raises:
+        RecipeError: as :func:`apply_recipe`.
+    """
+    types = node_types(model, recipe)
+    graph = model.graph
+    feature_type = ir.DataType.FLOAT16 if features == "float16" else FLOAT
+    rounder = _Rounder(model)
+    for given in graph.inputs:
+        if is_feature_name(given.name or "") and feature_type != FLOAT:
+            rounder.after(given, feature_type)
+    for node, wanted in types.items():
+        if wanted == FLOAT:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and is_float(value):
+                node.replace_input_with(index, rounder.before(value, wanted, node))
+        for made in node.outputs:
+            if is_float(made):
+                rounder.after(made, wanted)
+    if recipe.tf32:
+        _round_factors_to_tf32(model)
+    if feature_type != FLOAT:
+        for output in tuple(graph.outputs):
+            if is_feature_name(output.name or ""):
+                rounder.after(output, feature_type)
+    drop_unused_weights(graph)
+    model.metadata_props[RECIPE_PROPERTY] = f"simulated {recipe.name}"
+
+
+class _Rounder:
+    """Roundings of values, each made once per type."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        self._known: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def before(self, value: ir.Value, wanted: ir.DataType, node: ir.Node) -> ir.Value:
+        """What a node that computes in ``wanted`` reads in place of the value."""
+        key = (value, wanted)
+        if key in self._known:
+            return self._known[key]
+        if value.const_value is not None and value.is_initializer():
+            rounded = narrowed(value, wanted).numpy().astype(np.float32)
+            name = f"{value.name}.{wanted.name.lower()}"
+            self._known[key] = new_weight(self._graph, name, ir.tensor(rounded, name=name))
+        else:
+            down, up = self._pair(value, wanted)
+            self._graph.insert_before(node, [down, up])
+            self._known[key] = up.outputs[0]
+        # Rounding twice to one type changes nothing.
+        self._known[(self._known[key], wanted)] = self._known[key]
+        return self._known[key]
+
+    def after(self, value: ir.Value, wanted: ir.DataType) -> None:
+        """Round a value where it is made, for all who use it."""
+        if self._known.get((value, wanted)) is value:
+            return  # it is rounded to this type already
+        down, up = self._pair(value, wanted)
+        producer = value.producer()
+        rounded = up.outputs[0]
+        outputs = self._graph.outputs
+        if value in outputs:
+            name, value.name = value.name, f"{value.name}.before_{wanted.name.lower()}"
+            rounded.name = name
+        ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=True)
+        down.replace_input_with(0, value)
+        if producer is None:
+            self._graph.insert_before(self._graph[0], [down, up])
+        else:
+            self._graph.insert_after(producer, [down, up])
+        self._known[(rounded, wanted)] = rounded
+
+    @staticmethod
+    def _pair(value: ir.Value, wanted: ir.DataType) -> tuple[ir.Node, ir.Node]:
+        down = cast_node(value, wanted)
+        up = cast_node(down.outputs[0], FLOAT)
+        return down, up
+
+
+def _round_factors_to_tf32(model: ir.Model) -> None:
+    """Round what matmuls and convolutions read to TF32's 11 significant bits.
+
+    By Veltkamp's splitting: with c = (2^13 + 1) x in FP32, c - (c - x) is x rounded to 24 - 13
+    bits. ONNX has no such type to cast to.
+    """
+    graph = model.graph
+    factor = np.float32(2**13 + 1)
+    weight = new_weight(graph, "types/tf32_factor", ir.tensor(factor, name="types/tf32_factor"))
+    rounded: dict[ir.Value, ir.Value] = {}
+    for node in tuple(graph):
+        if node.op_type not in ("MatMul", "Conv"):
+            continue
+        # A convolution's third input is its bias, which is added in FP32.
+        for index, value in enumerate(node.inputs[:2]):
+            if value is None or not is_float(value):
+                continue
+            if value not in rounded:
+                steps = _tf32_nodes(value, weight)
+                graph.insert_before(node, steps)
+                rounded[value] = steps[-1].outputs[0]
+            node.replace_input_with(index, rounded[value])
+
+
+def _tf32_nodes(value: ir.Value, factor: ir.Value) -> list[ir.Node]:
+    scaled = ir.node("Mul", [value, factor])
+    rest = ir.node("Sub", [scaled.outputs[0], value])
+    head = ir.node("Sub", [scaled.outputs[0], rest.outputs[0]])
+    steps = [scaled, rest, head]
+    for node, part in zip(steps, ("scaled", "rest", "tf32"), strict=True):
+        node.name = f"types/{value.name}.{part}"
+        (output,) = node.outputs
+        output.name = f"{value.name}.{part}"
+        output.type = ir.TensorType(FLOAT)
+        output.shape = value.shape
+    return steps

@@ -13,10 +13,10 @@ import pytest
 from tests.support.cpp_driver import Build, Result
 from tests.support.helpers import tiny_bundle
 
-from sam3rt.backends.tensorrt.engines import (
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.sidecar import (
     EngineShapes,
     EngineSidecar,
-    Gpu,
     read_sidecar,
     write_sidecar,
 )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam3rt.backends.tensorrt.cuda.api import out_of_memory
+from sam3rt.backends.tensorrt.cuda import Cuda, out_of_memory
 from sam3rt.errors import BackendError
 
 _ALIGNMENT = 256
@@ -65,19 +65,22 @@ class Stream:
     recorder: int | None = None
 
 
-class FakeCuda:
-    """Implements :class:`sam3rt.backends.tensorrt.cuda.Cuda`.
+# The GPU that every thread of a test has as its current one, before and after each call.
+CALLERS_GPU = 7
+
+
+class FakeCuda(Cuda):
+    """GPU 0, in place of the real one.
 
     Args:
         total: device memory, bytes.
         seed: of the moments at which queued work runs by itself.
     """
 
-    index = 0
-    # Device memory is host memory, so that NumPy can read what is exported.
-    dlpack_device = (1, 0)
-
     def __init__(self, total: int = 4 << 30, seed: int = 0) -> None:
+        self.index = 0
+        # Device memory is host memory, so that NumPy can read what is exported.
+        self.dlpack_device = (1, 0)
         self.total = total
         self.used = 0
         self.log: list[tuple[str, int]] = []
@@ -89,7 +92,6 @@ class FakeCuda:
         self._starts: list[int] = []
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._streams: dict[int, Stream] = {}
-        self._events: dict[int, int] = {}
         self._graphs: dict[int, list[Operation]] = {}
         self._next = 1000
 
@@ -129,14 +131,20 @@ class FakeCuda:
                 raise CudaMisuse(f"{nbytes} bytes at {offset} of a block of {len(block)}")
             return block[offset : offset + nbytes]
 
-    # The protocol.
+    @property
+    def current(self) -> int:
+        """The calling thread's current GPU."""
+        return getattr(self._current, "gpu", CALLERS_GPU)
 
-    def activate(self) -> None:
-        self._current.active = True
+    # What the real one offers.
 
-    def memory(self) -> tuple[int, int]:
-        self._check_active()
-        return self.total - self.used, self.total
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        before, self._current.gpu = self.current, self.index
+        try:
+            yield
+        finally:
+            self._current.gpu = before
 
     def allocate(self, nbytes: int) -> int:
         self._check_active()
@@ -212,21 +220,6 @@ class FakeCuda:
             if chosen.recording is not None:
                 raise CudaMisuse("a stream is synchronized while it records")
             self._run(chosen, len(chosen.pending))
-
-    def create_event(self) -> int:
-        self._check_active()
-        with self._lock:
-            self._events[self._number()] = 0
-            return self._next
-
-    def destroy_event(self, event: int) -> None:
-        del self._events[event]
-
-    def record(self, event: int, stream: int) -> None:
-        self._events[event] = len(self.log)
-
-    def milliseconds(self, start: int, end: int) -> float:
-        return float(self._events[end] - self._events[start])
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
         self._check_contiguous(source)
@@ -363,7 +356,7 @@ class FakeCuda:
                 raise CudaMisuse(f"{what} while this thread records a graph")
 
     def _check_active(self) -> None:
-        if not getattr(self._current, "active", False):
+        if self.current != self.index:
             raise CudaMisuse("this thread has not made the GPU its current one")
 
     @staticmethod

@@ -30,10 +30,10 @@ import PIL.Image
 from sam3rt import geometry
 from sam3rt.accuracy import verdicts
 from sam3rt.accuracy.record import ParityRecord
-from sam3rt.backends.tensorrt.engines.sidecar import (
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.sidecar import (
     EngineShapes,
     EngineSidecar,
-    Gpu,
     read_sidecar,
     write_sidecar,
 )

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,9 @@ from tests.support.fake_tensorrt import Perturbation, engine_content, make_modul
 
 import sam3rt
 from sam3rt.backends.tensorrt import Platform, TensorRtBackend
-from sam3rt.backends.tensorrt.cuda import Device
-from sam3rt.backends.tensorrt.engines import (
-    EngineFile,
-    EngineShapes,
-    EngineSidecar,
-    Gpu,
-    choose,
-    engine_path,
-    folder_name,
-    write_sidecar,
-)
+from sam3rt.backends.tensorrt.cuda import Device, Gpu
+from sam3rt.backends.tensorrt.engines import EngineFile, candidates, engine_path, folder_name
+from sam3rt.backends.tensorrt.sidecar import EngineShapes, EngineSidecar, write_sidecar
 from sam3rt.backends.tensorrt.trt import Library
 from sam3rt.bundle import Bundle, FileEntry, open_bundle
 from sam3rt_build import imaging_graphs as imaging
@@ -59,6 +52,7 @@ class Rig:
     bundle: Bundle
     cuda: FakeCuda
     platform: Platform
+    trt: types.ModuleType
     perturbations: dict[str, Perturbation] = field(default_factory=dict)
 
     def build(self, recipe: str = "fp32", **changes: Any) -> dict[str, EngineFile]:
@@ -130,7 +124,7 @@ class Rig:
 
     def load(self, **options: Any) -> TensorRtBackend:
         """The backend over the first fitting set, without proof."""
-        engines = choose(self.bundle, self.platform.machine)
+        engines = candidates(self.bundle, self.platform.target)[0]
         return TensorRtBackend(self.bundle, engines, self.platform, **options)
 
     def model(self, **options: Any) -> sam3rt.SegmentationModel:
@@ -145,8 +139,12 @@ def make_rig(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **opti
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     copied = open_bundle(copy_bundle(bundle, folder / bundle.name), check_files=False)
     device = Device(0, GPU, cuda.total, DRIVER, (13, 0))
-    rig = Rig(bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), perturbations)
-    loading = "sam3rt.backends.tensorrt.loading"
-    monkeypatch.setattr(f"{loading}.probe", lambda index=0: device)
-    monkeypatch.setattr(f"{loading}.open_platform", lambda flavour, gpu: rig.platform)
+    rig = Rig(
+        bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), module, perturbations
+    )
+    monkeypatch.setattr("sam3rt.backends.tensorrt.offer.probe", lambda index=0: device)
+    monkeypatch.setattr(
+        "sam3rt.backends.tensorrt.offer.open_platform", lambda flavour, gpu: rig.platform
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     return rig

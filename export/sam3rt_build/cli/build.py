@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("objects", 16, "objects in one decoder call; more are run in parts"),
         ("points", 32, "points per object, box corners and padding included"),
-        ("images", 1, "images in one encoder call"),
         ("side", 4096, "pixels of height or width that the GPU resizes; the host does larger ones"),
     ):
         parser.add_argument(
@@ -95,7 +94,6 @@ def run(options: argparse.Namespace) -> int:
             targets=tuple(dict.fromkeys(options.targets)),
             max_objects=options.max_objects,
             max_points=options.max_points,
-            max_images=options.max_images,
             max_side=options.max_side,
             workspace=None if options.workspace is None else options.workspace << 20,
             device=options.device,

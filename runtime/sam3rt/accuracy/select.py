@@ -30,12 +30,13 @@ class Recipe:
         name: such as ``"fp16"``, or ``"ENCODER+DECODER"`` where the two differ.
         encoder: what identifies its encoder. Where the feature maps of one recipe fail, no other
             recipe with the same encoder is tried.
-        subject: what a verdict on it is about; ``None`` where it needs none, as in FP32.
+        subject: what a verdict on it is about, or a function that finds out, for example by
+            building what is to be judged; ``None`` where it needs no verdict, as in FP32.
     """
 
     name: str
     encoder: str
-    subject: Subject | None = None
+    subject: Subject | Callable[[], Subject] | None = None
 
 
 def select(
@@ -66,20 +67,33 @@ def select(
     problems: list[str] = []
     failed_encoders: set[str] = set()
     record: ParityRecord | None = None
+
+    def pass_over(recipe: Recipe, error: Exception) -> None:
+        if len(recipes) == 1:
+            raise error
+        # As text: a kept traceback would keep what was opened alive.
+        problems.append(f"not {recipe.name}: {error}")
+        say(problems[-1])
+
     for recipe in recipes:
         if recipe.encoder in failed_encoders:
             continue
-        stored = None if recipe.subject is None else load_verdict(bundle, recipe.subject)
-        if stored is None and recipe.subject is not None and record is None:
-            record = load_record(bundle)
         opened: R | None = None
+        try:
+            subject = recipe.subject() if callable(recipe.subject) else recipe.subject
+        except BackendError as error:
+            pass_over(recipe, error)
+            continue
+        stored = None if subject is None else load_verdict(bundle, subject)
+        if stored is None and subject is not None and record is None:
+            record = load_record(bundle)
         try:
             if stored is None or stored.passed:
                 opened = open_recipe(recipe)
-            if stored is None and opened is not None and recipe.subject is not None:
+            if stored is None and opened is not None and subject is not None:
                 say(f"comparing {recipe.name} with the parity record, once on this machine")
                 stored = _prove(opened, bundle, record)
-                save_verdict(bundle, recipe.subject, stored)
+                save_verdict(bundle, subject, stored)
                 if on_verdict is not None:
                     on_verdict(recipe, stored)
             if stored is not None and not stored.passed:
@@ -89,11 +103,7 @@ def select(
                     f"{recipe.name} fails the gate on this machine: {stored.explanation}"
                 )
         except (BackendError, BundleError, VerificationError) as error:
-            if len(recipes) == 1:
-                raise
-            # As text: a kept traceback would keep what was opened alive.
-            problems.append(f"not {recipe.name}: {error}")
-            say(problems[-1])
+            pass_over(recipe, error)
         else:
             assert opened is not None
             say("; ".join([f"computing in {recipe.name}", *problems]))

@@ -111,4 +111,4 @@ def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
     def say(line: str) -> None:
         _LOG.info("%s: %s", name, line)
 
-    return select(bundle, offer.recipes, offer.open, say=say)
+    return select(bundle, offer.recipes, offer.open, say=say, on_verdict=offer.on_verdict)

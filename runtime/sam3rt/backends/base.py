@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .. import masks
 from ..accuracy.select import Recipe
+from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
 from ..errors import StateError
 from ..features import Features
@@ -216,10 +217,12 @@ class Offer:
     Attributes:
         recipes: fastest first.
         open: loads one.
+        on_verdict: told every verdict that is reached, or ``None``.
     """
 
     recipes: tuple[Recipe, ...]
     open: Callable[[Recipe], Backend]
+    on_verdict: Callable[[Recipe, StoredVerdict], None] | None = None
 
 
 _loaded: weakref.WeakSet[Backend] = weakref.WeakSet()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from onnx import TensorProto
@@ -27,24 +27,27 @@ from tests.support.stand_in_builds import (
     Prover,
     check_consistent,
     run,
+    stand_in_gate,
 )
 
 from sam3rt.accuracy.gate import Verdict
-from sam3rt.backends.tensorrt.cuda.driver import Device
+from sam3rt.accuracy.verdicts import load_verdict
+from sam3rt.backends.tensorrt.cuda import Device, Gpu
 from sam3rt.backends.tensorrt.engines import (
+    ENGINES,
     EngineFile,
     EngineSet,
-    Gpu,
-    Machine,
+    EngineTarget,
     candidates,
     find_engines,
+    subject_of,
 )
-from sam3rt.backends.tensorrt.engines.selection import ENGINES
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, BundleError, InvalidInputError
-from sam3rt_build import build
-from sam3rt_build.build import BuildOptions, build_bundle, graph_profile
+from sam3rt_build import build, engine_builder
+from sam3rt_build.build import BuildOptions, build_bundle
 from sam3rt_build.builder_process import EngineRequest
+from sam3rt_build.engine_builder import graph_profile
 from sam3rt_build.ep_context import wrapper_path
 from sam3rt_build.errors import BuildError
 from sam3rt_build.recipes import RECIPES
@@ -71,6 +74,12 @@ def by_path(engines: Iterable[EngineFile]) -> list[EngineFile]:
 
 
 @pytest.fixture(autouse=True)
+def gate(toy: Bundle) -> Iterator[None]:
+    with stand_in_gate(toy.path.parent / "cache"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def everything_is_consistent(toy: Bundle) -> Iterator[None]:
     yield
     if (toy.path / ENGINES).is_dir():
@@ -94,10 +103,10 @@ def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> 
         assert sidecar.driver_version == "580.65"
         assert sidecar.bundle_fingerprint == toy.manifest.fingerprint
         assert sidecar.parity == {"features 0 cosine": 0.9999, "masks cosine": 0.9995}
-        assert dataclasses.astuple(sidecar.shapes) == (
+        assert msgspec.structs.astuple(sidecar.shapes) == (
             BuildOptions.max_objects,
             BuildOptions.max_points,
-            BuildOptions.max_images,
+            1,
             BuildOptions.max_side,
         )
         assert sidecar.build_seconds >= 0
@@ -111,29 +120,32 @@ def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> 
         ("postprocess", "unproven", "fp32"),
     ]
     assert list(find_engines(toy)) == by_path([encoder, decoder, *around])
-    machine = Machine(GPU, RTX, encoder.sidecar.tensorrt_version, "580.65")
-    (fitting,) = candidates(toy, machine)
-    assert fitting.proven
+    target = EngineTarget(GPU, RTX, encoder.sidecar.tensorrt_version, "580.65")
+    (fitting,) = candidates(toy, target)
     assert (fitting.encoder, fitting.decoder) == (encoder, decoder)
+    # What the gate said is known to the runtime.
+    verdict = load_verdict(toy, subject_of(fitting, target))
+    assert verdict is not None
+    assert verdict.passed
+    assert verdict.figures == encoder.sidecar.parity
 
 
 def test_what_is_asked_of_the_builder(toy: Bundle) -> None:
     make = Maker()
-    run(
-        toy, make, precision=("tf32",), max_objects=7, max_points=9, max_images=2, workspace=5 << 20
-    )
+    run(toy, make, precision=("tf32",), max_objects=7, max_points=9, workspace=5 << 20)
     encoder, decoder, before, after = make.requests
     assert {r.backend for r in make.requests} == {RTX}
     assert {r.workspace for r in make.requests} == {5 << 20}
     assert [r.tf32 for r in make.requests] == [True, True, False, False]
     assert {r.targets for r in make.requests} == {()}
+    assert {r.device for r in make.requests} == {DEVICE.index}
     caches = {r.timing_cache for r in make.requests}
     assert len(caches) == 1
     assert Path(str(caches.pop())).parent == toy.path / ENGINES
     side = (3, 1008, 1008)
-    assert encoder.profile == {"pixel_values": ((1, *side), (1, *side), (2, *side))}
+    assert encoder.profile == {"pixel_values": ((1, *side), (1, *side), (1, *side))}
     assert decoder.profile == {
-        "image_embeddings.0": ((1, 8, 72, 72), (1, 8, 72, 72), (2, 8, 72, 72)),
+        "image_embeddings.0": ((1, 8, 72, 72), (1, 8, 72, 72), (1, 8, 72, 72)),
         "input_points": ((1, 1, 1, 2), (1, 1, 4, 2), (1, 7, 9, 2)),
     }
     assert before.profile
@@ -193,8 +205,8 @@ def test_none_passes(toy: Bundle) -> None:
     with pytest.raises(BuildError, match="no precision passes the gate") as caught:
         run(toy, make, Prover(any__any=MASKS_OFF), precision=("fp16", "tf32"))
     message = str(caught.value)
-    for pair in ("encoder fp16, decoder tf32", "encoder tf32, decoder fp16"):
-        assert pair in message
+    for pair in ("fp16", "fp16+tf32", "tf32+fp16", "tf32"):
+        assert f"not {pair}: " in message
     assert "masks: cosine nan, at least 0.999 allowed" in message
     assert not list((toy.path / ENGINES).rglob("*.engine"))
     assert find_engines(toy) == ()
@@ -210,11 +222,12 @@ def test_what_cannot_be_built_is_passed_over(toy: Bundle) -> None:
         BuildOptions(backend=RTX),
         said.append,
         make=make,
-        prove=Prover(),
+        open_pair=Prover(),
         device=DEVICE,
     )
     assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("bf16", "fp16")
-    assert "encoder fp16, decoder fp16: the encoder cannot be built: no kernel" in said
+    assert "not fp16: the encoder cannot be built: no kernel" in said
+    assert make.made.count("encoder fp16") == 1
 
 
 def test_an_engine_is_not_built_twice(toy: Bundle) -> None:
@@ -243,7 +256,7 @@ def test_a_builder_that_leaves_nothing_has_failed(toy: Bundle) -> None:
             BuildOptions(backend=RTX, precision=("fp32",)),
             lambda _: None,
             make=nothing,
-            prove=Prover(),
+            open_pair=Prover(),
             device=DEVICE,
         )
     assert find_engines(toy) == ()
@@ -268,8 +281,8 @@ def test_a_gate_that_breaks_leaves_nothing(toy: Bundle) -> None:
     def broken(bundle: Bundle, engines: EngineSet) -> Verdict:
         raise BackendError("out of device memory")
 
-    with pytest.raises(BackendError, match="out of device memory"):
-        build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), prove=broken, device=DEVICE)
+    with pytest.raises(BuildError, match="not fp16: out of device memory"):
+        build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), open_pair=broken, device=DEVICE)
     assert find_engines(toy) == ()
 
 
@@ -278,14 +291,14 @@ def test_no_sidecar_is_left_where_publishing_stops(
 ) -> None:
     """The disk is full when the second engine's sidecar is written over an older engine's."""
     run(toy)
-    real = build.write_sidecar
+    real = engine_builder.write_sidecar
 
     def full(engine: Path, sidecar: Any) -> None:
         if engine.name == "decoder.engine":
             raise OSError(28, "No space left on device")
         real(engine, sidecar)
 
-    monkeypatch.setattr(build, "write_sidecar", full)
+    monkeypatch.setattr(engine_builder, "write_sidecar", full)
     with pytest.raises(OSError, match="No space left"):
         run(toy)
     assert not list((toy.path / ENGINES).rglob("decoder*"))
@@ -319,7 +332,7 @@ def build_and_be_killed(bundle: Bundle, *changes: str, make: str) -> None:
     lines = (
         "import os, sys",
         "from pathlib import Path",
-        "from sam3rt import _files",
+        "from sam3rt.bundle import files",
         "from sam3rt.bundle import open_bundle",
         "from sam3rt_build.build import BuildOptions, build_bundle",
         *changes,
@@ -341,8 +354,8 @@ def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> Non
 def test_a_half_written_file_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
     build_and_be_killed(
         toy,
-        "_files._open_unnamed = lambda folder: None",
-        "_files.os.fsync = lambda handle: os.kill(os.getpid(), 9)",
+        "files._open_unnamed = lambda folder: None",
+        "files.os.fsync = lambda handle: os.kill(os.getpid(), 9)",
         make="lambda request: Path(request.engine).write_bytes(b'engine')",
     )
     (left,) = (toy.path / ENGINES).glob("[!.]*/.*.tmp")
@@ -403,14 +416,15 @@ def test_ahead_of_time_everything_is_unproven(toy: Bundle) -> None:
         assert engine.path.parent.name.startswith("any-sm89-sm120-tensorrt-rtx-")
     assert {r.targets for r in make.requests} == {("8.9", "12.0")}
     assert {r.timing_cache for r in make.requests} == {None}
+    assert {r.device for r in make.requests} == {None}
     for capability, fits in (("8.9", True), ("12.0", True), ("8.6", False)):
-        machine = Machine(Gpu("any", capability), RTX, engines[0].sidecar.tensorrt_version, "1")
+        target = EngineTarget(Gpu("any", capability), RTX, engines[0].sidecar.tensorrt_version, "1")
         if fits:
-            offered = candidates(toy, machine)
-            assert [(s.precision, s.proven) for s in offered] == [("fp16", False), ("tf32", False)]
+            offered = candidates(toy, target)
+            assert [engines.precision for engines in offered] == ["fp16", "tf32"]
         else:
             with pytest.raises(BackendError, match=r"targets are 8\.9, 12\.0"):
-                candidates(toy, machine)
+                candidates(toy, target)
 
 
 @pytest.mark.parametrize("role", ["encoder", "decoder"])
@@ -459,8 +473,8 @@ def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
     [
         ({"max_objects": 0}, "max_objects: got 0, expected a whole number of at least 1"),
         ({"max_points": -3}, "max_points: got -3, expected a whole number of at least 1"),
-        ({"max_images": 1.0}, r"max_images: got 1\.0, expected a whole number of at least 1"),
-        ({"max_images": True}, "max_images: got True, expected a whole number"),
+        ({"max_points": 1.0}, r"max_points: got 1\.0, expected a whole number of at least 1"),
+        ({"max_objects": True}, "max_objects: got True, expected a whole number"),
         ({"max_side": 32}, "max_side: got 32, expected a whole number of at least 64"),
         ({"workspace": 0}, "workspace: got 0, expected a positive number of bytes"),
         ({"device": -1}, "device: got -1, expected a whole number of at least 0"),
@@ -476,6 +490,10 @@ def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
             r"targets: got 'sm89', expected a compute capability such as 8\.9",
         ),
         ({"targets": ("8.9", "0.1")}, r"targets: got '0\.1', expected a compute capability"),
+        (
+            {"targets": ("8.9", "8.7", "9.0")},
+            r"targets: got 8\.7, 9\.0, expected some of 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, for",
+        ),
     ],
 )
 def test_options_that_make_no_sense(toy: Bundle, options: dict[str, Any], message: str) -> None:
@@ -486,15 +504,15 @@ def test_options_that_make_no_sense(toy: Bundle, options: dict[str, Any], messag
     assert not (toy.path / ENGINES).exists()
 
 
-def test_recipes_are_tried_in_the_order_of_the_ladder(toy: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("precision", "order"),
+    [(("fp32", "fp16"), ["fp16", "fp32"]), ("auto", [recipe.name for recipe in RECIPES])],
+)
+def test_recipes_are_tried_fastest_first(toy: Bundle, precision: Any, order: list[str]) -> None:
     prove = Prover(any__any=FEATURES_OFF)
     with pytest.raises(BuildError):
-        run(toy, prove=prove, precision=("fp32", "fp16"))
-    assert [pair[0] for pair in prove.seen] == ["fp16", "fp32"]
-    prove = Prover(any__any=FEATURES_OFF)
-    with pytest.raises(BuildError):
-        run(toy, prove=prove)
-    assert [pair[0] for pair in prove.seen] == [recipe.name for recipe in RECIPES]
+        run(toy, prove=prove, precision=precision)
+    assert [pair[0] for pair in prove.seen] == order
 
 
 def test_without_a_driver_the_way_ahead_of_time_is_shown(toy: Bundle) -> None:
@@ -518,24 +536,18 @@ def test_the_gate_of_a_build_runs_on_the_device_that_was_probed(
     toy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What runs on a GPU by default is called as it is declared."""
-    import sam3rt.backends.tensorrt as runtime
-
     opened: list[tuple[str, Device]] = []
 
     def open_platform(flavour: str, device: Device) -> str:
         opened.append((flavour, device))
         return "platform"
 
-    def backend(bundle: Bundle, engines: EngineSet, platform: str) -> EngineSet:
+    def backend(bundle: Bundle, engines: EngineSet, platform: str) -> Verdict:
         assert platform == "platform"
-        return engines
-
-    def prove(bundle: Bundle, engines: EngineSet) -> Verdict:
         return FEATURES_OFF if engines.encoder.sidecar.recipe == "fp16" else FINE
 
-    monkeypatch.setattr(runtime, "open_platform", open_platform)
-    monkeypatch.setattr(runtime, "TensorRtBackend", backend)
-    monkeypatch.setattr(runtime, "prove", prove)
+    monkeypatch.setattr(build, "open_platform", open_platform)
+    monkeypatch.setattr(build, "TensorRtBackend", backend)
     encoder, *_ = build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), device=DEVICE)
     assert encoder.sidecar.recipe == "bf16"
     assert opened == [(RTX, DEVICE)] * 2

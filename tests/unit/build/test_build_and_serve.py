@@ -17,10 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from tests.support import build_helpers  # noqa: F401  (puts the helpers of the runtime tests on the path)
 from tests.support.fake_tensorrt import engine_content
-from tests.support.tensorrt_helpers import VERSION, Rig, make_rig
+from tests.support.tensorrt_helpers import Rig, make_rig
 
 import sam3rt
-from sam3rt.backends.tensorrt import Platform
+from sam3rt.backends.tensorrt import TensorRtBackend
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt_build import build as build_module
 from sam3rt_build.build import BuildOptions, build_bundle
@@ -31,11 +31,9 @@ from sam3rt_build.builder_process import EngineRequest
 def rig(default_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     """The bundled model on a fake GPU."""
     rig = make_rig(default_bundle, tmp_path, monkeypatch)
-
-    def platform(flavour: str, device: Any) -> Platform:
-        return rig.platform
-
-    monkeypatch.setattr("sam3rt.backends.tensorrt.open_platform", platform)
+    monkeypatch.setattr(build_module, "open_platform", lambda flavour, device: rig.platform)
+    # Of TensorRT, a build asks its version before it hands over to another process.
+    monkeypatch.setattr(build_module, "_import", lambda backend: rig.trt)
     return rig
 
 
@@ -86,6 +84,10 @@ def swap_channels(outputs: dict[str, NDArray[Any]]) -> None:
         array[...] = array[:, ::-1].copy()
 
 
+def forbid_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam3rt.accuracy.select.verify", lambda *_: pytest.fail("proved again"))
+
+
 OPTIONS = BuildOptions(max_objects=4, max_points=16, max_side=2048)
 
 
@@ -99,7 +101,6 @@ def test_what_is_built_and_proved_is_what_serves(
     rig.perturbations["broken encoder"] = swap_channels
     rig.perturbations["broken decoder"] = lambda outputs: None
     maker = Maker(rig, tmp_path, broken={"fp16"})
-    monkeypatch.setattr(build_module, "_version", lambda backend: VERSION)
     said: list[str] = []
     engines = build_bundle(rig.bundle, OPTIONS, said.append, make=maker, device=rig.platform.device)
 
@@ -107,16 +108,18 @@ def test_what_is_built_and_proved_is_what_serves(
     assert states["encoder"] == ("bf16", "proven")
     assert states["decoder"] == ("fp16", "proven")
     assert states["preprocess"][1] == states["postprocess"][1] == "unproven"
-    assert any("refused" in line and "cosine" in line for line in said)
+    assert any(line.startswith("not fp16: ") and "cosine" in line for line in said)
     by_role = {engine.sidecar.role: engine.sidecar for engine in engines}
     assert by_role["decoder"].paired_with == by_role["encoder"].engine.sha256
     assert by_role["encoder"].parity["features 0 cosine"] > 0.999
 
+    forbid_proofs(monkeypatch)
     model = sam3rt.load_model(rig.bundle.path, backend="tensorrt", check_files=False)
     assert model.backend.precision == "bf16+fp16"
-    # What stands around the network was proved when it loaded.
-    now = {e.sidecar.role: e.sidecar.state for e in find_engines(rig.bundle)}
-    assert now == dict.fromkeys(("encoder", "decoder", "preprocess", "postprocess"), "proven")
+    # The build's own verdict serves, and what stands around the network was compared at loading.
+    assert isinstance(model.backend, TensorRtBackend)
+    assert model.backend.imaging.preprocess_allowed
+    assert model.backend.imaging.postprocess_allowed
     outcomes = []
     for each in (model, default_model):
         predictor = sam3rt.SAM3InteractiveImagePredictor(each, mask_dtype=bool)
@@ -136,7 +139,6 @@ def test_where_nothing_passes_nothing_is_served(
 
     rig.perturbations["broken decoder"] = one_nan
     rig.perturbations["broken encoder"] = lambda outputs: None
-    monkeypatch.setattr(build_module, "_version", lambda backend: VERSION)
     options = dataclasses.replace(OPTIONS, precision=("fp16", "fp32"))
     maker = Maker(rig, tmp_path, broken={"fp16", "fp32"})
     with pytest.raises(build_module.BuildError, match="nan"):

@@ -19,8 +19,9 @@ from sam3rt.model import SegmentationModel
 from sam3rt_build import compare
 from sam3rt_build.compare import LayerDifference, Side, compare_layers, compare_models, parse_side
 from sam3rt_build.errors import BuildError
+from sam3rt_build.graph_files import load_graph
 from sam3rt_build.recipes import Recipe
-from sam3rt_build.typed_graph import FeaturesType, load_graph
+from sam3rt_build.typed_graph import FeaturesType
 
 EXACT = ParityLimits(
     feature_error=5e-4, feature_cosine=0.999999, logit_error=1e-3, iou_error=1e-3, mask_iou=0.998

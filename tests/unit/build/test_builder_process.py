@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.support.build_helpers import toy_graph
 from sam3rt_build import builder_process
 from sam3rt_build.builder_process import EngineRequest, build_engine
 from sam3rt_build.errors import BuildError
-from sam3rt_build.typed_graph import save_graph
+from sam3rt_build.graph_files import save_graph
 
 
 def toy(folder: Path, operator: str = "MatMul") -> Path:
@@ -119,6 +120,7 @@ def test_the_process_gets_the_whole_request_and_the_right_flavour(
         "tf32": True,
         "workspace": None,
         "timing_cache": None,
+        "device": None,
     }
     # Where sam3rt is not installed, the process finds it all the same.
     places = (tmp_path / "path.txt").read_text().strip().split(os.pathsep)
@@ -131,3 +133,36 @@ def test_what_tensorrt_cannot_do_is_named(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="Det"):
         build_engine(request(graph, profile={}))
     assert names(tmp_path) == ["toy.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        (None, None, None),
+        (None, "2,3", "2,3"),
+        (0, None, "0"),
+        (1, None, "1"),
+        (1, "2,3", "3"),
+        (0, "GPU-8932f937, GPU-25a2", "GPU-8932f937"),
+        (1, "GPU-8932f937, GPU-25a2", "GPU-25a2"),
+    ],
+)
+def test_a_build_sees_the_gpu_that_it_is_for_and_no_other(
+    device: int | None,
+    visible: str | None,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str | None] = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(builder_process.subprocess, "run", run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    build_engine(request(tmp_path / "toy.onnx", targets=(), device=device))
+    assert seen == [expected]

@@ -14,13 +14,15 @@ import onnx
 import pytest
 import tensorrt_rtx as trt
 
-from sam3rt.backends.tensorrt.engines import EngineSidecar, find_engines
+from sam3rt.backends.tensorrt.engines import find_engines
+from sam3rt.backends.tensorrt.sidecar import EngineSidecar
 from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.files import sha256_file
 from sam3rt.cli import main
+from sam3rt_build.graph_files import load_graph, save_graph
 from sam3rt_build.recipes import RECIPES, Recipe
-from sam3rt_build.typed_graph import Role, apply_recipe, load_graph, save_graph
+from sam3rt_build.typed_graph import Role, apply_recipe
 
 LOGGER = trt.Logger(trt.Logger.ERROR)
 _STRONGLY_TYPED = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -203,14 +205,14 @@ def test_options_reach_the_build(asked: list[Any]) -> None:
     bundle = str(default_bundle_path())
     several = ["--target", "8.9", "--target", "sm89", "--target", "12.0"]
     recipes = ["--precision", "tf32", "--precision", "fp16"]
-    sizes = ["--max-objects", "3", "--max-points", "5", "--max-images", "2", "--max-side", "640"]
+    sizes = ["--max-objects", "3", "--max-points", "5", "--max-side", "640"]
     others = ["--workspace", "2", "--device", "1", "--backend", "tensorrt-rtx"]
     assert main(["build", bundle, *several, *recipes, *sizes, *others]) == 0
     (options,) = asked
     assert options.targets == ("8.9", "12.0")
     assert options.precision == ("tf32", "fp16")
     assert (options.max_objects, options.max_points) == (3, 5)
-    assert (options.max_images, options.max_side) == (2, 640)
+    assert options.max_side == 640
     assert (options.workspace, options.device) == (2 << 20, 1)
     assert main(["build", bundle, "--precision", "fp16", "--precision", "auto"]) == 0
     assert asked[1].precision == "auto"

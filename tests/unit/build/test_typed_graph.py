@@ -22,24 +22,18 @@ from tests.support.build_helpers import (
     scale_weight,
 )
 
-from sam3rt.accuracy.record import load_record, relative_error
+from sam3rt.accuracy.metrics import relative_error
+from sam3rt.accuracy.record import load_record
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.errors import BundleError
 from sam3rt.geometry import preprocess
-from sam3rt_build import typed_graph
+from sam3rt_build import graph_files
 from sam3rt_build.errors import BuildError, RecipeError
+from sam3rt_build.graph_files import load_graph, mark_layers, save_graph
 from sam3rt_build.recipes import RECIPES, Recipe, recipe_named
-from sam3rt_build.typed_graph import (
-    Role,
-    apply_recipe,
-    load_graph,
-    mark_layers,
-    node_types,
-    save_graph,
-    scope_of,
-    simulate,
-)
+from sam3rt_build.simulated import simulate
+from sam3rt_build.typed_graph import Role, apply_recipe, node_types, scope_of
 
 ATTENTION = ("attention", "self_attention", "token_to_image", "image_to_token", "final")
 KINDS = {
@@ -462,7 +456,7 @@ def test_large_weights_lie_beside_the_graph(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(typed_graph, "_EXTERNAL_BYTES", 1 << 20)
+    monkeypatch.setattr(graph_files, "_EXTERNAL_BYTES", 1 << 20)
     model = load_graph(default, "decoder")
     (beside,) = save_graph(model, tmp_path / "decoder.onnx")
     assert beside == tmp_path / "decoder.onnx.data"

@@ -1,25 +1,22 @@
 """The TensorRT backend, for the modules ``tensorrt`` and ``tensorrt_rtx``.
 
 Both offer the same runtime API under two names. Engines are built beforehand by ``sam3rt build``;
-here they are chosen, checked, proved where they have not been, and run. Importing this package
-imports neither TensorRT nor CUDA.
+here they are found, checked and run. Importing this package imports neither TensorRT nor CUDA.
+
+``offer`` is where loading begins, ``engines`` and ``sidecar`` say which engines fit, ``backend``
+runs a set of them: through a ``lane`` of the ``pool``, which drives ``trt`` and ``cuda``.
 """
 
 from __future__ import annotations
 
-from .backend import TensorRtBackend
-from .loading import offer_tensorrt, offer_tensorrt_rtx, open_set, open_tensorrt, open_tensorrt_rtx
-from .platform import Platform, open_platform
-from .proof import prove
+from .backend import Platform, TensorRtBackend, open_platform
+from .offer import offer_tensorrt, offer_tensorrt_rtx, open_engines
 
 __all__ = [
     "Platform",
     "TensorRtBackend",
     "offer_tensorrt",
     "offer_tensorrt_rtx",
+    "open_engines",
     "open_platform",
-    "open_set",
-    "open_tensorrt",
-    "open_tensorrt_rtx",
-    "prove",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,38 +14,89 @@ from numpy.typing import NDArray
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, EmbeddingError
 from ...features import Features
-from ...geometry import ImageGeometry, geometry
+from ...geometry import ImageGeometry
+from ...masks import MaskOptions, clean_all
 from ...prompts import PackedPrompts
-from .engines.selection import EngineFile, EngineSet
+from ...timer import StageListener, timed
+from ..base import Backend
+from .cuda import Cuda, Device
+from .engines import EngineFile, EngineSet, EngineTarget
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
-from .lanes import Lane, LanePool
+from .lane import Lane
 from .memory import Block, Memory
 from .network import Network
-from .platform import Platform
-from .shapes import all_classes
-from .trt import Engine
+from .pool import LanePool
+from .sidecar import BackendName
+from .trt import Engine, Library
 
 _LOG = logging.getLogger(__name__)
-
-_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 # Calls at a time. One thread's decoding leaves the GPU idle while it copies masks; more than a
 # few take turns on it anyway.
 _LANES = 4
 
 
-class TensorRtBackend:
+@dataclass(frozen=True)
+class Platform:
+    """One GPU and the libraries for it, ready to use.
+
+    Attributes:
+        device: what the driver says of the GPU.
+        cuda: its memory, streams and graphs.
+        library: the TensorRT flavour.
+    """
+
+    device: Device
+    cuda: Cuda
+    library: Library
+
+    @property
+    def target(self) -> EngineTarget:
+        """What engines have to fit."""
+        return EngineTarget(
+            self.device.gpu,
+            self.library.flavour,
+            self.library.version,
+            self.device.driver_version,
+        )
+
+
+def open_platform(flavour: BackendName, device: Device) -> Platform:
+    """Load the libraries for a GPU.
+
+    Ask the driver first, with :func:`.cuda.probe`: TensorRT ends the process where it finds none.
+
+    Args:
+        flavour: which TensorRT.
+        device: what the driver said.
+
+    Raises:
+        BackendError: cuda-python or TensorRT is missing, or does not fit the driver; the message
+            says what to do.
+    """
+    cuda = Cuda(device.index)
+    with cuda.active():
+        return Platform(device, cuda, Library(flavour))
+
+
+class TensorRtBackend(Backend):
     """Runs one set of engines on one GPU.
 
     Engines are loaded, and memory for one call is taken, at once. A call queues its work on a
-    stream of its own and waits for it, so that several threads can be served at a time.
+    stream of its own and waits for it, so that several threads can be served at a time. Images and
+    masks of sizes that the device can resize are resized there, once that is allowed; see
+    :class:`.imaging.DeviceImaging`.
 
     Args:
         bundle: the bundle the engines were built from.
         engines: the set, as chosen for this machine.
         platform: the GPU and the libraries.
         lanes: calls at a time, at most.
+
+    Attributes:
+        engines: the set.
+        imaging: pre- and postprocessing on the device, as far as there are engines for it.
 
     Raises:
         BundleError: an engine file is missing or was changed.
@@ -55,164 +107,127 @@ class TensorRtBackend:
     def __init__(
         self, bundle: Bundle, engines: EngineSet, platform: Platform, lanes: int = _LANES
     ) -> None:
-        self._platform = platform
+        self.name = platform.library.flavour
         self.engines = engines
+        self._platform = platform
         cuda = platform.cuda
-        cuda.activate()
-        self._memory = Memory(cuda)
-        network = Network(bundle, self._load(engines.encoder), self._load(engines.decoder))
+        memory = Memory(cuda)
+        with cuda.active():
+            network = Network(bundle, self._load(engines.encoder), self._load(engines.decoder))
+            imaging = DeviceImaging(
+                bundle.manifest,
+                self._load_optional(engines.preprocess),
+                self._load_optional(engines.postprocess),
+                cuda,
+                memory,
+            )
+            self._pool = LanePool(
+                lambda encodes: Lane(network, cuda, memory, imaging, encodes), lanes, cuda, memory
+            )
         self._network = network
-        self._image_spec = bundle.manifest.image
-        self._imaging = imaging = DeviceImaging(
-            bundle.manifest,
-            self._load_optional(engines.preprocess),
-            self._load_optional(engines.postprocess),
+        self.imaging = imaging
+        super().__init__(
+            bundle,
+            f"cuda:{cuda.index}",
+            engines.precision,
+            objects_at_once=network.limits.objects,
         )
-        memory = self._memory
-        self._pool = LanePool(
-            lambda wide: Lane(network, cuda, memory, imaging, wide), lanes, cuda, memory
-        )
-        _LOG.info(
-            "%s %s on %s (%s, sm %s): %s",
-            self.name,
-            platform.library.version,
-            self.device,
-            platform.device.gpu.name,
-            platform.device.gpu.compute_capability,
-            self.precision,
-        )
-
-    @property
-    def name(self) -> str:
-        """``"tensorrt"`` or ``"tensorrt-rtx"``."""
-        return self._platform.library.flavour
-
-    @property
-    def device(self) -> str:
-        """Such as ``"cuda:0"``."""
-        return f"cuda:{self._platform.cuda.index}"
-
-    @property
-    def precision(self) -> str:
-        """The engines' recipe, or ``"ENCODER+DECODER"`` where theirs differ."""
-        return self.engines.precision
-
-    @property
-    def imaging(self) -> DeviceImaging:
-        """Pre- and postprocessing on the device, as far as there are engines for it."""
-        return self._imaging
+        _LOG.info("%s on %s: %s", self.versions(), platform.device.gpu, self.precision)
 
     def prepare(self) -> None:
         """Run the decoder once for one object, so that the first prompt meets a recorded graph."""
         maps = [np.zeros(s.shape, np.float32) for s in self._network.features.slots.values()]
         features = self.upload(maps)
-        for shape in all_classes(self._network.limits):
-            if shape.objects == 1 and shape.points <= 8:
-                prompts = PackedPrompts(
-                    np.zeros((1, shape.points, 2), np.float32),
-                    np.zeros((1, shape.points), np.int64),
-                    None,
-                )
-                self.decode(features, prompts, self._network.output_names)
+        for points in sorted({min(points, self._network.limits.points) for points in (4, 8)}):
+            prompts = PackedPrompts(
+                np.zeros((1, points, 2), np.float32), np.zeros((1, points), np.int64), None
+            )
+            self.decode(features, prompts, self._network.output_names)
 
     def versions(self) -> dict[str, str]:
         """Versions of TensorRT and the driver."""
         library = self._platform.library
-        return {library.flavour: library.version, "driver": self._platform.device.driver_version}
-
-    def encode(self, pixels: NDArray[np.float32]) -> DeviceFeatures:
-        """Run the encoder on float32 [1, 3, H, W].
-
-        Raises:
-            BackendError: the GPU failed, for example for lack of memory.
-        """
-        with self._pool.lane(wide=True) as lane:
-            return self._features(lane.encode(pixels))
-
-    def decode(
-        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
-        """Run the decoder; only the named outputs are brought to the host.
-
-        More objects than the engine takes are decoded in several runs.
-
-        Raises:
-            EmbeddingError: the features belong to another backend.
-            BackendError: there are more points than the engine takes, or the GPU failed.
-        """
-        block = self._block(features)
-        with self._pool.lane(holding=block) as lane:
-            runs = [lane.decode(block, part, outputs)[0] for part in self._parts(prompts)]
-        return [_joined(parts, 1) for parts in zip(*runs, strict=True)]
+        return {self.name: library.version, "driver": self._platform.device.driver_version}
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
+        self.check_process()
         with self._pool.lane() as lane:
             return self._features(lane.upload(maps))
 
-    def preprocesses(self, place: ImageGeometry) -> bool:
-        """Whether :meth:`encode_image` takes images of that size."""
-        return self._imaging.preprocess_allowed and self._imaging.preprocess_fits(place)
+    def _encode(self, pixels: NDArray[np.float32]) -> DeviceFeatures:
+        with self._pool.lane(encode=True) as lane:
+            return self._features(lane.encode(pixels))
 
-    def encode_image(self, image: NDArray[np.uint8], place: ImageGeometry) -> DeviceFeatures:
-        """Preprocess uint8 [H, W, 3] on the device and run the encoder.
+    def _decode(
+        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        self._check_points(prompts)
+        block = self._block(features)
+        with self._pool.lane(holding=block) as lane:
+            return lane.decode(block, prompts, outputs)
 
-        Raises:
-            BackendError: the GPU failed.
-        """
-        with self._pool.lane(wide=True) as lane:
-            matrices = self._imaging.resize_matrices(place, lane.upload_block)
-            return self._features(lane.encode_image(image, matrices))
-
-    def pixels(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The device's preprocessing of uint8 [H, W, 3] alone, allowed or not.
-
-        Returns:
-            Float32 [1, 3, S, S], the encoder's input.
-        """
-        place = geometry(self._image_spec, (image.shape[0], image.shape[1]))
-        with self._pool.lane(wide=True) as lane:
-            matrices = self._imaging.resize_matrices(place, lane.upload_block)
-            return lane.pixels(image, matrices)
-
-    def upsamples(self, place: ImageGeometry) -> bool:
-        """Whether :meth:`decode_masks` and :meth:`upsample` make masks of that size."""
-        return self._imaging.postprocess_allowed and self._imaging.postprocess_fits(place)
+    def encode_image(
+        self,
+        image: NDArray[np.uint8],
+        geometry: ImageGeometry,
+        on_stage: StageListener | None = None,
+    ) -> Features:
+        """Preprocess an image, on the device where it may and can, and run the encoder."""
+        if not (self.imaging.preprocess_allowed and self.imaging.preprocess_fits(geometry)):
+            return super().encode_image(image, geometry, on_stage)
+        self.check_process()
+        with timed("encode", on_stage), self._pool.lane(encode=True) as lane:
+            return self._features(lane.encode_image(image, geometry))
 
     def decode_masks(
         self,
         features: Features,
         prompts: PackedPrompts,
         outputs: Sequence[str],
-        place: ImageGeometry,
-        threshold: float,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
-        """Like :meth:`decode`, with masks of the image's size made on the device.
+        geometry: ImageGeometry,
+        options: MaskOptions,
+        on_stage: StageListener | None = None,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[Any]]:
+        """Run the decoder and make masks, on the device where it may and can.
 
-        Returns:
-            The outputs, and masks, uint8 [P, C, H, W] of 0 and 1.
-
-        Raises:
-            EmbeddingError: the features belong to another backend.
-            BackendError: there are more points than the engine takes, or the GPU failed.
+        Masks cross the bus as one byte per pixel. Holes are found on the host either way.
         """
-        block = self._block(features)
-        runs, masks = [], []
-        with self._pool.lane(holding=block) as lane:
-            matrices = self._imaging.upsampling_matrices(place, lane.upload_block)
-            for part in self._parts(prompts):
-                found, upsampled = lane.decode(block, part, outputs, (matrices, threshold))
-                runs.append(found)
-                masks.append(upsampled)
-        return (
-            [_joined(parts, 1) for parts in zip(*runs, strict=True)],
-            _joined([part for part in masks if part is not None], 0),
-        )
+        on_device = self.imaging.postprocess_allowed and self.imaging.postprocess_fits(geometry)
+        if not on_device or options.return_logits or not len(prompts.labels):
+            return super().decode_masks(features, prompts, outputs, geometry, options, on_stage)
+        threshold = options.threshold
+        if options.max_hole_area > 0 or options.max_sprinkle_area > 0:
+            with timed("decode", on_stage):
+                results = self.decode(features, prompts, outputs)
+            with timed("postprocess", on_stage):
+                cleaned = clean_all(
+                    results[0][0], threshold, options.max_hole_area, options.max_sprinkle_area
+                )
+                masks = self.upsample(cleaned, geometry, threshold)
+        else:
+            self.check_process()
+            self._check_points(prompts)
+            block = self._block(features)
+            with timed("decode", on_stage), self._pool.lane(holding=block) as lane:
+                runs = [
+                    lane.decode_masks(block, part, outputs, geometry, threshold)
+                    for part in prompts.split(self._network.limits.objects)
+                ]
+            found = zip(*(arrays for arrays, _ in runs), strict=True)
+            results = [_joined(parts, axis=1) for parts in found]
+            masks = _joined([part for _, part in runs], axis=0)
+        return results, masks.astype(options.dtype, copy=False)
 
     def upsample(
-        self, logits: NDArray[np.float32], place: ImageGeometry, threshold: float
+        self, logits: NDArray[np.float32], geometry: ImageGeometry, threshold: float
     ) -> NDArray[np.uint8]:
-        """Upsample and threshold float32 [P, C, h, w] on the device.
+        """Upsample and threshold on the device, allowed or not.
+
+        Args:
+            logits: float32 [P, C, h, w].
+            geometry: of the image; its size must fit the engine.
+            threshold: logits above it are foreground.
 
         Returns:
             Masks, uint8 [P, C, H, W] of 0 and 1.
@@ -222,30 +237,32 @@ class TensorRtBackend:
         """
         step = self._network.limits.objects
         with self._pool.lane() as lane:
-            matrices = self._imaging.upsampling_matrices(place, lane.upload_block)
             masks = [
-                lane.upsample(logits[first : first + step], matrices, threshold)
+                lane.upsample(logits[first : first + step], geometry, threshold)
                 for first in range(0, len(logits), step)
             ]
-        return _joined(masks, 0)
+        return _joined(masks, axis=0)
 
-    def _parts(self, prompts: PackedPrompts) -> list[PackedPrompts]:
-        """Prompts in as many parts as the engine needs for their objects."""
-        objects, points = prompts.labels.shape
-        limits = self._network.limits
-        if points > limits.points:
+    def pixels(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> NDArray[np.float32]:
+        """The device's preprocessing of uint8 [H, W, 3] alone, allowed or not.
+
+        Returns:
+            Float32 [1, 3, S, S], the encoder's input.
+
+        Raises:
+            BackendError: the GPU failed.
+        """
+        with self._pool.lane(encode=True) as lane:
+            return lane.pixels(image, geometry)
+
+    def _check_points(self, prompts: PackedPrompts) -> None:
+        points, most = prompts.labels.shape[1], self._network.limits.points
+        if points > most:
             raise BackendError(
                 f"{points} points for one object, corners and padding included; this engine "
-                f"takes {limits.points}. Build one that takes more: sam3rt build --max-points "
+                f"takes {most}. Build one that takes more: sam3rt build --max-points "
                 f"{1 << (points - 1).bit_length()}"
             )
-        shared = prompts.masks is None or len(prompts.masks) == 1
-        parts = []
-        for first in range(0, objects, limits.objects):
-            part = slice(first, first + limits.objects)
-            masks = prompts.masks if shared or prompts.masks is None else prompts.masks[part]
-            parts.append(PackedPrompts(prompts.points[part], prompts.labels[part], masks))
-        return parts
 
     def _features(self, block: Block) -> DeviceFeatures:
         return DeviceFeatures(
@@ -280,6 +297,6 @@ class TensorRtBackend:
         return self._platform.library.load(content, name)
 
 
-def _joined(parts: Sequence[NDArray[_Scalar]], axis: int) -> NDArray[_Scalar]:
+def _joined(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:
     """The parts along an axis; one part, the usual case, as it is."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)

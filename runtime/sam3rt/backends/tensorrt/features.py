@@ -11,7 +11,7 @@ from ...features import DeviceArray, Features
 from .memory import Block, Layout
 
 if TYPE_CHECKING:
-    from .lanes import LanePool
+    from .pool import LanePool
 
 
 class DeviceFeatures(Features):
@@ -55,6 +55,7 @@ class DeviceFeatures(Features):
 
     def arrays(self) -> tuple[DeviceArray, ...]:
         """The maps where they lie, in the type they have between the engines."""
+        self.block.mark_exported()
         return tuple(
             DeviceArray(
                 self.block.address + slot.offset, slot.shape, slot.dtype, self._device, self.block

@@ -1,8 +1,8 @@
 """Device and pinned memory with owners, and how tensors lie in it.
 
-What an owner leaves behind is queued when the owner dies and given back at the next call into
-the backend, not on the spot: Python may collect an object at any moment and in any thread, and
-CUDA forbids freeing memory while a graph is being recorded.
+When an owner dies, its memory is queued, and given back at the next call into the backend. It is
+not given back on the spot: Python may collect an object at any moment and in any thread, and CUDA
+forbids freeing memory while a graph is being recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError
-from .cuda.api import Cuda
+from .cuda import Cuda
 
 ALIGNMENT = 256
 # Feature maps of one model are all of one size: a few spare blocks save cudaMalloc and cudaFree,
@@ -80,6 +80,21 @@ class Layout:
         return min(s.offset for s in slots), max(s.offset + s.nbytes for s in slots)
 
 
+@dataclass
+class _Allocation:
+    """Device memory whose owner may be gone.
+
+    Attributes:
+        address: where it begins.
+        nbytes: its size.
+        exported: whether another library may still be reading it on a stream of its own.
+    """
+
+    address: int
+    nbytes: int
+    exported: bool = False
+
+
 class Block:
     """Device memory, given back after this object dies.
 
@@ -88,14 +103,22 @@ class Block:
         nbytes: its size.
     """
 
-    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
-        # Whoever has something to give back keeps alive what takes it.
+    def __init__(self, memory: Memory, allocation: _Allocation) -> None:
+        # The memory pool must outlive what is given back to it.
         self._memory = memory
-        self.address = address
-        self.nbytes = nbytes
+        self._allocation = allocation
+        self.address = allocation.address
+        self.nbytes = allocation.nbytes
+
+    def mark_exported(self) -> None:
+        """Another library is given the address: the memory is never used again without a halt.
+
+        A consumer says that it is done when its work is queued, not when it has run.
+        """
+        self._allocation.exported = True
 
 
-class Staging:
+class PinnedBuffer:
     """Pinned host memory, given back after this object dies.
 
     Attributes:
@@ -113,28 +136,32 @@ class _SpareBlocks:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._lock = threading.Lock()
-        self._blocks: dict[int, list[int]] = {}
+        self._blocks: dict[int, list[_Allocation]] = {}
 
-    def take(self, nbytes: int) -> int | None:
+    def take(self, nbytes: int) -> _Allocation | None:
         with self._lock:
             blocks = self._blocks.get(nbytes)
             return blocks.pop() if blocks else None
 
-    def keep(self, block: tuple[int, int]) -> None:
-        address, nbytes = block
-        with self._lock:
-            blocks = self._blocks.setdefault(nbytes, [])
-            if len(blocks) < _SPARE_BLOCKS:
-                blocks.append(address)
-                return
-        self._cuda.free(address)
+    def keep(self, allocation: _Allocation) -> None:
+        """Keep memory for the next block, or give it back where there is enough.
+
+        Memory that was exported is always given back: that waits until the device is idle.
+        """
+        if not allocation.exported:
+            with self._lock:
+                blocks = self._blocks.setdefault(allocation.nbytes, [])
+                if len(blocks) < _SPARE_BLOCKS:
+                    blocks.append(allocation)
+                    return
+        self._cuda.free(allocation.address)
 
     def free_all(self) -> None:
         with self._lock:
-            addresses = [address for blocks in self._blocks.values() for address in blocks]
+            spare = [allocation for blocks in self._blocks.values() for allocation in blocks]
             self._blocks.clear()
-        for address in addresses:
-            self._cuda.free(address)
+        for allocation in spare:
+            self._cuda.free(allocation.address)
 
 
 class Memory:
@@ -157,7 +184,7 @@ class Memory:
         Raises:
             BackendError: there is not enough; spare blocks have been given back by then.
         """
-        block = Block(self, self._obtain(nbytes), nbytes)
+        block = Block(self, _Allocation(self._obtain(nbytes), nbytes))
         self.give_back_after(block, self._cuda.free, block.address)
         return block
 
@@ -168,17 +195,17 @@ class Memory:
             BackendError: see :meth:`allocate`.
         """
         self.collect()
-        address = self._spare.take(nbytes)
-        block = Block(self, self._obtain(nbytes) if address is None else address, nbytes)
-        self.give_back_after(block, self._spare.keep, (block.address, nbytes))
+        allocation = self._spare.take(nbytes) or _Allocation(self._obtain(nbytes), nbytes)
+        block = Block(self, allocation)
+        self.give_back_after(block, self._spare.keep, allocation)
         return block
 
-    def staging(self, nbytes: int) -> Staging:
+    def allocate_pinned(self, nbytes: int) -> PinnedBuffer:
         """Pinned host memory."""
         self.collect()
-        staging = Staging(self, self._cuda.allocate_host(nbytes))
-        self.give_back_after(staging, self._cuda.free_host, staging.array)
-        return staging
+        buffer = PinnedBuffer(self, self._cuda.allocate_host(nbytes))
+        self.give_back_after(buffer, self._cuda.free_host, buffer.array)
+        return buffer
 
     def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
         """Call ``give_back(what)`` some time after the owner has died."""
@@ -197,6 +224,33 @@ class Memory:
             return self._cuda.allocate(nbytes)
 
 
+class GrowingBuffer:
+    """Device and pinned memory that is replaced when more is needed.
+
+    Args:
+        memory: gives it.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._block: Block | None = None
+        self._pinned: PinnedBuffer | None = None
+
+    def block(self, nbytes: int) -> Block:
+        """Device memory of at least that size. The stream must be idle if it is larger."""
+        if self._block is None or self._block.nbytes < nbytes:
+            self._block = None
+            self._block = self._memory.allocate(nbytes)
+        return self._block
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Pinned memory of that size."""
+        if self._pinned is None or len(self._pinned.array) < nbytes:
+            self._pinned = None
+            self._pinned = self._memory.allocate_pinned(nbytes)
+        return self._pinned.array[:nbytes]
+
+
 def aligned(nbytes: int) -> int:
     """The next multiple of TensorRT's alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -213,7 +267,6 @@ def _give_back(left: deque[_Release]) -> None:
 
 def _give_back_all(cuda: Cuda, left: deque[_Release], spare: _SpareBlocks) -> None:
     """The end of a backend. The device may be lost by then, and nobody can act on that."""
-    with contextlib.suppress(BackendError):
-        cuda.activate()
+    with contextlib.suppress(BackendError), cuda.active():
         _give_back(left)
         spare.free_all()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ...bundle import Bundle, GraphSpec
+from ...bundle.contract import (
+    HAS_MASKS,
+    LABELS,
+    MASKS,
+    MULTIMASK_OUTPUTS,
+    OBJECT_SCORE,
+    POINTS,
+    SINGLE_MASK_OUTPUTS,
+    LoadedTensor,
+    signature_mismatch,
+)
 from ...errors import BackendError
 from .memory import Layout
 from .shapes import Limits, ShapeClass
-from .trt import Engine, Tensor
+from .trt import Engine
 
-POINTS, LABELS = "input_points", "input_labels"
-MASKS, HAS_MASKS = "input_masks", "has_input_masks"
 # Not the decoder's: the threshold travels in the same block as the prompts.
 THRESHOLD = "threshold"
 _FLOATS = (np.float32, np.float16)
@@ -43,8 +50,8 @@ class Network:
         self.encoder = encoder
         self.decoder = decoder
         self.mask_size = manifest.prompts.mask_size
-        _check_names("encoder", encoder, manifest.encoder)
-        _check_names("decoder", decoder, manifest.decoder)
+        _check("encoder", encoder, manifest.encoder)
+        _check("decoder", decoder, manifest.decoder)
         self.pixels = encoder.tensors[manifest.encoder.inputs[0].name]
         self.pixels_shape = (1, 3, *manifest.image.size)
         self.feature_names = tuple(spec.name for spec in manifest.encoder.outputs)
@@ -62,7 +69,9 @@ class Network:
             spec.name: (spec.shape, decoder.tensors[spec.name].dtype)
             for spec in manifest.decoder.outputs
         }
-        self.output_names = _contiguous_order(tuple(self._outputs))
+        # What both kinds of call want stands in the middle, so that either is one copy to the host.
+        order = (*MULTIMASK_OUTPUTS, OBJECT_SCORE, *SINGLE_MASK_OUTPUTS)
+        self.output_names = tuple(name for name in order if name in self._outputs)
         points = decoder.tensors[POINTS].most
         self.limits = Limits(points[1], points[2])
         own_masks = decoder.tensors[MASKS].most[1]
@@ -106,41 +115,15 @@ class Network:
         return ShapeClass(self.limits.objects, self.limits.points, self.limits.objects)
 
 
-def _check_names(role: str, engine: Engine, graph: GraphSpec) -> None:
-    for kind, promised, is_input in (
-        ("inputs", graph.inputs, True),
-        ("outputs", graph.outputs, False),
-    ):
-        found = {t.name: t for t in engine.tensors.values() if t.is_input == is_input}
-        wanted = {spec.name: spec.shape for spec in promised}
-        if set(found) != set(wanted):
-            raise BackendError(
-                f"the {role} engine has the {kind} {sorted(found)}, the bundle's {role} "
-                f"{sorted(wanted)}: build it again"
-            )
-        for name, shape in wanted.items():
-            if not _agree(found[name], shape):
-                raise BackendError(
-                    f"the {role} engine's {name} is of shape {found[name].shape}, the bundle's "
-                    f"of {shape}: build it again"
-                )
-
-
-def _agree(tensor: Tensor, shape: Sequence[int | str]) -> bool:
-    """Whether all sizes that both sides fix are equal."""
-    return len(tensor.shape) == len(shape) and all(
-        built == promised
-        for built, promised in zip(tensor.shape, shape, strict=True)
-        if isinstance(promised, int) and built != -1
+def _check(role: str, engine: Engine, graph: GraphSpec) -> None:
+    inputs, outputs = (
+        [
+            LoadedTensor(tensor.name, tensor.dtype.name, tensor.shape)
+            for tensor in engine.tensors.values()
+            if tensor.is_input == is_input
+        ]
+        for is_input in (True, False)
     )
-
-
-def _contiguous_order(names: Sequence[str]) -> tuple[str, ...]:
-    """An order in which both a multi-mask and a single-mask call want neighbours.
-
-    What both want stands in the middle: then either is one copy to the host.
-    """
-    single = [name for name in names if name.startswith("single_")]
-    multi = [name for name in names if name in [s.removeprefix("single_") for s in single]]
-    both = [name for name in names if name not in (*single, *multi)]
-    return (*multi, *both, *single)
+    mismatch = signature_mismatch(graph, inputs, outputs, is_retyped=True)
+    if mismatch:
+        raise BackendError(f"the {role} engine {mismatch}: build it again")

@@ -55,16 +55,5 @@ def classify(objects: int, points: int, own_masks: bool, limits: Limits) -> Shap
     )
 
 
-def all_classes(limits: Limits) -> tuple[ShapeClass, ...]:
-    """Every class that the limits allow."""
-    classes = {
-        classify(objects, points, own, limits)
-        for objects in range(1, limits.objects + 1)
-        for points in range(limits.points + 1)
-        for own in (False, True)
-    }
-    return tuple(sorted(classes))
-
-
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

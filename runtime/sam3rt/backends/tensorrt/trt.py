@@ -18,15 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError
-from .engines.sidecar import BackendName
+from ..table import entry
+from .sidecar import BackendName
 
 _LOG = logging.getLogger(__name__)
 
-_MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_PACKAGES: dict[BackendName, str] = {
-    "tensorrt": "pip install 'sam3rt[gpu]', or on a Jetson the python3-libnvinfer of JetPack",
-    "tensorrt-rtx": "pip install 'sam3rt[rtx]'",
-}
 _DTYPES: dict[str, type[np.generic]] = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -64,7 +60,7 @@ class Tensor:
 
 
 class Library:
-    """One flavour of TensorRT, imported. Ask the driver first: see :mod:`.cuda.driver`.
+    """One flavour of TensorRT, imported. Ask the driver first: see :func:`.cuda.probe`.
 
     Args:
         flavour: which.
@@ -75,12 +71,13 @@ class Library:
 
     def __init__(self, flavour: BackendName) -> None:
         self.flavour = flavour
+        known = entry(flavour)
+        module = known.modules[0]
         try:
-            self._trt = importlib.import_module(_MODULES[flavour])
+            self._trt = importlib.import_module(module)
         except (ImportError, OSError, RuntimeError) as error:
             raise BackendError(
-                f"the {flavour} backend needs the Python module {_MODULES[flavour]} "
-                f"({error}): {_PACKAGES[flavour]}"
+                f"the {flavour} backend needs the Python module {module} ({error}): {known.hint}"
             ) from error
         self.version = str(self._trt.__version__)
         self._trt_logger, self._messages = _logger_of(self._trt)

@@ -19,9 +19,10 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import photo
 from tests.golden.sam3 import synthetic
-from tests.support import golden
-from tests.support.fake_cuda import CudaMisuse
-from tests.support.golden import arguments_of
+from tests.golden.test_golden_mobile_sam import CASES as MOBILE_CASES
+from tests.golden.test_golden_mobile_sam import arguments_of
+from tests.golden.test_golden_sam3 import CASES as SAM3_CASES
+from tests.support.fake_cuda import CALLERS_GPU, CudaMisuse, FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -32,13 +33,9 @@ from sam3rt import (
     SAM3InteractiveImagePredictor,
     SegmentationModel,
 )
-from sam3rt.backends import ImagingBackend
-from sam3rt.backends.tensorrt.proof import allow_imaging
+from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import geometry
-
-SAM3_CASES = golden.sam3_cases()
-MOBILE_CASES = golden.mobile_sam_cases()
 
 TOLERANCE = 1e-4
 
@@ -79,7 +76,7 @@ def mobile(mobile_rig: Rig) -> SegmentationModel:
 
 def with_imaging(rig: Rig) -> SegmentationModel:
     model = rig.model()
-    allow_imaging(rig.bundle, model.backend, rig.platform.machine)
+    allow_imaging(model.backend)
     assert model.backend.imaging.preprocess_allowed
     assert model.backend.imaging.postprocess_allowed
     return model
@@ -189,7 +186,6 @@ def test_encoding_with_preprocessing_on_the_device(
     mobile_embeddings: dict[str, ImageEmbedding],
     chelsea: NDArray[np.uint8],
 ) -> None:
-    assert isinstance(mobile_imaging.backend, ImagingBackend)
     expected = mobile_embeddings["chelsea"]
     cuda = mobile_rig.cuda
     mobile_imaging.encode(chelsea)
@@ -464,6 +460,53 @@ def test_an_embedding_is_exported_where_it_lies(
     np.testing.assert_array_equal(exported, expected)
 
 
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_exported_memory_is_not_used_again(
+    is_exported: bool, mobile_rig: Rig, mobile_embeddings: dict[str, ImageEmbedding]
+) -> None:
+    """A consumer lets go when its work is queued: freeing waits for the device, reuse does not."""
+    model = mobile_rig.model(lanes=1)
+    embedding = moved(mobile_embeddings["chelsea"], model)
+    if is_exported:
+        np.from_dlpack(embedding)
+    del embedding
+    mobile_rig.cuda.log.clear()
+    moved(mobile_embeddings["chelsea"], model)
+    assert mobile_rig.cuda.count("allocate") == int(is_exported)
+
+
+def test_the_callers_gpu_is_the_current_one_again_after_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
+) -> None:
+    """The stand-in refuses every call for which ours is not the current one."""
+    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
+    rig.build()
+    rig.engine("preprocess")
+    rig.engine("postprocess")
+
+    def current() -> int:
+        assert rig.cuda.index != CALLERS_GPU
+        return rig.cuda.current
+
+    model = with_imaging(rig)
+    assert current() == CALLERS_GPU
+    model.warm_up()
+    embedding = model.encode(chelsea)
+    assert current() == CALLERS_GPU
+    model.segment(embedding, Prompts([[225, 150]], [1]))
+    model.segment(embedding, Prompts([[225, 150]], [1]), max_hole_area=10)
+    embedding.numpy()
+    assert current() == CALLERS_GPU
+    with pytest.raises(BackendError):
+        model.decode(embedding, Prompts(np.zeros((MAX_POINTS, 2)), np.ones(MAX_POINTS)))
+    assert current() == CALLERS_GPU
+    # In finalizers too.
+    del model, embedding
+    gc.collect()
+    assert rig.cuda.live == {"blocks": 0, "pinned": 0, "streams": 0, "graphs": 0}
+    assert current() == CALLERS_GPU
+
+
 def test_everything_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
 ) -> None:
@@ -545,7 +588,19 @@ def test_out_of_memory_for_another_lane_waits_for_one(
     # What the lanes left that could not be made is given back with the next call.
     model.decode(embedding, prompts)
     assert rig.cuda.live["streams"] == 1
-    assert "out of device memory" in caplog.text
+    assert caplog.text.count("out of device memory") == 1
+    # The lack of memory need not last.
+    rig.cuda.total *= 2
+    model.backend._pool._retry_at = 0.0
+    busy = threading.Barrier(2, timeout=60)
+
+    def decode(_: int) -> None:
+        with model.backend._pool.lane():
+            busy.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(decode, range(2)))
+    assert rig.cuda.live["streams"] == 2
 
 
 def test_without_graphs_where_they_cannot_be_recorded(
@@ -616,34 +671,40 @@ def test_prepare_records_the_usual_classes(mobile_rig: Rig) -> None:
 def test_the_fake_notices_what_it_is_for(mobile_rig: Rig) -> None:
     """A host buffer that is reused too early, as a check of the checks."""
     cuda = mobile_rig.cuda
-    cuda.activate()
-    block, stream = cuda.allocate(64), cuda.create_stream()
-    host = np.zeros(64, np.uint8)
     cuda._random.seed(3)
     cuda._random.random = lambda: 1.0  # nothing runs by itself
     try:
-        cuda.upload(block, host, stream)
-        host[0] = 1
-        with pytest.raises(CudaMisuse, match="changed before its upload"):
-            cuda.synchronize(stream)
-        host[0] = 0
-        with pytest.raises(CudaMisuse, match="freed while"):
-            cuda.free(block)
-        other = cuda.create_stream()
-        with pytest.raises(CudaMisuse, match="at once"):
-            cuda.download(np.zeros(64, np.uint8), block, other)
-        with pytest.raises(CudaMisuse, match="of a block of"):
-            cuda.copy(block, block, 65, stream)
-        cuda.synchronize(stream)
-        cuda.begin_capture(stream)
-        with pytest.raises(CudaMisuse, match="records"):
-            cuda.allocate(1)
-        cuda.destroy_graph(cuda.end_capture(stream))
-        cuda.free(block)
-        for left in (stream, other):
-            cuda.destroy_stream(left)
+        with pytest.raises(CudaMisuse, match="current"):
+            cuda.allocate(64)
+        with cuda.active():
+            misuse(cuda)
     finally:
         del cuda._random.random
+
+
+def misuse(cuda: FakeCuda) -> None:
+    block, stream = cuda.allocate(64), cuda.create_stream()
+    host = np.zeros(64, np.uint8)
+    cuda.upload(block, host, stream)
+    host[0] = 1
+    with pytest.raises(CudaMisuse, match="changed before its upload"):
+        cuda.synchronize(stream)
+    host[0] = 0
+    with pytest.raises(CudaMisuse, match="freed while"):
+        cuda.free(block)
+    other = cuda.create_stream()
+    with pytest.raises(CudaMisuse, match="at once"):
+        cuda.download(np.zeros(64, np.uint8), block, other)
+    with pytest.raises(CudaMisuse, match="of a block of"):
+        cuda.copy(block, block, 65, stream)
+    cuda.synchronize(stream)
+    cuda.begin_capture(stream)
+    with pytest.raises(CudaMisuse, match="records"):
+        cuda.allocate(1)
+    cuda.destroy_graph(cuda.end_capture(stream))
+    cuda.free(block)
+    for left in (stream, other):
+        cuda.destroy_stream(left)
 
 
 def test_synthetic_cases_are_all_here() -> None:

@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam3rt.backends.tensorrt.cuda import CudaRuntime, probe
-from sam3rt.backends.tensorrt.cuda.driver import probe_all
-from sam3rt.backends.tensorrt.engines import Gpu
+from sam3rt.backends.tensorrt.cuda import Cuda, Gpu, probe, probe_all
 from sam3rt.errors import BackendError
 
 # A driver with two GPUs, in C: the probe's calls go through the real calling convention.
@@ -133,6 +131,7 @@ def cuda_python(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> types.Modu
         cudaErrorMemoryAllocation=Status(2), cudaErrorInsufficientDriver=Status(35)
     )
     defaults = {
+        "cudaGetDevice": lambda: (Status(0), 0),
         "cudaSetDevice": lambda index: (Status(0),),
         "cudaGetLastError": lambda: (Status(0),),
         "cudaGetErrorName": lambda status: (Status(0), b"cudaErrorName"),
@@ -153,7 +152,7 @@ def cuda_python(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> types.Modu
 
 def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_python(monkeypatch, cudaMalloc=lambda nbytes: (Status(2), None))
-    cuda = CudaRuntime(0)
+    cuda = Cuda(0)
     with pytest.raises(
         BackendError,
         match=r"3\.00 GiB were asked for, 1\.00 of 8\.00 GiB are free",
@@ -166,13 +165,13 @@ def test_an_error_names_the_call_and_the_reason(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         BackendError, match=r"cudaStreamSynchronize failed: cudaErrorName, the reason"
     ):
-        CudaRuntime(0).synchronize(1)
+        Cuda(0).synchronize(1)
 
 
 def test_a_driver_older_than_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_python(monkeypatch, cudaSetDevice=lambda index: (Status(35),))
     with pytest.raises(BackendError, match="install the cuda-python of the driver's CUDA version"):
-        CudaRuntime(0)
+        Cuda(0)
 
 
 def test_cuda_python_12_raises_where_it_cannot_load_the_driver(
@@ -183,13 +182,13 @@ def test_cuda_python_12_raises_where_it_cannot_load_the_driver(
 
     cuda_python(monkeypatch, cudaSetDevice=missing)
     with pytest.raises(BackendError, match=r"CUDA is not usable: Failed to dlopen"):
-        CudaRuntime(0)
+        Cuda(0)
 
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(BackendError, match="pip install cuda-python"):
-        CudaRuntime(0)
+        Cuda(0)
 
 
 def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +199,7 @@ def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPat
         cudaMallocHost=lambda nbytes: (Status(0), ctypes.addressof(backing)),
         cudaFreeHost=lambda address: (freed.append(address), (Status(0),))[1],
     )
-    cuda = CudaRuntime(0)
+    cuda = Cuda(0)
     array = cuda.allocate_host(16)
     np.testing.assert_array_equal(array, range(16))
     array[3] = 77
@@ -212,7 +211,7 @@ def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPat
 def test_copies_need_contiguous_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_python(monkeypatch)
     with pytest.raises(BackendError, match="contiguous"):
-        CudaRuntime(0).upload(0, np.zeros((4, 4), np.float32)[:, ::2], 1)
+        Cuda(0).upload(0, np.zeros((4, 4), np.float32)[:, ::2], 1)
 
 
 def test_a_graph_that_cannot_be_made_leaves_no_error_behind(
@@ -225,5 +224,39 @@ def test_a_graph_that_cannot_be_made_leaves_no_error_behind(
         cudaGetLastError=lambda: (read.append(1), (Status(901),))[1],
     )
     with pytest.raises(BackendError, match="cudaStreamEndCapture failed"):
-        CudaRuntime(0).end_capture(1)
+        Cuda(0).end_capture(1)
     assert read
+
+
+@pytest.mark.parametrize(("caller", "calls"), [(0, [1, 0]), (1, [1])])
+def test_the_callers_gpu_is_made_current_again(
+    caller: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = [caller]
+
+    def set_device(index: int) -> tuple[Status]:
+        current.append(index)
+        return (Status(0),)
+
+    cuda_python(
+        monkeypatch,
+        cudaGetDevice=lambda: (Status(0), current[-1]),
+        cudaSetDevice=set_device,
+    )
+    cuda = Cuda(1)
+    assert current[1:] == calls
+    del current[1:]
+    with cuda.active():
+        assert current[-1] == 1
+    assert current[1:] == calls
+
+
+def test_a_result_survives_a_caller_whose_gpu_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda_python(
+        monkeypatch,
+        cudaSetDevice=lambda index: (Status(0 if index == 1 else 46),),
+    )
+    with Cuda(1).active():
+        pass

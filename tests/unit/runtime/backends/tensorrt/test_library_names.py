@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import make_module
 
-from sam3rt.backends.tensorrt.cuda import api
+from sam3rt.backends.tensorrt import cuda
 
 NAMES: dict[str, list[str]] = json.loads(
     (ROOT / "tests" / "tools" / "library_names.json").read_text()
@@ -133,7 +133,7 @@ def test_a_logger_in_python_serves_the_real_module() -> None:
 
 @pytest.mark.parametrize("version", [name for name in NAMES if name.startswith("cuda-python")])
 def test_every_cuda_python_has_every_name(version: str) -> None:
-    source = Path(inspect.getfile(api))
+    source = Path(inspect.getfile(cuda))
     names = {name for owner, name in used(source, "runtime") if name.startswith("cuda")}
     enums = {"cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"}
     members = {name for owner, name in used(source, "cuda") if owner in enums}

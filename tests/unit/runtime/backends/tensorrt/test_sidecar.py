@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.support.helpers import examples, flip
 
 from sam3rt import BundleError
-from sam3rt.backends.tensorrt.engines import (
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.sidecar import (
     EngineShapes,
     EngineSidecar,
-    Gpu,
     read_sidecar,
     sidecar_path,
     write_sidecar,

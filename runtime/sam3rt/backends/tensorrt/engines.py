@@ -5,9 +5,8 @@ names are for people; what counts stands in the sidecars.
 
 A set is an encoder and a decoder of the same bundle that agree on the type of the feature maps.
 They may be of different recipes: the encoder decides how accurate the features are, and a decoder
-costs little in any precision. A set is *proven* where both engines passed the gate on this kind
-of GPU, together. Proven sets come first, then those that nobody has run yet; each in the order of
-:data:`RECIPE_ORDER`, fastest first. A set with an engine that failed here is never offered.
+costs little in any precision. Sets come fastest first: all decoders for the fastest encoder, then
+those for the next. What a sidecar says of proofs is not asked: this machine's verdicts count.
 """
 
 from __future__ import annotations
@@ -17,10 +16,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ....bundle import Bundle, is_inside
-from ....errors import BackendError, BundleError
-from .sidecar import BackendName, EngineSidecar, Gpu, Role, read_sidecar, sidecar_path
+import msgspec
+
+from ...accuracy.select import Recipe
+from ...accuracy.verdicts import StoredVerdict, Subject
+from ...bundle import Bundle, is_inside
+from ...errors import BackendError, BundleError
+from .cuda import Gpu
+from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ RECIPE_ORDER: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
-class Machine:
+class EngineTarget:
     """What an engine has to fit.
 
     Attributes:
@@ -76,21 +81,76 @@ class EngineSet:
         decoder: prompt decoder.
         preprocess: resize and normalization on the device, or ``None`` where none fits.
         postprocess: upsampling and threshold on the device, or ``None`` where none fits.
-        proven: whether encoder and decoder passed the gate together on this kind of GPU. Where
-            not, they may serve only after they have.
     """
 
     encoder: EngineFile
     decoder: EngineFile
-    preprocess: EngineFile | None
-    postprocess: EngineFile | None
-    proven: bool
+    preprocess: EngineFile | None = None
+    postprocess: EngineFile | None = None
 
     @property
     def precision(self) -> str:
         """The recipe, or ``"ENCODER+DECODER"`` where the two differ."""
         encoder, decoder = self.encoder.sidecar.recipe, self.decoder.sidecar.recipe
-        return encoder if encoder == decoder else f"{encoder}+{decoder}"
+        return pair_name(encoder, decoder)
+
+
+def pair_name(encoder: str, decoder: str) -> str:
+    """What to call an encoder's and a decoder's recipe together."""
+    return encoder if encoder == decoder else f"{encoder}+{decoder}"
+
+
+def subject_of(engines: EngineSet, target: EngineTarget) -> Subject:
+    """What a verdict on a set of engines is about."""
+    gpu = target.gpu
+    return Subject(
+        target.backend,
+        target.tensorrt_version,
+        f"{gpu.name}, {gpu.compute_capability}, driver {target.driver_version}",
+        engines.precision,
+        f"{engines.encoder.sidecar.engine.sha256} {engines.decoder.sidecar.engine.sha256}",
+    )
+
+
+def recipe_of(engines: EngineSet, target: EngineTarget) -> Recipe:
+    """A set of engines as one way to run its bundle. Whatever it computes in, it needs proof."""
+    encoder = engines.encoder.sidecar.engine.sha256
+    return Recipe(engines.precision, encoder, subject_of(engines, target))
+
+
+def mark_sidecars(
+    engines: EngineSet, target: EngineTarget, verdict: StoredVerdict
+) -> tuple[EngineFile, EngineFile]:
+    """Leave a verdict in the sidecars of an encoder and a decoder.
+
+    It is for runtimes that can prove nothing themselves; this one goes by its own verdicts. A pair
+    that failed leaves nothing on the decoder, as it may have been the encoder's fault.
+
+    Returns:
+        Encoder and decoder with their sidecars as they are now.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+
+    def marked(engine: EngineFile, **changes: Any) -> EngineFile:
+        sidecar = msgspec.structs.replace(
+            engine.sidecar,
+            gpu=target.gpu,
+            driver_version=target.driver_version,
+            parity=verdict.figures,
+            **changes,
+        )
+        write_sidecar(engine.path, sidecar)
+        return EngineFile(engine.path, sidecar)
+
+    encoder, decoder = engines.encoder, engines.decoder
+    if verdict.passed:
+        encoder = marked(encoder, state="proven")
+        decoder = marked(decoder, state="proven", paired_with=encoder.sidecar.engine.sha256)
+    elif verdict.encoder_failed:
+        encoder = marked(encoder, state="refused")
+    return encoder, decoder
 
 
 def folder_name(
@@ -131,14 +191,14 @@ def find_engines(bundle: Bundle) -> tuple[EngineFile, ...]:
     found = []
     for path in sorted((bundle.path / ENGINES).glob("[!.]*/*.engine")):
         try:
-            _check_place(path, bundle.path)
+            _check_location(path, bundle.path)
             found.append(EngineFile(path, read_sidecar(path)))
         except BundleError as error:
             _LOG.warning("%s is passed over: %s", path, error)
     return tuple(found)
 
 
-def _check_place(engine: Path, folder: Path) -> None:
+def _check_location(engine: Path, folder: Path) -> None:
     for path in (engine, sidecar_path(engine)):
         try:
             inside = is_inside(path, folder)
@@ -150,7 +210,7 @@ def _check_place(engine: Path, folder: Path) -> None:
 
 def candidates(
     bundle: Bundle,
-    machine: Machine,
+    target: EngineTarget,
     precision: str = "auto",
     engines: Iterable[EngineFile] | None = None,
 ) -> tuple[EngineSet, ...]:
@@ -160,7 +220,7 @@ def candidates(
 
     Args:
         bundle: the bundle they must belong to.
-        machine: what they must fit.
+        target: what they must fit.
         precision: ``"auto"``, the recipe both engines must be of, or ``"ENCODER+DECODER"``.
         engines: to choose from; by default those of the bundle.
 
@@ -178,18 +238,17 @@ def candidates(
         of_role = [engine for engine in found if engine.sidecar.role == role]
         wanted = recipes.get(role, "auto")
         fitting[role] = sorted(
-            (e for e in of_role if not _differences(e, fingerprint, machine, wanted)),
+            (e for e in of_role if not _differences(e, fingerprint, target, wanted)),
             key=lambda e: (_rank(e.sidecar.recipe), e.path),
         )
         if not fitting[role] and role in recipes:
-            raise BackendError(_explain(role, of_role, bundle, machine, wanted))
+            raise BackendError(_explain(role, of_role, bundle, target, wanted))
     sets = [
         EngineSet(
             encoder,
             decoder,
             next(iter(fitting["preprocess"]), None),
             next(iter(fitting["postprocess"]), None),
-            _proven_together(encoder.sidecar, decoder.sidecar, machine),
         )
         for encoder in fitting["encoder"]
         for decoder in fitting["decoder"]
@@ -200,43 +259,15 @@ def candidates(
             role: sorted({e.sidecar.features_dtype for e in fitting[role]}) for role in recipes
         }
         raise BackendError(
-            f"no {machine.backend} encoder and decoder of {bundle.path} fit each other: "
+            f"no {target.backend} encoder and decoder of {bundle.path} fit each other: "
             f"features_dtype is {types['encoder']} for encoders and {types['decoder']} for "
-            f"decoders; build both: {_command(bundle, machine, precision)}"
+            f"decoders; build both: {_command(bundle, target, precision)}"
         )
-    # Stable, so that encoders stay in their order and decoders in theirs.
-    return tuple(sorted(sets, key=lambda candidate: not candidate.proven))
-
-
-def choose(
-    bundle: Bundle,
-    machine: Machine,
-    precision: str = "auto",
-    engines: Iterable[EngineFile] | None = None,
-) -> EngineSet:
-    """The first of :func:`candidates`.
-
-    Raises:
-        BackendError: nothing fits; see :func:`candidates`.
-    """
-    return candidates(bundle, machine, precision, engines)[0]
-
-
-def proven_on(sidecar: EngineSidecar, machine: Machine) -> bool:
-    """Whether an engine passed the gate on this kind of GPU."""
-    return sidecar.state == "proven" and sidecar.gpu == machine.gpu
-
-
-def _proven_together(encoder: EngineSidecar, decoder: EngineSidecar, machine: Machine) -> bool:
-    return (
-        proven_on(encoder, machine)
-        and proven_on(decoder, machine)
-        and decoder.paired_with == encoder.engine.sha256
-    )
+    return tuple(sets)
 
 
 def _differences(
-    engine: EngineFile, fingerprint: str, machine: Machine, recipe: str
+    engine: EngineFile, fingerprint: str, target: EngineTarget, recipe: str
 ) -> tuple[str, ...]:
     """What keeps an engine from serving here, each with both values; empty where it fits."""
     sidecar = engine.sidecar
@@ -246,30 +277,28 @@ def _differences(
         if built != here:
             differences.append(f"{field} is {built}, here it is {here}")
 
-    compare("backend", sidecar.backend, machine.backend)
+    compare("backend", sidecar.backend, target.backend)
     if sidecar.bundle_fingerprint != fingerprint:
         differences.append(
             f"bundle_fingerprint is {sidecar.bundle_fingerprint[:16]}..., this bundle's is "
             f"{fingerprint[:16]}..."
         )
     if sidecar.targets:
-        if machine.gpu.compute_capability not in sidecar.targets:
+        if target.gpu.compute_capability not in sidecar.targets:
             differences.append(
                 f"targets are {', '.join(sidecar.targets)}, the compute capability here is "
-                f"{machine.gpu.compute_capability}"
+                f"{target.gpu.compute_capability}"
             )
     elif sidecar.gpu is not None:
-        compare("gpu.name", sidecar.gpu.name, machine.gpu.name)
+        compare("gpu.name", sidecar.gpu.name, target.gpu.name)
         compare(
             "gpu.compute_capability",
             sidecar.gpu.compute_capability,
-            machine.gpu.compute_capability,
+            target.gpu.compute_capability,
         )
-    compare("tensorrt_version", sidecar.tensorrt_version, machine.tensorrt_version)
+    compare("tensorrt_version", sidecar.tensorrt_version, target.tensorrt_version)
     if recipe not in ("auto", sidecar.recipe):
         differences.append(f"recipe is {sidecar.recipe}, {recipe} was asked for")
-    if sidecar.state == "refused" and sidecar.gpu == machine.gpu:
-        differences.append("state is refused: it failed the gate on this kind of GPU")
     try:
         length = engine.path.stat().st_size
     except OSError:
@@ -280,35 +309,35 @@ def _differences(
 
 
 def _explain(
-    role: str, engines: Sequence[EngineFile], bundle: Bundle, machine: Machine, recipe: str
+    role: str, engines: Sequence[EngineFile], bundle: Bundle, target: EngineTarget, recipe: str
 ) -> str:
     """Why no engine of a role fits: for the nearest one, every field that differs."""
-    command = _command(bundle, machine, recipe)
+    command = _command(bundle, target, recipe)
     if not engines:
         return (
-            f"{bundle.path} has no {machine.backend} {role} engine; "
+            f"{bundle.path} has no {target.backend} {role} engine; "
             f"build one on this machine: {command}"
         )
     nearest = min(
         engines,
-        key=lambda e: len(_differences(e, bundle.manifest.fingerprint, machine, recipe)),
+        key=lambda e: len(_differences(e, bundle.manifest.fingerprint, target, recipe)),
     )
-    differences = "; ".join(_differences(nearest, bundle.manifest.fingerprint, machine, recipe))
+    differences = "; ".join(_differences(nearest, bundle.manifest.fingerprint, target, recipe))
     where = (
         nearest.path.relative_to(bundle.path)
         if nearest.path.is_relative_to(bundle.path)
         else nearest.path
     )
     return (
-        f"none of {len(engines)} {role} engines of {bundle.path} fits this machine. The nearest, "
+        f"none of {len(engines)} {role} engines of {bundle.path} fits this target. The nearest, "
         f"{where}: {differences}. Build one that does: {command}"
     )
 
 
-def _command(bundle: Bundle, machine: Machine, precision: str) -> str:
+def _command(bundle: Bundle, target: EngineTarget, precision: str) -> str:
     # A build makes both engines by one recipe, or by what the gate allows.
     recipe = "" if precision == "auto" or "+" in precision else f" --precision {precision}"
-    return f"sam3rt build {bundle.path} --backend {machine.backend}{recipe}"
+    return f"sam3rt build {bundle.path} --backend {target.backend}{recipe}"
 
 
 def _rank(recipe: str) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,31 @@ from tests.support.tensorrt_helpers import GPU, Rig, make_rig
 
 import sam3rt
 from sam3rt.backends import create_backend
-from sam3rt.backends.tensorrt import proof
-from sam3rt.backends.tensorrt.engines import Gpu, find_engines, read_sidecar, write_sidecar
-from sam3rt.backends.tensorrt.loading import open_tensorrt
-from sam3rt.bundle import file_entry
+from sam3rt.backends.tensorrt import Platform, TensorRtBackend, engines
+from sam3rt.backends.tensorrt.cuda import Gpu, probe
+from sam3rt.backends.tensorrt.engines import find_engines
+from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
+from sam3rt.bundle import Bundle, file_entry
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
-from sam3rt.errors import BackendError, InvalidInputError
+from sam3rt.errors import BackendError, InvalidInputError, VerificationError
 
 Outputs = dict[str, NDArray[Any]]
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(proof, "_remembered", {})
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     return make_rig(default_bundle_path(), tmp_path, monkeypatch)
+
+
+def opened(bundle: Bundle, **options: Any) -> TensorRtBackend:
+    backend = create_backend("tensorrt", bundle, **options)
+    assert isinstance(backend, TensorRtBackend)
+    return backend
+
+
+def forbid_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam3rt.accuracy.select.verify", lambda *_: pytest.fail("proved again"))
 
 
 def little_noise(outputs: Outputs) -> None:
@@ -86,22 +97,35 @@ FAILURES: dict[str, tuple[Perturbation, str]] = {
 }
 
 
-def test_a_proven_set_is_served_without_another_proof(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig.build()
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
-    backend = open_tensorrt(rig.bundle)
-    assert (backend.name, backend.device, backend.precision) == ("tensorrt", "cuda:0", "fp32")
+def test_a_set_is_proved_once_on_this_machine(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.build("fp16", state="unproven")
+    backend = opened(rig.bundle)
+    assert (backend.name, backend.device, backend.precision) == ("tensorrt", "cuda:0", "fp16")
+    forbid_proofs(monkeypatch)
+    assert opened(rig.bundle).precision == "fp16"
 
 
-def test_an_unproven_set_is_proved_once_and_the_verdict_kept(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sidecar_that_says_proven_is_not_believed(rig: Rig) -> None:
+    rig.perturbations["wrong"] = with_cosine(0.5)
+    rig.build("fp16", state="proven", perturbation="wrong")
+    with pytest.raises(VerificationError, match=r"fp16 fails the gate .*cosine 0\.[45]"):
+        opened(rig.bundle)
+
+
+def test_another_driver_asks_for_another_proof(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.build("fp16")
+    opened(rig.bundle)
+    device = dataclasses.replace(rig.platform.device, driver_version="600.1")
+    rig.platform = Platform(device, rig.cuda, rig.platform.library)
+    forbid_proofs(monkeypatch)
+    with pytest.raises(pytest.fail.Exception, match="proved again"):
+        opened(rig.bundle)
+
+
+def test_a_verdict_is_left_in_the_sidecars_for_other_runtimes(rig: Rig) -> None:
     engines = rig.build("fp16", state="unproven", gpu=None, targets=("8.6", "8.9"))
     rig.perturbations["noise"] = little_noise
-    backend = open_tensorrt(rig.bundle)
-    assert backend.precision == "fp16"
+    opened(rig.bundle)
     for engine in engines.values():
         sidecar = read_sidecar(engine.path)
         assert sidecar.state == "proven"
@@ -110,16 +134,12 @@ def test_an_unproven_set_is_proved_once_and_the_verdict_kept(
         assert sidecar.parity["masks least IoU"] > 0.999
     decoder = read_sidecar(engines["decoder"].path)
     assert decoder.paired_with == engines["encoder"].sidecar.engine.sha256
-    # Another process finds the verdict in the sidecars.
-    monkeypatch.setattr(proof, "_remembered", {})
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
-    assert open_tensorrt(rig.bundle).engines.proven
 
 
 def test_a_little_noise_passes(rig: Rig) -> None:
     rig.perturbations["noise"] = little_noise
     rig.build("fp16", state="unproven", perturbation="noise")
-    assert open_tensorrt(rig.bundle).precision == "fp16"
+    assert opened(rig.bundle).precision == "fp16"
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -128,44 +148,35 @@ def test_a_wrong_engine_is_refused_and_the_next_one_used(failure: str, rig: Rig)
     rig.perturbations["wrong"] = perturb
     wrong = rig.engine(role, "fp16", state="unproven", perturbation="wrong")
     rig.build("fp32", state="unproven")
-    backend = open_tensorrt(rig.bundle)
+    backend = opened(rig.bundle)
     assert backend.precision == "fp32"
-    assert read_sidecar(wrong.path).state == "refused"
-    assert read_sidecar(wrong.path).gpu == GPU
+    # Only the feature maps tell whose fault it is.
+    expected = "refused" if role == "encoder" else "unproven"
+    assert read_sidecar(wrong.path).state == expected
     states = {e.path: e.sidecar.state for e in find_engines(rig.bundle)}
-    assert sorted(states.values()) == ["proven", "proven", "refused"]
+    assert sorted(states.values()) == ["proven", "proven", expected]
     # Nothing of the refused one is left on the GPU.
     assert rig.cuda.live["streams"] == 1
 
 
 def test_nothing_wrong_is_ever_served(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.perturbations["wrong"] = with_cosine(0.5)
-    engines = rig.build("fp16", state="unproven", perturbation="wrong")
-    with pytest.raises(BackendError, match=r"cosine 0\.[45].*sam3rt build .*--backend tensorrt"):
-        open_tensorrt(rig.bundle)
-    assert read_sidecar(engines["encoder"].path).state == "refused"
-    # It stays refused in another process, which says so without running it.
-    monkeypatch.setattr(proof, "_remembered", {})
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
-    with pytest.raises(BackendError, match="state is refused: it failed the gate"):
-        open_tensorrt(rig.bundle)
-
-
-def test_a_refusal_holds_for_the_kind_of_gpu_it_was_found_on(rig: Rig) -> None:
-    other = Gpu("NVIDIA Other", "8.9")
-    for engine in rig.build("fp16", targets=("8.9",)).values():
-        write_sidecar(
-            engine.path,
-            msgspec.structs.replace(engine.sidecar, state="refused", gpu=other),
-        )
-    assert open_tensorrt(rig.bundle).precision == "fp16"
+    rig.build("fp16", state="unproven", perturbation="wrong")
+    with pytest.raises(VerificationError, match=r"cosine 0\.[45]"):
+        opened(rig.bundle)
+    # It stays refused, without another run.
+    forbid_proofs(monkeypatch)
+    with pytest.raises(VerificationError, match=r"fails the gate .*cosine 0\.[45]"):
+        opened(rig.bundle)
+    with pytest.raises(VerificationError):
+        sam3rt.load_model(rig.bundle.path, backend="tensorrt", check_files=False)
 
 
 def test_a_pair_that_was_never_proved_together_is_proved(rig: Rig) -> None:
     first = rig.build("fp16")
     second = rig.engine("encoder", "fp32")
     first["encoder"].path.unlink()
-    backend = open_tensorrt(rig.bundle)
+    backend = opened(rig.bundle)
     assert backend.precision == "fp32+fp16"
     assert read_sidecar(first["decoder"].path).paired_with == second.sidecar.engine.sha256
 
@@ -183,13 +194,13 @@ def test_a_decoder_is_not_blamed_for_what_the_encoder_lacks(rig: Rig) -> None:
     encoder = rig.engine("encoder", "fp16", state="unproven", perturbation="outlier")
     decoder = rig.engine("decoder", "fp16", state="unproven")
     rig.engine("encoder", "fp32", state="unproven")
-    backend = open_tensorrt(rig.bundle)
+    backend = opened(rig.bundle)
     assert backend.precision == "fp32+fp16"
-    assert read_sidecar(encoder.path).state == "refused"
+    assert read_sidecar(encoder.path).state == "unproven"
     assert read_sidecar(decoder.path).state == "proven"
 
 
-def test_a_read_only_folder_keeps_the_verdict_in_memory(
+def test_sidecars_that_cannot_be_written_do_no_harm(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -198,11 +209,11 @@ def test_a_read_only_folder_keeps_the_verdict_in_memory(
     def refuse(*_: Any) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(proof, "write_sidecar", refuse)
-    assert open_tensorrt(rig.bundle).precision == "fp16"
-    assert "cannot be written (read-only file system)" in caplog.text
-    monkeypatch.setattr(proof, "prove", lambda *_: pytest.fail("proved again"))
-    assert open_tensorrt(rig.bundle).precision == "fp16"
+    monkeypatch.setattr(engines, "write_sidecar", refuse)
+    assert opened(rig.bundle).precision == "fp16"
+    assert "the sidecars of fp16 keep their state: read-only file system" in caplog.text
+    forbid_proofs(monkeypatch)
+    assert opened(rig.bundle).precision == "fp16"
 
 
 def test_a_changed_engine_file_is_passed_over(rig: Rig) -> None:
@@ -212,9 +223,9 @@ def test_a_changed_engine_file_is_passed_over(rig: Rig) -> None:
     content = bytearray(path.read_bytes())
     content[10] ^= 1
     path.write_bytes(content)
-    assert open_tensorrt(rig.bundle).engines.encoder.sidecar.recipe == "fp32"
+    assert opened(rig.bundle).engines.encoder.sidecar.recipe == "fp32"
     with pytest.raises(BackendError, match=r"engine\.sha256 is .* in the sidecar.*build it again"):
-        open_tensorrt(rig.bundle, precision="fp16")
+        opened(rig.bundle, precision="fp16")
 
 
 def test_an_engine_that_tensorrt_cannot_read_is_passed_over(rig: Rig) -> None:
@@ -224,7 +235,7 @@ def test_an_engine_that_tensorrt_cannot_read_is_passed_over(rig: Rig) -> None:
     entry = file_entry(path)
     write_sidecar(path, msgspec.structs.replace(engines["encoder"].sidecar, engine=entry))
     with pytest.raises(BackendError, match=r"cannot load .*wrong magic number; build it again"):
-        open_tensorrt(rig.bundle)
+        opened(rig.bundle)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +252,7 @@ def test_what_does_not_fit_is_named_with_both_values(
 ) -> None:
     rig.build(**{field: value})
     with pytest.raises(BackendError, match=message) as caught:
-        open_tensorrt(rig.bundle)
+        opened(rig.bundle)
     assert f"sam3rt build {rig.bundle.path} --backend tensorrt" in str(caught.value)
 
 
@@ -249,7 +260,8 @@ def test_a_gpu_without_enough_memory(rig: Rig) -> None:
     rig.build()
     rig.cuda.total = 1 << 20
     with pytest.raises(BackendError, match=r"out of device memory: .*GiB were asked for"):
-        open_tensorrt(rig.bundle)
+        opened(rig.bundle)
+    gc.collect()  # the exception's traceback
     assert rig.cuda.used == 0
 
 
@@ -263,17 +275,16 @@ def test_engines_without_a_driver_are_refused_before_anything_is_loaded(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real on this machine: there is no driver."""
-    from sam3rt.backends.tensorrt.cuda import probe
 
     def no_driver(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")
 
     rig.build()
-    loading = "sam3rt.backends.tensorrt.loading"
-    monkeypatch.setattr(f"{loading}.probe", lambda index=0: probe(index, no_driver))
-    monkeypatch.setattr(f"{loading}.open_platform", lambda *_: pytest.fail("loaded"))
+    module = "sam3rt.backends.tensorrt.offer"
+    monkeypatch.setattr(f"{module}.probe", lambda index=0: probe(index, no_driver))
+    monkeypatch.setattr(f"{module}.open_platform", lambda *_: pytest.fail("loaded"))
     with pytest.raises(BackendError, match="no NVIDIA driver"):
-        open_tensorrt(rig.bundle)
+        opened(rig.bundle)
 
 
 def test_auto_takes_a_proven_set_and_says_so(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,20 +303,20 @@ def test_auto_falls_to_the_next_backend_and_says_why(
     rig.build("fp16", state="unproven", perturbation="wrong")
     model = sam3rt.load_model(rig.bundle.path, check_files=False)
     assert model.backend.name not in ("tensorrt", "tensorrt-rtx")
-    assert "fails the gate on this GPU" in caplog.text
+    assert "fails the gate on this machine" in caplog.text
     assert "not tensorrt on cuda" in caplog.text
 
 
 def test_precision_insists(rig: Rig) -> None:
     rig.build("fp16")
     rig.build("fp32")
-    assert open_tensorrt(rig.bundle).precision == "fp16"
-    assert open_tensorrt(rig.bundle, precision="fp32").precision == "fp32"
-    assert open_tensorrt(rig.bundle, precision="fp16+fp32").precision == "fp16+fp32"
+    assert opened(rig.bundle).precision == "fp16"
+    assert opened(rig.bundle, precision="fp32").precision == "fp32"
+    assert opened(rig.bundle, precision="fp16+fp32").precision == "fp16+fp32"
     with pytest.raises(
         BackendError, match=r"recipe is fp\d+, tf32 was asked for.*--precision tf32"
     ):
-        open_tensorrt(rig.bundle, precision="tf32")
+        opened(rig.bundle, precision="tf32")
 
 
 @pytest.mark.parametrize("role", ["preprocess", "postprocess"])
@@ -319,20 +330,19 @@ def test_wrong_imaging_is_left_to_the_host(
     rig.build()
     rig.perturbations["shifted"] = shifted
     wrong = rig.engine(role, "fp32", state="unproven", perturbation="shifted")
-    backend = open_tensorrt(rig.bundle)
+    backend = opened(rig.bundle)
     assert not backend.imaging.preprocess_allowed
     assert not backend.imaging.postprocess_allowed
-    assert read_sidecar(wrong.path).state == "refused"
-    assert "is not used" in caplog.text
+    assert f"{wrong.path} is not used" in caplog.text
 
 
-def test_right_imaging_is_proved_and_used(rig: Rig) -> None:
+def test_right_imaging_is_compared_and_used(rig: Rig) -> None:
     rig.build()
-    engines = [rig.engine(role, state="unproven") for role in ("preprocess", "postprocess")]
-    backend = open_tensorrt(rig.bundle)
+    for role in ("preprocess", "postprocess"):
+        rig.engine(role, state="unproven")
+    backend = opened(rig.bundle)
     assert backend.imaging.preprocess_allowed
     assert backend.imaging.postprocess_allowed
-    assert [read_sidecar(engine.path).state for engine in engines] == ["proven", "proven"]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +360,7 @@ def test_an_engine_of_another_graph_is_refused(
         msgspec.structs.replace(engines[role].sidecar, engine=entry, state="unproven"),
     )
     with pytest.raises(BackendError, match=message):
-        open_tensorrt(rig.bundle)
+        opened(rig.bundle)
 
 
 def test_info_lists_gpus_and_engines(

@@ -16,10 +16,11 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from ....bundle import FileEntry
-from ....bundle.documents import DocumentError, Number, parse_document, read_as
-from ....bundle.files import atomic_write
-from ....errors import BundleError
+from ...bundle import FileEntry
+from ...bundle.documents import DocumentError, Number, parse_document, read_as
+from ...bundle.files import atomic_write
+from ...errors import BundleError
+from .cuda import Gpu
 
 FORMAT = "sam3rt-engine"
 FORMAT_VERSION = 1
@@ -35,25 +36,13 @@ CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _MAX_BYTES = 1 << 20
 
 
-class Gpu(Struct, frozen=True, forbid_unknown_fields=True):
-    """A kind of GPU.
-
-    Attributes:
-        name: as the driver gives it, such as ``"NVIDIA GeForce RTX 4090"``.
-        compute_capability: such as ``"8.9"``.
-    """
-
-    name: str
-    compute_capability: str
-
-
 class EngineShapes(Struct, frozen=True, forbid_unknown_fields=True):
     """The greatest sizes an engine takes; each of its dynamic axes starts at 1.
 
     Attributes:
         max_objects: objects in one decoder call.
         max_points: points per object, padding included.
-        max_images: images in one encoder call.
+        max_images: images in one encoder call; always 1 today.
         max_side: height and width of an image before the preprocessing and after the
             postprocessing, pixels.
     """

@@ -1,25 +1,25 @@
-"""Lanes: what one thread needs to run the engines, and the pool that threads take them from."""
+"""A lane: a stream, contexts and buffers, all that one thread needs to run the engines."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...bundle.contract import PADDING_LABEL
+from ...bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
 from ...errors import BackendError
+from ...geometry import ImageGeometry
 from ...prompts import PackedPrompts
-from .cuda.api import Cuda
-from .imaging import DeviceImaging, DeviceMatrices
-from .memory import Block, Layout, Memory, Staging, aligned
-from .network import HAS_MASKS, LABELS, MASKS, POINTS, THRESHOLD, Network
+from .cuda import Cuda
+from .imaging import DeviceImaging, LaneImaging, unpacked
+from .memory import Block, GrowingBuffer, Layout, Memory, PinnedBuffer
+from .network import THRESHOLD, Network
 from .shapes import ShapeClass, classify
 from .trt import Context, contiguous
 
@@ -96,40 +96,17 @@ class DecoderRun:
         self,
         shape: ShapeClass,
         inputs: Layout,
-        staging: NDArray[np.uint8],
+        pinned: PinnedBuffer,
         masks: Layout,
         outputs: Layout,
         replay: Replay,
     ) -> None:
         self.shape = shape
         self.inputs = inputs
-        self.prompt = {name: slot.view(staging) for name, slot in inputs.slots.items()}
+        self.prompt = {name: slot.view(pinned.array) for name, slot in inputs.slots.items()}
         self.masks = masks
         self.outputs = outputs
         self.replay = replay
-
-
-class Growing:
-    """Device and pinned memory that is replaced when more is needed."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._block: Block | None = None
-        self._staging: Staging | None = None
-
-    def block(self, nbytes: int) -> Block:
-        """Device memory of at least that size. The stream must be idle if it is larger."""
-        if self._block is None or self._block.nbytes < nbytes:
-            self._block = None
-            self._block = self._memory.allocate(nbytes)
-        return self._block
-
-    def staging(self, nbytes: int) -> NDArray[np.uint8]:
-        """Pinned memory of that size."""
-        if self._staging is None or len(self._staging.array) < nbytes:
-            self._staging = None
-            self._staging = self._memory.staging(nbytes)
-        return self._staging.array[:nbytes]
 
 
 class Lane:
@@ -142,10 +119,10 @@ class Lane:
         cuda: the GPU.
         memory: its memory.
         imaging: pre- and postprocessing on the device.
-        wide: whether it can encode as well.
+        encodes: whether it has room for the encoder as well.
 
     Attributes:
-        wide: whether it can encode as well.
+        encodes: whether it can encode.
 
     Raises:
         BackendError: there is not enough device memory.
@@ -157,36 +134,31 @@ class Lane:
         cuda: Cuda,
         memory: Memory,
         imaging: DeviceImaging,
-        wide: bool,
+        encodes: bool,
     ) -> None:
-        self.wide = wide
+        self.encodes = encodes
         self._held: weakref.ref[Block] | None = None
         self._network = network
         self._cuda = cuda
         self._memory = memory
-        self._imaging = imaging
         self._stream = cuda.create_stream()
         memory.give_back_after(self, cuda.destroy_stream, self._stream)
-        engines = [network.decoder, *imaging.engines(wide)]
-        if wide:
+        engines = [network.decoder, *imaging.engines(encodes)]
+        if encodes:
             engines.append(network.encoder)
         # One after the other on one stream: the engines of a lane share working memory.
-        self._scratch_bytes = max(1, *(engine.scratch_bytes for engine in engines))
-        self._scratch = memory.allocate(self._scratch_bytes)
+        self._scratch = memory.allocate(max(1, *(engine.scratch_bytes for engine in engines)))
+        self._imaging = LaneImaging(imaging, self._scratch, self._stream)
         largest = network.largest
         self._features = memory.allocate(network.features.nbytes)
         self._inputs = memory.allocate(network.inputs(largest).nbytes)
-        self._input_staging = memory.staging(network.inputs(largest).nbytes)
+        self._pinned_inputs = memory.allocate_pinned(network.inputs(largest).nbytes)
         self._masks = memory.allocate(network.masks(largest).nbytes)
-        self._mask_staging = Growing(memory)
+        self._pinned_masks = GrowingBuffer(memory)
         self._outputs = memory.allocate(network.outputs(largest).nbytes)
-        self._output_staging = Growing(memory)
-        self._upsampled = Growing(memory)
-        self._uploads = Growing(memory)
+        self._pinned_outputs = GrowingBuffer(memory)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
-        self._preprocess: Context | None = None
-        self._postprocess: Context | None = None
-        if wide:
+        if encodes:
             pixels = network.pixels.nbytes(network.pixels_shape)
             self._pixels = memory.allocate(pixels)
             self._encoder = self._make_encoder()
@@ -198,23 +170,21 @@ class Lane:
             raise BackendError(
                 f"the encoder takes pixels of shape {self._network.pixels_shape}, got {host.shape}"
             )
-        with self._settled():
+        with self._idle_on_error():
             self._cuda.upload(self._pixels.address, host, self._stream)
             return self._encode()
 
-    def encode_image(self, image: NDArray[np.uint8], matrices: DeviceMatrices) -> Block:
+    def encode_image(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> Block:
         """Resize and normalize uint8 [H, W, 3] on the device, then run the encoder."""
-        image = np.ascontiguousarray(image)
-        with self._settled():
-            self._queue_preprocess(image, matrices)
+        with self._idle_on_error():
+            self._imaging.queue_preprocess(image, geometry, self._pixels.address)
             return self._encode()
 
-    def pixels(self, image: NDArray[np.uint8], matrices: DeviceMatrices) -> NDArray[np.float32]:
+    def pixels(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> NDArray[np.float32]:
         """What :meth:`encode_image` would encode, float32 [1, 3, H, W]."""
-        image = np.ascontiguousarray(image)
         result = np.empty(self._network.pixels_shape, self._network.pixels.dtype)
-        with self._settled():
-            self._queue_preprocess(image, matrices)
+        with self._idle_on_error():
+            self._imaging.queue_preprocess(image, geometry, self._pixels.address)
             self._cuda.download(result, self._pixels.address, self._stream)
             self._cuda.synchronize(self._stream)
         return result.astype(np.float32)
@@ -224,79 +194,84 @@ class Lane:
         features: Block,
         prompts: PackedPrompts,
         names: Sequence[str],
-        upsampling: tuple[DeviceMatrices, float] | None = None,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8] | None]:
+    ) -> list[NDArray[np.float32]]:
         """Run the decoder.
 
         Args:
             features: the feature maps' block, from any lane.
             prompts: at most as many objects and points as the engine takes.
-            names: the outputs wanted; the first is the mask logits.
-            upsampling: matrices and threshold, to have masks of the image's size as well.
+            names: the outputs wanted.
 
         Returns:
-            The outputs, float32, in the order of the names; masks, uint8 [P, C, H, W] of 0 and
-            1, or ``None``.
+            The outputs, float32, in the order of the names.
+        """
+        return self._decode(features, prompts, names, None, 0.0)[0]
+
+    def decode_masks(
+        self,
+        features: Block,
+        prompts: PackedPrompts,
+        names: Sequence[str],
+        geometry: ImageGeometry,
+        threshold: float,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
+        """Run the decoder, and upsample and threshold its first output, the mask logits.
+
+        Returns:
+            What :meth:`decode` returns, and masks, uint8 [P, C, H, W] of 0 and 1.
+        """
+        outputs, packed = self._decode(features, prompts, names, geometry, threshold)
+        return outputs, unpacked(packed, outputs[0].shape[2], geometry)
+
+    def _decode(
+        self,
+        features: Block,
+        prompts: PackedPrompts,
+        names: Sequence[str],
+        geometry: ImageGeometry | None,
+        threshold: float,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
+        """Run the decoder, and the upsampling where the image's geometry is given.
+
+        Returns:
+            The outputs, and pinned memory with the masks; see :meth:`LaneImaging.queue_upsampling`.
         """
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
         shape = classify(objects, points, own_masks, self._network.limits)
-        threshold = 0.0 if upsampling is None else upsampling[1]
-        with self._settled():
+        with self._idle_on_error():
             run = self._run(shape)
             self._bring(features)
             self._send(run, prompts, threshold)
             run.replay.queue()
             start, end = run.outputs.span(names)
-            host = self._output_staging.staging(end - start)
+            host = self._pinned_outputs.pinned(end - start)
             self._cuda.download(host, self._outputs.address + start, self._stream)
-            packed = None
-            if upsampling is not None:
+            packed = np.empty((0, 0), np.uint8)
+            if geometry is not None:
                 slot = run.outputs.slots[names[0]]
-                packed = self._queue_upsampling(
+                packed = self._imaging.queue_upsampling(
                     self._outputs.address + slot.offset,
                     objects,
                     slot.shape[2],
-                    upsampling[0],
+                    geometry,
                     self._inputs.address + run.inputs.slots[THRESHOLD].offset,
                 )
             self._cuda.synchronize(self._stream)
             run.replay.record()
         slots = [run.outputs.slots[name] for name in names]
-        # The staging buffer is the next call's: what leaves is a copy.
+        # The pinned buffer is the next call's: what leaves is a copy.
         outputs = [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
-        if packed is None or upsampling is None:
-            return outputs, None
-        return outputs, _unpacked(packed, outputs[0].shape[2], upsampling[0].target)
+        return outputs, packed
 
     def upsample(
-        self, logits: NDArray[np.float32], matrices: DeviceMatrices, threshold: float
+        self, logits: NDArray[np.float32], geometry: ImageGeometry, threshold: float
     ) -> NDArray[np.uint8]:
         """Upsample and threshold float32 [P, C, h, w] to uint8 [P, C, H, W] of 0 and 1."""
-        objects, count = logits.shape[:2]
-        each = logits[0].nbytes
-        layout = Layout(
-            [
-                (THRESHOLD, (1,), np.dtype(np.float32)),
-                ("logits", (objects, aligned(each) // 4), np.dtype(np.float32)),
-            ]
-        )
-        with self._settled():
-            staging = self._mask_staging.staging(layout.nbytes)
-            layout.slots[THRESHOLD].view(staging)[:] = threshold
-            layout.slots["logits"].view(staging)[:, : each // 4] = logits.reshape(objects, -1)
-            block = self._uploads.block(layout.nbytes)
-            self._cuda.upload(block.address, staging, self._stream)
-            packed = self._queue_upsampling(
-                block.address + layout.slots["logits"].offset,
-                objects,
-                count,
-                matrices,
-                block.address + layout.slots[THRESHOLD].offset,
-                aligned(each),
-            )
+        with self._idle_on_error():
+            packed = self._imaging.queue_host_upsampling(logits, geometry, threshold)
             self._cuda.synchronize(self._stream)
-        return _unpacked(packed, count, matrices.target)
+        return unpacked(packed, logits.shape[1], geometry)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
@@ -305,29 +280,20 @@ class Lane:
         for slot, array in zip(layout.slots.values(), maps, strict=True):
             slot.view(host)[...] = array
         block = self._memory.allocate_reusable(layout.nbytes)
-        self._fill(block, host)
-        return block
-
-    def upload_block(self, host: NDArray[np.uint8]) -> Block:
-        """Bring host memory to a device block of its own."""
-        block = self._memory.allocate(host.nbytes)
-        self._fill(block, host)
-        return block
-
-    def _fill(self, block: Block, host: NDArray[np.uint8]) -> None:
-        with self._settled():
+        with self._idle_on_error():
             self._cuda.upload(block.address, host, self._stream)
             self._cuda.synchronize(self._stream)
+        return block
 
     def download(self, host: NDArray[np.uint8], block: Block) -> None:
         """Fill host memory with the beginning of a block."""
-        with self._settled():
+        with self._idle_on_error():
             self._cuda.download(host, block.address, self._stream)
             self._cuda.synchronize(self._stream)
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Whatever happens, nothing is left running that uses the caller's memory."""
+    def _idle_on_error(self) -> Iterator[None]:
+        """On any error, wait for the stream, so that nothing still uses the caller's memory."""
         try:
             yield
         except BaseException:
@@ -362,7 +328,7 @@ class Lane:
     def _send(self, run: DecoderRun, prompts: PackedPrompts, threshold: float) -> None:
         """Upload prompts, padded to their class."""
         objects, points = prompts.labels.shape
-        staging = self._input_staging.array[: run.inputs.nbytes]
+        packed = self._pinned_inputs.array[: run.inputs.nbytes]
         views = run.prompt
         views[POINTS][...] = 0
         views[POINTS][0, :objects, :points] = prompts.points
@@ -370,9 +336,9 @@ class Lane:
         views[LABELS][0, :objects, :points] = prompts.labels
         views[HAS_MASKS][...] = prompts.masks is not None
         views[THRESHOLD][...] = threshold
-        self._cuda.upload(self._inputs.address, staging, self._stream)
+        self._cuda.upload(self._inputs.address, packed, self._stream)
         if prompts.masks is not None:
-            host = self._mask_staging.staging(run.masks.nbytes)
+            host = self._pinned_masks.pinned(run.masks.nbytes)
             view = run.masks.slots[MASKS].view(host)
             view[0, : len(prompts.masks)] = prompts.masks
             view[0, len(prompts.masks) :] = 0
@@ -395,7 +361,7 @@ class Lane:
             network.outputs(shape),
         )
         context = network.decoder.context()
-        context.set_scratch(self._scratch.address, self._scratch_bytes)
+        context.set_scratch(self._scratch.address, self._scratch.nbytes)
         for layout, block in (
             (network.features, self._features),
             (inputs, self._inputs),
@@ -415,12 +381,12 @@ class Lane:
                     f"{slot.shape}: build it again"
                 )
         replay = Replay(context, self._cuda, self._memory, self._stream)
-        return DecoderRun(shape, inputs, self._input_staging.array, masks, outputs, replay)
+        return DecoderRun(shape, inputs, self._pinned_inputs, masks, outputs, replay)
 
     def _make_encoder(self) -> Replay:
         network = self._network
         context = network.encoder.context()
-        context.set_scratch(self._scratch.address, self._scratch_bytes)
+        context.set_scratch(self._scratch.address, self._scratch.nbytes)
         context.set_shape(network.pixels.name, network.pixels_shape)
         context.set_address(network.pixels.name, self._pixels.address)
         for name, slot in network.features.slots.items():
@@ -431,136 +397,3 @@ class Lane:
                     f"{slot.shape}: build it again"
                 )
         return Replay(context, self._cuda, self._memory, self._stream)
-
-    def _queue_preprocess(self, image: NDArray[np.uint8], matrices: DeviceMatrices) -> None:
-        if self._preprocess is None:
-            self._preprocess = self._imaging.preprocess_context()
-            self._preprocess.set_scratch(self._scratch.address, self._scratch_bytes)
-        block = self._uploads.block(image.nbytes)
-        self._cuda.upload(block.address, image, self._stream)
-        self._imaging.queue_preprocess(
-            self._preprocess,
-            block.address,
-            image.shape,
-            matrices,
-            self._pixels.address,
-            self._stream,
-        )
-
-    def _queue_upsampling(
-        self,
-        logits: int,
-        objects: int,
-        count: int,
-        matrices: DeviceMatrices,
-        threshold: int,
-        stride: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Queue the upsampling of each object's masks and the download of all of them.
-
-        Returns:
-            Pinned memory, uint8 [P, each object's masks and padding], that is filled when the
-            stream is idle.
-        """
-        if self._postprocess is None:
-            self._postprocess = self._imaging.postprocess_context()
-            self._postprocess.set_scratch(self._scratch.address, self._scratch_bytes)
-        h, w = self._imaging.low_res_size
-        height, width = matrices.target
-        each = count * height * width
-        out_stride = aligned(each)
-        block = self._upsampled.block(objects * out_stride)
-        for index in range(objects):
-            self._imaging.queue_postprocess(
-                self._postprocess,
-                logits + index * (count * h * w * 4 if stride is None else stride),
-                count,
-                matrices,
-                threshold,
-                block.address + index * out_stride,
-                self._stream,
-            )
-        host = self._upsampled.staging(objects * out_stride)
-        self._cuda.download(host, block.address, self._stream)
-        return host.reshape(objects, out_stride)
-
-
-def _unpacked(packed: NDArray[np.uint8], count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A copy of masks without the padding between objects, uint8 [P, C, H, W]."""
-    each = count * size[0] * size[1]
-    return np.array(packed[:, :each]).reshape(len(packed), count, *size)
-
-
-class LanePool:
-    """Lanes for many threads: one wide lane, and narrow ones as threads come to need them.
-
-    Args:
-        make: makes a lane, wide or not.
-        limit: lanes at most.
-        cuda: the GPU.
-        memory: its memory.
-
-    Raises:
-        BackendError: there is not enough device memory for the wide lane.
-    """
-
-    def __init__(
-        self, make: Callable[[bool], Lane], limit: int, cuda: Cuda, memory: Memory
-    ) -> None:
-        self._make = make
-        self._cuda = cuda
-        self._memory = memory
-        self._limit = limit
-        self._changed = threading.Condition()
-        # The one used last stands last.
-        self._free = [make(True)]
-        self._count = 1
-
-    @contextmanager
-    def lane(self, *, wide: bool = False, holding: Block | None = None) -> Iterator[Lane]:
-        """A lane for this thread alone; waits until there is one.
-
-        Args:
-            wide: it has to encode.
-            holding: feature maps that are best in its buffers already.
-        """
-        # CUDA's current device is each thread's own.
-        self._cuda.activate()
-        self._memory.collect()
-        lane = self._take(wide, holding)
-        try:
-            yield lane
-        finally:
-            with self._changed:
-                self._free.append(lane)
-                self._changed.notify_all()
-
-    def _take(self, wide: bool, holding: Block | None) -> Lane:
-        while True:
-            with self._changed:
-                lane = self._best(wide, holding)
-                while lane is None and (wide or self._count >= self._limit):
-                    self._changed.wait()
-                    lane = self._best(wide, holding)
-                if lane is not None:
-                    self._free.remove(lane)
-                    return lane
-                self._count += 1
-            try:
-                return self._make(False)
-            except BackendError as error:
-                with self._changed:
-                    self._count -= 1
-                    self._limit = self._count
-                    self._changed.notify_all()
-                # As text: who keeps the record must not keep, by its traceback, what was allocated.
-                _LOG.warning("no more than %d calls at a time: %s", self._count, str(error))
-
-    def _best(self, wide: bool, holding: Block | None) -> Lane | None:
-        """A free lane: the one that holds the maps, else a narrow one unused for long."""
-        usable = [lane for lane in self._free if lane.wide or not wide]
-        if holding is not None:
-            for lane in usable:
-                if lane.holds(holding):
-                    return lane
-        return min(usable, key=lambda lane: lane.wide, default=None)

@@ -12,24 +12,24 @@ import pytest
 from tests.support.helpers import tiny_bundle
 from tests.unit.runtime.backends.tensorrt.test_sidecar import SIDECAR
 
+from sam3rt.backends.tensorrt.cuda import Gpu
 from sam3rt.backends.tensorrt.engines import (
     RECIPE_ORDER,
     EngineFile,
-    Gpu,
-    Machine,
+    EngineTarget,
     candidates,
-    choose,
     engine_path,
     find_engines,
     folder_name,
-    sidecar_path,
-    write_sidecar,
+    recipe_of,
+    subject_of,
 )
+from sam3rt.backends.tensorrt.sidecar import sidecar_path, write_sidecar
 from sam3rt.bundle import Bundle, FileEntry
 from sam3rt.errors import BackendError
 
 L4 = Gpu("NVIDIA L4", "8.9")
-MACHINE = Machine(L4, "tensorrt", "10.16.0", "580.65")
+TARGET = EngineTarget(L4, "tensorrt", "10.16.0", "580.65")
 
 
 @pytest.fixture
@@ -80,54 +80,54 @@ def test_folder_names_are_for_people() -> None:
     assert "/" not in folder_name(Gpu("../A/B", "8.9"), (), "tensorrt", "1", "fp16")
 
 
-def test_the_fastest_proven_set_is_chosen(bundle: Bundle) -> None:
-    for recipe in reversed(RECIPE_ORDER):
+def test_sets_come_fastest_first(bundle: Bundle) -> None:
+    for recipe in ("fp32", "fp16"):
         add_pair(bundle, recipe)
-    assert choose(bundle, MACHINE).precision == RECIPE_ORDER[0]
-    proven = [c for c in candidates(bundle, MACHINE) if c.proven]
-    assert [c.precision for c in proven] == list(RECIPE_ORDER)
+    names = [engines.precision for engines in candidates(bundle, TARGET)]
+    assert names == ["fp16", "fp16+fp32", "fp32+fp16", "fp32"]
+    for recipe in RECIPE_ORDER:
+        add_pair(bundle, recipe)
+    found = candidates(bundle, TARGET)
+    assert len(found) == len(RECIPE_ORDER) ** 2
+    same = [e.precision for e in found if e.encoder.sidecar.recipe == e.decoder.sidecar.recipe]
+    assert same == list(RECIPE_ORDER)
 
 
-def test_proven_sets_come_before_faster_ones_that_are_not(bundle: Bundle) -> None:
-    add_pair(bundle, "fp16", state="unproven")
-    add_pair(bundle, "fp32")
-    sets = candidates(bundle, MACHINE)
-    assert [(c.precision, c.proven) for c in sets] == [
-        ("fp32", True),
-        ("fp16", False),
-        ("fp16+fp32", False),
-        ("fp32+fp16", False),
-    ]
+@pytest.mark.parametrize("state", ["proven", "unproven", "refused"])
+def test_what_sidecars_say_of_proofs_is_not_asked(bundle: Bundle, state: str) -> None:
+    add_pair(bundle, "fp16", state=state)
+    assert [engines.precision for engines in candidates(bundle, TARGET)] == ["fp16"]
 
 
-def test_engines_that_were_not_proven_together_are_not_proven(bundle: Bundle) -> None:
-    add(bundle, "encoder", "fp16")
-    add(bundle, "decoder", "fp32", paired_with="12" * 32)
-    (only,) = candidates(bundle, MACHINE)
-    assert (only.precision, only.proven) == ("fp16+fp32", False)
+def test_a_verdict_is_about_everything_that_its_outcome_depends_on(bundle: Bundle) -> None:
+    encoder, decoder = add_pair(bundle, "fp16")
+    (engines,) = candidates(bundle, TARGET)
+    recipe = recipe_of(engines, TARGET)
+    assert (recipe.name, recipe.encoder) == ("fp16", encoder.sidecar.engine.sha256)
+    subject = subject_of(engines, TARGET)
+    assert recipe.subject == subject
+    assert encoder.sidecar.engine.sha256 in subject.files
+    assert decoder.sidecar.engine.sha256 in subject.files
+    for other in (
+        dataclasses.replace(TARGET, gpu=Gpu("NVIDIA L40", "8.9")),
+        dataclasses.replace(TARGET, gpu=Gpu("NVIDIA L4", "9.0")),
+        dataclasses.replace(TARGET, backend="tensorrt-rtx"),
+        dataclasses.replace(TARGET, tensorrt_version="10.16.1"),
+        dataclasses.replace(TARGET, driver_version="581.0"),
+    ):
+        assert subject_of(engines, other) != subject
+    add(bundle, "decoder", "fp32")
+    assert subject_of(candidates(bundle, TARGET)[1], TARGET) != subject
 
 
-def test_ahead_of_time_engines_fit_their_targets_and_are_unproven(bundle: Bundle) -> None:
+def test_ahead_of_time_engines_fit_their_targets(bundle: Bundle) -> None:
     add_pair(bundle, "fp16", gpu=None, targets=("8.6", "8.9"), state="unproven")
-    (only,) = candidates(bundle, MACHINE)
-    assert not only.proven
-    other = dataclasses.replace(MACHINE, gpu=Gpu("NVIDIA B200", "10.0"))
+    assert len(candidates(bundle, TARGET)) == 1
+    other = dataclasses.replace(TARGET, gpu=Gpu("NVIDIA B200", "10.0"))
     with pytest.raises(
         BackendError, match=r"targets are 8\.6, 8\.9, the compute capability here is 10\.0"
     ):
-        choose(bundle, other)
-
-
-def test_a_proof_on_another_kind_of_gpu_is_none_here(bundle: Bundle) -> None:
-    add_pair(bundle, "fp16", gpu=Gpu("NVIDIA RTX 4000 Ada", "8.9"), targets=("8.9",))
-    (only,) = candidates(bundle, MACHINE)
-    assert not only.proven
-
-
-def test_refused_engines_are_never_offered(bundle: Bundle) -> None:
-    add_pair(bundle, "fp16", state="refused")
-    add_pair(bundle, "fp32")
-    assert [c.precision for c in candidates(bundle, MACHINE)] == ["fp32"]
+        candidates(bundle, other)
 
 
 def test_encoder_and_decoder_must_agree_on_the_features(bundle: Bundle) -> None:
@@ -136,17 +136,17 @@ def test_encoder_and_decoder_must_agree_on_the_features(bundle: Bundle) -> None:
     with pytest.raises(
         BackendError, match=r"features_dtype is \['float16'\] for encoders and \['float32'\]"
     ):
-        choose(bundle, MACHINE)
+        candidates(bundle, TARGET)
     add(bundle, "decoder", "fp16", features_dtype="float16")
-    assert [c.precision for c in candidates(bundle, MACHINE)] == ["fp16"]
+    assert [c.precision for c in candidates(bundle, TARGET)] == ["fp16"]
 
 
 def test_imaging_engines_come_along(bundle: Bundle) -> None:
     add_pair(bundle, "fp16")
-    assert choose(bundle, MACHINE).preprocess is None
+    assert candidates(bundle, TARGET)[0].preprocess is None
     add(bundle, "preprocess", gpu=Gpu("NVIDIA A2", "8.6"))
     post = add(bundle, "postprocess")
-    chosen = choose(bundle, MACHINE)
+    chosen = candidates(bundle, TARGET)[0]
     assert chosen.preprocess is None
     assert chosen.postprocess == post
 
@@ -158,7 +158,6 @@ def test_imaging_engines_come_along(bundle: Bundle) -> None:
         ({"gpu": Gpu("NVIDIA L4", "7.5")}, "gpu.compute_capability is 7.5, here it is 8.9"),
         ({"tensorrt_version": "10.3.0"}, "tensorrt_version is 10.3.0, here it is 10.16.0"),
         ({"bundle_fingerprint": "77" * 32}, "bundle_fingerprint is 7777777777777777..."),
-        ({"state": "refused"}, "state is refused"),
         ({"backend": "tensorrt-rtx"}, "backend is tensorrt-rtx, here it is tensorrt"),
     ],
 )
@@ -167,7 +166,7 @@ def test_the_field_that_differs_is_named(
 ) -> None:
     add_pair(bundle, "fp16", **change)
     with pytest.raises(BackendError) as caught:
-        choose(bundle, MACHINE)
+        candidates(bundle, TARGET)
     text = str(caught.value)
     assert message in text
     assert f"sam3rt build {bundle.path} --backend tensorrt" in text
@@ -179,20 +178,20 @@ def test_the_nearest_engine_is_the_one_explained(bundle: Bundle) -> None:
     add_pair(bundle, "fp16", gpu=Gpu("NVIDIA T4", "7.5"), tensorrt_version="9.0.0")
     add_pair(bundle, "fp32", tensorrt_version="10.3.0")
     with pytest.raises(BackendError, match=r"none of 2 encoder engines.*nearest.*10\.3\.0"):
-        choose(bundle, MACHINE)
+        candidates(bundle, TARGET)
 
 
 def test_a_cut_engine_does_not_fit(bundle: Bundle) -> None:
     encoder, _ = add_pair(bundle, "fp16")
     encoder.path.write_bytes(b"cut")
     with pytest.raises(BackendError, match=r"engine\.bytes is 12, here it is 3"):
-        choose(bundle, MACHINE)
+        candidates(bundle, TARGET)
 
 
 def test_no_engines_at_all(bundle: Bundle) -> None:
     assert find_engines(bundle) == ()
     with pytest.raises(BackendError, match=r"has no tensorrt encoder engine.*sam3rt build"):
-        choose(bundle, MACHINE)
+        candidates(bundle, TARGET)
 
 
 def test_engines_without_a_readable_sidecar_are_passed_over(
@@ -253,13 +252,13 @@ def test_a_build_at_work_is_passed_over_in_silence(
 def test_a_recipe_can_be_insisted_on(bundle: Bundle) -> None:
     for recipe in ("fp16", "fp32"):
         add_pair(bundle, recipe)
-    assert choose(bundle, MACHINE, "fp32").precision == "fp32"
-    assert choose(bundle, MACHINE, "fp32+fp16").precision == "fp32+fp16"
+    assert candidates(bundle, TARGET, "fp32")[0].precision == "fp32"
+    assert candidates(bundle, TARGET, "fp32+fp16")[0].precision == "fp32+fp16"
     with pytest.raises(BackendError, match="recipe is fp16, bf16 was asked for"):
-        choose(bundle, MACHINE, "bf16")
+        candidates(bundle, TARGET, "bf16")
 
 
 def test_unknown_recipes_come_last(bundle: Bundle) -> None:
     add_pair(bundle, "experimental")
     add_pair(bundle, "fp32")
-    assert choose(bundle, MACHINE).precision == "fp32"
+    assert candidates(bundle, TARGET)[0].precision == "fp32"

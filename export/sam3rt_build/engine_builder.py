@@ -1,0 +1,302 @@
+"""Single engines of a bundle: typed, built, and published where the runtime looks for them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import onnx
+
+from sam3rt.backends.tensorrt.cuda import Device
+from sam3rt.backends.tensorrt.engines import ENGINES, EngineFile, engine_path, folder_name
+from sam3rt.backends.tensorrt.sidecar import (
+    BackendName,
+    EngineShapes,
+    EngineSidecar,
+    sidecar_path,
+    write_sidecar,
+)
+from sam3rt.backends.tensorrt.sidecar import Role as EngineRole
+from sam3rt.bundle import Bundle, TensorSpec, file_entry
+from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
+
+from .builder_process import EngineRequest, Sizes
+from .ep_context import wrapper_path, write_wrapper
+from .errors import BuildError
+from .graph_files import load_graph, save_graph
+from .imaging_graphs import (
+    postprocess_graph,
+    postprocess_shapes,
+    preprocess_graph,
+    preprocess_shapes,
+)
+from .recipes import Recipe, recipe_named
+from .typed_graph import FeaturesType, Role, apply_recipe
+
+Make = Callable[[EngineRequest], None]
+# Least, typical and greatest shape of each input with a dynamic axis.
+Profile = dict[str, tuple[Sizes, Sizes, Sizes]]
+
+# Images in one encoder call.
+_BATCH = 1
+# The runtime pads one click to this many points.
+_CLICK_POINTS = 4
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        backend: the TensorRT flavour.
+        precision: ``"auto"``, or the recipes to try, in the order of the ladder.
+        targets: compute capabilities such as ``"8.9"`` to build for ahead of time, without a GPU
+            (tensorrt-rtx only); empty builds for the GPU at hand and proves it there.
+        max_objects: objects in one decoder call; more are run in parts. In the published decoder
+            an object's largest layer (288 x 288 x 32 values) takes 10.6 MB in FP32, and every
+            concurrent caller has room for a few such layers of all objects.
+        max_points: points per object, padding and box corners included.
+        max_side: height and width of images that are resized, and masks that are upsampled, on
+            the GPU, pixels; the host does it for larger ones. Its square costs 12 bytes each of
+            device memory.
+        workspace: memory the builder may try layers with, bytes; ``None`` for all there is.
+        device: number of the GPU to build on.
+    """
+
+    backend: BackendName = "tensorrt"
+    precision: Literal["auto"] | tuple[str, ...] = "auto"
+    targets: tuple[str, ...] = ()
+    max_objects: int = 16
+    max_points: int = 32
+    max_side: int = 4096
+    workspace: int | None = None
+    device: int = 0
+
+
+class EngineBuilder:
+    """Builds single engines of one bundle by one set of options, in a temporary folder.
+
+    A context manager: the folder is gone when it is left.
+
+    Args:
+        bundle: an opened bundle.
+        options: what to build.
+        device: the GPU to build on; ``None`` ahead of time.
+        version: of TensorRT, in full.
+        make: builds one engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: BuildOptions,
+        device: Device | None,
+        version: str,
+        make: Make,
+    ) -> None:
+        self.bundle = bundle
+        self.options = options
+        self._device = device
+        self._version = version
+        self._make = make
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> EngineBuilder:
+        # In the bundle: what is finished is moved into place, which must not cross file systems.
+        self._folder = tempfile.TemporaryDirectory(
+            prefix=".build-", dir=self.bundle.path / ENGINES, ignore_cleanup_errors=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def build(self, role: Role, recipe: Recipe, features: FeaturesType) -> EngineFile:
+        """Type the graph, build the engine and publish it as unproven.
+
+        Raises:
+            RecipeError, BuildError: it cannot be built.
+        """
+        if self._folder is None:
+            raise RuntimeError("the builder is not entered")
+        model = load_graph(self.bundle, role)
+        apply_recipe(model, recipe, features)
+        graph = Path(self._folder.name) / f"{role}.onnx"
+        save_graph(model, graph)
+        del model
+        built = self._make_engine(
+            role, graph, graph_profile(self.bundle, role, self.options), recipe, features
+        )
+        write_wrapper(
+            built.path,
+            self.options.backend,
+            self._specs(role, "inputs", features),
+            self._specs(role, "outputs", features),
+            {
+                EXPORT_ID: self.bundle.manifest.export_id,
+                FINGERPRINT: self.bundle.manifest.fingerprint,
+            },
+            None if built.sidecar.gpu is None else built.sidecar.gpu.compute_capability,
+        )
+        return built
+
+    def build_imaging(self) -> tuple[EngineFile, ...]:
+        """The engines that stand around the network, in FP32, unproven.
+
+        Raises:
+            BuildError: one cannot be built.
+        """
+        if self._folder is None:
+            raise RuntimeError("the builder is not entered")
+        manifest, side = self.bundle.manifest, self.options.max_side
+        exact = recipe_named("fp32")
+        built = []
+        parts: tuple[tuple[EngineRole, onnx.ModelProto, Profile], ...] = (
+            ("preprocess", preprocess_graph(manifest), preprocess_shapes(manifest, side)),
+            ("postprocess", postprocess_graph(manifest), postprocess_shapes(manifest, side)),
+        )
+        for role, model, profile in parts:
+            graph = Path(self._folder.name) / f"{role}.onnx"
+            graph.write_bytes(model.SerializeToString())
+            built.append(self._make_engine(role, graph, profile, exact, "float32"))
+        return tuple(built)
+
+    def _make_engine(
+        self,
+        role: EngineRole,
+        graph: Path,
+        profile: Profile,
+        recipe: Recipe,
+        features: FeaturesType,
+    ) -> EngineFile:
+        finished = graph.with_suffix(".engine")
+        started = time.monotonic()
+        self._make(
+            EngineRequest(
+                str(graph),
+                str(finished),
+                self.options.backend,
+                profile,
+                self.options.targets,
+                recipe.tf32,
+                self.options.workspace,
+                self._timing_cache(),
+                None if self._device is None else self._device.index,
+            )
+        )
+        seconds = time.monotonic() - started
+        if not finished.is_file() or not finished.stat().st_size:
+            raise BuildError(f"the build of the {role} in {recipe.name} left no engine")
+        return self._publish(role, recipe, features, finished, seconds)
+
+    def refuse(self, engine: EngineFile, figures: dict[str, float]) -> None:
+        """Leave on record that an engine failed, and remove it: it can be gigabytes."""
+        write_sidecar(
+            engine.path, msgspec.structs.replace(engine.sidecar, state="refused", parity=figures)
+        )
+        self._remove(engine)
+
+    def discard(self, engine: EngineFile) -> None:
+        """Remove an engine that is not needed and was not at fault."""
+        sidecar_path(engine.path).unlink(missing_ok=True)
+        self._remove(engine)
+        with contextlib.suppress(OSError):  # not empty
+            engine.path.parent.rmdir()
+
+    def _remove(self, engine: EngineFile) -> None:
+        wrapper_path(engine.path).unlink(missing_ok=True)
+        engine.path.unlink(missing_ok=True)
+
+    def _publish(
+        self,
+        role: EngineRole,
+        recipe: Recipe,
+        features: FeaturesType,
+        finished: Path,
+        seconds: float,
+    ) -> EngineFile:
+        gpu = None if self._device is None else self._device.gpu
+        folder = folder_name(
+            gpu, self.options.targets, self.options.backend, self._version, recipe.name
+        )
+        path = engine_path(self.bundle.path, folder, role)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = msgspec.structs.replace(file_entry(finished), file=path.name)
+        sidecar = EngineSidecar(
+            role=role,
+            backend=self.options.backend,
+            engine=entry,
+            bundle_fingerprint=self.bundle.manifest.fingerprint,
+            gpu=gpu,
+            targets=self.options.targets,
+            tensorrt_version=self._version,
+            driver_version=None if self._device is None else self._device.driver_version,
+            recipe=recipe.name,
+            features_dtype=features,
+            shapes=EngineShapes(
+                self.options.max_objects,
+                self.options.max_points,
+                _BATCH,
+                self.options.max_side,
+            ),
+            state="unproven",
+            parity={},
+            paired_with=None,
+            build_seconds=round(seconds, 3),
+        )
+        # An old sidecar or wrapper beside a new engine would be a contradiction, an engine without
+        # one is merely unknown: so they go first, and the sidecar comes last.
+        sidecar_path(path).unlink(missing_ok=True)
+        wrapper_path(path).unlink(missing_ok=True)
+        finished.replace(path)
+        try:
+            write_sidecar(path, sidecar)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return EngineFile(path, sidecar)
+
+    def _specs(
+        self, role: Role, side: Literal["inputs", "outputs"], features: FeaturesType
+    ) -> tuple[TensorSpec, ...]:
+        """The engine's inputs or outputs: the graph's, with feature maps of their type."""
+        maps = {spec.name for spec in self.bundle.manifest.encoder.outputs}
+        specs: tuple[TensorSpec, ...] = getattr(getattr(self.bundle.manifest, role), side)
+        return tuple(
+            msgspec.structs.replace(spec, dtype=features) if spec.name in maps else spec
+            for spec in specs
+        )
+
+    def _timing_cache(self) -> str | None:
+        """Where this GPU's measured layer times are kept; none ahead of time, when none are."""
+        if self._device is None:
+            return None
+        name = folder_name(self._device.gpu, (), self.options.backend, self._version, "timing")
+        return str(self.bundle.path / ENGINES / f"{name}.cache")
+
+
+def graph_profile(bundle: Bundle, role: Role, options: BuildOptions) -> Profile:
+    """Least, typical and greatest shape of each input of a graph that has a dynamic axis."""
+    axes = {
+        "batch": (_BATCH, _BATCH, _BATCH),
+        "num_objects": (1, 1, options.max_objects),
+        "num_points": (1, min(_CLICK_POINTS, options.max_points), options.max_points),
+        "num_masks": (1, 1, options.max_objects),
+    }
+    profile: Profile = {}
+    for spec in getattr(bundle.manifest, role).inputs:
+        if all(isinstance(side, int) for side in spec.shape):
+            continue
+        least, typical, greatest = (
+            tuple(side if isinstance(side, int) else axes[side][i] for side in spec.shape)
+            for i in range(3)
+        )
+        profile[spec.name] = (least, typical, greatest)
+    return profile
