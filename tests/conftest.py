@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +69,34 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
         yield original
 
 
-@pytest.fixture(scope="session")
-def small_export() -> Path:
-    """Checkpoint and bundle of the golden data's small SAM 3, made once for many runs.
-
-    Where PyTorch is not installed, ``SAM3RT_SMALL_EXPORT`` says where another environment made it.
-    """
-    if given := os.environ.get("SAM3RT_SMALL_EXPORT"):
-        return Path(given)
+def _export(name: str, tensors: Callable[[], dict[str, Any]]) -> Path:
+    """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs."""
 
     def make(folder: Path) -> None:
         import torch
 
         from sam3rt_export import export_bundle
 
-        tensors = synthetic.checkpoint().items()
-        checkpoint = folder / "sam3_small.pt"
-        torch.save({name: torch.from_numpy(np.asarray(a)) for name, a in tensors}, checkpoint)
-        export_bundle(checkpoint, folder / "sam3_small")
+        checkpoint = folder / f"{name}.pt"
+        torch.save({key: torch.as_tensor(array) for key, array in tensors().items()}, checkpoint)
+        export_bundle(checkpoint, folder / name)
 
-    files = disk_cache.python_files("runtime/sam3rt", "export/sam3rt_export")
-    golden = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
+    sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam3")
+    helpers = ROOT / "tests" / "support" / "export_helpers.py"
+    data = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
-    key = disk_cache.key_of([*files, *golden, Path(synthetic.__file__)], libraries)
-    return disk_cache.cached_folder("small_sam3", key, make)
+    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *data], libraries)
+    return disk_cache.cached_folder(name, key, make)
+
+
+@pytest.fixture(scope="session")
+def small_export() -> Path:
+    """Checkpoint and bundle of the golden data's small SAM 3.
+
+    Where PyTorch is not installed, ``SAM3RT_SMALL_EXPORT`` says where another environment made it.
+    """
+    given = os.environ.get("SAM3RT_SMALL_EXPORT")
+    return Path(given) if given else _export("sam3_small", synthetic.checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -103,9 +107,19 @@ def small_checkpoint(small_export: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_bundle(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small SAM 3 as a bundle. It is a copy: verdicts are remembered beside a bundle."""
+    """The small SAM 3 as a bundle. It is a copy, for engines may come to lie in it."""
     path = tmp_path_factory.mktemp("bundles") / "sam3_small"
     shutil.copytree(small_export / "sam3_small", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SAM 3 of 8x8 pixels as a bundle, which runs in no time. It is a copy, too."""
+    from tests.support.export_helpers import tiny_tensors
+
+    path = tmp_path_factory.mktemp("bundles") / "sam3_tiny"
+    shutil.copytree(_export("sam3_tiny", tiny_tensors) / "sam3_tiny", path)
     return path
 
 
