@@ -119,52 +119,58 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
 
     coords: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
-    centres: list[tuple[str, NDArray[Any]]] = []
+    doubt = ""
     if points is not None:
         coords.append(_to_input(points.coords, geometry, prompts.normalize_coords, "point_coords"))
         labels.append(points.labels)
-        centres.append(("point_coords", coords[0][points.labels > NOT_A_POINT]))
+        doubt = _far_outside("a point", coords[0][points.labels > NOT_A_POINT], geometry)
     if boxes is not None:
         corners = _to_input(boxes.reshape(-1, 2, 2), geometry, prompts.normalize_coords, "box")
         corner_labels = np.tile(np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int64), (objects, 1))
         at = 0 if spec.box_position == "before_points" else len(coords)
         coords.insert(at, corners)
         labels.insert(at, corner_labels)
-        centres.append(("box", corners[:, 0] / 2 + corners[:, 1] / 2))
+        doubt = doubt or _far_outside(
+            "the centre of a box", corners[:, 0] / 2 + corners[:, 1] / 2, geometry
+        )
     if coords and (spec.padding_point == "always" or boxes is None):
         coords.append(np.zeros((objects, 1, 2), np.float32))
         labels.append(np.full((objects, 1), NOT_A_POINT, np.int64))
     if not coords:
         coords.append(np.zeros((objects, 0, 2), np.float32))
         labels.append(np.zeros((objects, 0), np.int64))
-    _warn(centres, nothing=points is None and boxes is None and masks is None, geometry=geometry)
+    if points is None and boxes is None and masks is None:
+        doubt = "no prompt: the masks are of whatever the model finds most prominent"
+    if doubt:
+        warnings.warn(doubt, PromptWarning, stacklevel=_callers_level())
     return PackedPrompts(np.concatenate(coords, axis=1), np.concatenate(labels, axis=1), masks)
 
 
-def _warn(centres: list[tuple[str, NDArray[Any]]], nothing: bool, geometry: ImageGeometry) -> None:
-    """Warn of prompts that are hardly meant, at the line outside this package that gave them."""
-    if nothing:
-        message = "no prompt: the masks are of whatever the model finds most prominent"
-    else:
-        size = np.array(geometry.input_size[::-1], np.float32)
-        for argument, coords in centres:
-            shares = coords.reshape(-1, 2) / size
-            far = ((shares < -_MARGIN) | (shares > 1 + _MARGIN)).any(axis=1)
-            if far.any():
-                x, y = shares[far][0] * np.array(geometry.original_size[::-1])
-                height, width = geometry.original_size
-                what = "a box centred" if argument == "box" else "a point"
-                message = (
-                    f"{argument}: {what} at ({x:.6g}, {y:.6g}) pixels is far outside the image of "
-                    f"{width} x {height}; the masks mean nothing"
-                )
-                break
-        else:
-            return
-    level, frame = 1, sys._getframe()
+def _far_outside(what: str, coords: NDArray[np.float32], geometry: ImageGeometry) -> str:
+    """What to say where a point of the encoder's input, [..., 2], is far outside the image."""
+    flat = coords.reshape(-1, 2)
+    size = np.array(geometry.input_size[::-1], np.float32)
+    if not len(flat) or (
+        (flat.min(axis=0) >= -_MARGIN * size).all()
+        and (flat.max(axis=0) <= (1 + _MARGIN) * size).all()
+    ):
+        return ""
+    shares = flat / size
+    worst = np.abs(shares - 0.5).max(axis=1).argmax()
+    height, width = geometry.original_size
+    x, y = shares[worst] * np.array([width, height])
+    return (
+        f"{what} is at ({x:.6g}, {y:.6g}) pixels, far outside the image of {width} x {height}: the "
+        "masks mean nothing"
+    )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the line outside this package that called, as seen by the caller."""
+    level, frame = 0, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, PromptWarning, stacklevel=level)
+    return level
 
 
 def decoder_inputs(
@@ -302,7 +308,7 @@ def _read_masks(value: ArrayLike | None, spec: PromptSpec) -> NDArray[np.float32
     masks = _real_array(given, "mask_input", expected)
     if masks.ndim not in (3, 4) or masks.shape[-3:] != (1, height, width) or masks.shape[0] == 0:
         raise PromptError("mask_input", f"shape {masks.shape}", expected)
-    largest = float(np.abs(masks).max())
+    largest = max(float(masks.max()), -float(masks.min()))
     if largest > MAX_MASK_LOGIT:
         raise PromptError(
             "mask_input", f"a value of {largest:.6g}", f"logits within +-{MAX_MASK_LOGIT:g}"

@@ -44,7 +44,7 @@ _FORMATS = (
     *("ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "PSD", "QOI"),
 )
 _ORIENTATION = 0x0112  # EXIF's tag
-# Fast, and with 2 to 10 % more bytes than Pillow's own choice.
+# A third of the time that Pillow would take by default, for up to a third more bytes.
 _PNG_LEVEL = 1
 
 
