@@ -414,9 +414,10 @@ def test_sizes_that_are_no_tensors_are_part_of_the_id(change: dict[str, Any]) ->
     tensors = tiny_tensors()
     one = read_architecture(tensors)
     other = dataclasses.replace(one, **change)
+    model = build_tracker_model(one, tensors)
     ids = {
         exporter._export_id(
-            sam3_source(arch, tensors, None, kind="test", origin="test"), ExportOptions()
+            sam3_source(arch, tensors, model, kind="test", origin="test"), ExportOptions()
         )
         for arch in (one, other)
     }
@@ -588,7 +589,7 @@ def test_another_model_than_the_graphs_is_noticed(
     other = tensors | {name: 1.05 * tensors[name]}
     model = build_tracker_model(read_architecture(other), other)
 
-    def changed(checkpoint: Any) -> Any:
+    def changed(checkpoint: Any, _: None) -> Any:
         return dataclasses.replace(open_source(checkpoint), reference=TransformersReference(model))
 
     monkeypatch.setattr(exporter, "open_source", changed)
