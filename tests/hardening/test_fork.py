@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from benchmarks.hardening import fork
 
+pytestmark = pytest.mark.serial
+
 
 def forked(status: int | None) -> int:
     """A child that ends with a status, kills itself, or (``None``) never ends."""
