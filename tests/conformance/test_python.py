@@ -13,7 +13,8 @@ from tests.support import conformance
 from tests.support.conformance import Document, Refusal, as_image, as_prompts
 
 import sam3rt
-from sam3rt.backends.tensorrt.engines import Gpu, Machine, candidates
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.engines import EngineTarget, candidates
 from sam3rt.bundle import FileEntry, ImageSpec, PromptSpec, TensorSpec, parse_manifest
 from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.embedding import read_embedding
@@ -82,7 +83,7 @@ class PythonRuntime:
         return [outcome(lambda content=content: check(content)) for content in contents]
 
     def choose_engines(self, bundles: Sequence[Path], machine: Document) -> list[Any]:
-        target = Machine(**{**machine, "gpu": Gpu(*machine["gpu"])})
+        target = EngineTarget(**{**machine, "gpu": Gpu(*machine["gpu"])})
 
         def chosen(path: Path) -> str:
             bundle = sam3rt.open_bundle(path, check_files=False)
