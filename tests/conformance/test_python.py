@@ -13,6 +13,8 @@ from tests.support import conformance
 from tests.support.conformance import Document, Refusal, as_image, as_prompts
 
 import sam3rt
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.engines import EngineTarget, candidates
 from sam3rt.bundle import FileEntry, ImageSpec, PromptSpec, TensorSpec, parse_manifest
 from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.embedding import read_embedding
@@ -79,6 +81,15 @@ class PythonRuntime:
             check_tensor_locations(content, "m.onnx", entries)
 
         return [outcome(lambda content=content: check(content)) for content in contents]
+
+    def choose_engines(self, bundles: Sequence[Path], machine: Document) -> list[Any]:
+        target = EngineTarget(**{**machine, "gpu": Gpu(*machine["gpu"])})
+
+        def chosen(path: Path) -> str:
+            bundle = sam3rt.open_bundle(path, check_files=False)
+            return candidates(bundle, target)[0].encoder.path.parent.name
+
+        return [outcome(lambda path=path: chosen(path)) for path in bundles]
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         specs = [

@@ -97,6 +97,16 @@ class CppRuntime:
         ]
         return [outcome(result) for result in self._build.run(steps)]
 
+    def choose_engines(self, bundles: Sequence[Path], machine: Document) -> list[Any]:
+        step = {
+            "op": "choose_engines",
+            "backend": machine["backend"],
+            "gpu": machine["gpu"][0],
+            "compute_capability": machine["gpu"][1],
+        }
+        results = self._build.run([{**step, "path": path} for path in bundles])
+        return [outcome(r, r.value and Path(r.value["encoder"]).parent.name) for r in results]
+
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         specs = [*vectors["maps"].items()]
         step = {"op": "read_embedding", "fingerprint": vectors["fingerprint"], "specs": specs}

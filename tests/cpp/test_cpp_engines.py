@@ -1,4 +1,4 @@
-"""Which TensorRT engines the C++ runtime would use, on made-up engine folders.
+"""Which TensorRT engines the C++ runtime uses, beyond the vectors: links, wrappers, several pairs.
 
 Nothing here runs an engine: that needs a GPU.
 """
@@ -8,21 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from tests.support.conformance import add_engine, load
 from tests.support.cpp_driver import Build, Result
 from tests.support.helpers import tiny_bundle
 
-from sam3rt.backends.tensorrt.cuda import Gpu
-from sam3rt.backends.tensorrt.sidecar import (
-    EngineShapes,
-    EngineSidecar,
-    read_sidecar,
-    write_sidecar,
-)
-from sam3rt.bundle import Manifest, file_entry
+from sam3rt.bundle import file_entry
 
-GPU = Gpu("NVIDIA L4", "8.9")
 FP16 = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
 FP32 = "nvidia-l4-sm89-tensorrt-10.3.0-fp32"
 
@@ -36,53 +28,30 @@ class Engines:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.manifest: Manifest = tiny_bundle(folder)
+        tiny_bundle(folder)
 
-    def add(self, name: str, role: str, wrapper: bool = True, **changes: Any) -> Path:
+    def add(self, name: str, role: str, **changes: Any) -> Path:
         """Add an engine with a sidecar that fits, but for the changes."""
-        folder = self.path / "engines" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        engine = folder / f"{role}.engine"
-        engine.write_bytes(f"{name} {role}".encode())
-        paired = None
-        if role == "decoder" and (folder / "encoder.engine").exists():
-            paired = file_entry(folder / "encoder.engine").sha256
-        sidecar = EngineSidecar(
-            role=role,  # type: ignore[arg-type]
-            backend="tensorrt",
-            engine=file_entry(engine),
-            bundle_fingerprint=self.manifest.fingerprint,
-            gpu=GPU,
-            targets=(),
-            tensorrt_version="10.3.0",
-            driver_version="550.1",
-            recipe=name.rsplit("-", 1)[-1],
-            features_dtype="float32",
-            shapes=EngineShapes(8, 16, 1, 4096),
-            state="proven",
-            parity={"cosine": 1.0},
-            paired_with=paired,
-            build_seconds=1.5,
-        )
-        write_sidecar(engine, msgspec.structs.replace(sidecar, **changes))
-        if wrapper:
-            (folder / f"{role}_ctx.onnx").write_bytes(b"wrapper")
-        return engine
+        patch = [
+            {"op": "replace", "path": f"/{field}", "value": value}
+            for field, value in changes.items()
+        ]
+        return add_engine(self.path, name, role, patch)
 
     def pair(self, name: str, **changes: Any) -> None:
         """Add an encoder and a decoder proven with it."""
         self.add(name, "encoder", **changes)
         self.add(name, "decoder", **changes)
 
-    def choose(self, build: Build, engine_folder: Path | str = "", **changes: Any) -> Result:
-        """Let the C++ runtime choose for a GPU."""
-        gpu = changes.pop("gpu", GPU)
+    def choose(self, build: Build, engine_folder: Path | str = "", backend: str = "") -> Result:
+        """Let the C++ runtime choose for the machine of the vectors."""
+        machine = load("engines")["machine"]
         return build.one(
             op="choose_engines",
             path=self.path,
-            backend=changes.pop("backend", "tensorrt"),
-            gpu=gpu.name,
-            compute_capability=gpu.compute_capability,
+            backend=backend or machine["backend"],
+            gpu=machine["gpu"][0],
+            compute_capability=machine["gpu"][1],
             engine_folder=engine_folder,
         )
 
@@ -111,27 +80,12 @@ def test_no_engines(cpp_build: Build, engines: Engines) -> None:
     assert "--backend tensorrt-rtx" in message
 
 
-@pytest.mark.parametrize(
-    "gpu", [Gpu("NVIDIA L4", "8.6"), Gpu("NVIDIA L40", "8.9")], ids=lambda gpu: gpu.name
-)
-def test_engines_of_another_gpu(cpp_build: Build, engines: Engines, gpu: Gpu) -> None:
-    engines.pair(FP16)
-    message = engines.choose(cpp_build, gpu=gpu).refusal("BackendError")
-    assert gpu.name in message
-    assert "sam3rt build" in message
-
-
-def test_engines_of_another_bundle(cpp_build: Build, engines: Engines) -> None:
-    engines.pair(FP16, bundle_fingerprint="f" * 64)
-    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
-
-
 def test_unproven_engines(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16, state="unproven")
     message = engines.choose(cpp_build).refusal("BackendError")
     assert f"sam3rt verify {engines.path} --backend tensorrt" in message
     # One that nobody has run anywhere, from an ahead-of-time build.
-    engines.pair(FP16, state="unproven", gpu=None, targets=("8.9",))
+    engines.pair(FP16, state="unproven", gpu=None, targets=["8.9"])
     assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
     engines.pair(FP16, state="refused")
     assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
@@ -193,10 +147,10 @@ def test_engines_behind_a_link_that_leaves_the_bundle_are_passed_over(
 ) -> None:
     engines.pair(FP16)
     assert FP16 in engines.choose(cpp_build).value["encoder"]
-    place = engines.path / linked.format(FP16)
+    inside = engines.path / linked.format(FP16)
     outside = tmp_path / "outside"
-    place.rename(outside)
-    place.symlink_to(outside)
+    inside.rename(outside)
+    inside.symlink_to(outside)
     assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
 
 
@@ -210,12 +164,6 @@ def test_engines_behind_a_link_inside_the_bundle_are_used(
     assert FP16 in engines.choose(cpp_build).value["encoder"]
 
 
-def test_a_build_at_work_is_no_folder_of_engines(cpp_build: Build, engines: Engines) -> None:
-    engines.pair(FP16)
-    (engines.path / "engines" / FP16).rename(engines.path / "engines" / ".build-x")
-    engines.choose(cpp_build).refusal("BackendError")
-
-
 def test_missing_wrapper(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16)
     wrapper = engines.path / "engines" / FP16 / "decoder_ctx.onnx"
@@ -223,26 +171,3 @@ def test_missing_wrapper(cpp_build: Build, engines: Engines) -> None:
     engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
     wrapper.symlink_to("encoder_ctx.onnx")
     engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
-
-
-def test_damaged_sidecar_is_no_sidecar(cpp_build: Build, engines: Engines) -> None:
-    engines.pair(FP16)
-    engines.pair(FP32)
-    path = engines.path / "engines" / FP32 / "encoder.engine.json"
-    text = path.read_text()
-    for damaged in (
-        text[:-10],
-        text.replace('"format_version": 1', '"format_version": 2'),
-        text.replace("encoder.engine", "../encoder.engine"),
-        text.replace('"role": "encoder"', '"role": "decoder"'),
-        text.replace('"recipe"', '"receipt"'),
-        "[]",
-        "",
-    ):
-        assert damaged != text
-        path.write_text(damaged)
-        chosen = engines.choose(cpp_build).value
-        assert FP16 in chosen["encoder"]
-    path.write_text(text)
-    assert read_sidecar(path.with_suffix("")).state == "proven"
-    engines.choose(cpp_build).refusal("BackendError")

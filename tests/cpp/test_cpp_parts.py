@@ -18,7 +18,7 @@ import sam3rt
 from sam3rt import PromptError, Prompts
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 from sam3rt.geometry import ImageGeometry, geometry, preprocess
-from sam3rt.masks import finish
+from sam3rt.masks import MaskOptions, finish
 from sam3rt.masks.components import small_components
 from sam3rt.prompts import pack
 
@@ -76,8 +76,8 @@ def test_preprocessing(cpp_build: Build, golden: Golden) -> None:
         ]
     )[1:]
     for image, result in zip(images, results, strict=True):
-        pixels, place = preprocess(spec, image)
-        assert tuple(result.value) == place.input_size
+        pixels, inside = preprocess(spec, image)
+        assert tuple(result.value) == inside.input_size
         np.testing.assert_allclose(result.arrays["pixels"], pixels, atol=PIXEL_LIMIT, rtol=0)
 
 
@@ -126,14 +126,14 @@ def test_what_is_no_image(cpp_build: Build, mobile_sam_golden: Golden) -> None:
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def pack_step(spec: PromptSpec, place: ImageGeometry, prompts: Step) -> Step:
+def pack_step(spec: PromptSpec, inside: ImageGeometry, prompts: Step) -> Step:
     return {
         "op": "pack",
         "box_position": spec.box_position,
         "padding_point": spec.padding_point,
         "mask_size": spec.mask_size,
-        "original_size": place.original_size,
-        "input_size": place.input_size,
+        "original_size": inside.original_size,
+        "input_size": inside.input_size,
         "prompts": prompts,
     }
 
@@ -182,14 +182,14 @@ def test_packing_prompts(cpp_build: Build, spec: PromptSpec) -> None:
     image = SAM3_IMAGE if spec.box_position == "before_points" else MOBILE_IMAGE
     steps, cases = [], []
     for _ in range(300):
-        place = geometry(image, (int(rng.integers(1, 3000)), int(rng.integers(1, 3000))))
+        inside = geometry(image, (int(rng.integers(1, 3000)), int(rng.integers(1, 3000))))
         prompts = typed(random_prompts(rng, spec.mask_size))
-        steps.append(pack_step(spec, place, prompts))
-        cases.append((prompts, place))
+        steps.append(pack_step(spec, inside, prompts))
+        cases.append((prompts, inside))
     refused = 0
-    for (prompts, place), result in zip(cases, cpp_build.run(steps), strict=True):
+    for (prompts, inside), result in zip(cases, cpp_build.run(steps), strict=True):
         try:
-            expected = pack(Prompts(**prompts), spec, place)
+            expected = pack(Prompts(**prompts), spec, inside)
         except PromptError as caught:
             argument = caught.argument
             refused += 1
@@ -249,7 +249,7 @@ def finish_case(rng: np.random.Generator) -> tuple[Step, NDArray[Any]]:
     image = ImageSpec((side, side), spec.resize, spec.resize_dtype, spec.mean, spec.std)
     low = (int(rng.integers(1, 80)), int(rng.integers(1, 80)))
     masks = MaskSpec(3, low, None, "direct" if sam3 else "unpad", 0.0)
-    place = geometry(image, (int(rng.integers(1, 400)), int(rng.integers(1, 400))))
+    inside = geometry(image, (int(rng.integers(1, 400)), int(rng.integers(1, 400))))
     shape = (int(rng.integers(1, 3)), int(rng.integers(1, 4)))
     low_res = np.stack([blobs(rng, *low) for _ in range(shape[0] * shape[1])])
     low_res = low_res.reshape(*shape, *low)
@@ -264,11 +264,11 @@ def finish_case(rng: np.random.Generator) -> tuple[Step, NDArray[Any]]:
         "low_res": low_res,
         "padded": image.size,
         "upsampling": masks.upsampling,
-        "original_size": place.original_size,
-        "input_size": place.input_size,
+        "original_size": inside.original_size,
+        "input_size": inside.input_size,
         **options,
     }
-    return step, finish(low_res, place, image, masks, **options)
+    return step, finish(low_res, inside, image, masks, MaskOptions(**options))
 
 
 def test_finishing_masks(cpp_build: Build) -> None:
@@ -296,7 +296,7 @@ def test_copies_between_devices(cpp_build: Build) -> None:
     """The graph that moves feature maps to and from a GPU, here over the host's memory."""
     array = np.random.default_rng(0).normal(size=(1, 3, 5, 7)).astype(np.float32)
     result = cpp_build.one(op="copy_through_identity", array=array)
-    assert result.value is True  # another place, the same numbers
+    assert result.value is True  # another inside, the same numbers
     np.testing.assert_array_equal(result.arrays["copy"], array)
 
 

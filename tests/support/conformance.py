@@ -63,6 +63,9 @@ class Runtime(Protocol):
     def check_onnx(self, contents: Sequence[bytes], beside: dict[str, int]) -> list[Any]:
         """Check ONNX files called ``m.onnx``."""
 
+    def choose_engines(self, bundles: Sequence[Path], machine: Document) -> list[Any]:
+        """The folder of the encoder that a machine uses, for each bundle."""
+
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         """Read embeddings of the model that the vectors describe: maps and both sizes."""
 
@@ -312,6 +315,46 @@ def check_onnx_files(runtime: Runtime, folder: Path) -> None:
         same(found, [wanted] * len(cases), [case["name"] for case in cases])
 
 
+def add_engine(bundle: Path, folder: str, role: str, patch: Sequence[Document] = ()) -> Path:
+    """Put an engine with its sidecar, and a wrapper for ONNX Runtime, into a bundle."""
+    where = bundle / "engines" / folder
+    where.mkdir(parents=True, exist_ok=True)
+    engine = where / f"{role}.engine"
+    engine.write_bytes(f"{folder} {role}".encode())
+    sidecar = copy.deepcopy(load("engines")["sidecar"])
+    sidecar["role"] = role
+    sidecar["engine"] = _entry(engine)
+    sidecar["bundle_fingerprint"] = json.loads((bundle / "bundle.json").read_text())["fingerprint"]
+    if role == "decoder" and (where / "encoder.engine").exists():
+        sidecar["paired_with"] = _entry(where / "encoder.engine")["sha256"]
+    engine.with_name(f"{role}.engine.json").write_text(json.dumps(patched(sidecar, patch)))
+    (where / f"{role}_ctx.onnx").write_bytes(b"wrapper")
+    return engine
+
+
+def _entry(path: Path) -> Document:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file": path.name, "sha256": digest, "bytes": len(content)}
+
+
+def check_engines(runtime: Runtime, folder: Path) -> None:
+    vectors = load("engines")
+    bundles = []
+    for number, case in enumerate(vectors["cases"]):
+        bundles.append(folder / f"bundle{number}")
+        tiny_bundle(bundles[-1])
+        for entry in case["engines"]:
+            for role in entry.get("roles", ("encoder", "decoder")):
+                patch = entry.get(role, entry.get("patch", ()))
+                add_engine(bundles[-1], entry["folder"], role, patch)
+    same(
+        runtime.choose_engines(bundles, vectors["machine"]),
+        [case.get("chosen") or Refusal(*case["error"]) for case in vectors["cases"]],
+        [case["name"] for case in vectors["cases"]],
+    )
+
+
 # --- embeddings -----------------------------------------------------------------------------------
 
 
@@ -402,6 +445,7 @@ CHECKS: tuple[Callable[[Runtime, Path], None], ...] = (
     check_bundle_files,
     check_signatures,
     check_onnx_files,
+    check_engines,
     check_embeddings,
     check_calls,
 )
