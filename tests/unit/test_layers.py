@@ -111,6 +111,8 @@ def modules() -> dict[str, Module]:
     found = {}
     for package, root in PACKAGES.items():
         for path in sorted((root / package).rglob("*.py")):
+            if path.parent.name == "_pyinstaller":
+                continue  # run by PyInstaller, never by sam3rt
             parts = path.relative_to(root).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             module = Module(name, path, path.read_text(), ())

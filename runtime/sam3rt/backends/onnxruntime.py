@@ -254,6 +254,11 @@ class OnnxRuntimeBackend(Backend):
             )
 
 
+def providers() -> list[str]:
+    """The execution providers that this ONNX Runtime was built with, for bug reports."""
+    return list(ort.get_available_providers())
+
+
 def _choose_device(device: str) -> tuple[str, int]:
     """Kind and number of the device to use; ``create_backend`` has checked how it is written."""
     if device == "cpu":

@@ -101,10 +101,9 @@ def _files(bundle: Bundle) -> str:
 def _providers() -> list[str]:
     if importlib.util.find_spec("onnxruntime") is None:
         return []
-    import onnxruntime
+    from ..backends.onnxruntime import providers
 
-    providers: list[str] = onnxruntime.get_available_providers()
-    return providers
+    return providers()
 
 
 def _recipes(bundle: Bundle) -> dict[str, str]:
