@@ -131,7 +131,7 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
         coords.insert(at, corners)
         labels.insert(at, corner_labels)
         doubt = doubt or _far_outside(
-            "the centre of a box", corners[:, 0] / 2 + corners[:, 1] / 2, geometry
+            "the centre of a box", (corners / np.float32(2)).sum(axis=1), geometry
         )
     if coords and (spec.padding_point == "always" or boxes is None):
         coords.append(np.zeros((objects, 1, 2), np.float32))
