@@ -159,7 +159,7 @@ def _has_16_bits(image: PIL.Image.Image) -> bool:
     Pillow keeps the high byte of such colours without a word. Once it has decoded them, nothing
     tells that there was a low byte.
     """
-    for tile in getattr(image, "tile", ()):
+    for tile in getattr(image, "tile", None) or ():
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         raw_mode, limit = arguments[0], arguments[1] if len(arguments) > 1 else 0
         # Without a byte order, ";16" stands for 16 bits a pixel.
