@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cpp.test_cpp_golden import check_call
 from tests.support.c_library import STATUS, Library, Prompts, Sam3rtError, image, prompts
 from tests.support.cpp_driver import ROOT
-from tests.support.golden_calls import Golden
+from tests.support.golden_calls import Golden, check_call
 from tests.support.helpers import noise
 
 import sam3rt

@@ -16,6 +16,11 @@ import sam3rt
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 _MOBILE_SAM = GOLDEN / "mobile_sam"
 
+# Between the two languages.
+LOGIT_LIMIT = 1e-4
+IOU_LIMIT = 1e-5
+PIXEL_LIMIT = 1e-4
+
 
 @dataclass(frozen=True)
 class Call:
@@ -113,3 +118,23 @@ def _run(
         done.append(call)
     features = {name: embedding.numpy() for name, embedding in embeddings.items()}
     return Golden(model.bundle.path, images, done, expected, features)
+
+
+def check_call(
+    call: Call, golden: Golden, masks: NDArray[Any], iou: NDArray[Any], low_res: NDArray[Any]
+) -> None:
+    """Compare one call's results with those of the Python runtime."""
+    expected_masks, expected_iou, expected_low_res = golden.expected[call.name]
+    assert masks.shape == expected_masks.shape
+    assert iou.shape == expected_iou.shape
+    assert low_res.shape == expected_low_res.shape
+    np.testing.assert_allclose(low_res, expected_low_res, atol=LOGIT_LIMIT, rtol=0)
+    np.testing.assert_allclose(iou, expected_iou, atol=IOU_LIMIT, rtol=0)
+    if call.arguments.get("return_logits"):
+        assert masks.dtype == np.float32
+        np.testing.assert_allclose(masks, expected_masks, atol=LOGIT_LIMIT, rtol=0)
+    else:
+        assert masks.dtype == np.uint8
+        assert set(np.unique(masks)) <= {0, 1}
+        differing = (masks != expected_masks).mean(axis=(-2, -1))
+        assert differing.max() <= PIXEL_LIMIT

@@ -29,6 +29,24 @@ GPU = Gpu("NVIDIA Fake 9000", "8.9")
 DRIVER = "580.65"
 VERSION = "10.16.0"
 MAX_OBJECTS, MAX_POINTS, MAX_SIDE = 4, 16, 2048
+# Of an engine that is nowhere.
+SIDECAR = EngineSidecar(
+    role="decoder",
+    backend="tensorrt",
+    engine=FileEntry("decoder.engine", "ab" * 32, 123456),
+    bundle_fingerprint="cd" * 32,
+    gpu=Gpu("NVIDIA GeForce RTX 4090", "8.9"),
+    targets=(),
+    tensorrt_version="10.16.0.72",
+    driver_version="580.65.06",
+    recipe="fp16-attention-fp32",
+    features_dtype="float16",
+    shapes=EngineShapes(16, 32, 1, 4096),
+    state="proven",
+    parity={"features 0 cosine": 0.99998, "masks least IoU": 0.9991},
+    paired_with="ef" * 32,
+    build_seconds=61.5,
+)
 
 
 def copy_bundle(source: Path, target: Path) -> Path:

@@ -39,16 +39,17 @@ LAYERS = (
     {"backends"},
     {"embedding", "model"},
     {"predictor"},
-    {"overlay", "cli", "__main__"},
+    {"overlay", "cli", "__main__", "_pyinstaller"},
 )
-# All that the runtime imports from elsewhere, and where: everywhere, or under one backend.
+# All that the runtime imports from elsewhere, and where: everywhere, or in one room.
 BASE_LIBRARIES = {"msgspec", "numpy", "PIL", "safetensors"}
-BACKEND_LIBRARIES = {
+OPTIONAL_LIBRARIES = {
     "onnxruntime": "sam3rt.backends.onnxruntime",
     "openvino": "sam3rt.backends.openvino",
     "tensorrt": "sam3rt.backends.tensorrt",
     "tensorrt_rtx": "sam3rt.backends.tensorrt",
     "cuda": "sam3rt.backends.tensorrt",
+    "PyInstaller": "sam3rt._pyinstaller",
 }
 MOST_LINES = 400
 
@@ -220,7 +221,7 @@ def test_the_runtime_imports_libraries_only_where_they_belong() -> None:
             library = top(used.module)
             if library in {"sam3rt", *sys.stdlib_module_names, *BASE_LIBRARIES}:
                 continue
-            home = BACKEND_LIBRARIES.get(library)
+            home = OPTIONAL_LIBRARIES.get(library)
             if home is None or not f"{module.name}.".startswith(f"{home}."):
                 yield module.path, used.line, f"imports {library}"
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.support.helpers import tiny_bundle
-from tests.unit.runtime.backends.tensorrt.test_sidecar import SIDECAR
+from tests.support.tensorrt_helpers import SIDECAR
 
 from sam3rt.backends.tensorrt.cuda import Gpu
 from sam3rt.backends.tensorrt.engines import (

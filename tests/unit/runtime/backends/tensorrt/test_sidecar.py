@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.helpers import examples, flip
+from tests.support.tensorrt_helpers import SIDECAR
 
 from sam3rt import BundleError
 from sam3rt.backends.tensorrt.cuda import Gpu
@@ -22,25 +23,6 @@ from sam3rt.backends.tensorrt.sidecar import (
     read_sidecar,
     sidecar_path,
     write_sidecar,
-)
-from sam3rt.bundle import FileEntry
-
-SIDECAR = EngineSidecar(
-    role="decoder",
-    backend="tensorrt",
-    engine=FileEntry("decoder.engine", "ab" * 32, 123456),
-    bundle_fingerprint="cd" * 32,
-    gpu=Gpu("NVIDIA GeForce RTX 4090", "8.9"),
-    targets=(),
-    tensorrt_version="10.16.0.72",
-    driver_version="580.65.06",
-    recipe="fp16-attention-fp32",
-    features_dtype="float16",
-    shapes=EngineShapes(16, 32, 1, 4096),
-    state="proven",
-    parity={"features 0 cosine": 0.99998, "masks least IoU": 0.9991},
-    paired_with="ef" * 32,
-    build_seconds=61.5,
 )
 
 
