@@ -357,6 +357,7 @@ def test_what_is_no_checkpoint_is_said_to_be_what_it_is(
         open_source(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(deadline=None, max_examples=150)
 @given(st.binary(max_size=40).map(lambda tail: b"\x80\x02" + tail) | st.binary(max_size=40))
 def test_garbage_is_refused_as_such(content: bytes) -> None:

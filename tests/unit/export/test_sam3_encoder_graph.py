@@ -62,7 +62,7 @@ def test_regroup_of_a_permuted_tensor_is_its_reshape() -> None:
 
 def test_layer_norm_holds_the_given_tensors() -> None:
     weight, bias, x = torch.randn(6), torch.randn(6), torch.randn(4, 6)
-    module = layer_norm(weight, bias, 0.5)
+    module = layer_norm({"n.weight": weight, "n.bias": bias}, "n.", 0.5)
     assert module.weight.data_ptr() == weight.data_ptr()
     assert torch.equal(module(x), F.layer_norm(x, (6,), weight, bias, 0.5))
 
