@@ -19,9 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import photo
 from tests.golden.sam3 import synthetic
-from tests.golden.test_golden_mobile_sam import CASES as MOBILE_CASES
-from tests.golden.test_golden_mobile_sam import arguments_of
-from tests.golden.test_golden_sam3 import CASES as SAM3_CASES
+from tests.support import golden
 from tests.support.fake_cuda import CALLERS_GPU, CudaMisuse, FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
@@ -36,6 +34,9 @@ from sam3rt import (
 from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import geometry
+
+SAM3_CASES = golden.sam3_cases()
+MOBILE_CASES = golden.mobile_sam_cases()
 
 TOLERANCE = 1e-4
 
@@ -164,7 +165,7 @@ def test_golden_cases_of_mobile_sam(
     for model in (ours, default_model):
         predictor = SAM3InteractiveImagePredictor(model)
         predictor.set_embedding(moved(embedding, ours) if model is ours else embedding)
-        results.append(predictor.predict(**arguments_of(case)))
+        results.append(predictor.predict(**golden.arguments_of(case)))
     equal(*results, logits=bool(case["args"].get("return_logits")))
 
 
