@@ -23,7 +23,6 @@ from sam3rt.backends.tensorrt.cuda import Gpu, probe
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
 from sam3rt.bundle import Bundle, file_entry
-from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
 from sam3rt.errors import BackendError, InvalidInputError, VerificationError
 
@@ -31,8 +30,8 @@ Outputs = dict[str, NDArray[Any]]
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    return make_rig(default_bundle_path(), tmp_path, monkeypatch)
+def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return make_rig(tiny_sam3, tmp_path, monkeypatch)
 
 
 def opened(bundle: Bundle, **options: Any) -> TensorRtBackend:
@@ -265,7 +264,7 @@ def test_what_does_not_fit_is_named_with_both_values(
 
 def test_a_gpu_without_enough_memory(rig: Rig) -> None:
     rig.build()
-    rig.cuda.total = 1 << 20
+    rig.cuda.total = 5000
     with pytest.raises(BackendError, match=r"out of device memory: .*GiB were asked for"):
         opened(rig.bundle)
     # The exception's traceback is a cycle, whose objects are finalized in any order.
