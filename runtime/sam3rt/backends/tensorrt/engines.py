@@ -118,6 +118,15 @@ def recipe_of(engines: EngineSet, target: EngineTarget) -> Recipe:
     return Recipe(engines.precision, encoder, subject_of(engines, target))
 
 
+def is_marked(engines: EngineSet, target: EngineTarget) -> bool:
+    """Whether the sidecars of a set say that it is proven here; see :func:`mark_sidecars`."""
+    encoder, decoder = engines.encoder.sidecar, engines.decoder.sidecar
+    return (
+        all(s.state == "proven" and s.gpu == target.gpu for s in (encoder, decoder))
+        and decoder.paired_with == encoder.engine.sha256
+    )
+
+
 def mark_sidecars(
     engines: EngineSet, target: EngineTarget, verdict: StoredVerdict
 ) -> tuple[EngineFile, EngineFile]:

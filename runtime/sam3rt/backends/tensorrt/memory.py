@@ -26,8 +26,6 @@ ALIGNMENT = 256
 # which halt the device, at every image.
 _SPARE_BLOCKS = 4
 
-_Release = tuple[Callable[[Any], None], Any]
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -164,6 +162,46 @@ class _SpareBlocks:
             self._cuda.free(allocation.address)
 
 
+class _Returns:
+    """What dead owners left, until it is given back.
+
+    Attributes:
+        spare: blocks that are kept for the next ones.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.spare = _SpareBlocks(cuda)
+        self._cuda = cuda
+        # A deque's append needs no lock, so it can be called wherever an object dies.
+        self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._is_closed = False
+
+    def add(self, give_back: Callable[[Any], None], what: Any) -> None:
+        """Queue a call; once closed, make it now."""
+        self._left.append((give_back, what))
+        if self._is_closed:
+            self.close()
+
+    def give_back(self) -> None:
+        while True:
+            try:
+                give_back, what = self._left.popleft()
+            except IndexError:
+                return
+            give_back(what)
+
+    def close(self) -> None:
+        """Give back everything, now and from now on.
+
+        Objects that die in one cycle are finalized in any order, so that some may follow. The
+        device may be lost by then, and nobody can act on that.
+        """
+        self._is_closed = True
+        with contextlib.suppress(BackendError), self._cuda.active():
+            self.give_back()
+            self.spare.free_all()
+
+
 class Memory:
     """Hands out what a GPU has, and takes it back.
 
@@ -173,10 +211,8 @@ class Memory:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._spare = _SpareBlocks(cuda)
-        # A deque's append needs no lock, so it can be called wherever an object dies.
-        self._left: deque[_Release] = deque()
-        weakref.finalize(self, _give_back_all, cuda, self._left, self._spare).atexit = False
+        self._returns = _Returns(cuda)
+        weakref.finalize(self, self._returns.close).atexit = False
 
     def allocate(self, nbytes: int) -> Block:
         """Device memory.
@@ -195,9 +231,9 @@ class Memory:
             BackendError: see :meth:`allocate`.
         """
         self.collect()
-        allocation = self._spare.take(nbytes) or _Allocation(self._obtain(nbytes), nbytes)
+        allocation = self._returns.spare.take(nbytes) or _Allocation(self._obtain(nbytes), nbytes)
         block = Block(self, allocation)
-        self.give_back_after(block, self._spare.keep, allocation)
+        self.give_back_after(block, self._returns.spare.keep, allocation)
         return block
 
     def allocate_pinned(self, nbytes: int) -> PinnedBuffer:
@@ -209,18 +245,18 @@ class Memory:
 
     def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
         """Call ``give_back(what)`` some time after the owner has died."""
-        weakref.finalize(owner, self._left.append, (give_back, what)).atexit = False
+        weakref.finalize(owner, self._returns.add, give_back, what).atexit = False
 
     def collect(self) -> None:
         """Give back what dead owners left. Nothing queued on a stream may still use it."""
-        _give_back(self._left)
+        self._returns.give_back()
 
     def _obtain(self, nbytes: int) -> int:
         self.collect()
         try:
             return self._cuda.allocate(nbytes)
         except BackendError:
-            self._spare.free_all()
+            self._returns.spare.free_all()
             return self._cuda.allocate(nbytes)
 
 
@@ -254,19 +290,3 @@ class GrowingBuffer:
 def aligned(nbytes: int) -> int:
     """The next multiple of TensorRT's alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _give_back(left: deque[_Release]) -> None:
-    while True:
-        try:
-            give_back, what = left.popleft()
-        except IndexError:
-            return
-        give_back(what)
-
-
-def _give_back_all(cuda: Cuda, left: deque[_Release], spare: _SpareBlocks) -> None:
-    """The end of a backend. The device may be lost by then, and nobody can act on that."""
-    with contextlib.suppress(BackendError), cuda.active():
-        _give_back(left)
-        spare.free_all()

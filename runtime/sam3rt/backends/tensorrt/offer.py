@@ -16,7 +16,7 @@ from ...accuracy.gate import judge
 from ...accuracy.metrics import Measurement
 from ...accuracy.record import ParityRecord, load_record
 from ...accuracy.select import Recipe
-from ...accuracy.verdicts import StoredVerdict
+from ...accuracy.verdicts import StoredVerdict, load_verdict
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
@@ -24,7 +24,15 @@ from ...masks import MaskOptions, finish
 from ..base import Offer
 from .backend import Platform, TensorRtBackend, open_platform
 from .cuda import probe
-from .engines import EngineSet, candidates, find_engines, mark_sidecars, recipe_of
+from .engines import (
+    EngineSet,
+    candidates,
+    find_engines,
+    is_marked,
+    mark_sidecars,
+    recipe_of,
+    subject_of,
+)
 from .sidecar import BackendName
 
 _LOG = logging.getLogger(__name__)
@@ -89,17 +97,22 @@ def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) ->
         for engines in candidates(bundle, target, precision, found)
     }
 
-    def open_recipe(recipe: Recipe) -> TensorRtBackend:
-        try:
-            return open_engines(bundle, sets[recipe], platform)
-        except BundleError as error:
-            raise BackendError(f"an engine cannot be used: {error}") from error
-
     def on_verdict(recipe: Recipe, verdict: StoredVerdict) -> None:
         try:
             mark_sidecars(sets[recipe], target, verdict)
         except OSError as error:
             _LOG.info("the sidecars of %s keep their state: %s", recipe.name, error)
+
+    def open_recipe(recipe: Recipe) -> TensorRtBackend:
+        engines = sets[recipe]
+        try:
+            backend = open_engines(bundle, engines, platform)
+        except BundleError as error:
+            raise BackendError(f"an engine cannot be used: {error}") from error
+        verdict = load_verdict(bundle, subject_of(engines, target))
+        if verdict is not None and not is_marked(engines, target):
+            on_verdict(recipe, verdict)  # reached in another copy of the bundle
+        return backend
 
     return Offer(tuple(sets), open_recipe, on_verdict)
 

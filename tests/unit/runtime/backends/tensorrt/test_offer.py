@@ -121,7 +121,9 @@ def test_another_driver_asks_for_another_proof(rig: Rig, monkeypatch: pytest.Mon
         opened(rig.bundle)
 
 
-def test_a_verdict_is_left_in_the_sidecars_for_other_runtimes(rig: Rig) -> None:
+def test_a_verdict_is_left_in_the_sidecars_for_other_runtimes(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engines = rig.build("fp16", state="unproven", gpu=None, targets=("8.6", "8.9"))
     rig.perturbations["noise"] = little_noise
     opened(rig.bundle)
@@ -133,6 +135,11 @@ def test_a_verdict_is_left_in_the_sidecars_for_other_runtimes(rig: Rig) -> None:
         assert sidecar.parity["masks least IoU"] > 0.999
     decoder = read_sidecar(engines["decoder"].path)
     assert decoder.paired_with == engines["encoder"].sidecar.engine.sha256
+    # Also in a copy of the bundle from before.
+    rig.build("fp16", state="unproven", gpu=None, targets=("8.6", "8.9"))
+    forbid_proofs(monkeypatch)
+    opened(rig.bundle)
+    assert {read_sidecar(engine.path).state for engine in engines.values()} == {"proven"}
 
 
 def test_a_little_noise_passes(rig: Rig) -> None:
@@ -257,10 +264,11 @@ def test_what_does_not_fit_is_named_with_both_values(
 
 def test_a_gpu_without_enough_memory(rig: Rig) -> None:
     rig.build()
-    rig.cuda.total = 1 << 12
+    rig.cuda.total = 5000
     with pytest.raises(BackendError, match=r"out of device memory: .*GiB were asked for"):
         opened(rig.bundle)
-    gc.collect()  # the exception's traceback
+    # The exception's traceback is a cycle, whose objects are finalized in any order.
+    gc.collect()
     assert rig.cuda.used == 0
 
 
@@ -344,13 +352,8 @@ def test_right_imaging_is_compared_and_used(rig: Rig) -> None:
     assert backend.imaging.postprocess_allowed
 
 
-@pytest.mark.parametrize(
-    ("role", "other", "message"),
-    [("encoder", "decoder", "has inputs"), ("decoder", "encoder", "has inputs")],
-)
-def test_an_engine_of_another_graph_is_refused(
-    role: str, other: str, message: str, rig: Rig
-) -> None:
+@pytest.mark.parametrize(("role", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
+def test_an_engine_of_another_graph_is_refused(role: str, other: str, rig: Rig) -> None:
     engines = rig.build()
     engines[role].path.write_bytes(engines[other].path.read_bytes())
     entry = file_entry(engines[role].path)
@@ -358,7 +361,7 @@ def test_an_engine_of_another_graph_is_refused(
         engines[role].path,
         msgspec.structs.replace(engines[role].sidecar, engine=entry, state="unproven"),
     )
-    with pytest.raises(BackendError, match=message):
+    with pytest.raises(BackendError, match=f"the {role} engine has inputs .*: build it again"):
         opened(rig.bundle)
 
 
