@@ -39,7 +39,7 @@ LAYERS = (
     {"backends"},
     {"embedding", "model"},
     {"predictor"},
-    {"overlay", "cli", "__main__", "_pyinstaller"},
+    {"overlay", "cli", "__main__"},
 )
 # All that the runtime imports from elsewhere, and where: everywhere, or in one room.
 BASE_LIBRARIES = {"msgspec", "numpy", "PIL", "safetensors"}
