@@ -49,7 +49,6 @@ OPTIONAL_LIBRARIES = {
     "tensorrt": "sam3rt.backends.tensorrt",
     "tensorrt_rtx": "sam3rt.backends.tensorrt",
     "cuda": "sam3rt.backends.tensorrt",
-    "PyInstaller": "sam3rt._pyinstaller",
 }
 MOST_LINES = 400
 
