@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -17,7 +18,10 @@ NOWHERE = BackendEntry("x", "a:b", ("json", "sam3rt_no_such.module"), ("cpu",), 
 
 
 def test_backends_are_those_of_the_table() -> None:
-    assert {found.name: found.factory for found in TABLE} == BACKENDS
+    assert tuple(found.name for found in TABLE) == BACKENDS
+    for name in ("onnxruntime", "openvino"):
+        module, _, function = entry(name).factory.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
     for name, kind in AUTO_ORDER:
         assert kind in entry(name).devices
 

@@ -23,7 +23,7 @@ from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
 from sam3rt.timer import timed
 
-CLICK = Prompts(point_coords=[[30.0, 25.0]], point_labels=[1])
+CLICK = Prompts(point_coords=[[5.0, 4.0]], point_labels=[1])
 
 # --- logging --------------------------------------------------------------------------------------
 
