@@ -87,7 +87,8 @@ class SAM3InteractiveImagePredictor:
             image: uint8 [H, W, 3] RGB or a PIL image. EXIF orientation is not applied.
 
         Raises:
-            ImageError: it is not such an image; the image set before stays set.
+            ImageError: it is not such an image, or larger than
+                :data:`sam3rt.geometry.MAX_PIXELS` allows; the image set before stays set.
             BackendError: the backend failed.
             StateError: another thread is using this predictor.
         """
@@ -149,8 +150,10 @@ class SAM3InteractiveImagePredictor:
         With B > 1 objects (B boxes, or [B, N, 2] points) every result has a leading axis B.
 
         Args:
-            point_coords: [N, 2] or [B, N, 2], (x, y) in pixels of the image.
-            point_labels: [N] or [B, N]: 1 foreground, 0 background, -1 ignored.
+            point_coords: [N, 2] or [B, N, 2], (x, y) in pixels of the image, or a list of B arrays
+                whose N differ.
+            point_labels: [N] or [B, N], or a list likewise: 1 foreground, 0 background, -1 "not a
+                point", which has no place and still changes the masks.
             box: [4] or [B, 4], x0, y0, x1, y1 in pixels of the image.
             mask_input: [1, h, w] or [B, 1, h, w], low-resolution logits of an earlier call; h
                 and w are those of the third result.
