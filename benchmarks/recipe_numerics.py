@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.report import conditions, publish
 
 from sam3rt.accuracy.gate import GATE_LIMITS, judge
-from sam3rt.accuracy.record import load_record, verify
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.model import SegmentationModel
 from sam3rt_build.recipes import RECIPES, Recipe

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sam3rt.accuracy.record import Runner
+from sam3rt.accuracy.run import Runner
 from sam3rt.accuracy.select import Recipe as Candidate
 from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict

@@ -23,7 +23,8 @@ from torch.export import Dim
 
 import sam3rt
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.accuracy.record import ExpectedCase, ParityRecord, rerecord, verify
+from sam3rt.accuracy.record import ExpectedCase, ParityRecord
+from sam3rt.accuracy.run import rerecord, verify
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -73,8 +74,6 @@ LIMITS = {
         feature_error=2e-2, feature_cosine=0.9999, logit_error=2e-2, iou_error=5e-3, mask_iou=0.99
     ),
 }
-# Log-odds move by 1 / (s (1 - s)) times as much as the IoU s: 4 at 0.5, 20 at 0.95.
-_LOG_ODDS_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,13 @@ def export_bundle(
     recover(target)
     _check_target(target, options.overwrite)
     with _writing(target) as folder:
-        record, log_odds = _write_files(checkpoint, folder, options, say)
+        record = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
         free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
-        self_check(folder, record, _limits(options.weights, log_odds))
+        self_check(folder, record, LIMITS[options.weights])
         if options.weights == "float16":
-            _expect_stored_weights(folder, record, _limits("float32", log_odds))
+            _expect_stored_weights(folder, record)
         _check_target(target, options.overwrite)  # minutes have passed
         commit(folder, target, replace=options.overwrite)
     say(f"wrote {target}")
@@ -146,7 +145,7 @@ def export_bundle(
 
 def _write_files(
     checkpoint: Any, folder: Path, options: ExportOptions, say: Progress
-) -> tuple[ParityRecord, bool]:
+) -> ParityRecord:
     """Write every file of the bundle into an empty folder.
 
     Returns:
@@ -166,7 +165,6 @@ def _write_files(
     say(f"traced the decoder: {decoder.nodes} nodes")
     for graph in (encoder, decoder):
         onnx.checker.check_model(str(folder / graph.model.file))
-    log_odds = source.decoder.architecture.predicts_log_odds
     manifest = Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
@@ -181,7 +179,7 @@ def _write_files(
         masks=source.masks,
         encoder=encoder,
         decoder=decoder,
-        parity=ParitySpec(file_entry(folder / "parity.npz"), _limits(options.weights, log_odds)),
+        parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
         producer={
             "sam3rt": sam3rt.__version__,
             "torch": str(torch.__version__),
@@ -190,15 +188,7 @@ def _write_files(
         },
     )
     write_manifest(folder, manifest)
-    return record, log_odds
-
-
-def _limits(weights: str, log_odds: bool) -> ParityLimits:
-    """The differences allowed in FP32, in the unit in which IoUs are predicted."""
-    limits = LIMITS[weights]
-    if not log_odds:
-        return limits
-    return msgspec.structs.replace(limits, iou_error=_LOG_ODDS_FACTOR * limits.iou_error)
+    return record
 
 
 def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list[Measurement]:
@@ -223,7 +213,7 @@ def self_check(folder: Path, record: ParityRecord, limits: ParityLimits) -> list
     return measurements
 
 
-def _expect_stored_weights(folder: Path, record: ParityRecord, limits: ParityLimits) -> None:
+def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
     """Let the record expect what the rounded weights give in FP32, now that they are checked.
 
     The record exists to find errors that a machine or an engine adds. Held to the unrounded model,
@@ -232,7 +222,7 @@ def _expect_stored_weights(folder: Path, record: ParityRecord, limits: ParityLim
     bundle = open_bundle(folder, check_files=False)
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
     rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
-    parity = ParitySpec(file_entry(folder / "parity.npz"), limits)
+    parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
     write_manifest(folder, msgspec.structs.replace(bundle.manifest, parity=parity))
 
 
@@ -259,7 +249,8 @@ def _run_reference(
         score = None if said.object_score is None else said.object_score.numpy()
         expected.append((case, ExpectedCase(said.logits.numpy(), said.iou.numpy(), score)))
     arrays = [tuple(level.numpy() for level in levels) for levels in features]
-    return ParityRecord.build(images, arrays, expected)
+    log_odds = source.decoder.architecture.predicts_log_odds
+    return ParityRecord.build(images, arrays, expected, log_odds=log_odds)
 
 
 def _encoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:

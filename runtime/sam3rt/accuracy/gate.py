@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from ..bundle import LOOSEST_LIMITS, Bundle, Manifest, ParityLimits
 from .metrics import Measurement
-from .record import Runner, encode, load_record, run_case
+from .record import load_record
+from .run import Runner, encode, run_case
 
 # Cosine and mask IoU are the promise. The others catch what those two cannot see: an outlier
 # channel, a scale, an IoU head that answers something else. They sit a few times above what BF16,
@@ -78,7 +79,7 @@ def judge(
     """Collect measurements as they are made.
 
     Args:
-        measurements: such as :func:`sam3rt.accuracy.record.verify` yields.
+        measurements: such as :func:`sam3rt.accuracy.run.verify` yields.
         progress: called with each.
     """
     made = []

@@ -1,7 +1,8 @@
 """The parity record: small inputs and the FP32 outputs a model must give for them.
 
 A record is an ``.npz`` file without pickled objects. ``description`` is a JSON text that lists
-the cases; the other arrays hold inputs whole and expected outputs subsampled:
+the cases, and says so where the model predicts log-odds in place of IoUs; the other arrays hold
+inputs whole and expected outputs subsampled:
 
 * ``image_I``: uint8 [H, W, 3].
 * ``features_I_L``: float32, feature map L of image I, ``[0, ::cs, ::s, ::s]``.
@@ -17,25 +18,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, Manifest, ParityLimits, check_file
-from ..bundle.contract import decoder_outputs, has_object_score
+from ..bundle.contract import has_object_score
 from ..bundle.files import atomic_write
 from ..errors import BundleError
-from ..features import Features
-from ..geometry import ImageGeometry, geometry
 from ..prompts import PackedPrompts
 from .metrics import Measurement, cosine, largest_error, mask_ious, relative_error
 from .npz import read_arrays
 
 _VERSION = 1
+_LOG_ODDS = "log_odds"
 LOGIT_STRIDE = 8
 CHANNEL_STRIDE = 4
 
@@ -88,8 +88,17 @@ class ParityRecord:
         images: list[NDArray[np.uint8]],
         features: list[tuple[NDArray[np.float32], ...]],
         cases: list[tuple[ParityCase, ExpectedCase]],
+        *,
+        log_odds: bool = False,
     ) -> ParityRecord:
-        """Collect inputs and reference outputs, subsampling the outputs."""
+        """Collect inputs and reference outputs, subsampling the outputs.
+
+        Args:
+            images: uint8 [H, W, 3] each.
+            features: the feature maps of each image, float32 [1, C, h, w] each.
+            cases: decoder calls and their outputs.
+            log_odds: the model predicts log(s / (1 - s)) in place of an IoU s, as SAM 3.1 does.
+        """
         arrays: dict[str, NDArray[Any]] = {}
         levels = len(features[0])
         for index, (image, maps) in enumerate(zip(images, features, strict=True)):
@@ -112,6 +121,8 @@ class ParityRecord:
             "levels": levels,
             "cases": [{"name": case.name, "image": case.image} for case, _ in cases],
         }
+        if log_odds:
+            description["iou_unit"] = _LOG_ODDS
         return cls(arrays, description)
 
     def save(self, path: Path) -> None:
@@ -278,7 +289,7 @@ class ParityRecord:
             case.name,
             "predicted IoU",
             "error",
-            largest_error(actual.iou, self._arrays[f"{case.name}/iou"]),
+            largest_error(*map(self._as_iou, (actual.iou, self._arrays[f"{case.name}/iou"]))),
             limits.iou_error,
         )
         score = self._arrays.get(f"{case.name}/object_score")
@@ -293,6 +304,18 @@ class ParityRecord:
                 limits.logit_error,
             )
 
+    @property
+    def log_odds(self) -> bool:
+        """Whether the model predicts log-odds in place of IoUs."""
+        return bool(self._description.get("iou_unit") == _LOG_ODDS)
+
+    def _as_iou(self, predicted: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Predictions as IoUs, in which limits are given, whatever the model's unit is."""
+        if not self.log_odds:
+            return predicted
+        with np.errstate(over="ignore"):  # the limit of exp is right
+            return np.float32(1) / (np.float32(1) + np.exp(-predicted))
+
     def _largest_score(self) -> float:
         """The largest absolute object score of all cases.
 
@@ -301,72 +324,6 @@ class ParityRecord:
         """
         scores = (self._arrays.get(f"{case.name}/object_score") for case in self.cases())
         return max(1e-6, *(float(np.abs(s).max()) for s in scores if s is not None), 0.0)
-
-
-class Runner(Protocol):
-    """What can be run on a record: a backend, or anything else with these two."""
-
-    def encode_image(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> Features:
-        """Feature maps of uint8 [H, W, 3]."""
-
-    def decode(
-        self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
-        """The named decoder outputs, float32 [1, P, ...] each."""
-
-
-def verify(
-    runner: Runner, manifest: Manifest, record: ParityRecord, limits: ParityLimits
-) -> Iterator[Measurement]:
-    """Run a record, encoder and decoder, and compare every output.
-
-    Args:
-        runner: what to check.
-        manifest: of the bundle it runs.
-        record: the bundle's record.
-        limits: the differences allowed.
-
-    Yields:
-        One measurement per output and metric, as they are made.
-    """
-    embeddings: list[Features] = []
-    for index, image in enumerate(record.images()):
-        features = encode(runner, manifest, image)
-        embeddings.append(features)
-        yield from record.compare_features(index, features.numpy(), limits)
-    for case in record.cases():
-        answer = run_case(runner, manifest, embeddings[case.image], case)
-        yield from record.compare_case(case, answer, limits)
-
-
-def rerecord(runner: Runner, manifest: Manifest, record: ParityRecord) -> ParityRecord:
-    """A record of the same inputs that expects what this runner returns for them."""
-    images = record.images()
-    embeddings = [encode(runner, manifest, image) for image in images]
-    cases = [
-        (case, run_case(runner, manifest, embeddings[case.image], case)) for case in record.cases()
-    ]
-    return ParityRecord.build(images, [features.numpy() for features in embeddings], cases)
-
-
-def encode(runner: Runner, manifest: Manifest, image: NDArray[np.uint8]) -> Features:
-    """The feature maps of one image of a record."""
-    return runner.encode_image(image, geometry(manifest.image, (image.shape[0], image.shape[1])))
-
-
-def run_case(
-    runner: Runner, manifest: Manifest, features: Features, case: ParityCase
-) -> ExpectedCase:
-    """The outputs for one case, multi-mask and single-mask together."""
-    multi, single = (
-        runner.decode(features, case.prompts, decoder_outputs(manifest, multimask_output))
-        for multimask_output in (True, False)
-    )
-    return ExpectedCase(
-        np.concatenate([multi[0][0], single[0][0]], axis=1),
-        np.concatenate([multi[1][0], single[1][0]], axis=1),
-        multi[2][0, :, 0] if has_object_score(manifest) else None,
-    )
 
 
 def load_record(bundle: Bundle) -> ParityRecord:

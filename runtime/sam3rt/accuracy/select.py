@@ -14,7 +14,8 @@ from typing import TypeVar
 from ..bundle import Bundle
 from ..errors import BackendError, BundleError, VerificationError
 from .gate import GATE_LIMITS, judge
-from .record import ParityRecord, Runner, load_record, verify
+from .record import ParityRecord, load_record
+from .run import Runner, verify
 from .verdicts import StoredVerdict, Subject, load_verdict, save_verdict
 
 _LOG = logging.getLogger(__name__)

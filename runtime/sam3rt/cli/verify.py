@@ -7,7 +7,8 @@ import sys
 
 from ..accuracy.gate import limits_for
 from ..accuracy.metrics import Measurement
-from ..accuracy.record import load_record, verify
+from ..accuracy.record import load_record
+from ..accuracy.run import verify
 from ..bundle import check_file, open_bundle
 from ..bundle.default import default_bundle_path
 from ..errors import BundleError

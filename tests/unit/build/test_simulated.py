@@ -26,7 +26,8 @@ from tests.support.build_helpers import (
 )
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
-from sam3rt.accuracy.record import ParityRecord, load_record, rerecord, verify
+from sam3rt.accuracy.record import ParityRecord, load_record
+from sam3rt.accuracy.run import rerecord, verify
 from sam3rt.accuracy.verdicts import StoredVerdict
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.default import default_bundle_path

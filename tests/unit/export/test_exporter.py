@@ -645,7 +645,10 @@ def test_a_bundle_of_sam_3_1(multiplex_bundle: Path, tiny_bundle: Path) -> None:
     manifest, other = (open_bundle(path).manifest for path in (multiplex_bundle, tiny_bundle))
     assert (manifest.name, manifest.model_type) == ("sam3.1", "sam3")
     assert manifest.source.kind == "sam3.1_multiplex.pt"
-    assert manifest.parity.limits.iou_error == 10 * other.parity.limits.iou_error
+    # Limits are those of IoUs, whatever unit the model predicts them in.
+    assert manifest.parity.limits == other.parity.limits
+    assert load_record(open_bundle(multiplex_bundle)).log_odds
+    assert not load_record(open_bundle(tiny_bundle)).log_odds
     # Weights and sizes are equal; the sigmoid alone makes it another graph.
     assert manifest.export_id != other.export_id
     assert described(manifest.decoder.outputs) == described(other.decoder.outputs)

@@ -9,7 +9,8 @@ import pytest
 
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.accuracy.record import load_record, verify
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
 from sam3rt.model import SegmentationModel
 
 COSINE = Measurement("image 0", "features 0", "cosine", 0.9999, 0.999, at_least=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from tests.support.helpers import WrappedBackend, examples, flip, noise, relist, wrapped
 
 from sam3rt import BundleError, SegmentationModel, load_model, open_bundle
-from sam3rt.accuracy import record as record_module
+from sam3rt.accuracy import run
 from sam3rt.accuracy.metrics import Measurement, relative_error
 from sam3rt.accuracy.record import (
     ExpectedCase,
@@ -69,12 +70,12 @@ def record(model: SegmentationModel) -> ParityRecord:
 
 def verify(model: SegmentationModel, record: ParityRecord) -> list[Measurement]:
     limits = model.manifest.parity.limits
-    return list(record_module.verify(model.backend, model.manifest, record, limits))
+    return list(run.verify(model.backend, model.manifest, record, limits))
 
 
 def answer(model: SegmentationModel, record: ParityRecord, case: ParityCase) -> ExpectedCase:
-    features = record_module.encode(model.backend, model.manifest, record.images()[case.image])
-    return record_module.run_case(model.backend, model.manifest, features, case)
+    features = run.encode(model.backend, model.manifest, record.images()[case.image])
+    return run.run_case(model.backend, model.manifest, features, case)
 
 
 def shorter(record: ParityRecord, *names: str) -> ParityRecord:
@@ -398,6 +399,31 @@ def test_object_score_that_did_not_come_is_caught(small_model: SegmentationModel
     right = answer(small_model, record, case)
     without = ExpectedCase(right.logits, right.iou, None)
     assert wrong(record.compare_case(case, without, small_model.manifest.parity.limits))
+
+
+def test_log_odds_are_compared_as_the_ious_they_mean(small_model: SegmentationModel) -> None:
+    """At 6, an IoU of 0.9975, log-odds may be off by far more than IoUs may."""
+    record = load_record(small_model.bundle)
+    case = record.cases()[0]
+    right = answer(small_model, record, case)
+
+    def log_odds(iou: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.log(iou / (1 - iou))
+
+    maps = [
+        run.encode(small_model.backend, small_model.manifest, image).numpy()
+        for image in record.images()
+    ]
+    sure = dataclasses.replace(right, iou=np.full_like(right.iou, 6.0))
+    other = ParityRecord.build(record.images(), maps, [(case, sure)], log_odds=True)
+    assert other.log_odds
+    limits = small_model.manifest.parity.limits
+    near = dataclasses.replace(right, iou=sure.iou + np.float32(0.2))
+    assert wrong(other.compare_case(case, near, limits)) == set()
+    off = dataclasses.replace(right, iou=log_odds(np.full_like(right.iou, 0.99)))
+    assert wrong(other.compare_case(case, off, limits)) == {(f"{case.name} predicted IoU", "error")}
+    broken = dataclasses.replace(right, iou=np.full_like(right.iou, np.nan))
+    assert wrong(other.compare_case(case, broken, limits))
 
 
 # --- measurements ---------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from tests.support.helpers import examples, tiny_bundle
 from sam3rt.accuracy import select as module
 from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.accuracy.record import ParityRecord, load_record, rerecord, verify
+from sam3rt.accuracy.record import ParityRecord, load_record
+from sam3rt.accuracy.run import rerecord, verify
 from sam3rt.accuracy.select import Recipe, select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, verdict_folder
 from sam3rt.bundle import Bundle

@@ -32,7 +32,8 @@ from sam3rt import (
 )
 from sam3rt.accuracy import select
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.accuracy.record import load_record, verify
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
 from sam3rt.backends.openvino import backend as backend_module
 from sam3rt.backends.openvino.hidden_layers import split_hidden_layers
 from sam3rt.cli import main
