@@ -6,7 +6,8 @@ names are for people; what counts stands in the sidecars.
 A set is an encoder and a decoder of the same bundle that agree on the type of the feature maps.
 They may be of different recipes: the encoder decides how accurate the features are, and a decoder
 costs little in any precision. Sets come fastest first: all decoders for the fastest encoder, then
-those for the next. What a sidecar says of proofs is not asked: this machine's verdicts count.
+those for the next. A sidecar that says "proven" is not believed: this machine's verdicts count. One
+that says "refused" is, for the GPU and the driver where it was found.
 """
 
 from __future__ import annotations
@@ -308,6 +309,9 @@ def _differences(
     compare("tensorrt_version", sidecar.tensorrt_version, target.tensorrt_version)
     if recipe not in ("auto", sidecar.recipe):
         differences.append(f"recipe is {sidecar.recipe}, {recipe} was asked for")
+    here = (target.gpu, target.driver_version)
+    if sidecar.state == "refused" and (sidecar.gpu, sidecar.driver_version) == here:
+        differences.append("state is refused: it failed the gate on this kind of GPU")
     try:
         length = engine.path.stat().st_size
     except OSError:

@@ -93,10 +93,19 @@ def test_sets_come_fastest_first(bundle: Bundle) -> None:
     assert same == list(RECIPE_ORDER)
 
 
-@pytest.mark.parametrize("state", ["proven", "unproven", "refused"])
-def test_what_sidecars_say_of_proofs_is_not_asked(bundle: Bundle, state: str) -> None:
+@pytest.mark.parametrize("state", ["proven", "unproven"])
+def test_a_proof_in_a_sidecar_makes_no_difference(bundle: Bundle, state: str) -> None:
     add_pair(bundle, "fp16", state=state)
-    assert [engines.precision for engines in candidates(bundle, TARGET)] == ["fp16"]
+    add_pair(bundle, "fp32")
+    assert candidates(bundle, TARGET)[0].precision == "fp16"
+
+
+def test_what_was_refused_here_is_not_offered(bundle: Bundle) -> None:
+    add_pair(bundle, "fp16", state="refused", driver_version=TARGET.driver_version)
+    add_pair(bundle, "fp32")
+    assert [engines.precision for engines in candidates(bundle, TARGET)] == ["fp32"]
+    other = dataclasses.replace(TARGET, driver_version="600.1")
+    assert candidates(bundle, other)[0].precision == "fp16"
 
 
 def test_a_verdict_is_about_everything_that_its_outcome_depends_on(bundle: Bundle) -> None:
@@ -158,6 +167,7 @@ def test_imaging_engines_come_along(bundle: Bundle) -> None:
         ({"gpu": Gpu("NVIDIA L4", "7.5")}, "gpu.compute_capability is 7.5, here it is 8.9"),
         ({"tensorrt_version": "10.3.0"}, "tensorrt_version is 10.3.0, here it is 10.16.0"),
         ({"bundle_fingerprint": "77" * 32}, "bundle_fingerprint is 7777777777777777..."),
+        ({"state": "refused", "driver_version": TARGET.driver_version}, "state is refused"),
         ({"backend": "tensorrt-rtx"}, "backend is tensorrt-rtx, here it is tensorrt"),
     ],
 )

@@ -172,9 +172,11 @@ def test_nothing_wrong_is_ever_served(rig: Rig, monkeypatch: pytest.MonkeyPatch)
         opened(rig.bundle)
     # It stays refused, without another run.
     forbid_proofs(monkeypatch)
-    with pytest.raises(VerificationError, match=r"fails the gate .*cosine 0\.[45]"):
+    with pytest.raises(BackendError, match="state is refused: it failed the gate"):
         opened(rig.bundle)
-    with pytest.raises(VerificationError):
+    # Also where the sidecars have forgotten it.
+    rig.build("fp16", state="proven", perturbation="wrong")
+    with pytest.raises(VerificationError, match=r"fails the gate .*cosine 0\.[45]"):
         sam3rt.load_model(rig.bundle.path, backend="tensorrt", check_files=False)
 
 
