@@ -16,6 +16,7 @@ from sam3rt.prompts import PackedPrompts
 pytestmark = pytest.mark.serial
 
 
+@pytest.mark.slow
 def test_sixteen_threads_get_what_one_gets(default_model: SegmentationModel) -> None:
     found = concurrency.compare(default_model, workers=16, count=96, calls_per_image=6)
     assert found["predictions"] == 96

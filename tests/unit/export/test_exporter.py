@@ -708,6 +708,7 @@ def random_mobile_sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_mobile_sam_with_random_weights(random_mobile_sam_bundle: Path) -> None:
     bundle = open_bundle(random_mobile_sam_bundle)
     manifest = bundle.manifest
@@ -728,6 +729,7 @@ def test_mobile_sam_with_random_weights(random_mobile_sam_bundle: Path) -> None:
     assert max(m.value for m in features) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_mobile_sam_in_batches(random_mobile_sam_bundle: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((2, 3, 1024, 1024), dtype=np.float32)
