@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.support import conformance
-from tests.support.conformance import Document, Refusal, as_image, as_prompts
+from tests.support.conformance import Refusal
+from tests.support.vectors import Document, as_image, as_prompts
 
 import sam3rt
 from sam3rt.backends.tensorrt.cuda import Gpu

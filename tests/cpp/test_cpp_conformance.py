@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.support import conformance
-from tests.support.conformance import Document, Refusal, as_image, as_prompts
+from tests.support.conformance import Refusal
 from tests.support.cpp_driver import Build, Result, Step
+from tests.support.vectors import Document, as_image, as_prompts
 
 
 def outcome(result: Result, value: Any = None) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.support import conformance
+from tests.support import vectors as stored
 from tests.support.cpp_driver import Build, Step, as_prompts
 from tests.support.golden_calls import Golden
 
@@ -21,8 +21,8 @@ CLICK = {"point_coords": [[30, 25]], "point_labels": [1]}
 
 def test_written_files(cpp_build: Build, tmp_path: Path) -> None:
     """Any bits survive: what C++ writes, Python reads, and the other way round."""
-    vectors = conformance.load("embeddings")
-    maps = conformance.embedding_maps(vectors)
+    vectors = stored.load("embeddings")
+    maps = stored.embedding_maps(vectors)
     fingerprint = vectors["fingerprint"]
     next(iter(maps.values())).reshape(-1)[:4] = [np.nan, -np.inf, -0.0, 1e-40]
     image = ImageGeometry(tuple(vectors["original_size"]), tuple(vectors["input_size"]))
@@ -143,8 +143,8 @@ def test_geometry_of_another_resize_rule(
 
 def test_header_that_reaches_into_blank_data(cpp_build: Build, tmp_path: Path) -> None:
     """The digest covers header and data but not where one ends."""
-    vectors = conformance.load("embeddings")
-    maps = conformance.embedding_maps(vectors)
+    vectors = stored.load("embeddings")
+    maps = stored.embedding_maps(vectors)
     next(iter(maps.values())).reshape(-1)[:2] = np.frombuffer(b" " * 8, np.float32)
     image = ImageGeometry(tuple(vectors["original_size"]), tuple(vectors["input_size"]))
     write_embedding(tmp_path / "valid", maps, image, vectors["fingerprint"])

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.conformance import add_engine, load
 from tests.support.cpp_driver import Build, Result
 from tests.support.helpers import tiny_bundle
+from tests.support.vectors import add_engine, load
 
 from sam3rt.bundle import file_entry
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-from tests.support import conformance
+from tests.support import vectors as stored
 from tests.support.cpp_driver import Build
 from tests.support.helpers import flip, relist
 
@@ -139,7 +139,7 @@ def test_link_out_of_the_bundle(cpp_build: Build, tmp_path: Path, check_files: b
 
 def test_damaged_files_do_no_harm(cpp_build: Build, tmp_path: Path) -> None:
     """Whatever is accepted or refused, nothing is read beyond the file."""
-    vectors = conformance.load("onnx_files")
+    vectors = stored.load("onnx_files")
     rng = np.random.default_rng(2)
     contents = [rng.bytes(40) for _ in range(100)]
     for case in vectors["accepted"]:

@@ -175,6 +175,7 @@ def random_prompts(rng: np.random.Generator, mask_size: tuple[int, int]) -> dict
     return prompts
 
 
+@pytest.mark.filterwarnings("ignore::sam3rt.errors.PromptWarning")
 @pytest.mark.parametrize("spec", [SAM3_PROMPTS, MOBILE_PROMPTS], ids=["sam3", "mobile_sam"])
 def test_packing_prompts(cpp_build: Build, spec: PromptSpec) -> None:
     rng = np.random.default_rng(11)
@@ -296,7 +297,7 @@ def test_copies_between_devices(cpp_build: Build) -> None:
     """The graph that moves feature maps to and from a GPU, here over the host's memory."""
     array = np.random.default_rng(0).normal(size=(1, 3, 5, 7)).astype(np.float32)
     result = cpp_build.one(op="copy_through_identity", array=array)
-    assert result.value is True  # another inside, the same numbers
+    assert result.value is True  # other memory, the same numbers
     np.testing.assert_array_equal(result.arrays["copy"], array)
 
 

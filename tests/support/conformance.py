@@ -6,8 +6,6 @@ the argument or file that it names. What the message says is each runtime's own.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
 import struct
@@ -18,13 +16,20 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.support.helpers import flip, noise, sign, tiny_bundle
-
-ROOT = Path(__file__).resolve().parents[2]
-VECTORS = ROOT / "tests" / "conformance"
-Document = dict[str, Any]
-
-_DTYPES = {"point_labels": np.int64, "labels": np.int64}
+from tests.support.helpers import flip, sign, tiny_bundle
+from tests.support.vectors import (
+    DTYPES,
+    ROOT,
+    VECTORS,
+    Document,
+    add_engine,
+    as_array,
+    as_prompts,
+    embedding_file,
+    embedding_maps,
+    load,
+    patched,
+)
 
 
 @dataclass(frozen=True)
@@ -73,65 +78,6 @@ class Runtime(Protocol):
         """Call a predictor's methods in turn; the shape of the masks of each prediction."""
 
 
-def load(name: str) -> Document:
-    """A file of vectors."""
-    document: Document = json.loads((VECTORS / f"{name}.json").read_text(encoding="utf-8"))
-    return document
-
-
-def as_array(value: Any, dtype: Any = np.float32) -> NDArray[Any]:
-    """An array as the vectors write it: lists, or a shape and what fills it."""
-    if not isinstance(value, dict):
-        return np.array(value, np.float64 if dtype == np.float32 else dtype).astype(dtype)
-    size = int(np.prod(value["shape"]))
-    filled = (
-        np.arange(size) * value.get("step", 1) + value["from"]
-        if "from" in value
-        else np.full(size, value.get("value", 0))
-    )
-    return filled.astype(dtype).reshape(value["shape"])
-
-
-def as_prompts(prompts: Document) -> Document:
-    """The prompts of a case, with arrays."""
-    return {
-        name: value if isinstance(value, bool) else as_array(value, _DTYPES.get(name, np.float32))
-        for name, value in prompts.items()
-    }
-
-
-def patched(document: Any, patch: Sequence[Document]) -> Any:
-    """A copy of a JSON document with a patch (RFC 6902) applied."""
-    document = copy.deepcopy(document)
-
-    def find(pointer: str) -> tuple[Any, Any]:
-        *parents, last = pointer.split("/")[1:]
-        target = document
-        for step in parents:
-            target = target[int(step) if isinstance(target, list) else step]
-        if isinstance(target, list):
-            return target, len(target) if last == "-" else int(last)
-        return target, last
-
-    for change in patch:
-        action, (target, key) = change["op"], find(change["path"])
-        value = change.get("value")
-        if action in ("move", "copy"):
-            source, source_key = find(change["from"])
-            value = copy.deepcopy(source[source_key])
-            if action == "move":
-                del source[source_key]
-                target, key = find(change["path"])
-        if action == "remove":
-            del target[key]
-        elif isinstance(target, list) and action != "replace":
-            target.insert(key, value)
-        else:
-            assert action != "replace" or isinstance(target, list) or key in target, change
-            target[key] = value
-    return document
-
-
 def same(found: Sequence[Any], expected: Sequence[Any], names: Sequence[str]) -> None:
     """Assert that every case has the outcome it should have."""
     assert len(found) == len(expected) == len(names) > 0
@@ -165,7 +111,7 @@ def check_packed_prompts(runtime: Runtime, folder: Path) -> None:
         assert not isinstance(found, Refusal), (case["name"], found)
         assert found.keys() == case["packed"].keys(), case["name"]
         for name, value in case["packed"].items():
-            expected = as_array(value, _DTYPES.get(name, np.float32))
+            expected = as_array(value, DTYPES.get(name, np.float32))
             np.testing.assert_array_equal(found[name], expected, case["name"], strict=True)
 
 
@@ -315,29 +261,6 @@ def check_onnx_files(runtime: Runtime, folder: Path) -> None:
         same(found, [wanted] * len(cases), [case["name"] for case in cases])
 
 
-def add_engine(bundle: Path, folder: str, role: str, patch: Sequence[Document] = ()) -> Path:
-    """Put an engine with its sidecar, and a wrapper for ONNX Runtime, into a bundle."""
-    where = bundle / "engines" / folder
-    where.mkdir(parents=True, exist_ok=True)
-    engine = where / f"{role}.engine"
-    engine.write_bytes(f"{folder} {role}".encode())
-    sidecar = copy.deepcopy(load("engines")["sidecar"])
-    sidecar["role"] = role
-    sidecar["engine"] = _entry(engine)
-    sidecar["bundle_fingerprint"] = json.loads((bundle / "bundle.json").read_text())["fingerprint"]
-    if role == "decoder" and (where / "encoder.engine").exists():
-        sidecar["paired_with"] = _entry(where / "encoder.engine")["sha256"]
-    engine.with_name(f"{role}.engine.json").write_text(json.dumps(patched(sidecar, patch)))
-    (where / f"{role}_ctx.onnx").write_bytes(b"wrapper")
-    return engine
-
-
-def _entry(path: Path) -> Document:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    return {"file": path.name, "sha256": digest, "bytes": len(content)}
-
-
 def check_engines(runtime: Runtime, folder: Path) -> None:
     vectors = load("engines")
     bundles = []
@@ -358,24 +281,6 @@ def check_engines(runtime: Runtime, folder: Path) -> None:
 # --- embeddings -----------------------------------------------------------------------------------
 
 
-def embedding_maps(vectors: Document) -> dict[str, NDArray[np.float32]]:
-    """The feature maps that the vectors describe."""
-    start, step = vectors["values"]["from"], vectors["values"]["step"]
-    maps = {}
-    for name, shape in vectors["maps"].items():
-        maps[name] = as_array({"shape": [1, *shape], "from": start, "step": step})
-        start += step * maps[name].size
-    return maps
-
-
-def _embedding_file(header: Any, data: bytes) -> bytes:
-    """An embedding file with a digest that fits, where its header has room for one."""
-    text = json.dumps(header).encode()
-    digest = hashlib.sha256(text + data).hexdigest()
-    text = text.replace(b"0" * 64, digest.encode(), 1)
-    return struct.pack("<Q", len(text)) + text + data
-
-
 def check_embeddings(runtime: Runtime, folder: Path) -> None:
     vectors = load("embeddings")
     whole = VECTORS / "version1.embedding"
@@ -385,7 +290,7 @@ def check_embeddings(runtime: Runtime, folder: Path) -> None:
     header["__metadata__"]["sha256"] = "0" * 64
     data = content[8 + length :]
     rebuilt = folder / "rebuilt"
-    rebuilt.write_bytes(_embedding_file(header, data))
+    rebuilt.write_bytes(embedding_file(header, data))
 
     for found in runtime.read_embeddings([whole, rebuilt], vectors):
         assert not isinstance(found, Refusal), found
@@ -395,11 +300,11 @@ def check_embeddings(runtime: Runtime, folder: Path) -> None:
             np.testing.assert_array_equal(array, expected, strict=True)
 
     files = {
-        case["name"]: _embedding_file(patched(header, case["patch"]), data)
+        case["name"]: embedding_file(patched(header, case["patch"]), data)
         for case in vectors["headers"]
     }
     for case in vectors["data"]:
-        files[f"data: {case['name']}"] = _embedding_file(header, (data * 2)[: case["size"]])
+        files[f"data: {case['name']}"] = embedding_file(header, (data * 2)[: case["size"]])
     for text in vectors["header_texts"]:
         files[f"header {text}"] = struct.pack("<Q", len(text)) + text.encode() + data
     for case in vectors["files"]:
@@ -417,11 +322,6 @@ def check_embeddings(runtime: Runtime, folder: Path) -> None:
 
 
 # --- calls ----------------------------------------------------------------------------------------
-
-
-def as_image(size: Sequence[int] | None) -> NDArray[np.uint8] | None:
-    """The picture that stands for an image of a size in the vectors."""
-    return None if size is None else noise(size[0], size[1])
 
 
 def check_calls(runtime: Runtime, folder: Path) -> None:

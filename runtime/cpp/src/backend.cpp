@@ -1,29 +1,17 @@
 #include "backend.hpp"
 
 #include <algorithm>
-#include <map>
 #include <system_error>
 
 #include "onnx_locations.hpp"
 #include "sha256.hpp"
+#include "signature.hpp"
 
 namespace sam3rt {
 namespace {
 
 /// The decoder's working memory grows with the objects of a run; more at a time are no faster.
 constexpr std::size_t objects_per_run = 8;
-
-/// ONNX Runtime's element types by the manifest's names.
-const std::map<std::string, ONNXTensorElementDataType>& element_types() {
-    static const std::map<std::string, ONNXTensorElementDataType> types = {
-        {"float32", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-        {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
-        {"int64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
-        {"int32", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
-        {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL},
-    };
-    return types;
-}
 
 /// A tensor over the memory of an array, which must outlive it.
 template <typename T>
@@ -85,88 +73,12 @@ Ort::Value empty_map(const TensorSpec& spec) {
                                     element_types().at(spec.dtype));
 }
 
-/// A tensor's name, type and sizes; -1 stands for a dynamic axis, which each side may name as it
-/// likes.
-struct Signature {
-    std::string name;
-    std::string dtype;
-    Shape shape;
-};
-
-Signature signature_of(const TensorSpec& spec) {
-    Signature signature{spec.name, spec.dtype, {}};
-    for (const Axis& side : spec.shape) {
-        const auto* size = std::get_if<std::int64_t>(&side);
-        signature.shape.push_back(size == nullptr ? -1 : *size);
-    }
-    return signature;
-}
-
-Signature signature_of(const std::string& name, const Ort::TypeInfo& type) {
-    if (type.GetONNXType() != ONNX_TYPE_TENSOR) {
-        return {name, "no tensor", {}};
-    }
-    const auto info = type.GetTensorTypeAndShapeInfo();
-    std::string dtype = "another type";
-    for (const auto& [known, element] : element_types()) {
-        if (element == info.GetElementType()) {
-            dtype = known;
-        }
-    }
-    return {name, dtype, info.GetShape()};
-}
-
-/// Whether names, types and ranks are equal, and all sizes that both sides fix.
-bool agree(const Signature& a, const Signature& b) {
-    return a.name == b.name && a.dtype == b.dtype && a.shape.size() == b.shape.size() &&
-           std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(),
-                      [](std::int64_t x, std::int64_t y) { return x == y || x < 0 || y < 0; });
-}
-
-std::string text_of(const std::vector<Signature>& signatures) {
-    std::string text = "[";
-    for (const Signature& signature : signatures) {
-        text += (text.size() == 1 ? "" : ", ") + signature.name + ": " + signature.dtype + " [";
-        for (std::size_t i = 0; i < signature.shape.size(); ++i) {
-            const std::int64_t side = signature.shape[i];
-            text += (i == 0 ? "" : ", ") + (side < 0 ? "?" : std::to_string(side));
-        }
-        text += "]";
-    }
-    return text + "]";
-}
-
-void compare(const std::vector<Signature>& found, const std::vector<TensorSpec>& specs,
-             const std::string& kind, const std::string& file) {
-    std::vector<Signature> wanted;
-    for (const TensorSpec& spec : specs) {
-        wanted.push_back(signature_of(spec));
-    }
-    if (found.size() != wanted.size() ||
-        !std::equal(found.begin(), found.end(), wanted.begin(), agree)) {
-        throw BundleError(
-            "has " + kind + " " + text_of(found) + ", the manifest says " + text_of(wanted), file);
-    }
-}
-
 int require_positive(const std::string& argument, int value) {
     if (value < 1) {
         throw InvalidInputError(argument, std::to_string(value), "a positive whole number");
     }
     return value;
 }
-
-/// A thread's turn at a turnstile, which ends with its scope.
-class Turn {
-public:
-    explicit Turn(Turnstile& turnstile) : turnstile_(turnstile) { turnstile_.enter(); }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    ~Turn() { turnstile_.leave(); }
-
-private:
-    Turnstile& turnstile_;
-};
 
 }  // namespace
 
@@ -210,20 +122,6 @@ Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
         std::copy(map.begin(), map.end(), host.GetTensorMutableData<float>());
     }
     return copier_ ? copier_->to_device(host) : std::move(host);
-}
-
-void Turnstile::enter() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    left_.wait(lock, [this] { return free_ > 0; });
-    --free_;
-}
-
-void Turnstile::leave() {
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        ++free_;
-    }
-    left_.notify_one();
 }
 
 Backend::Backend(const Bundle& bundle, const ModelOptions& options)
@@ -426,16 +324,6 @@ void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wra
                               "...: encoder and decoder are mixed",
                           file);
     }
-    std::vector<Signature> inputs;
-    for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
-        inputs.push_back(signature_of(session.GetInputNameAllocated(i, allocator).get(),
-                                      session.GetInputTypeInfo(i)));
-    }
-    std::vector<Signature> outputs;
-    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
-        outputs.push_back(signature_of(session.GetOutputNameAllocated(i, allocator).get(),
-                                       session.GetOutputTypeInfo(i)));
-    }
     GraphSpec promised = spec;
     if (wrapped) {
         // Engines may pass feature maps in half precision.
@@ -450,8 +338,7 @@ void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wra
             }
         }
     }
-    compare(inputs, promised.inputs, "inputs", file);
-    compare(outputs, promised.outputs, "outputs", file);
+    check_signature(session, promised);
 }
 
 void Backend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,

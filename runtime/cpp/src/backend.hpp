@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -16,6 +15,7 @@
 #include "ort_session.hpp"
 #include "prompts.hpp"
 #include "sam3rt/sam3rt.hpp"
+#include "turnstile.hpp"
 
 namespace sam3rt {
 
@@ -41,20 +41,6 @@ struct Features {
     std::string device;
     /// The session whose allocator the values are from, if any.
     std::shared_ptr<Ort::Session> owner;
-};
-
-/// Lets at most so many threads at once past a point; others wait.
-class Turnstile {
-public:
-    explicit Turnstile(int places) : free_(places) {}
-
-    void enter();
-    void leave();
-
-private:
-    std::mutex mutex_;
-    std::condition_variable left_;
-    int free_;
 };
 
 /// The two graphs as sessions, created at first use. Every method may be called from many threads.

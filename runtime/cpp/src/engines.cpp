@@ -47,10 +47,15 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
     }
     const JsonDocument document(raw.data(), raw.size(), name);
     const JsonValue root = document.root();
-    root.check_fields({"format", "format_version", "role", "backend", "engine",
-                       "bundle_fingerprint", "gpu", "targets", "tensorrt_version", "driver_version",
-                       "recipe", "features_dtype", "shapes", "state", "parity", "paired_with",
-                       "build_seconds"});
+    static const std::vector<std::string> fields = {
+        "format",      "format_version",     "role",           "backend", "engine",
+        "targets",     "bundle_fingerprint", "driver_version", "gpu",     "tensorrt_version",
+        "recipe",      "features_dtype",     "shapes",         "state",   "parity",
+        "paired_with", "build_seconds"};
+    root.check_fields(fields);
+    for (const std::string& field : fields) {
+        root.field(field);
+    }
     if (root.field("format").text() != "sam3rt-engine") {
         throw BundleError("\"format\" is not \"sam3rt-engine\"", name);
     }
