@@ -88,11 +88,17 @@ def select(
         stored = None if subject is None else load_verdict(bundle, subject)
         if stored is None and subject is not None and record is None:
             record = load_record(bundle)
+            # A warning, because a service that starts would seem to hang.
+            _LOG.warning(
+                "%s is compared with the parity record, once on this machine; at full size that "
+                "takes a minute or two",
+                subject.backend,
+            )
         try:
             if stored is None or stored.passed:
                 opened = open_recipe(recipe)
             if stored is None and opened is not None and subject is not None:
-                say(f"comparing {recipe.name} with the parity record, once on this machine")
+                say(f"comparing {recipe.name} with the parity record")
                 stored = _prove(opened, bundle, record)
                 save_verdict(bundle, subject, stored)
                 if on_verdict is not None:

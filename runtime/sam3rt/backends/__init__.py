@@ -111,4 +111,9 @@ def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
     def say(line: str) -> None:
         _LOG.info("%s: %s", name, line)
 
-    return select(bundle, offer.recipes, offer.open, say=say, on_verdict=offer.on_verdict)
+    try:
+        return select(bundle, offer.recipes, offer.open, say=say, on_verdict=offer.on_verdict)
+    except BackendError as error:
+        if not offer.advice:
+            raise
+        raise BackendError(f"{error}. {offer.advice}") from error

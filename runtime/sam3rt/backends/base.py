@@ -218,11 +218,13 @@ class Offer:
         recipes: fastest first.
         open: loads one.
         on_verdict: told every verdict that is reached, or ``None``.
+        advice: what to do where no recipe can serve, or empty.
     """
 
     recipes: tuple[Recipe, ...]
     open: Callable[[Recipe], Backend]
     on_verdict: Callable[[Recipe, StoredVerdict], None] | None = None
+    advice: str = ""
 
 
 _loaded: weakref.WeakSet[Backend] = weakref.WeakSet()

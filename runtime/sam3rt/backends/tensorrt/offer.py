@@ -114,7 +114,8 @@ def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) ->
             on_verdict(recipe, verdict)  # reached in another copy of the bundle
         return backend
 
-    return Offer(tuple(sets), open_recipe, on_verdict)
+    advice = f"Build others: sam3rt build {bundle.path} --backend {flavour}"
+    return Offer(tuple(sets), open_recipe, on_verdict, advice)
 
 
 def open_engines(bundle: Bundle, engines: EngineSet, platform: Platform) -> TensorRtBackend:
