@@ -30,6 +30,7 @@ from sam3rt import (
     Prompts,
     SAM3InteractiveImagePredictor,
     SegmentationModel,
+    load_model,
 )
 from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.bundle.default import default_bundle_path
@@ -552,9 +553,9 @@ def test_everything_is_given_back(
 
 
 def test_out_of_memory_for_an_embedding_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
+    tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
 ) -> None:
-    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
     model = rig.model(lanes=1)
     embedding = model.encode(chelsea)
@@ -569,12 +570,13 @@ def test_out_of_memory_for_an_embedding_says_what_to_do(
 
 
 def test_out_of_memory_for_another_lane_waits_for_one(
+    tiny_sam3: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     chelsea: NDArray[np.uint8],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
     model = rig.model()
     embedding = model.encode(chelsea)
@@ -603,20 +605,20 @@ def test_out_of_memory_for_another_lane_waits_for_one(
 
 
 def test_without_graphs_where_they_cannot_be_recorded(
+    tiny_sam3: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     chelsea: NDArray[np.uint8],
-    default_model: SegmentationModel,
-    mobile_embeddings: dict[str, ImageEmbedding],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch, capturable=False)
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch, capturable=False)
     rig.build()
     model = rig.model()
     embedding = model.encode(chelsea)
     prompts = Prompts([[225, 150]], [1])
-    expected = default_model.decode(mobile_embeddings["chelsea"], prompts).low_res_masks
+    reference = load_model(tiny_sam3, backend="onnxruntime", device="cpu")
+    expected = reference.decode(reference.encode(chelsea), prompts).low_res_masks
     for _ in range(3):
         found = model.decode(embedding, prompts).low_res_masks
         np.testing.assert_allclose(found, expected, atol=TOLERANCE * 10, rtol=1e-5)
@@ -626,9 +628,9 @@ def test_without_graphs_where_they_cannot_be_recorded(
 
 
 def test_a_failed_call_leaves_the_lane_usable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
+    tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
 ) -> None:
-    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
     model = rig.model(lanes=1)
     embedding = model.encode(chelsea)
