@@ -304,7 +304,9 @@ def check_embeddings(runtime: Runtime, folder: Path) -> None:
         for case in vectors["headers"]
     }
     for case in vectors["data"]:
-        files[f"data: {case['name']}"] = embedding_file(header, (data * 2)[: case["size"]])
+        start = bytes.fromhex(case.get("start", ""))
+        changed = start + (data * 2)[len(start) : case["size"]]
+        files[f"data: {case['name']}"] = embedding_file(header, changed)
     for text in vectors["header_texts"]:
         files[f"header {text}"] = struct.pack("<Q", len(text)) + text.encode() + data
     for case in vectors["files"]:

@@ -1,6 +1,7 @@
 #include "embedding.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <system_error>
@@ -80,6 +81,13 @@ void replace_first(std::string& text, const std::string& old, const std::string&
     const std::size_t found = text.find(old);
     if (found != std::string::npos) {
         text.replace(found, old.size(), fresh);
+    }
+}
+
+/// Throws EmbeddingError.
+void require_finite(const Array<float>& map, const std::string& name, const std::string& subject) {
+    if (!std::all_of(map.begin(), map.end(), [](float value) { return std::isfinite(value); })) {
+        throw EmbeddingError(subject + ": the feature map " + name + " holds NaN or an infinity");
     }
 }
 
@@ -218,6 +226,7 @@ void write_embedding(const std::filesystem::path& path, const std::vector<std::s
                        ",\"sha256\":" + json_text(no_digest) + "}";
     std::int64_t offset = 0;
     for (std::size_t i = 0; i < maps.size(); ++i) {
+        require_finite(maps[i], names[i], "the embedding");
         const std::int64_t end = offset + static_cast<std::int64_t>(maps[i].size() * sizeof(float));
         text += "," + json_text(names[i]) +
                 ":{\"dtype\":\"F32\",\"shape\":" + numbers_text(maps[i].shape()) +
@@ -293,6 +302,7 @@ StoredEmbedding read_embedding(const std::filesystem::path& path, const std::str
         Array<float> map(shape);
         // The data need not be aligned for float.
         std::memcpy(map.data(), parsed.data + offset, sizes[i]);
+        require_finite(map, specs[i].name, path.string());
         stored.maps.push_back(std::move(map));
         offset += sizes[i];
     }

@@ -30,13 +30,14 @@ struct StoredEmbedding {
 };
 
 /// Write feature maps, whole or not at all, byte for byte as the Python runtime does.
-/// Throws std::system_error.
+/// Throws std::system_error, and EmbeddingError where a map holds NaN or an infinity.
 void write_embedding(const std::filesystem::path& path, const std::vector<std::string>& names,
                      const std::vector<Array<float>>& maps, const ImageGeometry& geometry,
                      const std::string& fingerprint);
 
 /// Read an embedding file and check it against the bundle that will use it.
-/// Throws EmbeddingError where it is missing, cut, changed, of another format or another model.
+/// Throws EmbeddingError where it is missing, cut, changed, of another format or another model,
+/// or a map holds NaN or an infinity.
 StoredEmbedding read_embedding(const std::filesystem::path& path, const std::string& fingerprint,
                                const std::vector<TensorSpec>& specs);
 

@@ -409,7 +409,8 @@ public:
     std::vector<Array<float>> maps() const;
 
     /// Write the embedding to a file, whole or not at all; the Python runtime reads it too.
-    /// Throws std::system_error where the file cannot be written.
+    /// Throws std::system_error where the file cannot be written, EmbeddingError where a map holds
+    /// NaN or an infinity.
     void save(const std::filesystem::path& path) const;
 
     struct Data;
@@ -479,7 +480,8 @@ public:
                         bool multimask_output = true) const;
 
     /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for
-    /// it. Throws EmbeddingError where the file is missing, damaged, or from another bundle.
+    /// it. Throws EmbeddingError where the file is missing, damaged, from another bundle, or holds
+    /// NaN.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
 
     /// Load both graphs now instead of at their first use, also one that could not be loaded
