@@ -119,7 +119,7 @@ def test_runtime_sources_never_import_torch() -> None:
 def test_every_package_is_listed() -> None:
     found = {"sam3rt.default_bundle"}
     for root in (ROOT / "runtime", ROOT / "export", ROOT / "benchmarks"):
-        for init in root.glob("sam3rt*/**/__init__.py"):
-            found.add(".".join(init.parent.relative_to(root).parts))
+        for module in root.glob("sam3rt*/**/*.py"):
+            found.add(".".join(module.parent.relative_to(root).parts))
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(document["tool"]["setuptools"]["packages"]) == found

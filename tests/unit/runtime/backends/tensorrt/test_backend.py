@@ -570,13 +570,12 @@ def test_out_of_memory_for_an_embedding_says_what_to_do(
 
 
 def test_out_of_memory_for_another_lane_waits_for_one(
-    tiny_sam3: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     chelsea: NDArray[np.uint8],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
     rig.build()
     model = rig.model()
     embedding = model.encode(chelsea)
