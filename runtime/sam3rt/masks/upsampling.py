@@ -3,10 +3,10 @@
 Resizing is linear and separable, and so are several resizes and crops after each other: each axis
 is one banded matrix, worked out once per size and never held in its dense form, which would take
 gigabytes for a long side. Columns are interpolated first, by gathering the few that each mixes.
-Rows are done in groups that mix the same ones, each a small product whose result is thresholded
+Rows are done in groups that mix the same ones, each a small matmul whose result is thresholded
 while it is still in the cache.
 
-No product is large enough for NumPy's library to give it to several threads (OpenBLAS; 2^18
+No matmul is large enough for NumPy's library to give it to several threads (OpenBLAS; 2^18
 multiplications). Its threads would then spin for a tenth of a second, waiting for more work, and on
 a machine of few cores the next decoder call took half as long again (benchmarks/NOTES.md).
 """

@@ -32,7 +32,7 @@ from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
-from .bf16 import FIRST_BLOCKS, NOTHING, TOKENS, products_in_bf16
+from .bf16 import FIRST_BLOCKS, NOTHING, TOKENS, matmuls_in_bf16
 from .hidden_layers import split_hidden_layers
 
 _LOG = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class OpenVinoBackend(Backend):
             if exact is not None:
                 if _has_tiles():
                     split_hidden_layers(model, _PART_WIDTH, exact)
-                products_in_bf16(model, exact)
+                matmuls_in_bf16(model, exact)
             return _CompiledGraph(self._core.compile_model(model, "CPU", options), loaded)
         except BundleError:
             raise

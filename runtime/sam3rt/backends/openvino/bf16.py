@@ -1,7 +1,7 @@
-"""Mixed precision for OpenVINO: an FP32 graph, retyped so that what costs time runs in BF16.
+"""Mixed precision for OpenVINO: retypes an FP32 graph so that its costly parts run in BF16.
 
-OpenVINO's own BF16 mode also rounds what the blocks add up, at each addition, which is most of
-its error. PyTorch's autocast keeps that sum and the normalizations in FP32; so does this.
+OpenVINO's own BF16 mode also rounds the sum over the blocks at every addition, which is most of its
+error. PyTorch's autocast keeps that sum and the normalizations in FP32, and so does this pass.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import re
 from typing import Any
 
 import numpy as np
+import openvino
 from numpy.typing import NDArray
+from openvino import opset13
 
-# Operators that stay FP32 all the same, by the module paths that the export names nodes after.
+# Patterns for operators that stay FP32. The export names nodes after module paths.
 NOTHING = re.compile(r"(?!)")
-# Of an encoder, the patches' convolution and the first two blocks, on whose results all others
-# build, and what makes the feature maps of the last block's: 7 % of the operations.
+# In an encoder: the patch convolution and the first two blocks, because all others build on them,
+# and the layers that turn the last block's result into feature maps. 7 % of the operations.
 FIRST_BLOCKS = re.compile(r"patch/|blocks\.[01]\.|project|up|out")
-# Of a decoder, all but what runs over the image: the prompt's few tokens cost little, and in BF16 a
-# click would be some pixels off.
+# In a decoder: everything but the layers that run over the image. The prompt's few tokens cost
+# little, and in BF16 a click would be some pixels off.
 TOKENS = re.compile(r"(?!up[12]/|blocks\.\d+\.(token_to_image|image_to_token)|final)")
-_PRODUCTS = frozenset({"MatMul", "Convolution"})
+_MATMULS = frozenset({"MatMul", "Convolution"})
 _MOVES = frozenset({"Reshape", "Transpose"})
-# What is computed in BF16 where all it takes is BF16 already: biases, activations, rotary
-# embeddings and attention's softmax, and what only moves values. Left in FP32 halfway between two
-# products, they would cost two conversions each and keep OpenVINO from fusing them.
+# Operators that become BF16 if all their inputs are BF16 already: biases, activations, rotary
+# embeddings, softmax and operators that only move values. In FP32 between two BF16 matmuls they
+# would cost two conversions each and keep OpenVINO from fusing them.
 _BETWEEN = frozenset(
     {
         "Add",
@@ -46,32 +48,31 @@ _BETWEEN = frozenset(
 )
 
 
-def products_in_bf16(model: Any, exact: re.Pattern[str] = NOTHING) -> None:
-    """Retype an FP32 graph in place: products in BF16, and what follows from them alone.
+def matmuls_in_bf16(model: Any, exact: re.Pattern[str] = NOTHING) -> None:
+    """Retype an FP32 graph in place: matmuls, and operators that read nothing but their results.
 
-    An operator that also takes an FP32 result, such as the addition of a block's result to the
-    stream of all blocks, stays FP32; so do normalizations.
+    An operator that also reads an FP32 value stays FP32, such as the addition of a block's result
+    to the residual stream. Normalizations stay FP32 too.
 
     Args:
         model: an ``openvino.Model`` that nothing else uses.
-        exact: of the names of operators that stay FP32, from their beginning.
+        exact: matches, from the beginning, the names of operators that stay FP32.
     """
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         wide = [p for p in node.inputs() if _type_name(p) == "f32"]
         if exact.match(node.get_friendly_name()):
             continue
-        if kind in _PRODUCTS or (kind in _BETWEEN and _follows_from_products(wide)):
+        if kind in _MATMULS or (kind in _BETWEEN and _follows_from_matmuls(wide)):
             _retype(node, wide)
     model.validate_nodes_and_infer_types()
 
 
 def rounded_constant(values: NDArray[np.float32]) -> Any:
-    """FP32 values as a constant of the nearest BF16 ones, of two the even one.
+    """A constant of the BF16 values nearest to FP32 ones; ties go to the even value.
 
-    A conversion left in the graph is carried out when it is compiled, and (OpenVINO 2026.4) cuts
-    the even half of the values off instead: a quarter end up one step too small, which biases every
-    product.
+    OpenVINO 2026.4 folds a conversion that is left in the graph, and truncates half of the values
+    instead of rounding them. A quarter end up one step too small, which biases every matmul.
 
     Args:
         values: float32 of any shape.
@@ -79,9 +80,6 @@ def rounded_constant(values: NDArray[np.float32]) -> Any:
     Returns:
         An ``openvino`` constant node of element type bf16.
     """
-    import openvino
-    from openvino import opset13
-
     bits = np.ascontiguousarray(values).view(np.uint32)
     # Half a step less a bit, and that bit for odd ones; NaN would overflow to a number.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -91,7 +89,7 @@ def rounded_constant(values: NDArray[np.float32]) -> Any:
     return opset13.constant(tensor)
 
 
-def _follows_from_products(ports: list[Any]) -> bool:
+def _follows_from_matmuls(ports: list[Any]) -> bool:
     sources = [port.get_source_output() for port in ports]
     return any(map(_is_widened, sources)) and all(
         _is_widened(s) or s.get_node().get_type_name() == "Constant" for s in sources
@@ -112,8 +110,6 @@ def _type_name(port: Any) -> str:
 
 def _retype(node: Any, ports: list[Any]) -> None:
     """Let a node compute in BF16, and give FP32 to those that have taken its results so far."""
-    from openvino import opset13  # here, so that the module imports where OpenVINO is not installed
-
     for port in ports:
         port.replace_source_output(_narrowed(port.get_source_output()))
     node.validate_and_infer_types()
@@ -127,8 +123,6 @@ def _retype(node: Any, ports: list[Any]) -> None:
 
 def _narrowed(source: Any) -> Any:
     """An FP32 value in BF16, converted where that is cheapest: before it is moved around."""
-    from openvino import opset13
-
     node = source.get_node()
     if _is_widened(source):
         return node.input_value(0)

@@ -1,7 +1,7 @@
-"""Wide hidden layers in parts, for OpenVINO's products on processors with tiles (AMX).
+"""Splits wide hidden layers into parts, for OpenVINO's matmuls on processors with tiles (AMX).
 
-There, a product is the slower per operation the wider it is, and a hidden layer of 5,184 by 4,736
-values leaves the caches before it is read again; both are less where the layer comes in parts
+On such a processor a wide matmul takes longer per operation than a narrow one. A hidden layer of
+5,184 by 4,736 values also leaves the caches before it is read again. Splitting the layer helps both
 (benchmarks/NOTES.md).
 """
 
@@ -14,31 +14,34 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from openvino import opset13
+from openvino.passes import AnyInput, Matcher, WrapType
 
 from .bf16 import NOTHING, rounded_constant
 
 # What exact GELU, x/2 (1 + erf(x / sqrt 2)), is made of.
 _ROOT_2, _ONE, _HALF = math.sqrt(2.0), 1.0, 0.5
 
-# Parts of whole multiples of this many channels take a fifth less time than others of about the
-# same width (measured, OpenVINO 2026.4).
+# A part whose width is a multiple of this takes a fifth less time than one of about the same width
+# that is not (measured, OpenVINO 2026.4).
 _UNIT = 64
 
 
 def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING) -> int:
-    """Compute wide hidden layers part by part, in place, for products that will be BF16.
+    """Split the wide hidden layers of a graph, in place, for matmuls that will be BF16.
 
-    What is split is an MLP with exact GELU together with the sum it ends in,
-    ``s + (W2 gelu(W1 x + b1) + b2)``: the same as ``s`` plus, in turn, the share of every part of
-    the hidden channels. Parts are about equally wide. Their weights are rounded to BF16 on the way,
-    so that no second FP32 copy is made of them. Products and additions keep their names, from which
-    other passes know them.
+    The pass looks for an MLP with exact GELU and the sum it ends in,
+    ``s + (W2 gelu(W1 x + b1) + b2)``. It computes the same by adding to ``s``, one after the other,
+    the share of each part of the hidden channels. Parts are about equally wide. Their weights are
+    rounded to BF16 at once, which avoids a second FP32 copy. Matmuls and additions keep their
+    names, by which other passes know them.
 
     Args:
         model: an FP32 ``openvino.Model`` that nothing else uses.
-        width: most channels of a part, at least 1; layers that are no wider are left alone.
-        exact: of the names of products that stay FP32, from their beginning: their layers are left
-            alone.
+        width: the greatest number of channels of a part, at least 1. Layers that are no wider stay
+            as they are.
+        exact: matches, from the beginning, the names of matmuls that stay FP32. Their layers stay
+            as they are.
 
     Returns:
         How many layers were split.
@@ -58,9 +61,9 @@ def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING
 class _Layer:
     """An MLP's nodes, ``total = stream + W2 gelu(W1 x + b1) + b2``; the stream is an output."""
 
-    product1: Any
+    matmul1: Any
     bias1: Any
-    product2: Any
+    matmul2: Any
     bias2: Any
     stream: Any
     total: Any
@@ -68,25 +71,22 @@ class _Layer:
     @property
     def weights(self) -> list[NDArray[np.float32]]:
         """W1, [inputs, hidden], and W2, [hidden, outputs]."""
-        return [p.input_value(1).get_node().data for p in (self.product1, self.product2)]
+        return [p.input_value(1).get_node().data for p in (self.matmul1, self.matmul2)]
 
     @property
     def hidden(self) -> int:
-        return int(self.product1.input_value(1).get_shape()[1])
+        return int(self.matmul1.input_value(1).get_shape()[1])
 
     @property
     def names(self) -> list[str]:
-        """Of the products."""
-        return [p.get_friendly_name() for p in (self.product1, self.product2)]
+        """Of the matmuls."""
+        return [p.get_friendly_name() for p in (self.matmul1, self.matmul2)]
 
 
 class _Pattern:
     """Recognizes layers by the node they end in."""
 
     def __init__(self) -> None:
-        # Here, so that the module imports where OpenVINO is not installed.
-        from openvino.passes import AnyInput, WrapType
-
         def constant() -> Any:
             return WrapType("opset13.Constant")
 
@@ -96,17 +96,15 @@ class _Pattern:
         self._stream, self._bias1, self._bias2 = AnyInput(), constant(), constant()
         self._scalars = {constant(): _ROOT_2, constant(): _ONE, constant(): _HALF}
         root_2, one, half = self._scalars
-        self._product1 = both("MatMul", AnyInput(), constant())
-        hidden = both("Add", self._product1, self._bias1)
+        self._matmul1 = both("MatMul", AnyInput(), constant())
+        hidden = both("Add", self._matmul1, self._bias1)
         erf = both("Erf", both("Divide", hidden, root_2))
         gelu = both("Multiply", both("Multiply", hidden, both("Add", erf, one)), half)
-        self._product2 = both("MatMul", gelu, constant())
-        self._total = both("Add", self._stream, both("Add", self._product2, self._bias2))
+        self._matmul2 = both("MatMul", gelu, constant())
+        self._total = both("Add", self._stream, both("Add", self._matmul2, self._bias2))
 
     def match(self, node: Any) -> _Layer | None:
         """The layer that ends in this node, if one does."""
-        from openvino.passes import Matcher
-
         if node.get_type_name() != "Add":
             return None
         matcher = Matcher(self._total, "HiddenLayer")
@@ -114,16 +112,16 @@ class _Pattern:
             return None
         values = matcher.get_pattern_value_map()
         nodes = {key: value.get_node() for key, value in values.items()}
-        products = nodes[self._product1], nodes[self._product2]
-        transposed = any(any(product.get_attributes().values()) for product in products)
+        matmuls = nodes[self._matmul1], nodes[self._matmul2]
+        transposed = any(any(matmul.get_attributes().values()) for matmul in matmuls)
         if transposed or not all(
             np.allclose(nodes[scalar].data, value) for scalar, value in self._scalars.items()
         ):
             return None
         return _Layer(
-            product1=products[0],
+            matmul1=matmuls[0],
             bias1=nodes[self._bias1],
-            product2=products[1],
+            matmul2=matmuls[1],
             bias2=nodes[self._bias2],
             stream=values[self._stream],
             total=node,
@@ -139,8 +137,6 @@ def _sizes(hidden: int, width: int) -> list[int]:
 
 
 def _replace(layer: _Layer, width: int) -> None:
-    from openvino import opset13
-
     def part(values: NDArray[np.float32]) -> Any:
         return opset13.convert(rounded_constant(values), "f32")
 
@@ -150,7 +146,7 @@ def _replace(layer: _Layer, width: int) -> None:
     columns, rows = np.split(weight1, ends, axis=1), np.split(weight2, ends, axis=0)
     biases = np.split(layer.bias1.data.reshape(-1), ends)
     names = layer.names
-    x = layer.product1.input_value(0)
+    x = layer.matmul1.input_value(0)
     total = layer.stream
     for index, (column, bias, row) in enumerate(zip(columns, biases, rows, strict=True)):
         first = opset13.matmul(x, part(column), False, False)

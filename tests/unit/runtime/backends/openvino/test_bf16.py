@@ -19,7 +19,7 @@ from sam3rt.backends.openvino.bf16 import (
     FIRST_BLOCKS,
     NOTHING,
     TOKENS,
-    products_in_bf16,
+    matmuls_in_bf16,
     rounded_constant,
 )
 
@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 
 
 def weight(*shape: int) -> Any:
-    """A constant of normal values, scaled for products along its first side."""
+    """A constant of normal values, scaled for matmuls along its first side."""
     values = RNG.standard_normal(shape) / np.sqrt(shape[0])
     return ops.constant(values.astype(np.float32))
 
@@ -63,7 +63,7 @@ def kinds(model: ov.Model, element: Any) -> list[str]:
 
 def test_sums_over_blocks_and_normalizations_stay_fp32() -> None:
     model = transformer_block()
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.f32) == ["Add", "Add", "MVN", "MVN"]
     wide = {n.get_friendly_name() for n in model.get_ordered_ops()}
     assert {"norm 1", "stream 1", "norm 2", "stream 2"} <= wide
@@ -76,7 +76,7 @@ def test_sums_over_blocks_and_normalizations_stay_fp32() -> None:
 
 def test_no_value_is_converted_there_and_back() -> None:
     model = transformer_block()
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Convert" and node.get_output_element_type(0) == ov.Type.bf16:
             assert node.input_value(0).get_node().get_type_name() != "Convert"
@@ -93,7 +93,7 @@ def test_the_boundary_stays_fp32_and_results_stay_near() -> None:
         strict=True,
     ):
         b.output(0).replace(ops.constant(a.data).output(0))
-    products_in_bf16(mixed)
+    matmuls_in_bf16(mixed)
     assert mixed.inputs[0].get_element_type() == mixed.outputs[0].get_element_type() == ov.Type.f32
     core = ov.Core()
     x = RNG.standard_normal((1, 12, 16)).astype(np.float32)
@@ -106,11 +106,11 @@ def test_the_boundary_stays_fp32_and_results_stay_near() -> None:
 
 def test_a_result_used_by_both_kinds_is_given_to_both() -> None:
     x = ops.parameter([1, 4, 8], np.float32, name="x")
-    product = ops.matmul(x, weight(8, 8), False, False)
-    wide = ops.exp(product)
-    narrow = ops.softmax(product, 2)
+    matmul = ops.matmul(x, weight(8, 8), False, False)
+    wide = ops.exp(matmul)
+    narrow = ops.softmax(matmul, 2)
     model = ov.Model([ops.result(wide), ops.result(narrow)], [x], "fork")
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.f32) == ["Exp"]
     assert kinds(model, ov.Type.bf16) == ["MatMul", "Softmax"]
     assert [o.get_element_type() for o in model.outputs] == [ov.Type.f32] * 2
@@ -119,17 +119,17 @@ def test_a_result_used_by_both_kinds_is_given_to_both() -> None:
 @pytest.mark.parametrize("kind", ["Add", "Multiply"])
 def test_an_operator_with_an_exact_operand_stays_fp32(kind: str) -> None:
     x = ops.parameter([1, 4, 8], np.float32, name="x")
-    product = ops.matmul(x, weight(8, 8), False, False)
+    matmul = ops.matmul(x, weight(8, 8), False, False)
     make = {"Add": ops.add, "Multiply": ops.multiply}[kind]
-    model = ov.Model([ops.result(make(product, x))], [x], "operand")
-    products_in_bf16(model)
+    model = ov.Model([ops.result(make(matmul, x))], [x], "operand")
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.f32) == [kind]
 
 
 def test_a_graph_without_products_is_left_alone() -> None:
     x = ops.parameter([1, 4, 8], np.float32, name="x")
     model = ov.Model([ops.result(ops.softmax(ops.add(x, weight(8)), 2))], [x], "plain")
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.f32) == ["Add", "Softmax"]
     assert not any(n.get_type_name() == "Convert" for n in model.get_ordered_ops())
 
@@ -140,11 +140,11 @@ def test_values_are_converted_before_they_are_moved() -> None:
     wide = ops.exp(x)
     moved = ops.transpose(ops.reshape(wide, np.array([1, 4, 2, 4]), False), np.array([0, 2, 1, 3]))
     model = ov.Model([ops.result(ops.matmul(moved, moved, False, True))], [x], "moves")
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.bf16) == ["MatMul"]
     single = ops.transpose(ops.reshape(ops.exp(x), np.array([1, 4, 2, 4]), False), [0, 2, 1, 3])
     model = ov.Model([ops.result(ops.matmul(single, weight(4, 4), False, False))], [x], "moves")
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     assert kinds(model, ov.Type.bf16) == ["MatMul", "Reshape", "Transpose"]
     assert kinds(model, ov.Type.f32) == ["Exp"]
 
@@ -187,12 +187,12 @@ def test_what_stays_exact_in_a_decoder(name: str, exact: bool) -> None:
 
 
 def stays_exact(name: str, exact: re.Pattern[str]) -> bool:
-    """Whether a product of that name is left in FP32."""
+    """Whether a matmul of that name is left in FP32."""
     x = ops.parameter([1, 4, 8], np.float32, name="x")
-    product = ops.matmul(x, weight(8, 8), False, False)
-    product.set_friendly_name(name)
-    model = ov.Model([ops.result(product)], [x], "named")
-    products_in_bf16(model, exact)
+    matmul = ops.matmul(x, weight(8, 8), False, False)
+    matmul.set_friendly_name(name)
+    model = ov.Model([ops.result(matmul)], [x], "named")
+    matmuls_in_bf16(model, exact)
     return kinds(model, ov.Type.f32) == ["MatMul"]
 
 
@@ -209,11 +209,9 @@ def test_exports_have_the_modules_that_recipes_name(
 ) -> None:
     """Names are all there is to find them by: were they to change, the recipe would lose them."""
     model = ov.Core().read_model(small_bundle / f"{graph}.onnx")
-    products = [
-        n for n in model.get_ordered_ops() if n.get_type_name() in ("MatMul", "Convolution")
-    ]
-    found = [n.get_friendly_name() for n in products if n.get_friendly_name().startswith(where)]
-    assert 0 < len(found) < len(products)
+    matmuls = [n for n in model.get_ordered_ops() if n.get_type_name() in ("MatMul", "Convolution")]
+    found = [n.get_friendly_name() for n in matmuls if n.get_friendly_name().startswith(where)]
+    assert 0 < len(found) < len(matmuls)
 
 
 def as_float(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -273,9 +271,9 @@ def test_weights_are_rounded_and_not_left_to_be_converted() -> None:
     values = RNG.standard_normal((8, 8)).astype(np.float32)
     x = ops.parameter([1, 4, 8], np.float32, name="x")
     model = ov.Model([ops.result(ops.matmul(x, ops.constant(values), False, False))], [x], "one")
-    products_in_bf16(model)
-    (product,) = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
-    weights = product.input_value(1).get_node()
+    matmuls_in_bf16(model)
+    (matmul,) = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
+    weights = matmul.input_value(1).get_node()
     assert weights.get_type_name() == "Constant"
     assert np.array_equal(bits_of(weights), bits_of(rounded_constant(values)))
 
@@ -285,7 +283,7 @@ def test_no_constant_of_an_export_is_left_to_be_converted(
     small_bundle: Path, graph: str, exact: re.Pattern[str]
 ) -> None:
     model = ov.Core().read_model(small_bundle / f"{graph}.onnx")
-    products_in_bf16(model, exact)
+    matmuls_in_bf16(model, exact)
     narrowing = [
         node
         for node in model.get_ordered_ops()

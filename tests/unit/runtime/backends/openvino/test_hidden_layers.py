@@ -11,14 +11,14 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sam3rt.backends.openvino.bf16 import products_in_bf16, rounded_constant
+from sam3rt.backends.openvino.bf16 import matmuls_in_bf16, rounded_constant
 from sam3rt.backends.openvino.hidden_layers import split_hidden_layers
 
 RNG = np.random.default_rng(0)
 
 
 def weight(*shape: int) -> Any:
-    """A constant of normal values that BF16 has, scaled for products along its first side."""
+    """A constant of normal values that BF16 has, scaled for matmuls along its first side."""
     values = (RNG.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
     return ops.constant((values.view(np.uint32) & 0xFFFF0000).view(np.float32))
 
@@ -50,8 +50,8 @@ def mlp(hidden: int, activation: Any = gelu, transposed: bool = False) -> ov.Mod
     return ov.Model([ops.result(total)], [x], "mlp")
 
 
-def products(model: ov.Model) -> dict[str, list[int]]:
-    """Shapes of the products' results, by name."""
+def matmuls(model: ov.Model) -> dict[str, list[int]]:
+    """Shapes of the matmuls' results, by name."""
     return {
         node.get_friendly_name(): list(node.get_output_shape(0))
         for node in model.get_ordered_ops()
@@ -86,7 +86,7 @@ def test_layers_come_in_parts_no_wider_than_asked(
     x = RNG.standard_normal((1, 12, 16)).astype(np.float32)
     expected = run(model, x)
     assert split_hidden_layers(model, width) == (len(widths) > 1)
-    found = products(model)
+    found = matmuls(model)
     assert [shape[2] for name, shape in found.items() if name.startswith("fc1")] == widths
     assert [shape[2] for name, shape in found.items() if name.startswith("fc2")] == [16] * len(
         widths
@@ -113,9 +113,9 @@ def test_the_last_sum_keeps_its_name() -> None:
 )
 def test_other_activations_are_left_alone(activation: Any) -> None:
     model = mlp(32, activation)
-    before = products(model)
+    before = matmuls(model)
     assert split_hidden_layers(model, 8) == 0
-    assert products(model) == before
+    assert matmuls(model) == before
 
 
 def test_transposed_weights_are_left_alone() -> None:
@@ -134,15 +134,15 @@ def test_layers_that_follow_each_other_are_split_each() -> None:
     image = RNG.standard_normal((1, 12, 16)).astype(np.float32)
     expected = run(model, image)
     assert split_hidden_layers(model, 16) == 3
-    assert len(products(model)) == 12
+    assert len(matmuls(model)) == 12
     np.testing.assert_allclose(run(model, image), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_are_added_in_fp32_where_products_are_bf16() -> None:
-    """Biases and GELU go with the products; the stream does not."""
+    """Biases and GELU go with the matmuls; the stream does not."""
     model = mlp(32)
     split_hidden_layers(model, 8)
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     typed: dict[tuple[str, str], int] = {}
     for node in model.get_ordered_ops():
         kind = (node.get_type_name(), node.get_output_element_type(0).get_type_name())
@@ -156,10 +156,10 @@ def test_parts_are_added_in_fp32_where_products_are_bf16() -> None:
 
 def test_layers_that_stay_exact_are_left_alone() -> None:
     model = mlp(32)
-    before = products(model)
+    before = matmuls(model)
     for name in ("fc1", "fc2"):
         assert split_hidden_layers(model, 8, re.compile(name)) == 0
-    assert products(model) == before
+    assert matmuls(model) == before
     assert split_hidden_layers(model, 8, re.compile("c1")) == 1
 
 
@@ -169,7 +169,7 @@ def test_weights_of_parts_are_rounded() -> None:
     (first,) = [n for n in model.get_ordered_ops() if n.get_friendly_name() == "fc1/MatMul"]
     first.input(1).replace_source_output(ops.constant(values).output(0))
     split_hidden_layers(model, 16)
-    products_in_bf16(model)
+    matmuls_in_bf16(model)
     found = [
         node.input_value(1).get_node()
         for node in model.get_ordered_ops()
