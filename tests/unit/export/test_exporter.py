@@ -366,6 +366,7 @@ def test_the_runtime_loads_and_runs_it(tiny_bundle: Path) -> None:
 # --- the same model again -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bundle(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     again = tiny_bundle.with_name("again")
     with one_thread():
@@ -476,6 +477,7 @@ def test_an_unknown_type_of_weights_is_refused(tiny_checkpoint: Path, tmp_path: 
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_fp16_weights(
     tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -507,6 +509,7 @@ def test_fp16_weights(
     assert leftovers(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Of another geometry than the rest, which its own self-check covers on the way.
     sizes = TinySizes(grid=6, window=3, pretrain=4, depth=3, global_blocks=(0, 2))

@@ -47,9 +47,17 @@ def test_the_name_tells_models_apart(cpuinfo: Path) -> None:
     )
 
 
-def test_a_processor_without_a_name_is_called_by_its_architecture(cpuinfo: Path) -> None:
-    cpuinfo.write_text(ARM)
-    assert machine.processor_name() == platform.machine()
+def test_a_processor_without_a_name_is_called_by_its_numbers(cpuinfo: Path) -> None:
+    """Two kinds of ARM servers must not share a verdict."""
+    kinds = set()
+    for part in ("0xd0c", "0xd40"):
+        cpuinfo.write_text(f"{ARM}\nCPU part\t: {part}\n")
+        machine.processor_name.cache_clear()
+        kinds.add(machine.processor_name())
+    assert kinds == {
+        f"{platform.machine()}, implementer 0x41 part 0xd0c",
+        f"{platform.machine()}, implementer 0x41 part 0xd40",
+    }
 
 
 def test_without_the_file_python_is_asked() -> None:

@@ -151,9 +151,9 @@ def test_threads_reach_the_graphs(
     made: list[Any] = []
     original = backend_module._CompiledGraph
 
-    def spy(compiled: Any) -> Any:
+    def spy(compiled: Any, loaded: Any) -> Any:
         made.append(compiled)
-        return original(compiled)
+        return original(compiled, loaded)
 
     monkeypatch.setattr(backend_module, "_CompiledGraph", spy)
     model = load_model(
