@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,7 +16,7 @@ from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
-from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError
+from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError, StateError
 from .features import HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .masks import MaskOptions
@@ -59,6 +59,17 @@ class SegmentationModel:
         self.backend = backend
         self.on_stage: StageListener | None = None
         self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            "a model cannot be pickled: it holds loaded graphs. Send embeddings, which can be, and "
+            f"load the model in each process: sam3rt.load_model({str(self.bundle.path)!r})"
+        )
+
+    def __repr__(self) -> str:
+        how = f"{self.backend.name} {self.backend.precision} on {self.device}"
+        fingerprint = self.manifest.fingerprint[:16]
+        return f"<SegmentationModel {self.manifest.name}, {how}, bundle {fingerprint}>"
 
     @property
     def manifest(self) -> Manifest:

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 # Installing builds a wheel in the source tree, and the tests inside use all cores.
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
-# The reference's outputs, and what libraries and Pythons differ in: bytes, arrays, sessions, images.
+# The reference's outputs, and what libraries and Pythons differ in: bytes, arrays, sessions.
 TESTS = (
     "tests/golden",
     "tests/unit/runtime/backends/test_onnxruntime.py",

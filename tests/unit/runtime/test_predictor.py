@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pickle
 import threading
 from typing import Any
 
@@ -748,3 +749,12 @@ def test_two_threads_at_once_are_refused_and_one_may_go_on(small_model: Segmenta
     leave.set()
     worker.join(60)
     assert predictor.predict(**CLICK)[0].shape[1:] == (20, 30)
+
+
+def test_a_model_says_that_it_cannot_be_pickled_and_what_it_is(
+    default_model: SegmentationModel,
+) -> None:
+    for what in (default_model, SAM3InteractiveImagePredictor(default_model)):
+        with pytest.raises(StateError, match=r"load the model in each process: sam3rt\.load_model"):
+            pickle.dumps(what)
+    assert repr(default_model).startswith("<SegmentationModel mobile_sam, onnxruntime fp32 on cpu")
