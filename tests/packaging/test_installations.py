@@ -85,7 +85,7 @@ def lower_bounds(version: str) -> dict[str, str]:
     return bounds
 
 
-def tested_versions() -> dict[str, str]:
+def constrained_versions() -> dict[str, str]:
     """What ``constraints.txt`` pins."""
     lines = re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     return {canonicalize_name(name): version for name, version in lines}
@@ -98,7 +98,7 @@ def test_runtime_and_golden_data(
     version: str, libraries: str, small_export: Path, tmp_path: Path
 ) -> None:
     """The golden cases and the runtime's own tests, on the libraries as old as is allowed."""
-    pinned = lower_bounds(version) if libraries == "oldest" else tested_versions()
+    pinned = lower_bounds(version) if libraries == "oldest" else constrained_versions()
     pins = tmp_path / "pins.txt"
     pins.write_text("".join(f"{name}=={pin}\n" for name, pin in pinned.items()))
     python = make_environment(interpreter(version), tmp_path / "env")
