@@ -6,11 +6,15 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER, EngineFile
 from sam3rt.bundle import open_bundle
 from sam3rt.cli.options import positive_int
 from sam3rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from ..plan_evidence import PlanEvidence
 
 HELP = "build a bundle's TensorRT engines (needs the gpu or the rtx extra)"
 DESCRIPTION = """\
@@ -100,14 +104,17 @@ def run(options: argparse.Namespace) -> int:
         ),
         lambda line: print(line, file=sys.stderr, flush=True),
     )
+    from ..plan_evidence import load_evidence
+
     for engine in engines:
-        _print(engine)
+        _print(engine, load_evidence(engine.path))
     return 0
 
 
-def _print(engine: EngineFile) -> None:
+def _print(engine: EngineFile, evidence: PlanEvidence | None) -> None:
     sidecar = engine.sidecar
     print(f"{engine.path}: {sidecar.state}, {sidecar.engine.bytes / 1e6:.1f} MB")
+    print("  plan: " + ("unknown" if evidence is None else evidence.summary()))
     for name, value in sidecar.parity.items():
         print(f"  {name}: {value:.6g}")
 
