@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
@@ -71,7 +73,16 @@ class SimulatedBackend(OnnxRuntimeBackend):
             decoder=_simulated(bundle, "decoder", decoder, features, folder),
         )
         precision = f"{encoder.name}+{decoder.name}"
-        super().__init__(Bundle(folder, manifest), "cpu", precision, threads=threads)
+        super().__init__(Bundle(folder, manifest), "cpu", precision)
+        self._options = ort.SessionOptions()
+        self._options.log_severity_level = 3
+        if threads is not None:
+            self._options.intra_op_num_threads = threads
+
+    def create_session(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
+        """Load a graph made here, which may have loops. The files of a bundle must not."""
+        path = str(self.bundle.file(graph.model))
+        return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
 
 
 def _simulated(

@@ -114,7 +114,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
             continue
         promised = feature_type if is_feature_name(output.name or "") else FLOAT
         if output.dtype != promised:
-            _retype_output(model, index, promised)
+            caster.retype_output(index, promised)
     drop_unused_weights(graph)
     model.metadata_props[RECIPE_PROPERTY] = recipe.name
 
@@ -152,6 +152,16 @@ class _Caster:
         (made,) = node.outputs
         made.dtype = FLOAT
         self._rounded[made] = self._cast(made, FLOAT16, node)
+
+    def retype_output(self, index: int, wanted: ir.DataType) -> None:
+        """Let the value in another type be a graph output, under the name the output has."""
+        value = self._graph.outputs[index]
+        producer = value.producer()
+        if producer is None:
+            raise BuildError(f"output {value.name!r} is an input")
+        cast = self.as_type(value, wanted, producer)
+        cast.name, value.name = value.name, f"{value.name}.computed"
+        self._graph.outputs[index] = cast
 
     def as_type(self, value: ir.Value, wanted: ir.DataType, before: ir.Node) -> ir.Value:
         """The value in the wanted type, for use by ``before`` or any later node."""
@@ -195,20 +205,6 @@ def cast_node(value: ir.Value, wanted: ir.DataType, name: str | None = None) -> 
     output.type = ir.TensorType(wanted)
     output.shape = value.shape
     return node
-
-
-def _retype_output(model: ir.Model, index: int, wanted: ir.DataType) -> None:
-    """Cast a graph output, which keeps its name."""
-    value = model.graph.outputs[index]
-    producer = value.producer()
-    if producer is None:
-        raise BuildError(f"output {value.name!r} is an input")
-    name = value.name
-    value.name = f"{name}.computed"
-    cast = cast_node(value, wanted)
-    cast.outputs[0].name = name
-    model.graph.insert_after(producer, cast)
-    model.graph.outputs[index] = cast.outputs[0]
 
 
 def new_weight(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
