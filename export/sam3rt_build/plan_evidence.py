@@ -164,7 +164,8 @@ def _read(plan: mmap.mmap) -> PlanEvidence | None:
             matmuls = [node for node in nodes if node.rpartition("/")[2].startswith("MatMul_")]
             softmaxes = [node for node in nodes if node.rpartition("/")[2].startswith("Softmax_")]
             name = _KERNEL_NAME.search(description)
-            if kind == "function" and softmaxes and matmuls:
+            # Generated kernels may take one of the two products in; fused attention has both.
+            if kind == "function" and softmaxes and len(matmuls) > 1:
                 block = _block(softmaxes[0])
                 fused[block] += 1
                 if name is not None and name[1] in kernels:
