@@ -22,8 +22,9 @@ Build TensorRT engines of a bundle and prove them on its parity record.
 
 Engines run on the kind of GPU and the TensorRT version they were built with, so they are built
 where they will run, from the ONNX files that travel. Precisions are tried fastest first; one whose
-outputs are off is refused, saying what failed by how much, and the next is tried. Engines go into
-the bundle's folder "engines".
+outputs are off is refused, saying what failed by how much, and the next is tried. So is one that
+adds up FP16 products in less than FP32, as far as the engine says: see its line "plan". Engines go
+into the bundle's folder "engines".
 
 With --backend tensorrt-rtx and --target, engines are built ahead of time on any machine. They are
 unproven until they first load on their target, which proves them before it serves.
