@@ -37,6 +37,7 @@ from sam3rt.errors import BackendError, BundleError, InvalidInputError, Verifica
 from .builder_process import build_engine
 from .engine_builder import BuildOptions, EngineBuilder, Make
 from .errors import BuildError
+from .plan_evidence import load_evidence
 from .recipes import RECIPES, Recipe
 from .typed_graph import FeaturesType, Role
 
@@ -129,7 +130,7 @@ def _ahead_of_time(
             for role in ROLES:
                 say(f"building the {role} in {recipe.name} for {targets}")
                 pair.append(builder.build(role, recipe, recipe.features_dtype))
-                say(_size(pair[-1]))
+                say(_built(pair[-1]))
         except BuildError as error:
             failures.append(f"{recipe.name}: {error}")
             say(failures[-1])
@@ -245,7 +246,7 @@ class _Pairs:
                 self._problems[full_key] = f"the {role} cannot be built: {error}"
                 raise BuildError(self._problems[full_key]) from error
             self._built[key] = built
-            self._say(_size(built))
+            self._say(_built(built))
         return built
 
 
@@ -354,9 +355,8 @@ def _clear(folder: Path) -> None:
                 remove_temporaries(path)
 
 
-def _size(engine: EngineFile) -> str:
+def _built(engine: EngineFile) -> str:
     sidecar = engine.sidecar
-    return (
-        f"built the {sidecar.role} in {sidecar.recipe}: {sidecar.engine.bytes / 1e6:.1f} MB in "
-        f"{sidecar.build_seconds:.0f} s"
-    )
+    evidence = load_evidence(engine.path)
+    plan = "what it computes with is unknown" if evidence is None else evidence.summary()
+    return f"built the {sidecar.role} in {sidecar.recipe} in {sidecar.build_seconds:.0f} s: {plan}"

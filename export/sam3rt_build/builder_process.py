@@ -161,6 +161,8 @@ def _config(request: EngineRequest) -> Callable[[Any, Any], Any]:
 
     def configure(builder: Any, network: Any) -> Any:
         config = creator(builder, network)
+        # So that the engine says what it computes with: see plan_evidence.
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         # On by default in TensorRT, off by default in polygraphy: said either way.
         switch = config.set_flag if request.tf32 else config.clear_flag
         switch(trt.BuilderFlag.TF32)

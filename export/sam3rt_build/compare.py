@@ -32,7 +32,7 @@ from sam3rt.prompts import decoder_inputs
 from .builder_process import EngineRequest, build_engine
 from .engine_builder import BuildOptions, graph_profile
 from .graph_files import load_graph, mark_layers, save_graph
-from .recipes import RECIPES, Recipe, recipe_named
+from .recipes import SIMULATED_RECIPES, Recipe, recipe_named
 from .simulated import SimulatedBackend, simulate
 from .typed_graph import Role, apply_recipe
 
@@ -87,7 +87,7 @@ def parse_side(text: str) -> Side:
     known = (*sorted(BACKENDS), SIMULATED)
     if backend not in known:
         raise InvalidInputError("side", repr(text), "one of " + ", ".join(known))
-    recipes = tuple(recipe.name for recipe in RECIPES)
+    recipes = tuple(recipe.name for recipe in SIMULATED_RECIPES)
     if backend == SIMULATED and precision not in recipes:
         raise InvalidInputError("side", repr(text), "simulated: with one of " + ", ".join(recipes))
     return Side(backend, precision or "auto")

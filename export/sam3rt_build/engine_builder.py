@@ -36,6 +36,7 @@ from .imaging_graphs import (
     preprocess_graph,
     preprocess_shapes,
 )
+from .plan_evidence import PlanEvidence, check_promise, evidence_path, read_engine, write_evidence
 from .recipes import Recipe, recipe_named
 from .typed_graph import FeaturesType, Role, apply_recipe
 
@@ -122,7 +123,7 @@ class EngineBuilder:
         """Type the graph, build the engine and publish it as unproven.
 
         Raises:
-            RecipeError, BuildError: it cannot be built.
+            RecipeError, BuildError: it cannot be built, or does not compute as its recipe promises.
         """
         if self._folder is None:
             raise RuntimeError("the builder is not entered")
@@ -194,10 +195,13 @@ class EngineBuilder:
         seconds = time.monotonic() - started
         if not finished.is_file() or not finished.stat().st_size:
             raise BuildError(f"the build of the {role} in {recipe.name} left no engine")
-        return self._publish(role, recipe, features, finished, seconds)
+        evidence = read_engine(finished)
+        if evidence is not None:
+            check_promise(recipe, evidence)
+        return self._publish(role, recipe, features, finished, seconds, evidence)
 
     def refuse(self, engine: EngineFile, figures: dict[str, float]) -> None:
-        """Leave on record that an engine failed, and remove it: it can be gigabytes."""
+        """Leave on record what failed, and remove the engine itself: it can be gigabytes."""
         write_sidecar(
             engine.path, msgspec.structs.replace(engine.sidecar, state="refused", parity=figures)
         )
@@ -206,6 +210,7 @@ class EngineBuilder:
     def discard(self, engine: EngineFile) -> None:
         """Remove an engine that is not needed and was not at fault."""
         sidecar_path(engine.path).unlink(missing_ok=True)
+        evidence_path(engine.path).unlink(missing_ok=True)
         self._remove(engine)
         with contextlib.suppress(OSError):  # not empty
             engine.path.parent.rmdir()
@@ -221,6 +226,7 @@ class EngineBuilder:
         features: FeaturesType,
         finished: Path,
         seconds: float,
+        evidence: PlanEvidence | None,
     ) -> EngineFile:
         gpu = None if self._device is None else self._device.gpu
         folder = folder_name(
@@ -251,12 +257,14 @@ class EngineBuilder:
             paired_with=None,
             build_seconds=round(seconds, 3),
         )
-        # An old sidecar or wrapper beside a new engine would be a contradiction, an engine without
-        # one is merely unknown: so they go first, and the sidecar comes last.
-        sidecar_path(path).unlink(missing_ok=True)
-        wrapper_path(path).unlink(missing_ok=True)
+        # Old files about an engine beside a new one would be a contradiction, an engine without
+        # them is merely unknown: so they go first, and the sidecar comes last.
+        for old in (sidecar_path(path), wrapper_path(path), evidence_path(path)):
+            old.unlink(missing_ok=True)
         finished.replace(path)
         try:
+            if evidence is not None:
+                write_evidence(path, evidence)
             write_sidecar(path, sidecar)
         except BaseException:
             path.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Precision recipes: which operators of the two graphs compute in what, as data.
 
-FP16 by itself does this network no harm; kernels do, differently on each GPU and each version of
-TensorRT. So there is a ladder of recipes, fastest first, and every rung has to pass the gate on
-the machine that will use it. Rules go by operator types and by node names, which the export makes
-of module paths (``blocks.3.attention/MatMul_0``).
+FP16 by itself does this network no harm. What does is what a builder makes of it: sums in half
+precision where nobody asked for more, and attention kernels that are wrong on some GPUs. So an
+FP16 recipe asks for FP32 sums in the graph itself, there is a ladder of recipes, fastest first, and
+every rung has to pass the gate on the machine that will use it. Rules go by operator types and by
+node names, which the export makes of module paths (``blocks.3.attention/MatMul_0``).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Literal
 
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER
 
-Narrow = Literal["float16", "bfloat16"]
+Width = Literal["float16", "float32"]
 
+# Operators that multiply factors and add up the products.
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 _ATTENTION = r"(?:^|\.)(?:attention|self_attention|token_to_image|image_to_token|final)$"
 
 
@@ -49,30 +52,36 @@ class Recipe:
     Attributes:
         name: as in :data:`sam3rt.backends.tensorrt.engines.RECIPE_ORDER`.
         summary: what it does, in words.
-        narrow: the type of everything no rule keeps in FP32; ``None`` keeps all.
+        factors: type of what matmuls and convolutions multiply, and of their results, where no
+            rule keeps FP32.
+        activations: type of everything else, where no rule keeps FP32.
+        accumulation: type in which FP16 products are added up. FP32 is written into the graph, by
+            casts around every product. FP16 leaves the choice to the builder, which takes half
+            accumulators where they are faster; the simulation takes them everywhere.
         rules: what stays in FP32.
-        leading_blocks: share of the transformer blocks, counted from the input, that stay in FP32
-            together with all that comes before them.
         tf32: whether FP32 matmuls may round their factors to TF32.
     """
 
     name: str
     summary: str
-    narrow: Narrow | None
+    factors: Width = "float32"
+    activations: Width = "float32"
+    accumulation: Width = "float32"
     rules: tuple[Rule, ...] = ()
-    leading_blocks: float = 0.0
     tf32: bool = False
 
     @property
-    def features_dtype(self) -> Literal["float16", "float32"]:
-        """Type of the feature maps that an encoder of this recipe hands to the decoder.
+    def features_dtype(self) -> Width:
+        """Type of the feature maps that an encoder of this recipe hands to the decoder."""
+        return self.factors
 
-        BF16 would spend a decoder's input on range it does not need.
-        """
-        return "float32" if self.narrow is None else "float16"
+    @property
+    def promises_fp32_sums(self) -> bool:
+        """Whether an engine whose FP16 products are added up in less than FP32 breaks its word."""
+        return self.factors == "float16" and self.accumulation == "float32"
 
 
-# What any narrow recipe keeps: sums of squares, exponentials, angles, counts of pixels. None is
+# What any FP16 recipe keeps: sums of squares, exponentials, angles, counts of pixels. None is
 # large, and each loses what comes after it when it is rounded.
 _ALWAYS = (
     Rule("normalizations square and sum", frozenset({"LayerNormalization", "ReduceMean"})),
@@ -94,44 +103,41 @@ _ATTENTION_CORE = Rule(
 _RECIPES = (
     Recipe(
         "fp16",
-        "FP16; normalization, softmax, positions and scores in FP32",
-        "float16",
-        _ALWAYS,
+        "FP16 factors, FP32 sums; everything between the matmuls in FP32",
+        factors="float16",
+        rules=_ALWAYS,
     ),
     Recipe(
-        "bf16",
-        "BF16; normalization, softmax, positions and scores in FP32",
-        "bfloat16",
-        _ALWAYS,
+        "fp16-activations",
+        "as fp16, with FP16 between the matmuls but for normalization, softmax and positions",
+        factors="float16",
+        activations="float16",
+        rules=_ALWAYS,
     ),
     Recipe(
-        "fp16-attention-fp32",
-        "as fp16, with the attention core (scores, softmax, mixing) in FP32",
-        "float16",
-        (*_ALWAYS, _ATTENTION_CORE),
+        "fp16-attention-tf32",
+        "as fp16, with the attention core (scores, softmax, mixing) in TF32, not fused",
+        factors="float16",
+        rules=(*_ALWAYS, _ATTENTION_CORE),
+        tf32=True,
     ),
-    Recipe(
-        "bf16-attention-fp32",
-        "as bf16, with the attention core in FP32",
-        "bfloat16",
-        (*_ALWAYS, _ATTENTION_CORE),
-    ),
-    # 20 to 24 of SAM 3's 32 blocks is what it took on an H200 with TensorRT 11.1
-    # (Efficient-SAM3-TensorRT): errors compound from block to block.
-    Recipe(
-        "fp16-blocks-fp32",
-        "as fp16-attention-fp32, with the first three quarters of the blocks in FP32",
-        "float16",
-        (*_ALWAYS, _ATTENTION_CORE),
-        leading_blocks=0.75,
-    ),
-    Recipe("tf32", "FP32, with matmuls in TF32", None, tf32=True),
-    Recipe("fp32", "FP32", None),
+    Recipe("tf32", "FP32, with matmuls in TF32", tf32=True),
+    Recipe("fp32", "FP32"),
 )
-# The runtime tries engines in the same order.
+# The ladder. The runtime tries engines in the same order.
 RECIPES: tuple[Recipe, ...] = tuple(
     sorted(_RECIPES, key=lambda recipe: RECIPE_ORDER.index(recipe.name))
 )
+# For simulations only: what FP16 graphs risk that leave the sums to the builder.
+HALF_SUMS = Recipe(
+    "fp16-half-sums",
+    "FP16 between the matmuls, and FP16 sums inside them, as a builder may choose",
+    factors="float16",
+    activations="float16",
+    accumulation="float16",
+    rules=_ALWAYS,
+)
+SIMULATED_RECIPES = (*RECIPES, HALF_SUMS)
 
 
 def recipe_named(name: str) -> Recipe:
@@ -140,4 +146,4 @@ def recipe_named(name: str) -> Recipe:
     Raises:
         KeyError: there is none.
     """
-    return {recipe.name: recipe for recipe in RECIPES}[name]
+    return {recipe.name: recipe for recipe in SIMULATED_RECIPES}[name]

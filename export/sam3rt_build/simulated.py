@@ -3,19 +3,26 @@
 It shows what a recipe costs in accuracy, and nothing about any GPU: kernels are what goes wrong
 there, and only the gate on the target sees them.
 
-The typed graph itself is not run here. ONNX Runtime on the CPU has few FP16 kernels and no BF16
-ones, and silently drops the rounding between two operators it computes in FP32, so that would
-flatter the recipe.
+The typed graph itself is not run here. ONNX Runtime on the CPU has few FP16 kernels, and silently
+drops the rounding between two operators it computes in FP32, so that would flatter the recipe.
+
+Half accumulators are modelled as tensor cores use them (HMMA.16816.F16): one instruction adds 16
+exact products to an accumulator, which is then rounded to FP16. So a matmul becomes a loop over its
+inner axis in steps of 16. Two things a GPU may do are not in the model: a fused attention adds up
+shares before it divides them by their sum, which grow larger and lose more; and sums that are split
+between threads have fewer roundings. Convolutions are added up in FP32.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
@@ -25,6 +32,7 @@ from .graph_files import load_graph, save_graph
 from .recipes import Recipe
 from .typed_graph import (
     FLOAT,
+    FLOAT16,
     RECIPE_PROPERTY,
     FeaturesType,
     Role,
@@ -65,7 +73,16 @@ class SimulatedBackend(OnnxRuntimeBackend):
             decoder=_simulated(bundle, "decoder", decoder, features, folder),
         )
         precision = f"{encoder.name}+{decoder.name}"
-        super().__init__(Bundle(folder, manifest), "cpu", precision, threads=threads)
+        super().__init__(Bundle(folder, manifest), "cpu", precision)
+        self._options = ort.SessionOptions()
+        self._options.log_severity_level = 3
+        if threads is not None:
+            self._options.intra_op_num_threads = threads
+
+    def create_session(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
+        """Load a graph made here, which may have loops. The files of a bundle must not."""
+        path = str(self.bundle.file(graph.model))
+        return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
 
 
 def _simulated(
@@ -86,15 +103,15 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
     """Make a graph compute in FP32 what :func:`apply_recipe` would give on exact hardware.
 
     Every value that the recipe narrows is rounded to its type right after it is computed, and so
-    are the weights; sums inside one operator are FP32, as tensor cores accumulate. With TF32 the
-    factors of matmuls and convolutions are rounded.
+    are the weights. Sums inside one operator are FP32, or half as the module says where that is the
+    recipe. With TF32 the factors of matmuls and convolutions are rounded.
 
     Raises:
         RecipeError: as :func:`apply_recipe`.
     """
     types = node_types(model, recipe)
     graph = model.graph
-    feature_type = ir.DataType.FLOAT16 if features == "float16" else FLOAT
+    feature_type = FLOAT16 if features == "float16" else FLOAT
     rounder = _Rounder(model)
     for given in graph.inputs:
         if is_feature_name(given.name or "") and feature_type != FLOAT:
@@ -110,6 +127,10 @@ def simulate(model: ir.Model, recipe: Recipe, features: FeaturesType) -> None:
                 rounder.after(made, wanted)
     if recipe.tf32:
         _round_factors_to_tf32(model)
+    if recipe.accumulation == "float16":
+        for node, wanted in types.items():
+            if node.op_type == "MatMul" and wanted == FLOAT16:
+                _add_up_in_half(graph, node)
     if feature_type != FLOAT:
         for output in tuple(graph.outputs):
             if is_feature_name(output.name or ""):
@@ -204,3 +225,58 @@ def _tf32_nodes(value: ir.Value, factor: ir.Value) -> list[ir.Node]:
         output.type = ir.TensorType(FLOAT)
         output.shape = value.shape
     return steps
+
+
+# Products that one tensor core instruction adds to an accumulator.
+_STEP = 16
+
+
+def _add_up_in_half(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace a MatMul by a loop over its inner axis that rounds the sum after each step."""
+    (result,) = node.outputs
+    name = f"half/{result.name}"
+
+    def constant(value: list[int]) -> ir.Value:
+        key = f"half/{'_'.join(map(str, value))}"
+        known = graph.initializers.get(key)
+        return known or new_weight(graph, key, ir.tensor(np.array(value, np.int64), name=key))
+
+    def add(nodes: list[ir.Node], operator: str, *given: ir.Value | None, **extra: int) -> ir.Value:
+        made = ir.node(operator, list(given), attributes=extra)
+        made.name = f"{name}/{operator}_{len(nodes)}"
+        made.outputs[0].name = f"{name}.{'body' if nodes is inner else 'outer'}_{len(nodes)}"
+        nodes.append(made)
+        return made.outputs[0]
+
+    def part(nodes: list[ir.Node], start: ir.Value, end: ir.Value) -> ir.Value:
+        a, b = node.inputs
+        left = add(nodes, "Slice", a, start, end, constant([-1]))
+        right = add(nodes, "Slice", b, start, end, constant([-2]))
+        return add(nodes, "MatMul", left, right)
+
+    def rounded(nodes: list[ir.Node], value: ir.Value) -> ir.Value:
+        down = add(nodes, "Cast", value, to=FLOAT16.value)
+        return add(nodes, "Cast", down, to=FLOAT.value)
+
+    outer: list[ir.Node] = []
+    inner: list[ir.Node] = []
+    index = ir.Value(
+        name=f"{name}.index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])
+    )
+    go_on = ir.Value(name=f"{name}.on", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    total = ir.Value(name=f"{name}.sum", type=ir.TensorType(FLOAT))
+    start = add(inner, "Mul", add(inner, "Add", index, constant([1])), constant([_STEP]))
+    end = add(inner, "Add", start, constant([_STEP]))  # a Slice ends where its tensor does
+    added = rounded(inner, add(inner, "Add", total, part(inner, start, end)))
+    unchanged = add(inner, "Identity", go_on)
+    body = ir.Graph([index, go_on, total], [unchanged, added], nodes=inner, name=f"{name}.body")
+    unchanged.type, added.type = go_on.type, total.type
+    first = rounded(outer, part(outer, constant([0]), constant([_STEP])))
+    length = add(outer, "Shape", node.inputs[0], start=-1)
+    steps = add(outer, "Div", add(outer, "Sub", length, constant([1])), constant([_STEP]))
+    loop = ir.node("Loop", [steps, None, first], attributes={"body": body}, name=f"{name}/Loop_0")
+    loop.outputs[0].type, loop.outputs[0].shape = result.type, result.shape
+    graph.insert_before(node, [*outer, loop])
+    ir.convenience.replace_all_uses_with(result, loop.outputs[0], replace_graph_outputs=True)
+    loop.outputs[0].name, result.name = result.name, f"{name}.replaced"
+    graph.remove(node, safe=True)

@@ -1,19 +1,21 @@
 """Turn a bundle's FP32 graph into a strongly typed one of mixed precision.
 
 TensorRT 11 has strongly typed networks only, and 10 accepts them, so the types stand in the ONNX
-file. onnxconverter-common cannot do BF16 and leaves casts to FP32 inside the graph as they are,
-which a strongly typed parser refuses (a half times a float at the label embedding). Here every
-value has one type and every change of type is a Cast.
+file: every value has one type and every change of type is a Cast.
+
+A MatMul of FP16 values says nothing about its sums, and TensorRT adds up in FP16 where that is
+faster, as in the second product of its fused attention. So FP16 factors are cast to FP32 before
+each product, and its result is cast back. TensorRT folds these casts into kernels that read FP16,
+add up in FP32 and write FP16. Without the cast back, it would not fuse the attention. The
+``Attention`` operator of ONNX's opset 23 needs the same casts and TensorRT 10.14, and gains nothing
+over the MatMuls, which every version fuses; so the graph keeps those.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -21,19 +23,15 @@ from numpy.typing import NDArray
 from sam3rt.bundle.contract import is_feature_name
 
 from .errors import BuildError, RecipeError
-from .recipes import Narrow, Recipe
+from .recipes import PRODUCTS, Recipe, Width
 
 Role = Literal["encoder", "decoder"]
-FeaturesType = Literal["float16", "float32"]
+FeaturesType = Width
 
 RECIPE_PROPERTY = "sam3rt.recipe"
 FLOAT = ir.DataType.FLOAT
-_NARROW: dict[Narrow, ir.DataType] = {
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-# One transformer block of an encoder or decoder, as the export names modules.
-_BLOCK = re.compile(r"^(?:blocks\.\d+|stages\.\d+\.\d+)(?=\.|$)")
+FLOAT16 = ir.DataType.FLOAT16
+_TYPES: dict[Width, ir.DataType] = {"float16": FLOAT16, "float32": FLOAT}
 
 
 def scope_of(node: ir.Node) -> str:
@@ -42,14 +40,14 @@ def scope_of(node: ir.Node) -> str:
 
 
 def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
-    """What each node that handles floats computes in.
+    """The type of what each node that handles floats reads and yields.
 
     Raises:
         RecipeError: the nodes are not named after modules, or a rule that must be about something
             matches none of them.
     """
     nodes = [node for node in model.graph if _handles_floats(node)]
-    if recipe.narrow is None:
+    if recipe.factors == "float32":
         return dict.fromkeys(nodes, FLOAT)
     if not any(scope_of(node) for node in nodes):
         raise RecipeError(
@@ -66,9 +64,11 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
                 "the graph's nodes are not named after modules: export the model again"
             )
         kept |= _with_upstream(matched) if rule.upstream else matched
-    kept |= _leading(nodes, recipe)
-    narrow = _NARROW[recipe.narrow]
-    types = {node: FLOAT if node in kept else narrow for node in nodes}
+    products, others = _TYPES[recipe.factors], _TYPES[recipe.activations]
+    types = {
+        node: FLOAT if node in kept else products if node.op_type in PRODUCTS else others
+        for node in nodes
+    }
     for node in nodes:
         if node.op_type == "Identity":  # a marked layer: what it shows must be as it was made
             source = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -89,7 +89,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
     """
     types = node_types(model, recipe)
     graph = model.graph
-    feature_type = ir.DataType.FLOAT16 if features == "float16" else FLOAT
+    feature_type = _TYPES[features]
     for given in graph.inputs:
         if is_feature_name(given.name or ""):
             given.dtype = feature_type
@@ -99,21 +99,29 @@ def apply_recipe(model: ir.Model, recipe: Recipe, features: FeaturesType) -> Non
         if node.op_type == "Cast":
             if node.outputs[0].dtype == FLOAT:
                 node.attributes["to"] = ir.AttrInt64("to", wanted.value)
+                node.outputs[0].dtype = wanted
+        elif has_fp32_sums(node, wanted, recipe):
+            caster.between_casts(node)
         else:
             for index, value in enumerate(node.inputs):
                 if value is not None and is_float(value):
                     node.replace_input_with(index, caster.as_type(value, wanted, node))
-        for made in node.outputs:
-            if is_float(made):
-                made.dtype = wanted
+            for made in node.outputs:
+                if is_float(made):
+                    made.dtype = wanted
     for index, output in enumerate(outputs):
         if not is_float(output):
             continue
         promised = feature_type if is_feature_name(output.name or "") else FLOAT
         if output.dtype != promised:
-            _retype_output(model, index, promised)
+            caster.retype_output(index, promised)
     drop_unused_weights(graph)
     model.metadata_props[RECIPE_PROPERTY] = recipe.name
+
+
+def has_fp32_sums(node: ir.Node, wanted: ir.DataType, recipe: Recipe) -> bool:
+    """Whether a node of a type multiplies FP16 factors and adds the products up in FP32."""
+    return wanted == FLOAT16 and node.op_type in PRODUCTS and recipe.accumulation == "float32"
 
 
 class _Caster:
@@ -122,14 +130,47 @@ class _Caster:
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._known: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        # Results of products in FP32, and their roundings, which all users read instead.
+        self._rounded: dict[ir.Value, ir.Value] = {}
+
+    def between_casts(self, node: ir.Node) -> None:
+        """Let a product read FP16 factors cast to FP32, and round its result to FP16.
+
+        The casts to FP32 are this node's own. TensorRT merges products of one value, such as those
+        for queries, keys and values; where they share a cast, it merges before it folds the cast,
+        and computes all of them in FP32.
+        """
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if index == 2:  # a convolution's bias, which is added to the sums
+                node.replace_input_with(index, self.as_type(value, FLOAT, node))
+                continue
+            cast = cast_node(self.as_type(value, FLOAT16, node), FLOAT, f"{node.name}.{index}")
+            self._graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
+        (made,) = node.outputs
+        made.dtype = FLOAT
+        self._rounded[made] = self._cast(made, FLOAT16, node)
+
+    def retype_output(self, index: int, wanted: ir.DataType) -> None:
+        """Let the value in another type be a graph output, under the name the output has."""
+        value = self._graph.outputs[index]
+        producer = value.producer()
+        if producer is None:
+            raise BuildError(f"output {value.name!r} is an input")
+        cast = self.as_type(value, wanted, producer)
+        cast.name, value.name = value.name, f"{value.name}.computed"
+        self._graph.outputs[index] = cast
 
     def as_type(self, value: ir.Value, wanted: ir.DataType, before: ir.Node) -> ir.Value:
         """The value in the wanted type, for use by ``before`` or any later node."""
+        value = self._rounded.get(value, value)
         if value.dtype == wanted:
             return value
         key = (value, wanted)
         if key not in self._known:
-            if value.const_value is not None and value.is_initializer():
+            if value.dtype == FLOAT and value.is_initializer():
                 self._known[key] = self._weight(value, wanted)
             else:
                 self._known[key] = self._cast(value, wanted, before)
@@ -142,36 +183,28 @@ class _Caster:
     def _cast(self, value: ir.Value, wanted: ir.DataType, before: ir.Node) -> ir.Value:
         cast = cast_node(value, wanted)
         producer = value.producer()
-        if producer is None:  # a graph input: its first user may come early
+        if producer is None:  # a graph input or a weight: its first user may come early
             self._graph.insert_before(before, cast)
         else:
             self._graph.insert_after(producer, cast)
         return cast.outputs[0]
 
 
-def cast_node(value: ir.Value, wanted: ir.DataType) -> ir.Node:
-    """A Cast of a value to a type, which is not in the graph yet."""
-    node = ir.node("Cast", [value], attributes={"to": wanted.value})
-    node.name = f"types/{value.name}.{wanted.name.lower()}"
+def cast_node(value: ir.Value, wanted: ir.DataType, name: str | None = None) -> ir.Node:
+    """A Cast of a value to a type, which is not in the graph yet.
+
+    Args:
+        value: what is cast.
+        wanted: to what.
+        name: of the result; by default the value's and the type's.
+    """
+    name = name or f"{value.name}.{wanted.name.lower()}"
+    node = ir.node("Cast", [value], attributes={"to": wanted.value}, name=f"types/{name}")
     (output,) = node.outputs
-    output.name = f"{value.name}.{wanted.name.lower()}"
+    output.name = name
     output.type = ir.TensorType(wanted)
     output.shape = value.shape
     return node
-
-
-def _retype_output(model: ir.Model, index: int, wanted: ir.DataType) -> None:
-    """Cast a graph output, which keeps its name."""
-    value = model.graph.outputs[index]
-    producer = value.producer()
-    if producer is None:
-        raise BuildError(f"output {value.name!r} is an input")
-    name = value.name
-    value.name = f"{name}.computed"
-    cast = cast_node(value, wanted)
-    cast.outputs[0].name = name
-    model.graph.insert_after(producer, cast)
-    model.graph.outputs[index] = cast.outputs[0]
 
 
 def new_weight(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -196,9 +229,8 @@ def narrowed(value: ir.Value, wanted: ir.DataType) -> ir.TensorProtocol:
     if tensor is None:
         raise BuildError(f"weight {value.name!r} has no value")
     array: NDArray[np.float32] = tensor.numpy()
-    kind = ml_dtypes.bfloat16 if wanted == ir.DataType.BFLOAT16 else wanted.numpy()
     with np.errstate(over="ignore"):  # refused below
-        converted = array.astype(kind)
+        converted = array.astype(wanted.numpy())
     if not np.isfinite(converted.astype(np.float32)).all():
         raise RecipeError(
             f"weight {value.name!r} reaches {float(np.abs(array).max()):.4g}, beyond "
@@ -216,7 +248,7 @@ def drop_unused_weights(graph: ir.Graph) -> None:
 
 def is_float(value: ir.Value) -> bool:
     """Whether a value is of a floating-point type that recipes are about."""
-    return value.dtype in (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return value.dtype in (FLOAT, FLOAT16)
 
 
 def _handles_floats(node: ir.Node) -> bool:
@@ -238,19 +270,3 @@ def _with_upstream(nodes: Iterable[ir.Node]) -> set[ir.Node]:
         producers = (value.producer() for value in node.inputs if value is not None)
         waiting += [producer for producer in producers if producer is not None]
     return found
-
-
-def _leading(nodes: list[ir.Node], recipe: Recipe) -> set[ir.Node]:
-    """The nodes up to the end of the blocks that the recipe keeps whole."""
-    if not recipe.leading_blocks:
-        return set()
-    blocks = [_BLOCK.match(scope_of(node)) for node in nodes]
-    names = list(dict.fromkeys(match.group() for match in blocks if match))
-    if not names:
-        raise RecipeError(
-            f"recipe {recipe.name}: no node is in a transformer block; "
-            "the graph's nodes are not named after modules: export the model again"
-        )
-    kept = set(names[: math.ceil(recipe.leading_blocks * len(names))])
-    last = max(i for i, match in enumerate(blocks) if match and match.group() in kept)
-    return set(nodes[: last + 1])

@@ -101,15 +101,61 @@ def stand_in_gate(cache: Path) -> Iterator[None]:
         yield
 
 
+def plan_text(first: str, second: str, *, accumulation: int) -> bytes:
+    """An engine's text, as TensorRT for RTX 1.7.1 lays it out, between bytes that are none.
+
+    Args:
+        first: what the first product of the fused attention is added up in: ``"fp32"``, ``"fp16"``.
+        second: the same of the second product.
+        accumulation: TensorRT's number for what three FP16 matmuls are added up in.
+    """
+    nodes = [f"blocks.0.attention.{name}/MatMul_0" for name in "qkv"]
+    steps = {
+        f'fully_connected={{ name="a" output={{"c" }} input={{"half.1" "w" }} '
+        f"accumulation_type={accumulation} kernel=k": nodes,
+        "function={ name=_gemm_mha_v2 fqn=_gemm_mha_v2_0x1 args={ }": [
+            "blocks.0.attention/MatMul_1",
+            "types/softmax.float16",
+            "blocks.0.attention/Softmax_0",
+            "blocks.0.attention/MatMul_0",
+        ],
+        'fully_connected={ name="b" output={"c" } input={"wide^deref" "w" } accumulation_type=0': [
+            "blocks.0.fc1/MatMul_0"
+        ],
+        "function={ name=__myl_Max fqn=__myl_Max_0x2 args={ }": [
+            "blocks.10.attention/MatMul_0",
+            "blocks.10.attention/Softmax_0",
+        ],
+    }
+    lines = [
+        "descriptors {",
+        '  tensor={ alignment=2 dims={ 1 8 } name="half.1" offset=0 strides={ 8 1 } type=half }',
+        '  sub_tensor={ base="c" name="wide^deref" offset=0 strides={ 8 1 } type=float }',
+        "main {",
+        " label bb1:",
+        '  wait={ name="w" stream=0 event=2 layers="" }',
+    ]
+    for step, names in steps.items():
+        layers = "\n".join(f"[ONNX Layer: {name}]" for name in names)
+        lines.append(f'  {step} layers="{layers}" swap_ab=false }}')
+    kernel = f"fmha::Ampere_hmma_{first}_traits,\n\tfmha::Ampere_hmma_{second}_traits,\n"
+    source = f'{kernel} 64>;\nextern "C" __global__ void _gemm_mha_v2_0x1(\n'
+    return b"\0\xff\n" + "\n".join([*lines, "}", source]).encode() + b"\0"
+
+
 def run(
-    bundle: Bundle, make: Maker | None = None, prove: Prover | None = None, **options: Any
+    bundle: Bundle,
+    make: Maker | None = None,
+    prove: Prover | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """A build with TensorRT for RTX, the flavour that is installed here, on a made-up GPU."""
     with stand_in_gate(bundle.path.parent / "cache"):
         return build_bundle(
             bundle,
             BuildOptions(**{"backend": RTX, **options}),
-            lambda _: None,
+            say,
             make=make or Maker(),
             open_pair=prove or Prover(),
             device=DEVICE,

@@ -6,11 +6,15 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER, EngineFile
 from sam3rt.bundle import open_bundle
 from sam3rt.cli.options import positive_int
 from sam3rt.errors import BackendError
+
+if TYPE_CHECKING:
+    from ..plan_evidence import PlanEvidence
 
 HELP = "build a bundle's TensorRT engines (needs the gpu or the rtx extra)"
 DESCRIPTION = """\
@@ -18,8 +22,9 @@ Build TensorRT engines of a bundle and prove them on its parity record.
 
 Engines run on the kind of GPU and the TensorRT version they were built with, so they are built
 where they will run, from the ONNX files that travel. Precisions are tried fastest first; one whose
-outputs are off is refused, saying what failed by how much, and the next is tried. Engines go into
-the bundle's folder "engines".
+outputs are off is refused, saying what failed by how much, and the next is tried. So is one that
+adds up FP16 products in less than FP32, as far as the engine says: see its line "plan". Engines go
+into the bundle's folder "engines".
 
 With --backend tensorrt-rtx and --target, engines are built ahead of time on any machine. They are
 unproven until they first load on their target, which proves them before it serves.
@@ -100,14 +105,17 @@ def run(options: argparse.Namespace) -> int:
         ),
         lambda line: print(line, file=sys.stderr, flush=True),
     )
+    from ..plan_evidence import load_evidence
+
     for engine in engines:
-        _print(engine)
+        _print(engine, load_evidence(engine.path))
     return 0
 
 
-def _print(engine: EngineFile) -> None:
+def _print(engine: EngineFile, evidence: PlanEvidence | None) -> None:
     sidecar = engine.sidecar
     print(f"{engine.path}: {sidecar.state}, {sidecar.engine.bytes / 1e6:.1f} MB")
+    print("  plan: " + ("unknown" if evidence is None else evidence.summary()))
     for name, value in sidecar.parity.items():
         print(f"  {name}: {value:.6g}")
 

@@ -203,13 +203,19 @@ class OnnxRuntimeBackend(Backend):
     def _encoder_session(self) -> Any:
         # A memory pattern plans all of a run's buffers as one block, from the second run on and
         # beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
-        return self._load(self.bundle.manifest.encoder, memory_pattern=False)
+        return self.create_session(self.bundle.manifest.encoder, memory_pattern=False)
 
     @cached_property
     def _decoder_session(self) -> Any:
-        return self._load(self.bundle.manifest.decoder, memory_pattern=True)
+        return self.create_session(self.bundle.manifest.decoder, memory_pattern=True)
 
-    def _load(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
+    def create_session(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
+        """Check and load one graph. Backends that make their graphs themselves replace this.
+
+        Raises:
+            BackendError: ONNX Runtime cannot load it, or not on the device that was asked for.
+            BundleError: the files are not what the manifest says, or not those of a bundle.
+        """
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = memory_pattern

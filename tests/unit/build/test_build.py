@@ -52,6 +52,9 @@ from sam3rt_build.ep_context import wrapper_path
 from sam3rt_build.errors import BuildError
 from sam3rt_build.recipes import RECIPES
 
+# Of the ladder; its features are FP16, as those of the first.
+SECOND = RECIPES[1].name
+
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Bundle:
@@ -158,10 +161,10 @@ def test_a_profile_is_never_tuned_for_more_than_its_greatest(toy: Bundle) -> Non
 
 
 def test_refused_engines_are_removed_and_their_record_is_left(toy: Bundle) -> None:
-    prove = Prover(fp16__any=FEATURES_OFF, bf16__fp16=MASKS_OFF)
-    encoder, decoder, *_ = run(toy, prove=prove, precision=("fp16", "bf16", "fp32"))
-    assert prove.seen == [("fp16", "fp16"), ("bf16", "fp16"), ("bf16", "bf16")]
-    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("bf16", "bf16")
+    prove = Prover(**{"fp16__any": FEATURES_OFF, f"{SECOND}__fp16": MASKS_OFF})
+    encoder, decoder, *_ = run(toy, prove=prove, precision=("fp16", SECOND, "fp32"))
+    assert prove.seen == [("fp16", "fp16"), (SECOND, "fp16"), (SECOND, SECOND)]
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == (SECOND, SECOND)
     assert decoder.sidecar.paired_with == encoder.sidecar.engine.sha256
     (folder,) = (f for f in (toy.path / ENGINES).iterdir() if f.name.endswith("-fp16"))
     assert files(toy)[folder.name] == ["decoder.engine.json", "encoder.engine.json"]
@@ -225,7 +228,7 @@ def test_what_cannot_be_built_is_passed_over(toy: Bundle) -> None:
         open_pair=Prover(),
         device=DEVICE,
     )
-    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == ("bf16", "fp16")
+    assert (encoder.sidecar.recipe, decoder.sidecar.recipe) == (SECOND, "fp16")
     assert "not fp16: the encoder cannot be built: no kernel" in said
     assert make.made.count("encoder fp16") == 1
 
@@ -235,14 +238,14 @@ def test_an_engine_is_not_built_twice(toy: Bundle) -> None:
     run(
         toy,
         make,
-        Prover(fp16__any=FEATURES_OFF, bf16__any=FEATURES_OFF),
-        precision=("fp16", "bf16", "fp16-attention-fp32"),
+        Prover(**{"fp16__any": FEATURES_OFF, f"{SECOND}__any": FEATURES_OFF}),
+        precision=("fp16", SECOND, "fp16-attention-tf32"),
     )
     assert make.made[:4] == [
         "encoder fp16",
         "decoder fp16",
-        "encoder bf16",
-        "encoder fp16-attention-fp32",
+        f"encoder {SECOND}",
+        "encoder fp16-attention-tf32",
     ]
 
 
@@ -478,7 +481,10 @@ def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
         ({"max_side": 32}, "max_side: got 32, expected a whole number of at least 64"),
         ({"workspace": 0}, "workspace: got 0, expected a positive number of bytes"),
         ({"device": -1}, "device: got -1, expected a whole number of at least 0"),
-        ({"precision": ("fp8",)}, "precision: got fp8, expected auto or some of fp16, bf16"),
+        (
+            {"precision": ("fp8",)},
+            "precision: got fp8, expected auto or some of fp16, fp16-activations",
+        ),
         ({"precision": ()}, "precision: got nothing, expected auto or some of"),
         ({"backend": "tensorflow"}, "backend: got 'tensorflow', expected tensorrt or tensorrt-rtx"),
         (
@@ -549,5 +555,5 @@ def test_the_gate_of_a_build_runs_on_the_device_that_was_probed(
     monkeypatch.setattr(build, "open_platform", open_platform)
     monkeypatch.setattr(build, "TensorRtBackend", backend)
     encoder, *_ = build_bundle(toy, BuildOptions(backend=RTX), make=Maker(), device=DEVICE)
-    assert encoder.sidecar.recipe == "bf16"
+    assert encoder.sidecar.recipe == SECOND
     assert opened == [(RTX, DEVICE)] * 2

@@ -99,7 +99,7 @@ def test_what_is_built_and_proved_is_what_serves(
     engines = build_bundle(rig.bundle, OPTIONS, said.append, make=maker, device=rig.platform.device)
 
     states = {e.sidecar.role: (e.sidecar.recipe, e.sidecar.state) for e in engines}
-    assert states["encoder"] == ("bf16", "proven")
+    assert states["encoder"] == ("fp16-activations", "proven")
     assert states["decoder"] == ("fp16", "proven")
     assert states["preprocess"][1] == states["postprocess"][1] == "unproven"
     assert any(line.startswith("not fp16: ") and "cosine" in line for line in said)
@@ -109,7 +109,7 @@ def test_what_is_built_and_proved_is_what_serves(
 
     forbid_proofs(monkeypatch)
     model = sam3rt.load_model(rig.bundle.path, backend="tensorrt", check_files=False)
-    assert model.backend.precision == "bf16+fp16"
+    assert model.backend.precision == "fp16-activations+fp16"
     # The build's own verdict serves, and what stands around the network was compared at loading.
     assert isinstance(model.backend, TensorRtBackend)
     assert model.backend.imaging.preprocess_allowed

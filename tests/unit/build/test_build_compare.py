@@ -62,7 +62,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, opened: dict[Side, SegmentationModel]
         ("openvino:bf16", Side("openvino", "bf16")),
         ("tensorrt:fp16", Side("tensorrt", "fp16")),
         ("tensorrt-rtx", Side("tensorrt-rtx", "auto")),
-        ("simulated:bf16-attention-fp32", Side("simulated", "bf16-attention-fp32")),
+        ("simulated:fp16-half-sums", Side("simulated", "fp16-half-sums")),
     ],
 )
 def test_a_side_is_read_and_named(text: str, side: Side) -> None:
@@ -76,7 +76,7 @@ def test_a_side_is_read_and_named(text: str, side: Side) -> None:
         ("", "one of .*onnxruntime.*simulated"),
         ("torch", "got 'torch', expected one of .*tensorrt"),
         ("ONNXRUNTIME", "one of"),
-        ("simulated", "simulated: with one of fp16, bf16"),
+        ("simulated", "simulated: with one of fp16, fp16-activations"),
         ("simulated:fp8", "got 'simulated:fp8', expected simulated: with one of fp16"),
         ("simulated:auto", "simulated: with one of"),
     ],
@@ -211,7 +211,7 @@ def test_the_command_exits_with_one_where_the_second_is_off(
 
 @pytest.mark.usefixtures("quick")
 def test_the_command_shows_layers(default: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compare", str(default.path), "onnxruntime", "simulated:bf16"]
+    arguments = ["compare", str(default.path), "onnxruntime", "simulated:fp16-half-sums"]
     assert main([*arguments, "--graph", "decoder", "--layers", r"mlp\.2/Add"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["layer", "shape", "cosine", "max", "error", "largest"]

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER
-from sam3rt_build.recipes import RECIPES, Recipe, Rule, recipe_named
+from sam3rt_build.recipes import (
+    HALF_SUMS,
+    RECIPES,
+    SIMULATED_RECIPES,
+    Recipe,
+    Rule,
+    recipe_named,
+)
 
-NARROW = [recipe for recipe in RECIPES if recipe.narrow is not None]
+NARROW = [recipe for recipe in SIMULATED_RECIPES if recipe.factors == "float16"]
 
 
 def test_recipes_are_those_the_runtime_sorts_by() -> None:
@@ -17,10 +24,20 @@ def test_recipes_are_those_the_runtime_sorts_by() -> None:
         recipe_named("int8")
 
 
+def test_half_sums_are_simulated_and_never_built() -> None:
+    assert HALF_SUMS not in RECIPES
+    assert recipe_named(HALF_SUMS.name) is HALF_SUMS
+
+
+def test_every_fp16_recipe_of_the_ladder_promises_fp32_sums() -> None:
+    promising = [recipe for recipe in SIMULATED_RECIPES if recipe.promises_fp32_sums]
+    assert promising == [recipe for recipe in RECIPES if recipe.factors == "float16"]
+    assert len(promising) == 3
+
+
 def test_the_last_recipe_changes_nothing() -> None:
-    exact = RECIPES[-1]
-    assert (exact.narrow, exact.rules, exact.leading_blocks, exact.tf32) == (None, (), 0.0, False)
-    assert [recipe.name for recipe in RECIPES if recipe.tf32] == ["tf32"]
+    assert RECIPES[-1] == Recipe("fp32", RECIPES[-1].summary)
+    assert [recipe.name for recipe in RECIPES if recipe.tf32] == ["fp16-attention-tf32", "tf32"]
 
 
 @pytest.mark.parametrize("recipe", NARROW, ids=lambda recipe: recipe.name)
@@ -50,7 +67,7 @@ def test_every_narrow_recipe_keeps_what_loses_most(recipe: Recipe) -> None:
     ],
 )
 def test_the_attention_core_is_told_from_its_projections(scope: str, core: bool) -> None:
-    rules = recipe_named("fp16-attention-fp32").rules
+    rules = recipe_named("fp16-attention-tf32").rules
     assert any(rule.matches("MatMul", scope) for rule in rules) == core
     assert not any(rule.matches("MatMul", scope) for rule in recipe_named("fp16").rules)
     # Biases and rotary positions of any attention, in any narrow recipe.

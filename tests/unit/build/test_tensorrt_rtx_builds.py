@@ -20,8 +20,12 @@ from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.files import sha256_file
 from sam3rt.cli import main
+from sam3rt_build.builder_process import EngineRequest, build_engine
+from sam3rt_build.engine_builder import BuildOptions, graph_profile
+from sam3rt_build.errors import BuildError
 from sam3rt_build.graph_files import load_graph, save_graph
-from sam3rt_build.recipes import RECIPES, Recipe
+from sam3rt_build.plan_evidence import PlanEvidence, check_promise, load_evidence, read_engine
+from sam3rt_build.recipes import HALF_SUMS, RECIPES, Recipe, recipe_named
 from sam3rt_build.typed_graph import Role, apply_recipe
 
 LOGGER = trt.Logger(trt.Logger.ERROR)
@@ -55,6 +59,94 @@ def test_every_recipe_parses_as_a_strongly_typed_network(
             tensor = get(index)
             dtype = recipe.features_dtype if spec.name in maps else spec.dtype
             assert (tensor.name, tensor.dtype) == (spec.name, TYPES[dtype])
+
+
+# --- what engines compute with --------------------------------------------------------------------
+
+
+def evidence(bundle: Path, role: Role, recipe: Recipe, folder: Path, target: str) -> PlanEvidence:
+    """What the engine of a graph says of itself, built by one recipe for one kind of GPU."""
+    opened = open_bundle(bundle, check_files=False)
+    options = BuildOptions(backend="tensorrt-rtx", max_objects=2, max_points=8)
+    model = load_graph(opened, role)
+    apply_recipe(model, recipe, recipe.features_dtype)
+    graph, engine = folder / f"{role}.onnx", folder / f"{role}.engine"
+    save_graph(model, graph)
+    profile = graph_profile(opened, role, options)
+    build_engine(
+        EngineRequest(
+            str(graph), str(engine), "tensorrt-rtx", profile, targets=(target,), tf32=recipe.tf32
+        )
+    )
+    found = read_engine(engine)
+    assert found is not None, "this TensorRT lays its engines out differently"
+    return found
+
+
+def check(found: PlanEvidence, role: Role, recipe: Recipe, *, fused: int) -> None:
+    """Hold an engine to its recipe. In an encoder, every matmul is of a type that we expect."""
+    check_promise(recipe, found)
+    blocks = found.blocks.values()
+    attentions = sum(block.attentions for block in blocks)
+    sums = [pair for block in blocks for pair in block.attention_sums]
+    kinds = {kind for block in blocks for kind in block.matmul_sums}
+    fuses = recipe.factors == "float16" and not recipe.tf32
+    assert sums == [("fp32", "fp32")] * (fused if fuses else 0)
+    assert sum(block.fused for block in blocks) == len(sums)
+    if recipe.factors == "float32":
+        assert kinds == {"fp32 throughout"}
+    elif role == "encoder":
+        # Only the attention that is to be in TF32 multiplies FP32 factors.
+        assert kinds == ({"fp32", "fp32 throughout"} if recipe.tf32 else {"fp32"})
+        for name, block in found.blocks.items():
+            wide = 2 * block.attentions if recipe.tf32 else 0
+            assert block.matmul_sums.get("fp32 throughout", 0) == wide, name
+    else:
+        assert "fp32" in kinds  # and the scores' heads, in FP32 by a rule
+    assert attentions >= fused
+    assert found.layers > 30
+
+
+def test_fp16_attention_is_fused_and_added_up_in_fp32(small_bundle: Path, tmp_path: Path) -> None:
+    recipe = recipe_named("fp16")
+    found = evidence(small_bundle, "encoder", recipe, tmp_path, "8.9")
+    check(found, "encoder", recipe, fused=4)
+    assert [name for name, block in found.blocks.items() if block.fused] == [
+        f"blocks.{index}" for index in range(4)
+    ]
+
+
+def test_left_to_itself_the_builder_adds_up_in_fp16(small_bundle: Path, tmp_path: Path) -> None:
+    """Why the casts are there. Should this fail, a newer builder may need them no more."""
+    found = evidence(small_bundle, "encoder", HALF_SUMS, tmp_path, "8.9")
+    for index in range(4):
+        block = found.blocks[f"blocks.{index}"]
+        assert block.attention_sums == (("fp32", "fp16"),)
+        assert set(block.matmul_sums) == {"unspecified"}
+    with pytest.raises(BuildError, match=r"promise of recipe fp16: blocks\.0 adds up a product"):
+        check_promise(recipe_named("fp16"), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_every_recipe_of_both_graphs_keeps_its_promise(
+    role: Role, recipe: Recipe, bundle: Path, tmp_path: Path
+) -> None:
+    fused = 4 if role == "decoder" else 10 if bundle == default_bundle_path() else 4
+    check(evidence(bundle, role, recipe, tmp_path, "8.9"), role, recipe, fused=fused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["7.5", "8.0", "8.6", "12.0"])
+def test_fp16_is_added_up_in_fp32_on_every_kind_of_gpu(
+    target: str, small_bundle: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_named("fp16")
+    check(evidence(small_bundle, "encoder", recipe, tmp_path, target), "encoder", recipe, fused=4)
+
+
+# --- whole builds ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +212,18 @@ def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, st
     assert found["encoder"].features_dtype == found["decoder"].features_dtype == "float16"
 
 
+def test_the_command_says_what_the_engines_compute_with(built: tuple[Path, str]) -> None:
+    path, printed = built
+    for role, fused in (("encoder", "10 of 10"), ("decoder", "4 of 7")):
+        (engine,) = path.glob(f"engines/*/{role}.engine")
+        kept = load_evidence(engine)
+        assert kept is not None
+        assert kept.bytes == engine.stat().st_size
+        assert f"  plan: {kept.summary()}\n" in printed
+        assert f"{fused} attentions fused" in kept.summary()
+        assert "sums in fp32 and fp32" in kept.summary()
+
+
 def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
     path, _ = built
     found = sidecars(path)
@@ -134,15 +238,9 @@ def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
 def test_nothing_else_is_left_beside_the_engines(built: tuple[Path, str]) -> None:
     path, _ = built
     names = sorted(entry.name for entry in path.glob("engines/*/*"))
-    around = [
-        f"{role}.engine{end}" for role in ("preprocess", "postprocess") for end in ("", ".json")
-    ]
-    network = [
-        f"{role}{end}"
-        for role in ("decoder", "encoder")
-        for end in (".engine", ".engine.json", "_ctx.onnx")
-    ]
-    assert names == sorted(around + network)
+    roles = ("encoder", "decoder", "preprocess", "postprocess")
+    engines = [f"{role}.engine{end}" for role in roles for end in ("", ".json", ".plan.json")]
+    assert names == sorted([*engines, "encoder_ctx.onnx", "decoder_ctx.onnx"])
     assert [p.name for p in (path / "engines").iterdir() if p.is_file()] == [".lock"]
     assert open_bundle(path).manifest  # the bundle's own files are as they were
 
@@ -272,3 +370,7 @@ def test_the_full_size_builds_ahead_of_time_in_fp16(tmp_path: Path) -> None:
     # 446 million parameters in the encoder at two bytes each.
     assert 0.8e9 < found["encoder"].engine.bytes < 1.1e9
     assert found["decoder"].engine.bytes > 1e7
+    (engine,) = (tmp_path / "sam3").glob("engines/*/encoder.engine")
+    kept = load_evidence(engine)
+    assert kept is not None
+    check(kept, "encoder", recipe_named("fp16"), fused=32)

@@ -31,17 +31,13 @@ from sam3rt.geometry import preprocess
 from sam3rt_build import graph_files
 from sam3rt_build.errors import BuildError, RecipeError
 from sam3rt_build.graph_files import load_graph, mark_layers, save_graph
-from sam3rt_build.recipes import RECIPES, Recipe, recipe_named
+from sam3rt_build.recipes import RECIPES, SIMULATED_RECIPES, Recipe, recipe_named
 from sam3rt_build.simulated import simulate
 from sam3rt_build.typed_graph import Role, apply_recipe, node_types, scope_of
 
 ATTENTION = ("attention", "self_attention", "token_to_image", "image_to_token", "final")
-KINDS = {
-    None: TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "float32": TensorProto.FLOAT,
-}
+KINDS = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+PRODUCTS = ("MatMul", "Conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +53,12 @@ class Typed:
     types: dict[str, int]
 
     @property
-    def narrow(self) -> int:
-        return KINDS[self.recipe.narrow]
+    def factors(self) -> int:
+        return KINDS[self.recipe.factors]
+
+    @property
+    def activations(self) -> int:
+        return KINDS[self.recipe.activations]
 
     def producers(self) -> dict[str, onnx.NodeProto]:
         return {name: node for node in self.model.graph.node for name in node.output}
@@ -71,7 +71,7 @@ CASES = [
     (name, role, recipe)
     for name in ("small", "default")
     for role in ("encoder", "decoder")
-    for recipe in RECIPES
+    for recipe in SIMULATED_RECIPES
 ]
 
 
@@ -103,26 +103,17 @@ def scope(node: onnx.NodeProto) -> str:
 def test_the_file_is_valid_and_its_types_agree(typed: Typed) -> None:
     onnx.checker.check_model(str(typed.path))
     # With full_check, types are inferred anew and held to those that the file states.
-    if typed.narrow == TensorProto.BFLOAT16:
-        # ONNX has BF16 convolutions from opset 22 on, newer than TensorRT 10.3 reads. TensorRT
-        # takes them in any opset, see test_tensorrt_rtx_builds.
-        strict = onnx.ModelProto()
-        strict.CopyFrom(typed.model)
-        strict.opset_import[0].version = 22
-        onnx.checker.check_model(strict, full_check=True)
-    else:
-        onnx.checker.check_model(typed.model, full_check=True)
+    onnx.checker.check_model(typed.model, full_check=True)
 
 
 def test_every_operator_has_one_float_type(typed: Typed) -> None:
-    allowed = {TensorProto.FLOAT, typed.narrow}
-    if typed.recipe.features_dtype == "float16":
-        allowed.add(TensorProto.FLOAT16)
+    allowed = {TensorProto.FLOAT, typed.activations}
     for node in typed.model.graph.node:
         kinds = typed.computes_in(node)
-        assert kinds <= allowed, node.name
         if node.op_type == "Cast":
             continue
+        if node.op_type not in PRODUCTS:
+            assert kinds <= allowed, node.name
         assert len(kinds) <= 1, f"{node.name} mixes {kinds}"
         for name in node.output:
             assert name in typed.types or name in {v.name for v in typed.model.graph.value_info}
@@ -171,54 +162,42 @@ def test_everything_before_a_sine_stays_in_fp32(typed: Typed) -> None:
         waiting += [producer for producer in before if producer.name not in seen]
 
 
-def matmuls(typed: Typed) -> dict[str, int]:
-    """The type of each matrix product and convolution, by name."""
-    found = {}
-    for node in typed.model.graph.node:
-        if node.op_type in ("MatMul", "Conv"):
-            (found[node.name],) = typed.computes_in(node)
-    return found
+def is_kept(typed: Typed, name: str) -> bool:
+    """Whether a product of this name stays in FP32 by a rule of the recipe."""
+    path = name.rpartition("/")[0]
+    return path.startswith(("positions", "iou_head", "object_head")) or (
+        typed.recipe.name == "fp16-attention-tf32" and path.rpartition(".")[2] in ATTENTION
+    )
 
 
-def test_products_are_narrow_except_where_the_recipe_says(typed: Typed) -> None:
-    recipe, kinds = typed.recipe, matmuls(typed)
-    assert len(kinds) > 30
-    if recipe.narrow is None:
-        assert set(kinds.values()) == {TensorProto.FLOAT}
-        return
-    leading = leading_names(typed)
-    for name, kind in kinds.items():
-        path = name.rpartition("/")[0]
-        exact = path.startswith(("positions", "iou_head", "object_head")) or name in leading
-        if recipe.name.endswith("attention-fp32") or recipe.leading_blocks:
-            exact = exact or path.rpartition(".")[2] in ATTENTION
-        assert kind == (TensorProto.FLOAT if exact else typed.narrow), name
-    assert typed.narrow in kinds.values()
-
-
-def leading_names(typed: Typed) -> set[str]:
-    """Names of all nodes up to the last one of the first three quarters of the blocks."""
-    if not typed.recipe.leading_blocks:
-        return set()
-
-    def block(name: str) -> str:
-        parts = name.rpartition("/")[0].split(".")
-        if parts[0] == "blocks":
-            return ".".join(parts[:2])
-        return ".".join(parts[:3]) if parts[0] == "stages" else ""
-
-    blocks = list(dict.fromkeys(block(name) for name in typed.plain if block(name)))
-    count = {("encoder", 4): 3, ("encoder", 10): 8, ("decoder", 2): 2}[typed.role, len(blocks)]
-    last = max(i for i, name in enumerate(typed.plain) if block(name) in blocks[:count])
-    return set(typed.plain[: last + 1])
-
-
-def test_the_first_three_quarters_of_the_blocks_are_whole(typed: Typed) -> None:
-    leading = leading_names(typed)
-    assert bool(leading) == (typed.recipe.name == "fp16-blocks-fp32")
-    for node in typed.model.graph.node:
-        if node.name in leading and node.op_type != "Cast":
-            assert typed.computes_in(node) <= {TensorProto.FLOAT}, node.name
+def test_fp16_products_are_added_up_in_fp32(typed: Typed) -> None:
+    """Factors are FP16 values cast to FP32, by casts of the product's own, and so is the result."""
+    graph, producers = typed.model.graph, typed.producers()
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    products = [node for node in graph.node if node.op_type in PRODUCTS]
+    assert len(products) > 30
+    for node in products:
+        kinds = typed.computes_in(node)
+        if typed.recipe.factors == "float32" or is_kept(typed, node.name):
+            assert kinds == {TensorProto.FLOAT}, node.name
+        elif typed.recipe.accumulation == "float16":
+            assert kinds == {TensorProto.FLOAT16}, node.name
+        else:
+            assert kinds == {TensorProto.FLOAT}, node.name
+            for name in node.input[:2]:
+                cast = producers[name]
+                assert cast.op_type == "Cast", node.name
+                assert typed.types[cast.input[0]] == TensorProto.FLOAT16, node.name
+                assert users[name] == [node], f"{name} is not {node.name}'s own"
+            (result,) = node.output
+            for user in users.get(result, ()):
+                assert user.op_type == "Cast", f"{user.name} reads what is not rounded"
+                assert typed.types[user.output[0]] == TensorProto.FLOAT16
+            assert users.get(result) or result in outputs, node.name
 
 
 def test_nothing_is_lost_and_every_value_is_cast_once(typed: Typed) -> None:
@@ -226,16 +205,17 @@ def test_nothing_is_lost_and_every_value_is_cast_once(typed: Typed) -> None:
     assert [node.name for node in nodes if not node.name.startswith("types/")] == typed.plain
     added = [node for node in nodes if node.name.startswith("types/")]
     assert {node.op_type for node in added} <= {"Cast"}
-    keys = [(node.input[0], typed.types[node.output[0]]) for node in added]
+    made = {node.output[0]: node for node in added}
+    factors = {name for node in nodes if node.op_type in PRODUCTS for name in node.input[:2]}
+    shared = [node for node in added if node.output[0] not in factors]
+    keys = [(node.input[0], typed.types[node.output[0]]) for node in shared]
     assert len(set(keys)) == len(keys)
-    made = {name for node in added for name in node.output}
     for node in added:
-        assert node.input[0] not in made, f"{node.name} casts a cast"
         assert typed.types[node.input[0]] != typed.types[node.output[0]], node.name
-    if typed.recipe.narrow is None:
-        assert not added
-    else:
-        assert 0 < len(added) < len(typed.plain) / 2
+        if node.input[0] in made:  # of a factor or a result: rounded, then widened
+            assert typed.types[node.output[0]] == TensorProto.FLOAT, node.name
+            assert made[node.input[0]].input[0] not in made, f"{node.name} is a third cast"
+    assert bool(added) == (typed.recipe.factors == "float16")
 
 
 def test_weights_have_the_type_they_are_used_in(typed: Typed) -> None:
@@ -243,10 +223,12 @@ def test_weights_have_the_type_they_are_used_in(typed: Typed) -> None:
     used = {name for node in graph.node for name in node.input}
     weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert set(weights) <= used
-    casts = {node.input[0] for node in graph.node if node.op_type == "Cast"}
-    assert not casts & set(weights)
-    if typed.recipe.narrow is not None:
-        assert typed.narrow in weights.values()
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in weights:
+            # Half the bytes; TensorRT folds the cast into the product.
+            assert weights[node.input[0]] == TensorProto.FLOAT16, node.name
+            assert typed.types[node.output[0]] == TensorProto.FLOAT, node.name
+    assert (TensorProto.FLOAT16 in weights.values()) == (typed.recipe.factors == "float16")
 
 
 def test_the_file_says_what_it_is(typed: Typed) -> None:
@@ -356,13 +338,14 @@ def test_a_weight_beyond_fp16_is_named(small_bundle: Path, tmp_path: Path) -> No
         with pytest.raises(RecipeError, match=r"reaches 1e\+05, beyond FLOAT16") as caught:
             change(load_graph(bundle, "encoder"), recipe_named("fp16"), "float16")
         assert repr(weight) in str(caught.value)
-        # It fits BF16, and FP32 where the recipe keeps that block.
-        for name in ("bf16", "fp16-blocks-fp32", "fp32"):
+        for name in ("tf32", "fp32"):
             recipe = recipe_named(name)
             change(load_graph(bundle, "encoder"), recipe, recipe.features_dtype)
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.narrow], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.promises_fp32_sums], ids=lambda r: r.name
+)
 @pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_nodes_without_module_names_are_refused(
     default: Bundle, role: Role, recipe: Recipe

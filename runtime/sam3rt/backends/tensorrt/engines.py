@@ -31,13 +31,11 @@ from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_pat
 _LOG = logging.getLogger(__name__)
 
 ENGINES = "engines"
-# Fastest first. A recipe that is not listed comes last.
+# Fastest first. A recipe that is not listed, as engines of older builds have, comes last.
 RECIPE_ORDER: tuple[str, ...] = (
     "fp16",
-    "bf16",
-    "fp16-attention-fp32",
-    "bf16-attention-fp32",
-    "fp16-blocks-fp32",
+    "fp16-activations",
+    "fp16-attention-tf32",
     "tf32",
     "fp32",
 )

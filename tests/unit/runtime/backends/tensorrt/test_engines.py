@@ -268,7 +268,8 @@ def test_a_recipe_can_be_insisted_on(bundle: Bundle) -> None:
         candidates(bundle, TARGET, "bf16")
 
 
-def test_unknown_recipes_come_last(bundle: Bundle) -> None:
-    add_pair(bundle, "experimental")
+@pytest.mark.parametrize("recipe", ["experimental", "bf16", "fp16-attention-fp32"])
+def test_unknown_recipes_and_those_of_older_builds_come_last(bundle: Bundle, recipe: str) -> None:
+    add_pair(bundle, recipe)
     add_pair(bundle, "fp32")
     assert candidates(bundle, TARGET)[0].precision == "fp32"
