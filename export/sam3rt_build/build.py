@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import importlib
 import logging
@@ -12,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sam3rt.accuracy.run import Runner
 from sam3rt.accuracy.select import Recipe as Candidate
@@ -332,11 +333,11 @@ def _exclusive(folder: Path) -> Iterator[None]:
         BuildError: another build is at work.
     """
     folder.mkdir(exist_ok=True)
-    with (folder / _LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(f"another build is at work in {folder}") from error
+    try:
+        held = FileLock(folder / _LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise BuildError(f"another build is at work in {folder}") from error
+    with held:
         _clear(folder)
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from openvino.frontend import FrontEndManager
 
 from ...accuracy.select import Recipe
 from ...accuracy.verdicts import Subject, load_verdict
@@ -37,6 +39,8 @@ from .hidden_layers import split_hidden_layers
 
 _LOG = logging.getLogger(__name__)
 
+# Must outlive every model that it has read.
+_FRONT_ENDS = FrontEndManager()
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # What of the encoder and of the decoder stays FP32 in each recipe, fastest first; ``None`` for all
@@ -276,9 +280,8 @@ class OpenVinoBackend(Backend):
         }
         loaded = None if self._map_weights else load_graph(self.bundle, graph)
         try:
-            model = self._core.read_model(
-                graph_source(self.bundle, graph) if loaded is None else loaded.with_addresses()
-            )
+            source = graph_source(self.bundle, graph) if loaded is None else loaded.with_addresses()
+            model = _read_onnx(source)
             self._check(model, graph)
             if batch is not None:
                 # Images come one by one; with sizes fixed, memory is planned once.
@@ -339,6 +342,17 @@ def _failures(graph: str) -> Iterator[None]:
         yield
     except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
         raise BackendError(f"OpenVINO failed in the {graph}: {error}") from error
+
+
+def _read_onnx(source: str | bytes) -> Any:
+    """An ONNX graph from its path or content, as an ``openvino.Model``.
+
+    ``Core.read_model`` would look at the content and take any format for it that it knows.
+    """
+    frontend = _FRONT_ENDS.load_by_framework("onnx")
+    return frontend.convert(
+        frontend.load(source if isinstance(source, str) else io.BytesIO(source))
+    )
 
 
 def _loaded(port: Any) -> LoadedTensor:
