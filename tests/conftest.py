@@ -57,6 +57,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own: verdicts of this machine are neither used nor made."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
 def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
     """Let ``auto`` pass over OpenVINO: golden limits hold for FP32, and it may choose BF16.
 

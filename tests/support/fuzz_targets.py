@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -168,16 +169,20 @@ def verdict(data: bytes) -> None:
     bundle = _bundle()
     key = verdicts._key(bundle, _SUBJECT)
     for raw in (data, data.replace(b'"KEY"', json.dumps(key).encode(), 1)):
-        _file(f"verdicts/{verdicts._file_name(key)}", raw)
-        verdicts.load_verdict(bundle, _SUBJECT)
+        path = _file(f"verdicts/{verdicts._file_name(key)}", raw)
+        with mock.patch.object(verdicts, "verdict_folder", return_value=path.parent):
+            verdicts.load_verdict(bundle, _SUBJECT)
 
 
 def image(data: bytes) -> None:
     """An image file through the command line's reader."""
     path = _file("image", data)
     # A hundred bytes may rightly claim as many pixels as are allowed, which is memory, no fault.
-    geometry.MAX_PIXELS = 1 << 20
-    with contextlib.suppress(ImageError), warnings.catch_warnings():
+    with (
+        mock.patch.object(geometry, "MAX_PIXELS", 1 << 20),
+        contextlib.suppress(ImageError),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         array = read_image(path)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
@@ -432,7 +437,8 @@ def _records() -> Iterator[bytes]:
 
 def _verdicts() -> Iterator[bytes]:
     stored = verdicts.StoredVerdict(True, "fine", {"masks mean IoU": 0.99, "x": float("nan")})
-    path = verdicts.save_verdict(_bundle(), _SUBJECT, stored)
+    with mock.patch.object(verdicts, "verdict_folder", return_value=_folder() / "seeds"):
+        path = verdicts.save_verdict(_bundle(), _SUBJECT, stored)
     if path is None:
         raise OSError("no verdict could be written")
     document = json.loads(path.read_bytes())

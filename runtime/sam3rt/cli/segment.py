@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +118,23 @@ def run(options: argparse.Namespace) -> int:
         raise PromptError("prompts", "neither --point nor --box", "at least one of them")
     if len(options.boxes) > 1 and options.points:
         raise PromptError("--point", "clicks and several boxes", "clicks with at most one box")
-    if options.max_pixels is not None:
-        geometry.MAX_PIXELS = options.max_pixels
-        geometry.MAX_SIDE = max(geometry.MAX_SIDE, options.max_pixels)
+    with _size_limit(options.max_pixels):
+        return _segment(options)
+
+
+@contextlib.contextmanager
+def _size_limit(pixels: int | None) -> Iterator[None]:
+    """Take images of so many pixels, of any shape, for the length of the block."""
+    before = geometry.MAX_PIXELS, geometry.MAX_SIDE
+    if pixels is not None:
+        geometry.MAX_PIXELS, geometry.MAX_SIDE = pixels, max(before[1], pixels)
+    try:
+        yield
+    finally:
+        geometry.MAX_PIXELS, geometry.MAX_SIDE = before
+
+
+def _segment(options: argparse.Namespace) -> int:
     clock = _Clock()
     image = read_image(options.image)
     clock.stop("read")

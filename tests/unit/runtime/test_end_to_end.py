@@ -184,6 +184,7 @@ def mask_prompt(seed: int, side: int) -> NDArray[np.float32]:
 # --- the property ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(picture=pictures(), call=calls())
 @examples(15)
 def test_every_result_is_that_of_the_plain_predictor(
