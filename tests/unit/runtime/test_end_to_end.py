@@ -186,7 +186,7 @@ def mask_prompt(seed: int, side: int) -> NDArray[np.float32]:
 
 @pytest.mark.slow
 @given(picture=pictures(), call=calls())
-@examples(15)
+@examples(8)
 def test_every_result_is_that_of_the_plain_predictor(
     model: SegmentationModel, plain: PlainPredictor, picture: Picture, call: Call
 ) -> None:
