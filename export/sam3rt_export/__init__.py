@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from .errors import CheckpointError, ExportError, GraphRuleError, SelfCheckError
-from .exporter import ExportOptions, export_bundle
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CheckpointError, ExportError, GraphRuleError, SelfCheckError
+    from .exporter import ExportOptions, export_bundle
 
 __all__ = [
     "CheckpointError",
@@ -13,3 +17,11 @@ __all__ = [
     "SelfCheckError",
     "export_bundle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyTorch when it is needed: the command line loads this package to describe itself."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = ".errors" if name.endswith("Error") else ".exporter"
+    return getattr(importlib.import_module(home, __name__), name)

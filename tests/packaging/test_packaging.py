@@ -29,8 +29,8 @@ for module in pkgutil.walk_packages(sam3rt.__path__, "sam3rt."):
     if not module.name.endswith("__main__"):
         try:
             importlib.import_module(module.name)
-        except sam3rt.BackendError as error:  # a backend whose extra is not installed
-            assert "pip install" in str(error), module.name
+        except ModuleNotFoundError as error:  # what only an extra brings, or PyInstaller itself
+            assert error.name.split(".")[0] in {"openvino", "PyInstaller"}, module.name
 import numpy as np
 from PIL import Image
 predictor = sam3rt.SAM3InteractiveImagePredictor(sam3rt.load_model())
