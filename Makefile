@@ -34,7 +34,7 @@ test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the slow tests, and every 
 # one, only the program that runs threads is built.
 test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
 	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
-	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp
+	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp --numprocesses auto --dist loadscope
 
 cpp-dependencies: $(CPP_BUILDS)/dependencies/.done ## Fetch what building the C++ runtime takes
 

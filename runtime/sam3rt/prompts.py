@@ -273,8 +273,8 @@ def _labels(value: Any) -> NDArray[np.int64]:
     if labels.dtype.kind not in "biuf":
         raise PromptError("point_labels", f"dtype {labels.dtype}", "whole numbers -1..3")
     known = (NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)
-    with np.errstate(invalid="ignore"):
-        wrong = ~np.isin(labels, known)
+    # Not numpy.isin, which before NumPy 2 fails on unsigned numbers that no signed type holds.
+    wrong = ~np.logical_or.reduce([labels == code for code in known])
     if wrong.any():
         raise PromptError("point_labels", f"{labels[wrong].flat[0]}", "whole numbers -1..3")
     return labels.astype(np.int64)

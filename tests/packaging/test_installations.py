@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.serial]
 TESTS = (
     "tests/golden",
     "tests/unit/runtime/backends/test_onnxruntime.py",
-    "tests/unit/runtime/bundle",
+    "tests/unit/runtime/bundle/test_default.py",
+    "tests/unit/runtime/bundle/test_files.py",
     "tests/unit/runtime/test_embedding.py",
-    "tests/unit/runtime/test_geometry.py",
     "tests/unit/runtime/test_prompts.py",
 )
 TOOLS = ("filelock", "hypothesis", "onnx", "pytest", "pytest-xdist")
@@ -91,9 +91,7 @@ def constrained_versions() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in lines}
 
 
-@pytest.mark.parametrize(
-    ("version", "libraries"), [("3.10", "oldest"), ("3.11", "oldest"), ("3.13", "tested")]
-)
+@pytest.mark.parametrize(("version", "libraries"), [("3.10", "oldest"), ("3.13", "tested")])
 def test_runtime_and_golden_data(
     version: str, libraries: str, small_export: Path, tmp_path: Path
 ) -> None:
