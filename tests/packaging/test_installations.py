@@ -116,7 +116,7 @@ def test_locks_can_be_installed(name: str, tmp_path: Path) -> None:
     """By hash, and nothing is missing then."""
     python = make_environment(Path(sys.executable), tmp_path / "env")
     lock = ROOT / "requirements" / name
-    # Nothing but `sam3rt verify` is run there: compiling all of PyTorch would take most of the time.
+    # Only `sam3rt verify` is run there: compiling all of PyTorch would take most of the time.
     hashed = ("--require-hashes", "--no-compile", "--requirement", lock)
     run(python, "-m", "pip", "install", "--quiet", *hashed)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", ROOT)
