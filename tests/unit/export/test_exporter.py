@@ -626,7 +626,10 @@ def test_the_command(
 def test_the_command_without_a_library_that_loads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(sam3rt_export, "export_bundle")
+    def broken(name: str) -> Any:
+        raise ImportError("libtorch.so: cannot open shared object file")
+
+    monkeypatch.setattr(sam3rt_export, "__getattr__", broken)
     assert main(["export", "x.pt", "--output", "y"]) == 1
     assert "the export's libraries cannot be loaded" in capsys.readouterr().err
 
