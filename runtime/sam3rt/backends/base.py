@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,15 @@ from .. import masks
 from ..accuracy.select import Recipe
 from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
-from ..errors import StateError
+from ..errors import EmbeddingError, StateError
 from ..features import Features
 from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
 from ..masks import MaskOptions
 from ..prompts import PackedPrompts
 from ..timer import StageListener, timed
+
+F = TypeVar("F", bound=Features)
 
 # Objects in one run of the decoder. More are decoded in several runs, so that memory does not grow
 # with their number; runs of this size are as fast as larger ones.
@@ -66,6 +68,8 @@ class Backend(abc.ABC):
         self.device = device
         self.precision = precision
         self._objects_at_once = objects_at_once
+        # What the decoder reads where there is no mask prompt.
+        self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         # One encoder run uses the whole machine and, at full size, gigabytes of memory.
         self._encoder_turn = threading.BoundedSemaphore(1)
         self._decoder_turn = threading.BoundedSemaphore(max(2, usable_cores()))
@@ -203,6 +207,20 @@ class Backend(abc.ABC):
                 f"the model was loaded in process {self._process} and inherited by a fork: load it "
                 "after the fork, or start processes by spawn"
             )
+
+    @staticmethod
+    def _own(features: Features, kind: type[F]) -> F:
+        """The features, in the form in which this backend keeps them.
+
+        Raises:
+            EmbeddingError: another backend made them.
+        """
+        if not isinstance(features, kind):
+            raise EmbeddingError(
+                f"features are {type(features).__name__}, not this backend's; "
+                "save the embedding and load it with this model"
+            )
+        return features
 
     def _no_objects(self, output: str) -> NDArray[np.float32]:
         """An output for no objects at all, float32 [1, 0, ...]."""

@@ -17,7 +17,7 @@ from ..accuracy.select import Recipe
 from ..accuracy.verdicts import Subject
 from ..bundle import Bundle, GraphSpec
 from ..bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source, load_graph
-from ..errors import BackendError, BundleError, EmbeddingError
+from ..errors import BackendError, BundleError
 from ..features import Features
 from ..prompts import PackedPrompts, decoder_inputs
 from .base import Backend, Offer
@@ -129,7 +129,6 @@ class OnnxRuntimeBackend(Backend):
         self._kind, _, number = device.partition(":")
         self._device_id = int(number or 0)
         self._feature_names = [spec.name for spec in bundle.manifest.encoder.outputs]
-        self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         # Two threads may ask for a session at once; it must be made once.
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
@@ -156,14 +155,10 @@ class OnnxRuntimeBackend(Backend):
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        if not isinstance(features, OrtFeatures):
-            raise EmbeddingError(
-                f"features are {type(features).__name__}, not this backend's; "
-                "save the embedding and load it with this model"
-            )
+        own = self._own(features, OrtFeatures)
         session = self._decoder()
         binding = session.io_binding()
-        for name, value in zip(self._feature_names, features.values, strict=True):
+        for name, value in zip(self._feature_names, own.values, strict=True):
             binding.bind_ortvalue_input(name, value)
         # The binding does not keep arrays alive; this local does until the run is over.
         inputs = decoder_inputs(prompts, self._no_mask)

@@ -29,7 +29,7 @@ from ...bundle.contract import (
     graph_source,
     load_graph,
 )
-from ...errors import BackendError, BundleError, EmbeddingError
+from ...errors import BackendError, BundleError
 from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
@@ -203,7 +203,6 @@ class OpenVinoBackend(Backend):
         self._map_weights = map_weights
         self._core = ov.Core()
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -230,14 +229,10 @@ class OpenVinoBackend(Backend):
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        if not isinstance(features, OpenVinoFeatures):
-            raise EmbeddingError(
-                f"features are {type(features).__name__}, not this backend's; "
-                "save the embedding and load it with this model"
-            )
+        own = self._own(features, OpenVinoFeatures)
         names = [spec.name for spec in self.bundle.manifest.encoder.outputs]
         with self._decoder().request() as request, _failures("decoder"):
-            for name, tensor in zip(names, features.tensors, strict=True):
+            for name, tensor in zip(names, own.tensors, strict=True):
                 request.set_tensor(name, tensor)
             for name, array in decoder_inputs(prompts, self._no_mask):
                 request.set_tensor(name, ov.Tensor(array))
