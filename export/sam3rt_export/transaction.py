@@ -74,7 +74,7 @@ def commit(folder: Path, target: Path, *, replace: bool) -> None:
     """
     if not (replace and target.exists()):
         try:
-            folder.rename(target)
+            _rename(folder, target)
             return
         except OSError:  # another process may have been faster
             if not (replace and target.exists()):
@@ -99,6 +99,15 @@ def recover(target: Path) -> None:
     if not target.exists() and _old(target).is_dir():
         with contextlib.suppress(OSError):  # another process was faster
             _old(target).rename(target)
+
+
+def _rename(folder: Path, target: Path) -> None:
+    """Rename a folder, also onto an empty one."""
+    try:
+        folder.rename(target)
+    except FileExistsError:  # Windows renames onto nothing that exists
+        target.rmdir()
+        folder.rename(target)
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         PromptWarning,
         Sam3rtError,
         StateError,
+        StateWarning,
         VerificationError,
     )
     from .model import DecodedMasks, SegmentationModel, load_model
@@ -41,6 +42,7 @@ _HOMES = {
         "PromptWarning",
         "Sam3rtError",
         "StateError",
+        "StateWarning",
         "VerificationError",
     ),
     "model": ("DecodedMasks", "SegmentationModel", "load_model"),
@@ -65,6 +67,7 @@ __all__ = [
     "Sam3rtError",
     "SegmentationModel",
     "StateError",
+    "StateWarning",
     "VerificationError",
     "__version__",
     "load_model",

@@ -35,6 +35,10 @@ class StateError(Sam3rtError, RuntimeError):
     """A method was called in a state that does not allow it, such as predict before set_image."""
 
 
+class StateWarning(UserWarning):
+    """A predictor answers for an image that another thread set after the caller set one."""
+
+
 class BundleError(Sam3rtError):
     """A bundle is missing, damaged, tampered with, mixed or from a newer format.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .embedding import ImageEmbedding
-from .errors import ImageError, InvalidInputError, PromptError, StateError
+from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
 from .model import SegmentationModel
 from .prompts import Prompts
@@ -32,9 +33,10 @@ class SAM3InteractiveImagePredictor:
 
     Keeps the embeddings of the images set last; everything else is
     :class:`~sam3rt.model.SegmentationModel`. One predictor serves one thread at a time, and raises
-    :class:`StateError` where two call it at once: the image of one would answer the other. Many
-    predictors may share one model; they cost next to nothing. A call that raises leaves the
-    predictor as it was.
+    :class:`StateError` where two call it at once: the image of one would answer the other. Where
+    their calls take turns, the predictor cannot know whose image is meant, and warns with
+    :class:`StateWarning`. Many predictors may share one model; they cost next to nothing. A call
+    that raises leaves the predictor as it was.
 
     Args:
         sam_model: from :func:`sam3rt.load_model`.
@@ -79,6 +81,9 @@ class SAM3InteractiveImagePredictor:
         self._embeddings: list[ImageEmbedding] = []
         self._is_batch = False
         self._in_use = threading.Lock()
+        # Which setting of images is the latest, and which one each thread made.
+        self._latest_setting = object()
+        self._of_this_thread = threading.local()
 
     def set_image(self, image: Image) -> None:
         """Encode an image, so that :meth:`predict` can be called on it.
@@ -93,7 +98,7 @@ class SAM3InteractiveImagePredictor:
             StateError: another thread is using this predictor.
         """
         with self._one_caller():
-            self._embeddings, self._is_batch = [self.model.encode(image)], False
+            self._set([self.model.encode(image)])
 
     def set_embedding(self, embedding: ImageEmbedding) -> None:
         """Use an embedding made or loaded earlier in place of an image.
@@ -106,7 +111,7 @@ class SAM3InteractiveImagePredictor:
         if not isinstance(embedding, ImageEmbedding):
             raise InvalidInputError("embedding", type(embedding).__qualname__, "an ImageEmbedding")
         with self._one_caller():
-            self._embeddings, self._is_batch = [self.model.upload(embedding)], False
+            self._set([self.model.upload(embedding)])
 
     def set_image_batch(self, image_list: Sequence[Image]) -> None:
         """Encode several images, so that :meth:`predict_batch` can be called on them.
@@ -132,8 +137,7 @@ class SAM3InteractiveImagePredictor:
         # All are checked before the first is encoded: encoding is the expensive part.
         arrays = [to_rgb(image, f"image_list[{i}]") for i, image in enumerate(image_list)]
         with self._one_caller():
-            embeddings = [self.model.encode(array) for array in arrays]
-            self._embeddings, self._is_batch = embeddings, True
+            self._set([self.model.encode(array) for array in arrays], is_batch=True)
 
     def predict(
         self,
@@ -174,6 +178,7 @@ class SAM3InteractiveImagePredictor:
         with self._one_caller():
             if not self._embeddings:
                 raise StateError("an image must be set with set_image before predict")
+            self._warn_of_another_threads_image()
             prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
             return self._predict(self._embeddings[-1], prompts, multimask_output, return_logits)
 
@@ -219,6 +224,7 @@ class SAM3InteractiveImagePredictor:
             )
         ]
         with self._one_caller():
+            self._warn_of_another_threads_image()
             results = [
                 self._predict(
                     embedding,
@@ -251,6 +257,21 @@ class SAM3InteractiveImagePredictor:
     def device(self) -> str:
         """Where the model runs, such as ``"cpu"`` or ``"cuda:0"``."""
         return self.model.device
+
+    def _set(self, embeddings: list[ImageEmbedding], is_batch: bool = False) -> None:
+        self._embeddings, self._is_batch = embeddings, is_batch
+        self._latest_setting = self._of_this_thread.setting = object()
+
+    def _warn_of_another_threads_image(self) -> None:
+        own = getattr(self._of_this_thread, "setting", self._latest_setting)
+        if own is not self._latest_setting:
+            warnings.warn(
+                "another thread set an image on this predictor after this thread did, and that "
+                "image answers: give each thread or request a SAM3InteractiveImagePredictor of "
+                "its own; they can share one model",
+                StateWarning,
+                stacklevel=3,
+            )
 
     @contextmanager
     def _one_caller(self) -> Iterator[None]:

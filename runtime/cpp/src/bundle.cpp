@@ -196,6 +196,27 @@ void require_sha256(const std::string& name, const std::string& digest) {
     }
 }
 
+/// ASCII letters in lower case.
+std::string lower_case(std::string text) {
+    for (char& c : text) {
+        if (c >= 'A' && c <= 'Z') {
+            c = static_cast<char>(c - 'A' + 'a');
+        }
+    }
+    return text;
+}
+
+/// Whether Windows takes a file's name for one of its devices, which stay devices with any ending.
+bool is_device_name(const std::string& name) {
+    const std::string stem = lower_case(name.substr(0, name.find('.')));
+    if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") {
+        return true;
+    }
+    const std::string start = stem.substr(0, 3);
+    return stem.size() == 4 && (start == "com" || start == "lpt") && stem[3] >= '0' &&
+           stem[3] <= '9';
+}
+
 /// What the types alone do not say.
 void check_rules(const Manifest& manifest) {
     require_sha256("fingerprint", manifest.fingerprint);
@@ -204,10 +225,11 @@ void check_rules(const Manifest& manifest) {
     const std::vector<FileEntry> files = manifest.files();
     for (const FileEntry& entry : files) {
         require_sha256("sha256 of " + entry.file, entry.sha256);
-        if (!is_safe_name(entry.file) || entry.file == manifest_name) {
+        if (!is_safe_name(entry.file) || lower_case(entry.file) == manifest_name) {
             refuse("file name " + json_text(entry.file) + " is not allowed in a bundle");
         }
-        names.insert(entry.file);
+        // Windows and macOS take names that differ in case only for the same file.
+        names.insert(lower_case(entry.file));
     }
     if (names.size() != files.size()) {
         refuse("lists one file twice");
@@ -279,6 +301,7 @@ bool is_safe_name(const std::string& name) {
         return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
     };
     return !name.empty() && name.size() <= 128 && is_alphanumeric(name[0]) &&
+           name.back() != '.' && !is_device_name(name) &&
            std::all_of(name.begin(), name.end(), [&](char c) {
                return is_alphanumeric(c) || c == '.' || c == '_' || c == '-';
            });

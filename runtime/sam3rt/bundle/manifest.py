@@ -30,7 +30,12 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 NO_FINGERPRINT = "0" * 64
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Names that mean a plain file on every system: no separators or drives, no final dot (Windows drops
+# it), and none of Windows' devices, which stay devices with any ending.
+_SAFE_NAME = re.compile(
+    r"(?!(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$))[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9_-])?",
+    re.IGNORECASE | re.ASCII,
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A manifest lists two graphs and their tensors; anything near this size is not one of ours.
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -348,9 +353,10 @@ def _check_rules(manifest: Manifest) -> None:
             raise BundleError(f'"{name}" is not a SHA-256', MANIFEST)
     names = [entry.file for entry in manifest.files()]
     for name in names:
-        if not _SAFE_NAME.fullmatch(name) or name == MANIFEST:
+        if not _SAFE_NAME.fullmatch(name) or name.lower() == MANIFEST:
             raise BundleError(f"file name {name!r} is not allowed in a bundle", MANIFEST)
-    if len(set(names)) != len(names):
+    # Windows and macOS take names that differ in case only for the same file.
+    if len({name.lower() for name in names}) != len(names):
         raise BundleError("lists one file twice", MANIFEST)
     if any(entry.bytes < 0 for entry in manifest.files()):
         raise BundleError("lists a file with a negative length", MANIFEST)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,40 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         write(tmp_path / "x", "2", replace=False)
     assert read(tmp_path / "x") == {"1"}
+    assert leftovers(tmp_path) == ["x"]
+
+
+@pytest.fixture
+def _windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' rules: no locks of fcntl, no exchange, and no renaming onto what exists."""
+    rename = os.rename
+
+    def strict(source: str, target: str) -> None:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "rename", strict)
+
+
+@pytest.mark.usefixtures("_windows")
+def test_windows_rules_are_enough(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    write(target, "1")
+    assert read(target) == {"1"}
+    write(target, "2")
+    assert read(target) == {"2"}
+    with pytest.raises(OSError, match="not empty"):
+        write(target, "3", replace=False)
+    with pytest.raises(KeyError):
+        fail(target, "a")
+    assert read(target) == {"2"}
+    target.rename(module._old(target))
+    recover(target)
+    assert read(target) == {"2"}
     assert leftovers(tmp_path) == ["x"]
 
 

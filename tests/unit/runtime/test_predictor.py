@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sam3rt import (
     Sam3rtError,
     SegmentationModel,
     StateError,
+    StateWarning,
 )
 from sam3rt.masks import finish
 
@@ -749,6 +751,24 @@ def test_two_threads_at_once_are_refused_and_one_may_go_on(small_model: Segmenta
     leave.set()
     worker.join(60)
     assert predictor.predict(**CLICK)[0].shape[1:] == (20, 30)
+
+
+def test_taking_turns_with_another_threads_image_is_warned_of(
+    small_model: SegmentationModel,
+) -> None:
+    """Nothing overlaps here, and still the other thread's image would answer in silence."""
+    predictor = SAM3InteractiveImagePredictor(small_model)
+    predictor.set_image(noise(40, 50))
+    with ThreadPoolExecutor(1) as other:
+        # A thread that set no image may ask: workers of a pool share a predictor one by one.
+        assert other.submit(predictor.predict, **CLICK).result()[0].shape[1:] == (40, 50)
+        other.submit(predictor.set_image, noise(32, 36)).result()
+        assert other.submit(predictor.predict, **CLICK).result()[0].shape[1:] == (32, 36)
+    with pytest.warns(StateWarning, match="another thread set an image") as caught:
+        predictor.predict(**CLICK)
+    assert caught[0].filename == __file__
+    predictor.set_image_batch([noise(40, 50)])
+    predictor.predict_batch([CLICK["point_coords"]], [CLICK["point_labels"]])
 
 
 def test_a_model_says_that_it_cannot_be_pickled_and_what_it_is(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import pytest
 from tests.support.helpers import tiny_bundle
 
 from sam3rt import open_bundle
-from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict, save_verdict
+from sam3rt.accuracy.verdicts import (
+    StoredVerdict,
+    Subject,
+    load_verdict,
+    save_verdict,
+    verdict_folder,
+)
 from sam3rt.bundle import Bundle
 
 SUBJECT = Subject("openvino", "1.0", "a processor", "bf16")
@@ -26,6 +33,27 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny_bundle(tmp_path / "bundle")
     return open_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("system", "environment", "folder"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/c"}, "/c"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "~/.cache"),
+        ("darwin", {}, "~/Library/Caches"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local"),
+        ("win32", {}, "~/AppData/Local"),
+    ],
+)
+def test_where_each_system_keeps_caches(
+    system: str, environment: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", system)
+    assert verdict_folder() == Path(folder).expanduser() / "sam3rt" / "verdicts"
 
 
 def test_a_verdict_comes_back(bundle: Bundle, tmp_path: Path) -> None:

@@ -149,6 +149,14 @@ def test_file_systems_without_unnamed_files(
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
+def test_systems_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and macOS have no such flag."""
+    monkeypatch.delattr(os, "O_TMPFILE")
+    write(tmp_path / "a", b"new")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
 def test_a_folder_that_vanishes_meanwhile(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import ntpath
 import os
+import posixpath
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.helpers import (
     edit_manifest,
@@ -28,10 +30,25 @@ from tests.support.helpers import (
 from sam3rt import Bundle, BundleError, InvalidInputError, Manifest, load_model, open_bundle
 from sam3rt.bundle import NO_FINGERPRINT, file_entry, fingerprint_of, parse_manifest, write_manifest
 from sam3rt.bundle.default import default_bundle_path
+from sam3rt.bundle.manifest import _SAFE_NAME
 
 FILES = ("encoder.onnx", "encoder.data", "decoder.onnx", "parity.npz", "LICENSE")
 Document = dict[str, Any]
 Place = tuple[str | int, ...]
+
+
+@given(st.from_regex(_SAFE_NAME, fullmatch=True))
+@example("a")
+@example("console.onnx")
+def test_an_allowed_name_is_a_file_of_the_folder_on_every_system(name: str) -> None:
+    for rules, folder in ((ntpath, r"C:\bundles\x"), (posixpath, "/bundles/x")):
+        path = rules.join(folder, name)
+        assert rules.normpath(path) == path
+        assert rules.split(path) == (folder, name)
+    assert PureWindowsPath(name).drive == ""
+    assert not PureWindowsPath(name).is_reserved()
+    assert ":" not in name
+    assert not name.endswith((".", " "))
 
 
 @pytest.fixture
