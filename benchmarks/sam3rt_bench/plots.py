@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .document import Curve, Result
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SMALL, _INK, _FAINT = 8, "#222222", "#dddddd"
+_LINE_INCHES = 0.2
 
 
 def draw_plots(result: Result, folder: Path) -> list[Path]:
@@ -52,7 +54,7 @@ def _draw_calls(result: Result) -> Any:
     calls = list(dict.fromkeys(row.call for row in result.calls))
     candidates = [c.name for c in result.candidates]
     figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.2 + 0.28 * len(candidates) * 5), width_ratios=(1, 2)
+        1, 2, figsize=(11, 1.6 + 0.28 * len(candidates) * 5), width_ratios=(1, 2)
     )
     for axis, chosen in zip(axes, (calls[:1], calls[1:]), strict=True):
         labels, position = [], 0.0
@@ -75,10 +77,14 @@ def _draw_calls(result: Result) -> Any:
                 position += 1
             position += 0.8
         axis.set_yticks([p for p, _ in labels], [t for _, t in labels], fontsize=_SMALL + 1)
-        axis.invert_yaxis()
+        axis.tick_params(axis="y", length=0)
         axis.margins(x=0.18)
-        axis.set_xlabel("milliseconds, median; line: fastest to 95th percentile", fontsize=_SMALL)
+        axis.set_xlabel("median; line: fastest to 95th percentile", fontsize=_SMALL)
+        axis.xaxis.set_major_formatter(lambda value, _: _duration(value))
         _plain(axis, "x")
+    # Bars of one thickness on both sides, from the top.
+    for axis in axes:
+        axis.set_ylim(axes[1].get_ylim()[::-1])
     handles = [
         Rectangle((0, 0), 1, 1, color=_COLOURS[i % len(_COLOURS)]) for i in range(len(candidates))
     ]
@@ -87,8 +93,7 @@ def _draw_calls(result: Result) -> Any:
         handles, shown, loc="lower center", ncols=min(3, len(shown)), fontsize=_SMALL, frameon=False
     )
     _title(figure, result, "One image, one call")
-    legend_inches = 0.1 + 0.2 * -(-len(shown) // 3)
-    figure.tight_layout(rect=(0, legend_inches / figure.get_figheight(), 1, 1))
+    _lay_out(figure, legend_inches=0.1 + 0.2 * -(-len(shown) // 3))
     return figure
 
 
@@ -117,18 +122,18 @@ def _draw_curves(result: Result) -> Any:
     for axis, name in zip(axes.flat, names, strict=False):
         for index, curve in enumerate(c for c in result.curves if c.name == name):
             _draw_curve(axis, curve, _COLOURS[index % len(_COLOURS)])
-        # Once all are drawn: it ends the fitting of the upper limit.
-        axis.set_ylim(bottom=0)
         axis.set_title(f"{name}", fontsize=_SMALL + 2, loc="left", color=_INK)
         axis.legend(fontsize=_SMALL - 1, frameon=False)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _title(figure, result, "How the duration depends on ...")
-    figure.tight_layout()
+    _lay_out(figure)
     return figure
 
 
 def _draw_curve(axis: Any, curve: Curve, colour: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     x = [point.x for point in curve.points]
     axis.plot(
         x,
@@ -150,7 +155,11 @@ def _draw_curve(axis: Any, curve: Curve, colour: str) -> None:
     axis.set_xticks(x, [point.label for point in curve.points])
     axis.minorticks_off()
     axis.set_xlabel(f"{curve.unit}: {curve.call}", fontsize=_SMALL)
-    axis.set_ylabel("milliseconds", fontsize=_SMALL)
+    # Both axes logarithmic: a cost in proportion is a straight line.
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, _: _duration(value))
     _plain(axis, "y")
 
 
@@ -161,17 +170,29 @@ def _draw_limits(result: Result) -> Any:
 
     figure, axis = plt.subplots(figsize=(8, 1.4 + 0.32 * len(result.limits)))
     for index, row in enumerate(result.limits):
-        axis.barh(index, row.measured_ms, 0.7, color="#9ecae1")
-        axis.barh(index, row.limit_ms, 0.7, color=_COLOURS[0])
+        # Dots: the length of a bar says nothing on a logarithmic axis.
+        axis.plot([row.limit_ms, row.measured_ms], [index] * 2, color=_FAINT, linewidth=2, zorder=1)
+        axis.plot(
+            row.limit_ms, index, "|", color=_INK, markersize=9, label="at the machine's ceilings"
+        )
+        axis.plot(row.measured_ms, index, "o", color=_COLOURS[0], markersize=6, label="measured")
         axis.annotate(
             f"{row.ratio:.2g} x",
             (max(row.measured_ms, row.limit_ms), index),
-            xytext=(4, 0),
+            xytext=(7, 0),
             textcoords="offset points",
             va="center",
             fontsize=_SMALL,
             color=_INK,
         )
+    axis.legend(
+        *(entries[:2] for entries in axis.get_legend_handles_labels()),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        fontsize=_SMALL,
+        frameon=False,
+    )
     axis.set_yticks(
         range(len(result.limits)),
         [f"{row.stage}, {row.candidate}" for row in result.limits],
@@ -180,25 +201,38 @@ def _draw_limits(result: Result) -> Any:
     axis.set_xscale("log")
     axis.margins(x=0.1)
     axis.invert_yaxis()
-    axis.set_xlabel(
-        "milliseconds: measured (light), and at the machine's ceilings (dark)", fontsize=_SMALL
-    )
+    axis.xaxis.set_major_formatter(lambda value, _: _duration(value))
     _plain(axis, "x")
     _title(figure, result, "Distance to the limit")
-    figure.tight_layout()
+    _lay_out(figure)
     return figure
 
 
 def _title(figure: Any, result: Result, text: str) -> None:
+    """Say what was measured, where, and what the model's note warns of."""
     height, width = result.image
-    figure.suptitle(
-        f"{text}: {result.model.name}, {width}x{height}\n{result.machine.processor}, "
-        f"{result.machine.cores} cores" + "".join(f", {a}" for a in result.machine.accelerators),
-        fontsize=_SMALL + 3,
-        x=0.01,
-        ha="left",
-        color=_INK,
-    )
+    lines = [
+        f"{text}: {result.model.name}, {width}x{height}",
+        f"{result.machine.processor}, {result.machine.cores} cores"
+        + "".join(f", {a}" for a in result.machine.accelerators),
+        *textwrap.wrap(result.model.note, int(figure.get_figwidth() * 11)),
+    ]
+    for number, line in enumerate(lines):
+        figure.text(
+            0.01,
+            1 - (0.1 + _LINE_INCHES * number) / figure.get_figheight(),
+            line,
+            fontsize=_SMALL + (3 if number == 0 else 1),
+            va="top",
+            color=_INK,
+        )
+    figure.title_inches = 0.2 + _LINE_INCHES * len(lines)
+
+
+def _lay_out(figure: Any, legend_inches: float = 0) -> None:
+    """Leave room for the title's lines above, and for a legend below."""
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, legend_inches / height, 1, 1 - figure.title_inches / height))
 
 
 def _plain(axis: Any, grid: str) -> None:
