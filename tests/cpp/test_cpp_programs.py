@@ -1,4 +1,4 @@
-"""Programs over the C++ runtime: in C, with threads, the example, and the README's."""
+"""Programs over the C++ runtime: in C, with threads, the example and the documented one."""
 
 from __future__ import annotations
 
@@ -225,12 +225,14 @@ def test_what_cannot_be_segmented(cpp_build: Build, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# --- the README's program -------------------------------------------------------------------------
+# --- the documented program -----------------------------------------------------------------------
 
 
 def readme_block(language: str, containing: str) -> str:
-    """The README's code block in a language that contains a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The code block of docs/cpp.md in a language that contains a text."""
+    blocks = re.findall(
+        rf"```{language}\n(.*?)```", (ROOT / "docs" / "cpp.md").read_text(), re.DOTALL
+    )
     (found,) = [block for block in blocks if containing in block]
     return str(found)
 
