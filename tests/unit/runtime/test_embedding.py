@@ -1,4 +1,7 @@
-"""Tests of `sam3rt.embedding`: files that come back bit for bit, or are refused."""
+"""Tests of `sam3rt.embedding`: files that come back bit for bit, or are refused.
+
+Single forgeries, on which all runtimes agree, are in ``tests/conformance/embeddings.json``.
+"""
 
 from __future__ import annotations
 
@@ -566,52 +569,17 @@ def test_header_length_is_not_trusted(content: bytes, tmp_path: Path, length: in
 
 TERABYTE = 1 << 40
 FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    # These two are here for what they must not take.
     "shape of a terabyte": lambda h: h["image_embeddings.0"].update(shape=[1, TERABYTE, 6, 5]),
     "offset of a terabyte": lambda h: h["image_embeddings.1"].update(
         data_offsets=[480, 480 + TERABYTE]
     ),
-    "negative shape": lambda h: h["image_embeddings.0"].update(shape=[1, -4, 6, 5]),
-    "negative offset": lambda h: h["image_embeddings.0"].update(data_offsets=[-480, 0]),
-    "other shape of the same size": lambda h: h["image_embeddings.0"].update(shape=[1, 4, 5, 6]),
-    "other type": lambda h: h["image_embeddings.0"].update(dtype="I32"),
-    "swapped offsets": lambda h: h["image_embeddings.0"].update(data_offsets=[480, 0]),
-    "overlapping maps": lambda h: h["image_embeddings.1"].update(data_offsets=[0, 192]),
-    "no shape": lambda h: h["image_embeddings.0"].pop("shape"),
-    "extra field": lambda h: h["image_embeddings.0"].update(extra=1),
-    "entry is a list": lambda h: h.update({"image_embeddings.0": [1]}),
-    "entry is null": lambda h: h.update({"image_embeddings.0": None}),
-    "renamed map": lambda h: h.update({"other": h.pop("image_embeddings.1")}),
-    "extra map": lambda h: h.update({"other": h["image_embeddings.1"]}),
-    "no maps": lambda h: (h.pop("image_embeddings.0"), h.pop("image_embeddings.1")),
-    "no metadata": lambda h: h.pop("__metadata__"),
-    "metadata is null": lambda h: h.update(__metadata__=None),
-    "metadata is a list": lambda h: h.update(__metadata__=list(h["__metadata__"])),
-    "metadata is text": lambda h: h.update(__metadata__="format"),
-    "metadata holds a number": lambda h: h["__metadata__"].update(original_size=480),
-    "metadata holds more": lambda h: h["__metadata__"].update(more="x"),
-    "metadata holds less": lambda h: h["__metadata__"].pop("input_size"),
-    "other format": lambda h: h["__metadata__"].update(format="sam3rt-embedding-2"),
-    "other fingerprint": lambda h: h["__metadata__"].update(fingerprint=OTHER),
-    "empty fingerprint": lambda h: h["__metadata__"].update(fingerprint=""),
-    "empty digest": lambda h: h["__metadata__"].update(sha256=""),
-    "short digest": lambda h: h["__metadata__"].update(sha256="0" * 63),
+    # int() itself refuses more than 4300 digits, with ValueError.
+    "size of 5000 digits": lambda h: h["__metadata__"].update(original_size="9" * 5000 + " 1"),
     "digest that is not UTF-8": lambda h: h["__metadata__"].update(sha256="\ud800" * 64),
     "fingerprint that is not UTF-8": lambda h: h["__metadata__"].update(fingerprint="\ud800"),
-    "deep nesting": lambda h: h.update(
-        deep=json.loads("[" * 500 + "]" * 500),
-    ),
+    "deep nesting": lambda h: h.update(deep=json.loads("[" * 500 + "]" * 500)),
 }
-for _size in ("", "480", "480 640 3", "0 640", "480 0", "-480 640", "4.5 640", "x y", "480,640"):
-    FORGERIES[f"size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(original_size=s)
-    FORGERIES[f"input size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(input_size=s)
-FORGERIES["size of ten digits"] = lambda h: h["__metadata__"].update(original_size=f"1 {1 << 31}")
-# int() itself refuses more than 4300 digits, with ValueError.
-for _size in ("70000 1", "1 70000", "65536 65536"):  # larger than any image that is taken
-    FORGERIES[f"size {_size}"] = lambda h, s=_size: h["__metadata__"].update(original_size=s)
-FORGERIES["size of 5000 digits"] = lambda h: h["__metadata__"].update(
-    original_size="9" * 5000 + " 1"
-)
-FORGERIES["size in superscript"] = lambda h: h["__metadata__"].update(original_size="² 3")
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -623,19 +591,7 @@ def test_forged_header_with_a_fitting_digest_is_refused(tmp_path: Path, name: st
     assert str(path) in str(caught.value)
 
 
-def test_data_shorter_than_the_maps_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.emb"
-    full = b"".join(array.tobytes() for array in random_maps().values())
-    for size in (0, 100, len(full) - 1, len(full) + 1, len(full) + 4000):
-        forge(path, data=(full + b"\0" * 4000)[:size])
-        with pytest.raises(EmbeddingError):
-            read(path)
-
-
-JSON_HEADERS = [b"[]", b"{}", b"null", b"1", b'"text"', b"nan", b"{", b"\xff" * 8, b"[" * 60_000]
-
-
-@pytest.mark.parametrize("header", JSON_HEADERS, ids=lambda h: repr(h[:10]))
+@pytest.mark.parametrize("header", [b"\xff" * 8, b"[" * 60_000], ids=lambda h: repr(h[:10]))
 def test_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.emb"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 700)
@@ -645,16 +601,10 @@ def test_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) -> N
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-    "dangling link": lambda path: path.symlink_to("nowhere"),
     "link to itself": lambda path: path.symlink_to(path.name),
-    "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("hello\n" * 200),
     "zeros": lambda path: path.write_bytes(bytes(1200)),
     "ones": lambda path: path.write_bytes(b"\xff" * 1200),
-    "PNG": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1200)),
     "npz": lambda path: np.savez(path.open("wb"), **random_maps()),  # type: ignore[arg-type]
     "far too large": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
 }
