@@ -297,8 +297,8 @@ def test_predictor_with_a_loaded_embedding(
         same_bits(first, second)
 
 
-def test_predictor_wants_an_embedding(small_model: SegmentationModel) -> None:
-    predictor = SAM3InteractiveImagePredictor(small_model)
+def test_predictor_wants_an_embedding(tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
     for wrong in (None, "image.emb", noise(5, 5)):
         with pytest.raises(InvalidInputError) as caught:
             predictor.set_embedding(wrong)  # type: ignore[arg-type]
@@ -358,11 +358,11 @@ def test_bytes_of_other_maps_are_refused(model: SegmentationModel, content: byte
         SAM3InteractiveImagePredictor(model).set_embedding(forged)
 
 
-def test_a_geometry_of_bytes_is_the_models(small_model: SegmentationModel) -> None:
-    embedding = small_model.encode(noise(50, 70))
+def test_a_geometry_of_bytes_is_the_models(tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(noise(50, 70))
     wrong = dataclasses.replace(embedding, geometry=ImageGeometry((50, 70), (720, 1008)))
     with pytest.raises(EmbeddingError, match="geometry"):
-        small_model.decode(ImageEmbedding.from_bytes(wrong.to_bytes()), CLICK)
+        tiny_model.decode(ImageEmbedding.from_bytes(wrong.to_bytes()), CLICK)
 
 
 def test_a_pickled_embedding_serves_in_another_process(
@@ -429,27 +429,21 @@ def test_other_fingerprint_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_other_models_file_is_refused(
-    small_model: SegmentationModel, default_model: SegmentationModel, saved: Path
+    tiny_model: SegmentationModel,
+    toy_model: SegmentationModel,
+    embedding: ImageEmbedding,
+    saved: Path,
 ) -> None:
-    for model in (small_model, default_model):
-        other = small_model if model is default_model else default_model
-        assert small_model.manifest.fingerprint != default_model.manifest.fingerprint
-        try:
-            model.load_embedding(saved)
-        except EmbeddingError as error:
-            message = str(error)
-        else:
-            with pytest.raises(EmbeddingError):
-                other.load_embedding(saved)
-            continue
-        assert "another model" in message
+    own = embedding.fingerprint == tiny_model.manifest.fingerprint
+    with pytest.raises(EmbeddingError, match="another model|encode the image again"):
+        (toy_model if own else tiny_model).load_embedding(saved)
 
 
 def test_other_models_embedding_is_refused(
-    small_model: SegmentationModel, default_model: SegmentationModel, embedding: ImageEmbedding
+    tiny_model: SegmentationModel, toy_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
-    own = embedding.fingerprint == small_model.manifest.fingerprint
-    other = default_model if own else small_model
+    own = embedding.fingerprint == tiny_model.manifest.fingerprint
+    other = toy_model if own else tiny_model
     with pytest.raises(EmbeddingError, match="encode the image again"):
         other.decode(embedding, CLICK)
 
@@ -464,14 +458,14 @@ def test_the_same_bundle_loaded_again_takes_the_embedding(
 
 
 def test_geometry_of_another_resize_rule_is_refused(
-    small_model: SegmentationModel, tmp_path: Path
+    tiny_model: SegmentationModel, tmp_path: Path
 ) -> None:
-    embedding = small_model.encode(noise(50, 70))
+    embedding = tiny_model.encode(noise(50, 70))
     path = tmp_path / "a.emb"
     wrong = ImageGeometry((50, 70), (720, 1008))
     write_embedding(path, embedding.numpy(), wrong, embedding.fingerprint)
     with pytest.raises(EmbeddingError, match="geometry"):
-        small_model.load_embedding(path)
+        tiny_model.load_embedding(path)
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -704,18 +698,18 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 # --- many embeddings, many threads ----------------------------------------------------------------
 
 
-def test_hundreds_of_embeddings_are_held(default_model: SegmentationModel, tmp_path: Path) -> None:
+def test_hundreds_of_embeddings_are_held(tiny_model: SegmentationModel, tmp_path: Path) -> None:
     images = [noise(40, 60, seed) for seed in range(3)]
     expected = []
     for index, image in enumerate(images):
-        embedding = default_model.encode(image)
+        embedding = tiny_model.encode(image)
         embedding.save(tmp_path / f"{index}.emb")
-        expected.append(default_model.decode(embedding, CLICK).low_res_masks)
+        expected.append(tiny_model.decode(embedding, CLICK).low_res_masks)
     assert not np.array_equal(expected[0], expected[1])
-    held = [default_model.load_embedding(tmp_path / f"{i % 3}.emb") for i in range(201)]
-    assert sum(e.nbytes for e in held) == 201 * 4 * 256 * 64 * 64
+    held = [tiny_model.load_embedding(tmp_path / f"{i % 3}.emb") for i in range(201)]
+    assert len({id(e.features) for e in held}) == 201
     for index in (200, 0, 100, 1, 199, 2):
-        masks = default_model.decode(held[index], CLICK).low_res_masks
+        masks = tiny_model.decode(held[index], CLICK).low_res_masks
         same_bits(masks, expected[index % 3])
 
 

@@ -23,7 +23,7 @@ from tests.support.helpers import (
     noise,
 )
 
-from sam3rt import PromptError, Prompts, PromptWarning, SegmentationModel
+from sam3rt import ImageEmbedding, PromptError, Prompts, PromptWarning, SegmentationModel
 from sam3rt.bundle import PromptSpec
 from sam3rt.geometry import ImageGeometry, geometry
 from sam3rt.prompts import (
@@ -176,6 +176,13 @@ def test_packing_follows_the_rules(
 # --- objects with different numbers of points -----------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["tiny_model", "default_model"])
+def decoder(request: pytest.FixtureRequest) -> tuple[SegmentationModel, ImageEmbedding]:
+    """A decoder of SAM 3 and one of MobileSAM in turn, and an image of 90 x 120 pixels for it."""
+    model: SegmentationModel = request.getfixturevalue(request.param)
+    return model, model.encode(noise(90, 120))
+
+
 @Spec
 @pytest.mark.parametrize("with_boxes", [False, True])
 def test_ragged_points_are_padded_behind_each_object_s_own(
@@ -232,9 +239,9 @@ def test_ragged_points_that_do_not_fit_are_refused(coords: Any, labels: Any, arg
 
 @pytest.mark.parametrize("multimask", [True, False])
 def test_ragged_results_are_those_of_calls_of_their_own(
-    model: SegmentationModel, multimask: bool
+    decoder: tuple[SegmentationModel, ImageEmbedding], multimask: bool
 ) -> None:
-    embedding = model.encode(noise(90, 120))
+    model, embedding = decoder
     coords = [[[30, 40], [60, 50], [100, 80]], [[10, 10]], [[70, 20], [80, 30]]]
     labels = [[1, 0, 1], [1], [1, -1]]
     together = model.decode(embedding, Prompts(coords, labels), multimask)
@@ -246,9 +253,11 @@ def test_ragged_results_are_those_of_calls_of_their_own(
             )
 
 
-def test_a_point_that_is_no_point_changes_the_masks(model: SegmentationModel) -> None:
+def test_a_point_that_is_no_point_changes_the_masks(
+    decoder: tuple[SegmentationModel, ImageEmbedding],
+) -> None:
     """Which is why objects cannot be padded with it."""
-    embedding = model.encode(noise(90, 120))
+    model, embedding = decoder
     one = model.decode(embedding, Prompts([[30, 40]], [1])).low_res_masks
     more = model.decode(embedding, Prompts([[30, 40], [0, 0]], [1, -1])).low_res_masks
     assert np.abs(one - more).max() > 0.01
@@ -558,11 +567,14 @@ def test_a_binary_mask_is_not_taken_for_logits(dtype: Any) -> None:
     assert caught.value.argument == "mask_input"
 
 
-def test_largest_logits_give_finite_masks(model: SegmentationModel) -> None:
+def test_largest_logits_give_finite_masks(
+    decoder: tuple[SegmentationModel, ImageEmbedding],
+) -> None:
+    model, embedding = decoder
     height, width = model.manifest.prompts.mask_size
     logits = np.full((1, height, width), MAX_MASK_LOGIT)
     logits[..., ::2] *= -1
-    decoded = model.decode(model.encode(noise(9, 9)), Prompts(mask_input=logits))
+    decoded = model.decode(embedding, Prompts(mask_input=logits))
     assert np.isfinite(decoded.low_res_masks).all()
     assert np.isfinite(decoded.iou_predictions).all()
 
