@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -204,6 +205,16 @@ def chelsea() -> NDArray[np.uint8]:
 def golden_cases() -> dict[str, Any]:
     """The parsed golden cases of SAM 3."""
     return synthetic.cases()
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported and collected out of the garbage collector's sight.
+
+    There are millions of such objects, and they stay: walking through them again and again would
+    take a good part of the time of tests that make many objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -93,8 +93,7 @@ def runnable_bundle(folder: Path, model_type: str = "sam3") -> Bundle:
             helper.make_node("Reshape", [f"{name}.sum", f"{name}.shape"], [name]),
         ]
     outputs = tuple(
-        TensorSpec(name, "float32", (1, "num_objects", *shape))
-        for name, shape in found.items()
+        TensorSpec(name, "float32", (1, "num_objects", *shape)) for name, shape in found.items()
     )
     decoder = _save(folder / "decoder.onnx", export_id, nodes, _DECODER_INPUTS, outputs, weights)
 

@@ -435,7 +435,7 @@ def test_other_models_file_is_refused(
     saved: Path,
 ) -> None:
     own = embedding.fingerprint == tiny_model.manifest.fingerprint
-    with pytest.raises(EmbeddingError, match="another model|encode the image again"):
+    with pytest.raises(EmbeddingError, match=r"another model|encode the image again"):
         (toy_model if own else tiny_model).load_embedding(saved)
 
 
