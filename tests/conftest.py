@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -144,6 +145,21 @@ def default_model() -> sam3rt.SegmentationModel:
     return sam3rt.load_model(device="cpu")
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tiny_sam3: Path) -> sam3rt.SegmentationModel:
+    """The SAM 3 of 8x8 pixels, on the CPU."""
+    return sam3rt.load_model(tiny_sam3, backend="onnxruntime", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> sam3rt.SegmentationModel:
+    """A few nodes on 8x8 pixels with MobileSAM's rules, on the CPU."""
+    from tests.support.runnable_bundle import runnable_bundle
+
+    bundle = runnable_bundle(tmp_path_factory.mktemp("bundles") / "toy", "mobile_sam")
+    return sam3rt.load_model(bundle.path, backend="onnxruntime", device="cpu")
+
+
 @pytest.fixture(params=["small", "default"])
 def bundle(request: pytest.FixtureRequest) -> Path:
     """The small SAM 3's bundle, then the bundled MobileSAM's."""
@@ -155,9 +171,9 @@ def bundle(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["small_model", "default_model"])
+@pytest.fixture(scope="module", params=["tiny_model", "toy_model"])
 def model(request: pytest.FixtureRequest) -> sam3rt.SegmentationModel:
-    """SAM 3 and MobileSAM in turn."""
+    """The rules of SAM 3 and of MobileSAM in turn, on models that run in no time."""
     chosen: sam3rt.SegmentationModel = request.getfixturevalue(request.param)
     return chosen
 
@@ -189,6 +205,16 @@ def chelsea() -> NDArray[np.uint8]:
 def golden_cases() -> dict[str, Any]:
     """The parsed golden cases of SAM 3."""
     return synthetic.cases()
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported and collected out of the garbage collector's sight.
+
+    There are millions of such objects, and they stay: walking through them again and again would
+    take a good part of the time of tests that make many objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,16 @@ import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from tests.support.helpers import edit_manifest, tiny_bundle
+from tests.support.helpers import (
+    MOBILE_IMAGE,
+    MOBILE_MASKS,
+    MOBILE_PROMPTS,
+    SAM3_IMAGE,
+    SAM3_MASKS,
+    SAM3_PROMPTS,
+    edit_manifest,
+    tiny_bundle,
+)
 
 from sam3rt.bundle import Bundle, GraphSpec, TensorSpec, file_entry, open_bundle
 from sam3rt.bundle.contract import EXPORT_ID
@@ -33,8 +42,20 @@ _DECODER_OUTPUTS = {
 }
 
 
-def runnable_bundle(folder: Path) -> Bundle:
-    """Make a bundle of 8 px images: one convolution, and masks that depend on points and image."""
+_RULES = {
+    "sam3": (SAM3_IMAGE, SAM3_PROMPTS, SAM3_MASKS),
+    "mobile_sam": (MOBILE_IMAGE, MOBILE_PROMPTS, MOBILE_MASKS),
+}
+
+
+def runnable_bundle(folder: Path, model_type: str = "sam3") -> Bundle:
+    """Make a bundle of 8 px images: one convolution, and masks that depend on points and image.
+
+    Args:
+        folder: where to make it.
+        model_type: whose rules for images, prompts and masks it has: ``"sam3"`` or
+            ``"mobile_sam"``, which has no object scores.
+    """
     export_id = tiny_bundle(folder).export_id
     rng = np.random.default_rng(0)
 
@@ -60,7 +81,10 @@ def runnable_bundle(folder: Path) -> Bundle:
         helper.make_node("Add", ["cover", "brightness"], ["shade"]),
     ]
     weights = [numpy_helper.from_array(np.array([2]), "axis")]
-    for name, shape in _DECODER_OUTPUTS.items():
+    found = dict(_DECODER_OUTPUTS)
+    if model_type == "mobile_sam":
+        del found["object_score_logits"]
+    for name, shape in found.items():
         sizes = numpy_helper.from_array(np.array([1, -1, *shape]), f"{name}.shape")
         weights += [weight(f"{name}.weight", 2, int(np.prod(shape))), sizes]
         nodes += [
@@ -69,14 +93,16 @@ def runnable_bundle(folder: Path) -> Bundle:
             helper.make_node("Reshape", [f"{name}.sum", f"{name}.shape"], [name]),
         ]
     outputs = tuple(
-        TensorSpec(name, "float32", (1, "num_objects", *shape))
-        for name, shape in _DECODER_OUTPUTS.items()
+        TensorSpec(name, "float32", (1, "num_objects", *shape)) for name, shape in found.items()
     )
     decoder = _save(folder / "decoder.onnx", export_id, nodes, _DECODER_INPUTS, outputs, weights)
 
     def describe(document: dict[str, Any]) -> None:
         document["encoder"] = msgspec.to_builtins(encoder)
         document["decoder"] = msgspec.to_builtins(decoder)
+        document["model_type"] = model_type
+        for part, rules in zip(("image", "prompts", "masks"), _RULES[model_type], strict=True):
+            document[part] = msgspec.to_builtins(rules)
         document["image"]["size"] = [8, 8]
         document["prompts"]["mask_size"] = [8, 8]
         document["masks"]["low_res_size"] = [8, 8]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,21 @@ from sam3rt_bench.starts import measure_start
 from sam3rt_bench.timing import Effort, alternate, summarize
 
 SCHEMA = ROOT / "benchmarks" / "result.schema.json"
+PAUSE = timing._PAUSE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry() -> Iterator[None]:
+    """Take what serves the precision of figures only, and that nobody looks at, out of whole runs.
+
+    These are the pauses between calls, and collecting the garbage before each table, which takes
+    long where other tests have left many objects.
+    """
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_PAUSE", 0.0)
+        yield
+    gc.unfreeze()
 
 
 # --- timing ---------------------------------------------------------------------------------------
@@ -117,6 +134,7 @@ def test_calls_rest_between_one_another_outside_their_times(
         clock[0] += seconds
 
     monkeypatch.setattr(timing.time, "sleep", sleep)
+    monkeypatch.setattr(timing, "_PAUSE", PAUSE)
     times = alternate(dict.fromkeys("ab", lambda: None), Effort(3, 60, 0))
     assert len(slept) == 6
     assert min(slept) > 0.01

@@ -1,4 +1,7 @@
-"""Tests of `sam3rt.embedding`: files that come back bit for bit, or are refused."""
+"""Tests of `sam3rt.embedding`: files that come back bit for bit, or are refused.
+
+Single forgeries, on which all runtimes agree, are in ``tests/conformance/embeddings.json``.
+"""
 
 from __future__ import annotations
 
@@ -294,8 +297,8 @@ def test_predictor_with_a_loaded_embedding(
         same_bits(first, second)
 
 
-def test_predictor_wants_an_embedding(small_model: SegmentationModel) -> None:
-    predictor = SAM3InteractiveImagePredictor(small_model)
+def test_predictor_wants_an_embedding(tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
     for wrong in (None, "image.emb", noise(5, 5)):
         with pytest.raises(InvalidInputError) as caught:
             predictor.set_embedding(wrong)  # type: ignore[arg-type]
@@ -355,11 +358,11 @@ def test_bytes_of_other_maps_are_refused(model: SegmentationModel, content: byte
         SAM3InteractiveImagePredictor(model).set_embedding(forged)
 
 
-def test_a_geometry_of_bytes_is_the_models(small_model: SegmentationModel) -> None:
-    embedding = small_model.encode(noise(50, 70))
+def test_a_geometry_of_bytes_is_the_models(tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(noise(50, 70))
     wrong = dataclasses.replace(embedding, geometry=ImageGeometry((50, 70), (720, 1008)))
     with pytest.raises(EmbeddingError, match="geometry"):
-        small_model.decode(ImageEmbedding.from_bytes(wrong.to_bytes()), CLICK)
+        tiny_model.decode(ImageEmbedding.from_bytes(wrong.to_bytes()), CLICK)
 
 
 def test_a_pickled_embedding_serves_in_another_process(
@@ -426,27 +429,21 @@ def test_other_fingerprint_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_other_models_file_is_refused(
-    small_model: SegmentationModel, default_model: SegmentationModel, saved: Path
+    tiny_model: SegmentationModel,
+    toy_model: SegmentationModel,
+    embedding: ImageEmbedding,
+    saved: Path,
 ) -> None:
-    for model in (small_model, default_model):
-        other = small_model if model is default_model else default_model
-        assert small_model.manifest.fingerprint != default_model.manifest.fingerprint
-        try:
-            model.load_embedding(saved)
-        except EmbeddingError as error:
-            message = str(error)
-        else:
-            with pytest.raises(EmbeddingError):
-                other.load_embedding(saved)
-            continue
-        assert "another model" in message
+    own = embedding.fingerprint == tiny_model.manifest.fingerprint
+    with pytest.raises(EmbeddingError, match=r"another model|encode the image again"):
+        (toy_model if own else tiny_model).load_embedding(saved)
 
 
 def test_other_models_embedding_is_refused(
-    small_model: SegmentationModel, default_model: SegmentationModel, embedding: ImageEmbedding
+    tiny_model: SegmentationModel, toy_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
-    own = embedding.fingerprint == small_model.manifest.fingerprint
-    other = default_model if own else small_model
+    own = embedding.fingerprint == tiny_model.manifest.fingerprint
+    other = toy_model if own else tiny_model
     with pytest.raises(EmbeddingError, match="encode the image again"):
         other.decode(embedding, CLICK)
 
@@ -461,14 +458,14 @@ def test_the_same_bundle_loaded_again_takes_the_embedding(
 
 
 def test_geometry_of_another_resize_rule_is_refused(
-    small_model: SegmentationModel, tmp_path: Path
+    tiny_model: SegmentationModel, tmp_path: Path
 ) -> None:
-    embedding = small_model.encode(noise(50, 70))
+    embedding = tiny_model.encode(noise(50, 70))
     path = tmp_path / "a.emb"
     wrong = ImageGeometry((50, 70), (720, 1008))
     write_embedding(path, embedding.numpy(), wrong, embedding.fingerprint)
     with pytest.raises(EmbeddingError, match="geometry"):
-        small_model.load_embedding(path)
+        tiny_model.load_embedding(path)
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -566,52 +563,17 @@ def test_header_length_is_not_trusted(content: bytes, tmp_path: Path, length: in
 
 TERABYTE = 1 << 40
 FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    # These two are here for what they must not take.
     "shape of a terabyte": lambda h: h["image_embeddings.0"].update(shape=[1, TERABYTE, 6, 5]),
     "offset of a terabyte": lambda h: h["image_embeddings.1"].update(
         data_offsets=[480, 480 + TERABYTE]
     ),
-    "negative shape": lambda h: h["image_embeddings.0"].update(shape=[1, -4, 6, 5]),
-    "negative offset": lambda h: h["image_embeddings.0"].update(data_offsets=[-480, 0]),
-    "other shape of the same size": lambda h: h["image_embeddings.0"].update(shape=[1, 4, 5, 6]),
-    "other type": lambda h: h["image_embeddings.0"].update(dtype="I32"),
-    "swapped offsets": lambda h: h["image_embeddings.0"].update(data_offsets=[480, 0]),
-    "overlapping maps": lambda h: h["image_embeddings.1"].update(data_offsets=[0, 192]),
-    "no shape": lambda h: h["image_embeddings.0"].pop("shape"),
-    "extra field": lambda h: h["image_embeddings.0"].update(extra=1),
-    "entry is a list": lambda h: h.update({"image_embeddings.0": [1]}),
-    "entry is null": lambda h: h.update({"image_embeddings.0": None}),
-    "renamed map": lambda h: h.update({"other": h.pop("image_embeddings.1")}),
-    "extra map": lambda h: h.update({"other": h["image_embeddings.1"]}),
-    "no maps": lambda h: (h.pop("image_embeddings.0"), h.pop("image_embeddings.1")),
-    "no metadata": lambda h: h.pop("__metadata__"),
-    "metadata is null": lambda h: h.update(__metadata__=None),
-    "metadata is a list": lambda h: h.update(__metadata__=list(h["__metadata__"])),
-    "metadata is text": lambda h: h.update(__metadata__="format"),
-    "metadata holds a number": lambda h: h["__metadata__"].update(original_size=480),
-    "metadata holds more": lambda h: h["__metadata__"].update(more="x"),
-    "metadata holds less": lambda h: h["__metadata__"].pop("input_size"),
-    "other format": lambda h: h["__metadata__"].update(format="sam3rt-embedding-2"),
-    "other fingerprint": lambda h: h["__metadata__"].update(fingerprint=OTHER),
-    "empty fingerprint": lambda h: h["__metadata__"].update(fingerprint=""),
-    "empty digest": lambda h: h["__metadata__"].update(sha256=""),
-    "short digest": lambda h: h["__metadata__"].update(sha256="0" * 63),
+    # int() itself refuses more than 4300 digits, with ValueError.
+    "size of 5000 digits": lambda h: h["__metadata__"].update(original_size="9" * 5000 + " 1"),
     "digest that is not UTF-8": lambda h: h["__metadata__"].update(sha256="\ud800" * 64),
     "fingerprint that is not UTF-8": lambda h: h["__metadata__"].update(fingerprint="\ud800"),
-    "deep nesting": lambda h: h.update(
-        deep=json.loads("[" * 500 + "]" * 500),
-    ),
+    "deep nesting": lambda h: h.update(deep=json.loads("[" * 500 + "]" * 500)),
 }
-for _size in ("", "480", "480 640 3", "0 640", "480 0", "-480 640", "4.5 640", "x y", "480,640"):
-    FORGERIES[f"size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(original_size=s)
-    FORGERIES[f"input size {_size!r}"] = lambda h, s=_size: h["__metadata__"].update(input_size=s)
-FORGERIES["size of ten digits"] = lambda h: h["__metadata__"].update(original_size=f"1 {1 << 31}")
-# int() itself refuses more than 4300 digits, with ValueError.
-for _size in ("70000 1", "1 70000", "65536 65536"):  # larger than any image that is taken
-    FORGERIES[f"size {_size}"] = lambda h, s=_size: h["__metadata__"].update(original_size=s)
-FORGERIES["size of 5000 digits"] = lambda h: h["__metadata__"].update(
-    original_size="9" * 5000 + " 1"
-)
-FORGERIES["size in superscript"] = lambda h: h["__metadata__"].update(original_size="² 3")
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -623,19 +585,7 @@ def test_forged_header_with_a_fitting_digest_is_refused(tmp_path: Path, name: st
     assert str(path) in str(caught.value)
 
 
-def test_data_shorter_than_the_maps_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.emb"
-    full = b"".join(array.tobytes() for array in random_maps().values())
-    for size in (0, 100, len(full) - 1, len(full) + 1, len(full) + 4000):
-        forge(path, data=(full + b"\0" * 4000)[:size])
-        with pytest.raises(EmbeddingError):
-            read(path)
-
-
-JSON_HEADERS = [b"[]", b"{}", b"null", b"1", b'"text"', b"nan", b"{", b"\xff" * 8, b"[" * 60_000]
-
-
-@pytest.mark.parametrize("header", JSON_HEADERS, ids=lambda h: repr(h[:10]))
+@pytest.mark.parametrize("header", [b"\xff" * 8, b"[" * 60_000], ids=lambda h: repr(h[:10]))
 def test_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.emb"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 700)
@@ -645,16 +595,10 @@ def test_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) -> N
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-    "dangling link": lambda path: path.symlink_to("nowhere"),
     "link to itself": lambda path: path.symlink_to(path.name),
-    "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("hello\n" * 200),
     "zeros": lambda path: path.write_bytes(bytes(1200)),
     "ones": lambda path: path.write_bytes(b"\xff" * 1200),
-    "PNG": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1200)),
     "npz": lambda path: np.savez(path.open("wb"), **random_maps()),  # type: ignore[arg-type]
     "far too large": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
 }
@@ -754,18 +698,18 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 # --- many embeddings, many threads ----------------------------------------------------------------
 
 
-def test_hundreds_of_embeddings_are_held(default_model: SegmentationModel, tmp_path: Path) -> None:
+def test_hundreds_of_embeddings_are_held(tiny_model: SegmentationModel, tmp_path: Path) -> None:
     images = [noise(40, 60, seed) for seed in range(3)]
     expected = []
     for index, image in enumerate(images):
-        embedding = default_model.encode(image)
+        embedding = tiny_model.encode(image)
         embedding.save(tmp_path / f"{index}.emb")
-        expected.append(default_model.decode(embedding, CLICK).low_res_masks)
+        expected.append(tiny_model.decode(embedding, CLICK).low_res_masks)
     assert not np.array_equal(expected[0], expected[1])
-    held = [default_model.load_embedding(tmp_path / f"{i % 3}.emb") for i in range(201)]
-    assert sum(e.nbytes for e in held) == 201 * 4 * 256 * 64 * 64
+    held = [tiny_model.load_embedding(tmp_path / f"{i % 3}.emb") for i in range(201)]
+    assert len({id(e.features) for e in held}) == 201
     for index in (200, 0, 100, 1, 199, 2):
-        masks = default_model.decode(held[index], CLICK).low_res_masks
+        masks = tiny_model.decode(held[index], CLICK).low_res_masks
         same_bits(masks, expected[index % 3])
 
 

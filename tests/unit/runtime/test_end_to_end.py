@@ -24,6 +24,13 @@ _LOGITS = 5e-3
 _IOU = 1e-3
 
 
+@pytest.fixture(scope="module", params=["small_model", "default_model"])
+def model(request: pytest.FixtureRequest) -> SegmentationModel:
+    """SAM 3 and MobileSAM in turn."""
+    chosen: SegmentationModel = request.getfixturevalue(request.param)
+    return chosen
+
+
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest, model: SegmentationModel) -> PlainPredictor:
     """The same bundle in the plain predictor."""

@@ -1,4 +1,8 @@
-"""Tests of `sam3rt.prompts`: packing against a plain re-implementation, and every bad input."""
+"""Tests of `sam3rt.prompts`: packing against a plain re-implementation, and what only Python takes.
+
+Single cases of packing and refusing, on which all runtimes agree, are in
+``tests/conformance/prompts.json``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from tests.support.helpers import (
     noise,
 )
 
-from sam3rt import PromptError, Prompts, PromptWarning, SegmentationModel
+from sam3rt import ImageEmbedding, PromptError, Prompts, PromptWarning, SegmentationModel
 from sam3rt.bundle import PromptSpec
 from sam3rt.geometry import ImageGeometry, geometry
 from sam3rt.prompts import (
@@ -169,80 +173,14 @@ def test_packing_follows_the_rules(
         assert result.masks is None
 
 
-@pytest.mark.parametrize(
-    ("spec", "prompts", "labels"),
-    [
-        (SAM3, {}, []),
-        (MOBILE, {}, []),
-        (SAM3, {"mask_input": MASK}, []),
-        (MOBILE, {"mask_input": MASK}, []),
-        (SAM3, {"point_coords": [[1, 2]], "point_labels": [0]}, [0, -1]),
-        (MOBILE, {"point_coords": [[1, 2]], "point_labels": [0]}, [0, -1]),
-        (SAM3, {"box": [1, 2, 3, 4]}, [2, 3, -1]),
-        (MOBILE, {"box": [1, 2, 3, 4]}, [2, 3]),
-        (
-            SAM3,
-            {"box": [1, 2, 3, 4], "point_coords": [[1, 2], [3, 4]], "point_labels": [1, 0]},
-            [2, 3, 1, 0, -1],
-        ),
-        (
-            MOBILE,
-            {"box": [1, 2, 3, 4], "point_coords": [[1, 2], [3, 4]], "point_labels": [1, 0]},
-            [1, 0, 2, 3],
-        ),
-        (SAM3, {"point_coords": np.zeros((0, 2)), "point_labels": []}, [-1]),
-        (SAM3, {"point_coords": [[1, 2]] * 4, "point_labels": [-1, 3, 2, 0]}, [-1, 3, 2, 0, -1]),
-        (SAM3, {"box": [1, 2, 3, 4], "mask_input": MASK}, [2, 3, -1]),
-    ],
-)
-def test_order_of_tokens(spec: PromptSpec, prompts: dict[str, Any], labels: list[int]) -> None:
-    result = packed(spec, **prompts)
-    assert result.labels.tolist() == [labels]
-    assert result.points.shape == (1, len(labels), 2)
-    if labels and labels[-1] == -1:
-        assert result.points[0, -1].tolist() == [0, 0]
-
-
-def test_coordinates_are_scaled_per_axis() -> None:
-    result = packed(point_coords=[[320, 120]], point_labels=[1], box=[0, 0, 640, 480])
-    np.testing.assert_allclose(result.points[0], [[0, 0], [1008, 1008], [504, 252], [0, 0]])
-
-
-def test_normalized_coordinates_ignore_the_image_size() -> None:
-    result = packed(
-        point_coords=[[0.5, 0.25]], point_labels=[1], box=[0, 0, 1, 1], normalize_coords=False
-    )
-    np.testing.assert_allclose(result.points[0], [[0, 0], [1008, 1008], [504, 252], [0, 0]])
-
-
-def test_coordinates_outside_the_image_are_kept() -> None:
-    """The reference does not clip them either."""
-    result = packed(point_coords=[[-64, 960]], point_labels=[1])
-    np.testing.assert_allclose(result.points[0, 0], [-100.8, 2016], rtol=1e-6)
-
-
-@Spec
-def test_several_masks_alone_are_several_objects(spec: PromptSpec) -> None:
-    result = packed(spec, mask_input=np.stack([MASK] * 3))
-    assert result.points.shape == (3, 0, 2)
-    assert result.labels.shape == (3, 0)
-    assert result.masks is not None
-    assert result.masks.shape == (3, 6, 4)
-
-
-@Spec
-def test_one_mask_serves_all_objects(spec: PromptSpec) -> None:
-    result = packed(spec, box=np.tile([1, 2, 3, 4], (5, 1)), mask_input=MASK)
-    assert len(result.points) == 5
-    assert result.masks is not None
-    assert result.masks.shape == (1, 6, 4)
-
-
-def test_a_point_box_is_a_box() -> None:
-    assert packed(box=[5, 5, 5, 5]).labels.tolist() == [[2, 3, -1]]
-
-
 # --- objects with different numbers of points -----------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tiny_model", "default_model"])
+def decoder(request: pytest.FixtureRequest) -> tuple[SegmentationModel, ImageEmbedding]:
+    """A decoder of SAM 3 and one of MobileSAM in turn, and an image of 90 x 120 pixels for it."""
+    model: SegmentationModel = request.getfixturevalue(request.param)
+    return model, model.encode(noise(90, 120))
 
 
 @Spec
@@ -301,9 +239,9 @@ def test_ragged_points_that_do_not_fit_are_refused(coords: Any, labels: Any, arg
 
 @pytest.mark.parametrize("multimask", [True, False])
 def test_ragged_results_are_those_of_calls_of_their_own(
-    model: SegmentationModel, multimask: bool
+    decoder: tuple[SegmentationModel, ImageEmbedding], multimask: bool
 ) -> None:
-    embedding = model.encode(noise(90, 120))
+    model, embedding = decoder
     coords = [[[30, 40], [60, 50], [100, 80]], [[10, 10]], [[70, 20], [80, 30]]]
     labels = [[1, 0, 1], [1], [1, -1]]
     together = model.decode(embedding, Prompts(coords, labels), multimask)
@@ -315,9 +253,11 @@ def test_ragged_results_are_those_of_calls_of_their_own(
             )
 
 
-def test_a_point_that_is_no_point_changes_the_masks(model: SegmentationModel) -> None:
+def test_a_point_that_is_no_point_changes_the_masks(
+    decoder: tuple[SegmentationModel, ImageEmbedding],
+) -> None:
     """Which is why objects cannot be padded with it."""
-    embedding = model.encode(noise(90, 120))
+    model, embedding = decoder
     one = model.decode(embedding, Prompts([[30, 40]], [1])).low_res_masks
     more = model.decode(embedding, Prompts([[30, 40], [0, 0]], [1, -1])).low_res_masks
     assert np.abs(one - more).max() > 0.01
@@ -330,7 +270,6 @@ def test_a_point_that_is_no_point_changes_the_masks(model: SegmentationModel) ->
 @pytest.mark.parametrize(
     "prompts",
     [
-        {"box": np.zeros((0, 4))},
         {"point_coords": np.zeros((0, 3, 2)), "point_labels": np.zeros((0, 3))},
         {
             "box": np.zeros((0, 4)),
@@ -512,24 +451,11 @@ def test_inputs_are_left_alone_and_not_shared() -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 CLICK: dict[str, Any] = {"point_coords": [[1, 2]], "point_labels": [1]}
-# Every number class can hold at most this; beyond is not a float32.
-HUGE = 3e38
 
 pytestmark = pytest.mark.filterwarnings("ignore::sam3rt.errors.PromptWarning")
 
 BAD_POINTS: dict[str, Any] = {
-    "NaN": [[1, float("nan")]],
-    "infinite": [[float("inf"), 1]],
-    "minus infinite": [[float("-inf"), 1]],
     "beyond float32": [[1e300, 1]],
-    "overflows when scaled": [[HUGE, 1]],
-    "overflows when scaled down": [[1, -HUGE]],
-    "one number": 5,
-    "one point without a list": [1, 2],
-    "three coordinates": [[1, 2, 3]],
-    "one coordinate": [[1]],
-    "four axes": [[[[1, 2]]]],
-    "empty list": [],
     "ragged": [[1, 2], [3]],
     "strings": [["1", "2"]],
     "text": "click",
@@ -557,8 +483,6 @@ def test_bad_points_are_refused(spec: PromptSpec, normalize: bool, name: str) ->
 
 
 BAD_LABELS: dict[str, Any] = {
-    "4": [4],
-    "-2": [-2],
     "fraction": [0.5],
     "nearly": [1.0000001],
     "NaN": [float("nan")],
@@ -573,10 +497,6 @@ BAD_LABELS: dict[str, Any] = {
     "huge": [2**63],
     "wraps around": np.array([2**64 - 1], np.uint64),
     "too big for any type": [10**400],
-    "too many": [1, 1],
-    "none": [],
-    "scalar": 1,
-    "wrong axes": [[1]],
     "ragged": [[1], [1, 0]],
     "dict": {"label": 1},
 }
@@ -588,6 +508,7 @@ def test_bad_labels_are_refused(spec: PromptSpec, name: str) -> None:
     with pytest.raises(PromptError) as caught:
         packed(spec, point_coords=[[1, 2]], point_labels=BAD_LABELS[name])
     assert caught.value.argument == "point_labels"
+    assert isinstance(caught.value, ValueError)
 
 
 @given(label=st.integers() | st.floats())
@@ -602,21 +523,7 @@ def test_exactly_five_labels_exist(label: float) -> None:
 
 
 BAD_BOXES: dict[str, Any] = {
-    "NaN": [1, 2, float("nan"), 4],
-    "infinite": [1, 2, float("inf"), 4],
     "beyond float32": [1, 2, 1e300, 4],
-    "overflows when scaled": [0, 0, 1, HUGE],
-    "x turned": [3, 2, 1, 4],
-    "y turned": [1, 4, 3, 2],
-    "one of two turned": [[1, 2, 3, 4], [3, 2, 1, 4]],
-    "three numbers": [1, 2, 3],
-    "five numbers": [1, 2, 3, 4, 5],
-    "five by three": [[1, 2, 3]] * 5,
-    "transposed": np.ones((4, 2)),
-    "corners": [[1, 2], [3, 4]],
-    "three axes": [[[1, 2, 3, 4]]],
-    "scalar": 7,
-    "empty": [],
     "ragged": [[1, 2, 3, 4], [1, 2]],
     "strings": ["1", "2", "3", "4"],
     "complex": [1j, 2, 3, 4],
@@ -635,20 +542,7 @@ def test_bad_boxes_are_refused(spec: PromptSpec, normalize: bool, name: str) -> 
 
 
 BAD_MASKS: dict[str, Any] = {
-    "NaN": np.where(MASK == 5, np.nan, MASK),
-    "infinite": np.where(MASK == 5, np.inf, MASK),
     "beyond float32": MASK.astype(np.float64) * 1e300,
-    "two axes": MASK[0],
-    "five axes": MASK[None, None],
-    "one axis": MASK.ravel(),
-    "scalar": 0.0,
-    "transposed": MASK.transpose(0, 2, 1),
-    "other size": np.zeros((1, 12, 8)),
-    "three channels": np.zeros((3, 6, 4)),
-    "batch without its channel axis": np.zeros((2, 6, 4)),
-    "two channels in a batch": np.zeros((1, 2, 6, 4)),
-    "no masks": np.zeros((0, 1, 6, 4)),
-    "empty": np.zeros((1, 0, 0)),
     "complex": MASK.astype(np.complex64),
     "objects": MASK.astype(object),
     "strings": MASK.astype(str),
@@ -673,19 +567,14 @@ def test_a_binary_mask_is_not_taken_for_logits(dtype: Any) -> None:
     assert caught.value.argument == "mask_input"
 
 
-@pytest.mark.parametrize("value", [1.01e4, -1.01e4, 3e38, -3e38])
-def test_logits_too_large_for_the_decoder_are_refused(value: float) -> None:
-    """Beyond some 1e36 its sums are infinite, then NaN: empty masks without an error."""
-    with pytest.raises(PromptError, match=r"mask_input: got a value of .*10000"):
-        packed(mask_input=np.where(MASK == 5, value, MASK))
-    assert packed(mask_input=np.full_like(MASK, 1e4)).masks is not None
-
-
-def test_largest_logits_give_finite_masks(model: SegmentationModel) -> None:
+def test_largest_logits_give_finite_masks(
+    decoder: tuple[SegmentationModel, ImageEmbedding],
+) -> None:
+    model, embedding = decoder
     height, width = model.manifest.prompts.mask_size
     logits = np.full((1, height, width), MAX_MASK_LOGIT)
     logits[..., ::2] *= -1
-    decoded = model.decode(model.encode(noise(9, 9)), Prompts(mask_input=logits))
+    decoded = model.decode(embedding, Prompts(mask_input=logits))
     assert np.isfinite(decoded.low_res_masks).all()
     assert np.isfinite(decoded.iou_predictions).all()
 
@@ -708,74 +597,23 @@ def test_masked_values_are_refused(argument: str, inside_a_list: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "argument"),
+    ("coords", "labels"),
     [
-        ({"box": np.ones((MAX_OBJECTS + 1, 4))}, "box"),
-        ({"mask_input": np.zeros((MAX_OBJECTS + 1, 1, 6, 4))}, "mask_input"),
+        ([[[1, 1]], np.ones((MAX_POINTS + 1, 2))], [[1], np.ones(MAX_POINTS + 1)]),
         (
-            {
-                "point_coords": np.ones((MAX_OBJECTS + 1, 1, 2)),
-                "point_labels": np.ones((MAX_OBJECTS + 1, 1)),
-            },
-            "point_coords",
-        ),
-        (
-            {
-                "point_coords": np.ones((MAX_POINTS + 1, 2)),
-                "point_labels": np.ones(MAX_POINTS + 1),
-            },
-            "point_coords",
-        ),
-        (
-            {
-                "point_coords": [[[1, 1]], np.ones((MAX_POINTS + 1, 2))],
-                "point_labels": [[1], np.ones(MAX_POINTS + 1)],
-            },
-            "point_coords",
-        ),
-        (
-            {
-                "point_coords": [[[1, 1]] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
-                "point_labels": [[1] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
-            },
-            "point_coords",
+            [[[1, 1]] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
+            [[1] * (1 + index % 2) for index in range(MAX_OBJECTS + 1)],
         ),
     ],
 )
-def test_objects_and_points_have_a_limit(prompts: dict[str, Any], argument: str) -> None:
+def test_ragged_objects_and_points_have_a_limit(coords: Any, labels: Any) -> None:
     with pytest.raises(PromptError, match="at most 1024") as caught:
-        packed(**prompts)
-    assert caught.value.argument == argument
-    largest = np.ones((MAX_OBJECTS, 4), np.float32)
-    assert len(packed(box=largest).points) == MAX_OBJECTS
+        packed(point_coords=coords, point_labels=labels)
+    assert caught.value.argument == "point_coords"
 
 
-@pytest.mark.parametrize(
-    ("prompts", "argument"),
-    [
-        ({"point_coords": [[1, 2]]}, "point_labels"),
-        ({"point_labels": [1]}, "point_coords"),
-        ({"point_labels": [1], "box": [1, 2, 3, 4]}, "point_coords"),
-        ({"point_coords": [[1, 2], [3, 4]], "point_labels": [1]}, "point_labels"),
-        ({"point_coords": POINTS, "point_labels": [1, 0]}, "point_labels"),
-        ({"point_coords": POINTS, "point_labels": LABELS.T[:, :1]}, "point_labels"),
-        ({"point_coords": POINTS[0], "point_labels": LABELS}, "point_labels"),
-        ({**CLICK, "box": BOXES}, "box"),
-        ({"point_coords": POINTS, "point_labels": LABELS, "box": BOXES[0]}, "box"),
-        ({"point_coords": POINTS, "point_labels": LABELS, "box": BOXES[[0, 0, 0]]}, "box"),
-        ({**CLICK, "mask_input": MASKS}, "mask_input"),
-        ({"box": BOXES, "mask_input": MASKS[[0, 1, 0]]}, "mask_input"),
-        ({"box": BOXES[0], "mask_input": MASKS}, "mask_input"),
-    ],
-)
-@Spec
-def test_prompts_that_do_not_fit_each_other(
-    spec: PromptSpec, prompts: dict[str, Any], argument: str
-) -> None:
-    with pytest.raises(PromptError) as caught:
-        packed(spec, **prompts)
-    assert caught.value.argument == argument
-    assert isinstance(caught.value, ValueError)
+def test_as_many_objects_as_the_limit_are_taken() -> None:
+    assert len(packed(box=np.ones((MAX_OBJECTS, 4), np.float32)).points) == MAX_OBJECTS
 
 
 anything = st.recursive(

@@ -1,4 +1,8 @@
-"""Tests of `sam3rt.bundle`: what opens, and that every kind of damage is refused by name."""
+"""Tests of `sam3rt.bundle`: what opens, and that every kind of damage is refused by name.
+
+Single damages of files and manifests, on which all runtimes agree, are in
+``tests/conformance/bundle_files.json`` and ``manifests.json``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import functools
 import hashlib
 import json
 import ntpath
-import os
 import posixpath
 import shutil
 from collections.abc import Callable, Iterator
@@ -163,53 +166,18 @@ def test_empty_folder(tmp_path: Path) -> None:
     refused(tmp_path, "bundle.json")
 
 
-def damages(content: bytes, other: bytes) -> dict[str, bytes]:
-    """Ways to damage a file's content."""
-    return {
-        "cut by one": content[:-1],
-        "cut in half": content[: len(content) // 2],
-        "empty": b"",
-        "longer": content + b"\0",
-        "first bit": flip(content, 0),
-        "last bit": flip(content, len(content) * 8 - 1),
-        "middle bit": flip(content, len(content) * 4 + 3),
-        "other bundle": other,
-    }
-
-
-@pytest.mark.parametrize("damage", damages(b"x", b"y"))
-@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
-def test_damaged_file_is_refused(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_file_of_another_bundle_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     tiny_bundle(tmp_path / "other", seed=1)
-    other = (tmp_path / "other" / name).read_bytes()
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(damages(content, other)[damage])
-    if (name, damage) == ("bundle.json", "other bundle"):
-        # A whole manifest of another bundle is fine by itself; the files do not fit it.
-        assert open_bundle(folder, check_files=False)
-        refused(folder, "encoder.onnx")
-    else:
-        refused(folder, name)
-
-
-@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
-def test_missing_file_is_refused(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    assert "missing" in refused(folder, name)
-
-
-@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
-def test_folder_in_a_files_place_is_refused(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    (folder / name).mkdir()
+    shutil.copy(tmp_path / "other" / name, folder / name)
     refused(folder, name)
 
 
-@pytest.mark.parametrize("name", [*FILES, "bundle.json"])
-def test_pipe_in_a_files_place_is_refused(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    refused(folder, name)
+def test_manifest_of_another_bundle_does_not_fit_the_files(folder: Path, tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "other", seed=1)
+    shutil.copy(tmp_path / "other" / "bundle.json", folder / "bundle.json")
+    assert open_bundle(folder, check_files=False)
+    refused(folder, "encoder.onnx")
 
 
 @given(data=st.data())
@@ -238,13 +206,11 @@ def test_without_check_files_only_the_manifest_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("absolute", [True, False])
-def test_link_that_leaves_the_bundle_is_refused(
-    folder: Path, tmp_path: Path, name: str, absolute: bool
+def test_relative_link_that_leaves_the_bundle_is_refused(
+    folder: Path, tmp_path: Path, name: str
 ) -> None:
     (folder / name).rename(tmp_path / "outside")
-    target = tmp_path / "outside" if absolute else Path("..", "outside")
-    (folder / name).symlink_to(target)
+    (folder / name).symlink_to(Path("..", "outside"))
     assert "link" in refused(folder, name)
 
 
@@ -287,33 +253,12 @@ def test_a_link_out_of_a_hubs_cache_is_refused(folder: Path, tmp_path: Path, tar
     refused(snapshot, "decoder.onnx")
 
 
-def test_dangling_link_is_refused(folder: Path) -> None:
-    (folder / "decoder.onnx").unlink()
-    (folder / "decoder.onnx").symlink_to("nothing")
-    refused(folder, "decoder.onnx")
-
-
-def test_link_to_itself_is_refused(folder: Path) -> None:
-    # Path.resolve raises RuntimeError on a loop before Python 3.13.
-    (folder / "decoder.onnx").unlink()
-    (folder / "decoder.onnx").symlink_to("decoder.onnx")
-    refused(folder, "decoder.onnx")
-
-
 # --- the manifest as text -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        b"",
-        b"not json",
-        b"{",
-        b"null",
-        b"[]",
-        b'"sam3rt-bundle"',
-        b"1",
-        b"{}",
         b"\xff\xfe{\0}\0",
         b"\xef\xbb\xbf{}",
         b'{"format": "sam3rt-bundle"}\xff',
@@ -322,7 +267,7 @@ def test_link_to_itself_is_refused(folder: Path) -> None:
     ],
     ids=repr,
 )
-def test_manifest_that_is_no_manifest_is_refused(folder: Path, text: bytes) -> None:
+def test_manifest_that_is_no_text_is_refused(folder: Path, text: bytes) -> None:
     (folder / "bundle.json").write_bytes(text)
     refused(folder, "bundle.json")
 
@@ -346,11 +291,11 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
         parse_manifest(data)
 
 
-@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e31"])
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize(
     "place", [("image", "pad_value"), ("parity", "limits", "mask_iou"), ("masks", "low_res_limit")]
 )
-def test_numbers_out_of_range_are_refused(folder: Path, place: Place, constant: str) -> None:
+def test_numbers_that_are_not_finite_are_refused(folder: Path, place: Place, constant: str) -> None:
     document = put(read_document(folder), place, "@")
     blank = put(document, ("fingerprint",), NO_FINGERPRINT)
     text = json.dumps(blank).replace('"@"', constant)
@@ -397,31 +342,11 @@ def test_signing_helper_agrees_with_the_format(raw: bytes) -> None:
     assert parse_manifest(sign(document)).name == document["name"]
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (2, "format version 2.*update sam3rt"),
-        (10**30, "update sam3rt"),
-        ("1", "format_version"),
-        (True, "format_version"),
-        (0, "format_version"),
-        (-1, "format_version"),
-        (1.0, "format_version"),
-        (None, "format_version"),
-        ([1], "format_version"),
-    ],
-    ids=repr,
-)
-def test_format_version(folder: Path, value: Any, message: str) -> None:
+@pytest.mark.parametrize("value", [2, 10**30])
+def test_newer_format_asks_for_a_newer_sam3rt(folder: Path, value: int) -> None:
     edit_manifest(folder, lambda d: d.update(format_version=value))
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=f"format version {value}.*update sam3rt"):
         open_bundle(folder)
-
-
-@pytest.mark.parametrize("value", ["sam3rt-bundle ", "SAM3RT-BUNDLE", "", None, 1, ["sam3rt"]])
-def test_wrong_format(folder: Path, value: Any) -> None:
-    edit_manifest(folder, lambda d: d.update(format=value))
-    assert '"format"' in refused(folder, "bundle.json")
 
 
 def objects(raw: bytes) -> list[Place]:
@@ -450,15 +375,6 @@ def test_any_missing_field_is_refused(raw: bytes) -> None:
     assert checked > 60
 
 
-@pytest.mark.parametrize("place", [("producer",), ("image", "pad_value"), ("source",)], ids=str)
-def test_optional_fields_may_be_missing(raw: bytes, place: Place) -> None:
-    document = json.loads(raw)
-    if place == ("source",):
-        place = ("source", "license_file")
-    del at(document, place[:-1])[place[-1]]
-    parse_manifest(sign(document))
-
-
 def test_unknown_field_is_refused_in_every_object(raw: bytes) -> None:
     for place in objects(raw):
         if place == ("producer",):
@@ -467,78 +383,6 @@ def test_unknown_field_is_refused_in_every_object(raw: bytes) -> None:
         at(document, place)["surprise"] = 1
         with pytest.raises(BundleError, match="surprise"):
             parse_manifest(sign(document))
-
-
-def allowed(place: Place, old: Any, new: Any) -> bool:
-    """Whether a value's JSON type may stand in the place of another, as the format says."""
-    if place in (("source", "license_file"), ("masks", "low_res_limit")) and new is None:
-        return True
-    if "shape" in place and isinstance(place[-1], int):  # a size or the name of a dynamic axis
-        return isinstance(new, int | str) and not isinstance(new, bool)
-    if isinstance(old, float):
-        return isinstance(new, int | float) and not isinstance(new, bool)
-    return type(new) is type(old)
-
-
-def test_wrong_type_is_refused_everywhere(raw: bytes) -> None:
-    wrong = [None, True, False, 7, 1.5, "text", [], [1], {}, {"file": "x"}]
-    checked = 0
-    for place in places(json.loads(raw)):
-        for value in wrong:
-            document = json.loads(raw)
-            if allowed(place, at(document, place), value) or place[-1] == "fingerprint":
-                continue
-            with pytest.raises(BundleError) as caught:
-                parse_manifest(sign(put(document, place, value)))
-            assert "fingerprint" not in str(caught.value)
-            checked += 1
-    assert checked > 700
-
-
-@pytest.mark.parametrize("value", [None, True, 7, 1.5, "", "f" * 63, "g" * 64, [], {}], ids=repr)
-def test_fingerprint_of_wrong_type_or_form_is_refused(raw: bytes, value: Any) -> None:
-    with pytest.raises(BundleError, match="fingerprint"):
-        parse_manifest(json.dumps(put(json.loads(raw), ("fingerprint",), value)).encode())
-
-
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("image", "size"), [0, 1008]),
-        (("image", "size"), [1008, -1]),
-        (("image", "size"), [65537, 1008]),
-        (("image", "size"), [1008]),
-        (("image", "size"), [1008, 1008, 3]),
-        (("image", "mean"), [0.0, 0.0]),
-        (("image", "std"), [1.0, 0.0, 1.0]),
-        (("image", "std"), [1.0, 1.0, -1.0]),
-        (("image", "resize"), "crop"),
-        (("image", "resize_dtype"), "float64"),
-        (("prompts", "mask_size"), [0, 0]),
-        (("prompts", "box_position"), "before"),
-        (("prompts", "padding_point"), ""),
-        (("masks", "low_res_size"), [288, 0]),
-        (("masks", "multimask"), 0),
-        (("masks", "multimask"), -3),
-        (("masks", "max_hole_area"), -1.0),
-        (("masks", "low_res_limit"), 0.0),
-        (("masks", "low_res_limit"), -32.0),
-        (("masks", "upsampling"), "nearest"),
-        (("model_type",), "sam2"),
-        (("weights",), "int8"),
-        (("encoder", "inputs", 0, "dtype"), "float64"),
-        (("encoder", "model", "bytes"), -1),
-        (("encoder", "model", "sha256"), "0" * 63),
-        (("encoder", "model", "sha256"), "A" * 64),
-        (("encoder", "model", "sha256"), "0" * 64 + "\n"),
-        (("export_id",), ""),
-        (("export_id",), "x" * 64),
-    ],
-    ids=str,
-)
-def test_broken_rule_is_refused(folder: Path, place: Place, value: Any) -> None:
-    edit_manifest(folder, lambda d: put(d, place, value))
-    assert "does not match its fingerprint" not in refused(folder, "bundle.json")
 
 
 LOOSE = {
@@ -565,49 +409,9 @@ def test_the_limits_of_every_export_are_taken(folder: Path) -> None:
         assert open_bundle(folder).manifest.parity.limits == limits
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../x",
-        "..",
-        ".",
-        "",
-        "/etc/passwd",
-        "a/b",
-        "a\\b",
-        "C:\\x",
-        ".hidden",
-        "-option",
-        "bundle.json",
-        "a b",
-        "a\n",
-        "a\0b",
-        "é",
-        "\ud800",
-        "x" * 129,
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize(
-    "place",
-    [
-        ("encoder", "model"),
-        ("encoder", "external_data", 0),
-        ("decoder", "model"),
-        ("parity", "record"),
-        ("source", "license_file"),
-    ],
-    ids=lambda place: place[0],
-)
-def test_unsafe_file_name_is_refused(folder: Path, place: Place, name: str) -> None:
-    edit_manifest(folder, lambda d: put(d, (*place, "file"), name))
-    said = refused(folder, "bundle.json")
-    assert ("not valid JSON" if name == "\ud800" else "not allowed") in said
-
-
-def test_file_listed_twice_is_refused(folder: Path) -> None:
-    edit_manifest(folder, lambda d: put(d, ("decoder", "model"), d["encoder"]["model"]))
-    assert "twice" in refused(folder, "bundle.json")
+def test_file_name_that_is_no_unicode_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda d: put(d, ("decoder", "model", "file"), "\ud800"))
+    assert "not valid JSON" in refused(folder, "bundle.json")
 
 
 json_values = st.recursive(
@@ -699,12 +503,6 @@ def test_upper_case_fingerprint_is_refused(raw: bytes) -> None:
     fingerprint = json.loads(raw)["fingerprint"]
     with pytest.raises(BundleError, match="fingerprint"):
         parse_manifest(raw.replace(fingerprint.encode(), fingerprint.upper().encode()))
-
-
-def test_blank_fingerprint_is_refused(raw: bytes) -> None:
-    fingerprint = json.loads(raw)["fingerprint"]
-    with pytest.raises(BundleError, match="fingerprint"):
-        parse_manifest(raw.replace(fingerprint.encode(), b"0" * 64))
 
 
 def test_fingerprint_depends_on_every_file(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""Tests of `sam3rt.bundle.onnx_locations`: tensors that lie where a bundle does not say."""
+"""Tests of `sam3rt.bundle.onnx_locations`: tensors that lie where a bundle does not say.
+
+Single files, on which all runtimes agree, are in ``tests/conformance/onnx_files.json``.
+"""
 
 from __future__ import annotations
 
@@ -62,60 +65,26 @@ def hide(kind: str, found: TensorProto) -> bytes:
         whole.graph.node.append(node_with("value", found))
     elif kind == "list of tensors":
         whole.graph.node.append(node_with("values", [found]))
-    elif kind == "subgraph":
-        whole.graph.node.append(node_with("body", inner))
-    elif kind == "list of subgraphs":
-        whole.graph.node.append(node_with("bodies", [inner]))
     elif kind == "subgraph of a subgraph":
         outer = graph()
         outer.node.append(node_with("body", inner))
         whole.graph.node.append(node_with("body", outer))
-    elif kind == "sparse initializer":
-        whole.graph.sparse_initializer.append(sparse)
-    elif kind == "sparse attribute":
-        whole.graph.node.append(node_with("value", sparse))
     elif kind == "list of sparse tensors":
         whole.graph.node.append(node_with("values", [sparse]))
-    elif kind == "function":
-        function = whole.functions.add(name="f", domain="d")
-        function.node.append(node_with("value", found))
     elif kind == "default of a function's attribute":
         function = whole.functions.add(name="f", domain="d")
         function.attribute_proto.append(helper.make_attribute("value", found))
-    elif kind == "training":
-        whole.training_info.add().algorithm.CopyFrom(inner)
     elif kind == "initialization of a training":
         whole.training_info.add().initialization.CopyFrom(inner)
     return whole.SerializeToString()
 
 
 HIDING_PLACES = (
-    "initializer",
-    "attribute",
     "list of tensors",
-    "subgraph",
-    "list of subgraphs",
     "subgraph of a subgraph",
-    "sparse initializer",
-    "sparse attribute",
     "list of sparse tensors",
-    "function",
     "default of a function's attribute",
-    "training",
     "initialization of a training",
-)
-LOCATIONS = (
-    "../weights.data",
-    "/etc/passwd",
-    "./weights.data",
-    "sub/../weights.data",
-    "weights.data/",
-    "weights.data\0",
-    "WEIGHTS.DATA",
-    "\\\\server\\weights.data",
-    "file:weights.data",
-    "*/_ORT_MEM_ADDR_/*",
-    "",
 )
 
 
@@ -157,8 +126,7 @@ def test_initializers_may_lie_beside_the_graph() -> None:
 @pytest.mark.parametrize("kind", HIDING_PLACES)
 def test_no_tensor_is_overlooked(kind: str) -> None:
     refused(hide(kind, tensor(location="elsewhere.data")))
-    if kind != "initializer":
-        refused(hide(kind, tensor(location="weights.data", length=16)))
+    refused(hide(kind, tensor(location="weights.data", length=16)))
 
 
 def tagged(tag: bytes, value: bytes) -> bytes:
@@ -218,87 +186,32 @@ def test_overlong_tags_are_refused(name: str) -> None:
     assert check(with_tag(b"\x2a", inside)) == ()
 
 
-def parts(kind: str) -> bytes:
-    """A model in an encoding that parsers may read in different ways."""
-    whole = hide("initializer", helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))
-    outside = hide("initializer", tensor(location="elsewhere"))
-    plain = tensor(location="weights.data", length=16).SerializeToString()
-    if kind == "a second graph":
-        return whole + outside
-    if kind == "an overlong length":
-        return whole[:2] + b"\x3a\x80\x80\x00" + whole[2:]
-    if kind == "a location beyond 32 bits":
-        found = plain.replace(b"\x70\x01", b"\x70\x81\x80\x80\x80\x10")
-    elif kind == "an unknown location":
-        found = plain.replace(b"\x70\x01", b"\x70\x02")
-    elif kind == "two locations":
-        found = plain + b"\x70\x01"
-    elif kind == "elsewhere, and here":
-        found = plain + tagged(b"\x4a", bytes(16))
-    elif kind == "elsewhere, said to be here":
-        found = plain.replace(b"\x70\x01", b"")
-    elif kind == "a group":
-        found = plain + b"\x0b\x0c"
-    elif kind == "field 0":
-        found = plain + b"\x02\x00"
-    elif kind == "a type beyond 32 bits":
-        found = plain.replace(b"\x10\x01", b"\x10\x81\x80\x80\x80\x10")
-    elif kind == "text":
-        found = plain.replace(b"\x10\x01", b"\x10\x08")
-    elif kind == "a segment":
-        found = plain + tagged(b"\x1a", b"")
-    elif kind == "more data than the shape":
-        found = b"\x08\x04\x10\x01" + tagged(b"\x4a", bytes(20))
-    else:
-        raise AssertionError(kind)
-    return (
-        with_tag(b"\x2a", TensorProto.FromString(b""))
-        if not found
-        else b"".join(
-            (b"\x08\x08", tagged(b"\x3a", graph().SerializeToString() + tagged(b"\x2a", found)))
-        )
-    )
+# A tensor in encodings that parsers may read in different ways.
+PLAIN = tensor(location="weights.data", length=16).SerializeToString()
+ODD = {
+    "a location beyond 32 bits": PLAIN.replace(b"\x70\x01", b"\x70\x81\x80\x80\x80\x10"),
+    "two locations": PLAIN + b"\x70\x01",
+    "a type beyond 32 bits": PLAIN.replace(b"\x10\x01", b"\x10\x81\x80\x80\x80\x10"),
+    "a segment": PLAIN + tagged(b"\x1a", b""),
+}
 
 
-ODD = (
-    "a second graph",
-    "an overlong length",
-    "a location beyond 32 bits",
-    "an unknown location",
-    "two locations",
-    "elsewhere, and here",
-    "elsewhere, said to be here",
-    "a group",
-    "field 0",
-    "a type beyond 32 bits",
-    "text",
-    "a segment",
-    "more data than the shape",
-)
+def with_initializer(found: bytes) -> bytes:
+    """A model with a serialized tensor as its initializer."""
+    inner = graph().SerializeToString() + tagged(b"\x2a", found)
+    return b"\x08\x08" + tagged(b"\x3a", inner) + b"\x42\x02\x10\x12"
 
 
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_encodings_are_refused(kind: str) -> None:
-    refused(parts(kind))
+    assert check(with_initializer(PLAIN))
+    refused(with_initializer(ODD[kind]))
 
 
-@pytest.mark.parametrize(
-    "operator", ["If", "Loop", "Scan", "Optional", "EPContext", "RandomNormal", "Anything", ""]
-)
-def test_operators_that_no_bundle_needs_are_refused(operator: str) -> None:
+def test_engines_inside_a_graph_are_refused() -> None:
     whole = model(helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))
-    whole.graph.node[0].op_type = operator
+    whole.graph.node[0].op_type = "EPContext"
     refused(whole.SerializeToString(), "operator")
-
-
-def test_operators_of_others_are_refused() -> None:
-    whole = model(helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0]))
-    whole.graph.node[0].domain = "com.microsoft"
-    refused(whole.SerializeToString(), "com.microsoft")
-    whole.graph.node[0].domain = "ai.onnx"
-    check(whole.SerializeToString())
-    whole.opset_import.append(helper.make_opsetid("com.example", 1))
-    refused(whole.SerializeToString(), "com.example")
 
 
 def test_accepted_operators_are_onnx_own_and_hold_no_graphs() -> None:
@@ -331,37 +244,17 @@ def test_accepted_fields_are_those_of_onnx() -> None:
             assert set(rule.formats) == wanted, field.full_name
 
 
-@pytest.mark.parametrize("location", LOCATIONS)
-def test_other_places_are_refused(location: str) -> None:
-    refused(hide("initializer", tensor(location=location)))
-
-
 @pytest.mark.parametrize(
     ("place", "said"),
     [
         ({"location": "weights.data", "offset": 85, "length": 16}, "end at byte 101"),
-        ({"location": "weights.data", "offset": 85}, "end at byte 101"),
-        ({"location": "weights.data", "offset": 10**17}, "which has 100"),
         ({"location": "weights.data", "length": 15}, "its shape has 16"),
-        ({"location": "weights.data", "length": 10**40}, "length"),
-        ({"location": "weights.data", "offset": -1}, "offset '-1'"),
-        ({"location": "weights.data", "offset": "0x10"}, "offset"),
-        ({"location": "weights.data", "offset": "010"}, "offset"),
-        ({"location": "weights.data", "length": ""}, "length"),
         ({"location": "weights.data", "prepacked_0": "k|0;16;s"}, "prepacked_0"),
         ({"offset": 0, "length": 16}, "without saying where"),
-        ({}, "without saying where"),
     ],
 )
-def test_data_beyond_the_file_are_refused(place: dict[str, object], said: str) -> None:
+def test_the_message_says_what_is_wrong_with_a_place(place: dict[str, object], said: str) -> None:
     refused(hide("initializer", tensor(**place)), said)
-
-
-def test_a_place_said_twice_is_refused() -> None:
-    """Readers differ in which of the two they take."""
-    found = tensor(location="weights.data")
-    found.external_data.add(key="location", value="weights.data")
-    refused(hide("initializer", found), "twice")
 
 
 @pytest.mark.parametrize("mark", [b"ORTM", b"TFL3"])
@@ -384,21 +277,12 @@ IR = '<net name="n" version="11"><layers></layers><edges></edges></net>'
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"\x08\x08",
-        b"\x00",  # a field without a number
-        b"\x3a\x05ab",  # ends within a field
-        b"\x3b",  # a group
-        b"\x3a" + b"\xff" * 11,  # a number without an end
-        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",  # nine exabytes
-        b"\x3a" * 3,
         *(f"{blank}{IR}".encode() for blank in ("", "\n", "\r\n", " ", "\t", "\ufeff")),
         IR.encode("utf-16"),
         f"\n{IR}".encode("utf-16-be"),
-        b"<?xml version='1.0'?>" + IR.encode(),
     ],
 )
-def test_what_is_no_onnx_file_is_refused(content: bytes) -> None:
+def test_openvinos_own_format_is_refused(content: bytes) -> None:
     refused(content)
 
 

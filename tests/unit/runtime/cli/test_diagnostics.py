@@ -19,7 +19,6 @@ from tests.support.helpers import noise, tiny_bundle, wrapped
 
 import sam3rt
 from sam3rt import BackendError, Prompts, SegmentationModel
-from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
 from sam3rt.timer import timed
 
@@ -57,9 +56,11 @@ def test_importing_says_and_sets_up_nothing() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "quiet\n", "")
 
 
-def test_everything_is_logged_under_sam3rt(caplog: pytest.LogCaptureFixture) -> None:
+def test_everything_is_logged_under_sam3rt(
+    tiny_sam3: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(0):
-        model = sam3rt.load_model(device="cpu")
+        model = sam3rt.load_model(tiny_sam3, device="cpu")
         model.decode(model.encode(noise(9, 9)), CLICK)
     names = {record.name for record in caplog.records}
     assert names
@@ -109,16 +110,16 @@ def failing(_: Any) -> Any:
     ],
 )
 def test_a_wrong_model_is_not_healthy(
-    default_model: SegmentationModel, changes: dict[str, Any], said: str
+    tiny_model: SegmentationModel, changes: dict[str, Any], said: str
 ) -> None:
-    health = wrapped(default_model, **changes).health()
+    health = wrapped(tiny_model, **changes).health()
     assert not health.healthy
     assert said.split()[0] in health.problem
 
 
-def test_a_model_without_its_record_is_not_healthy(tmp_path: Path) -> None:
+def test_a_model_without_its_record_is_not_healthy(tiny_sam3: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(default_bundle_path(), folder)
+    shutil.copytree(tiny_sam3, folder)
     model = sam3rt.load_model(folder, device="cpu")
     (folder / "parity.npz").unlink()
     health = model.health()
@@ -130,9 +131,9 @@ def test_a_model_without_its_record_is_not_healthy(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def listened(default_model: SegmentationModel) -> SegmentationModel:
-    """The default model with its own hook, over the same backend."""
-    return SegmentationModel(default_model.bundle, default_model.backend)
+def listened(tiny_model: SegmentationModel) -> SegmentationModel:
+    """The tiny model with its own hook, over the same backend."""
+    return SegmentationModel(tiny_model.bundle, tiny_model.backend)
 
 
 def test_stages_are_told_in_order(listened: SegmentationModel) -> None:
@@ -150,11 +151,11 @@ def test_stages_are_told_in_order(listened: SegmentationModel) -> None:
 
 
 def test_hooks_do_not_change_results(
-    default_model: SegmentationModel, listened: SegmentationModel
+    tiny_model: SegmentationModel, listened: SegmentationModel
 ) -> None:
     listened.on_stage = lambda name, seconds: None
-    embedding = default_model.encode(noise(40, 60))
-    first = default_model.segment(embedding, CLICK)
+    embedding = tiny_model.encode(noise(40, 60))
+    first = tiny_model.segment(embedding, CLICK)
     second = listened.segment(embedding, CLICK)
     np.testing.assert_array_equal(first[1], second[1])
     np.testing.assert_array_equal(first[0].low_res_masks, second[0].low_res_masks)

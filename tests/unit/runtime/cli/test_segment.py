@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -66,22 +67,29 @@ def test_segment_boxes_are_objects(tmp_path: Path) -> None:
         assert right > x0
 
 
-def test_segment_box_with_clicks(tmp_path: Path) -> None:
-    box = ["--box", "100,80,200,160", "--point", "150,120", "--point", "172,112,0"]
-    assert main(["segment", CHELSEA, *box, "--output", str(tmp_path / "a")]) == 0
+def test_segment_box_with_clicks(tmp_path: Path, tiny_sam3: Path) -> None:
+    given = ["--box", "100,80,200,160", "--point", "150,120", "--point", "172,112,0"]
+    given += ["--bundle", str(tiny_sam3), "--output", str(tmp_path / "a")]
+    assert main(["segment", CHELSEA, *given]) == 0
     assert len(list((tmp_path / "a").glob("mask_*.png"))) == 3
 
 
-def test_segment_applies_exif_orientation(tmp_path: Path, chelsea: np.ndarray) -> None:
+def test_segment_applies_exif_orientation(
+    tmp_path: Path, tiny_sam3: Path, chelsea: np.ndarray
+) -> None:
     turned = PIL.Image.fromarray(np.rot90(chelsea))
     exif = turned.getexif()
     exif[0x0112] = 6  # stored rotated by 90 degrees to the left
     turned.save(tmp_path / "turned.png", exif=exif)
-    photo = str(tmp_path / "turned.png")
-    assert main(["segment", photo, "--point", "225,150", "--output", str(tmp_path / "o")]) == 0
-    document = json.loads((tmp_path / "o" / "result.json").read_text())
-    assert (document["width"], document["height"]) == (451, 300)
-    assert document["masks"][0]["predicted_iou"] == pytest.approx(0.9938, abs=1e-3)
+    documents = []
+    for name, image in (("upright", CHELSEA), ("turned", str(tmp_path / "turned.png"))):
+        given = ["--point", "225,150", "--bundle", str(tiny_sam3), "--output", str(tmp_path / name)]
+        assert main(["segment", image, *given]) == 0
+        documents.append(json.loads((tmp_path / name / "result.json").read_text()))
+    assert (documents[1]["width"], documents[1]["height"]) == (451, 300)
+    assert documents[1]["masks"] == documents[0]["masks"]
+    overlays = [(tmp_path / name / "overlay.png").read_bytes() for name in ("upright", "turned")]
+    assert overlays[0] == overlays[1]
 
 
 @pytest.mark.parametrize(
@@ -142,16 +150,28 @@ def test_errors_are_one_line(
 # --- the output folder ----------------------------------------------------------------------------
 
 
-def segment_to(output: Path, *arguments: str, image: str = CHELSEA) -> int:
-    click = ("--point", "225,150")
-    return main(["segment", image, *click, *arguments, "--output", str(output)])
+class SegmentTo(Protocol):
+    def __call__(self, output: Path, *arguments: str, image: str = CHELSEA) -> int: ...
+
+
+@pytest.fixture
+def segment_to(tiny_sam3: Path) -> SegmentTo:
+    """Runs ``sam3rt segment`` with a click, on a model that takes no time."""
+
+    def run(output: Path, *arguments: str, image: str = CHELSEA) -> int:
+        given = ("--point", "225,150", "--bundle", str(tiny_sam3), *arguments)
+        return main(["segment", image, *given, "--output", str(output)])
+
+    return run
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_results_of_an_earlier_run_are_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_results_of_an_earlier_run_are_replaced_as_a_whole(
+    segment_to: SegmentTo, tmp_path: Path
+) -> None:
     assert segment_to(tmp_path) == 0
     (tmp_path / "notes.txt").write_text("mine")
     assert names(tmp_path) == {
@@ -166,6 +186,7 @@ def test_results_of_an_earlier_run_are_replaced_as_a_whole(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["mask_0.png", "mask_7.png", "overlay.png", "result.json"])
 def test_files_of_the_user_s_are_not_overwritten(
+    segment_to: SegmentTo,
     name: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -181,7 +202,7 @@ def test_files_of_the_user_s_are_not_overwritten(
 
 @pytest.mark.parametrize("link", ["none", "soft", "hard"])
 def test_the_image_is_never_a_target(
-    link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    segment_to: SegmentTo, link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     assert segment_to(output) == 0
@@ -201,6 +222,7 @@ def test_the_image_is_never_a_target(
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
 def test_a_bad_output_is_found_before_the_model_is_loaded(
+    segment_to: SegmentTo,
     kind: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -219,7 +241,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
 
 @pytest.mark.parametrize("earlier", [False, True])
 def test_nothing_is_left_of_a_run_that_fails(
-    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    segment_to: SegmentTo, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "deep" / "out"
     if earlier:
@@ -264,10 +286,13 @@ def _never(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_coordinates_may_begin_with_a_minus_sign(separate: bool, tmp_path: Path) -> None:
+def test_coordinates_may_begin_with_a_minus_sign(
+    separate: bool, tmp_path: Path, tiny_sam3: Path
+) -> None:
     prompts = [("--point", "-5,10"), ("--box", "-3,-2.5,200,200")]
     given = [part for pair in prompts for part in (pair if separate else ("=".join(pair),))]
-    assert main(["segment", CHELSEA, *given, "--no-overlay", "--output", str(tmp_path / "o")]) == 0
+    given += ["--bundle", str(tiny_sam3), "--no-overlay", "--output", str(tmp_path / "o")]
+    assert main(["segment", CHELSEA, *given]) == 0
     document = json.loads((tmp_path / "o" / "result.json").read_text())
     assert document["prompts"]["point_coords"] == [[-5, 10]]
     assert document["prompts"]["box"] == [-3, -2.5, 200, 200]
