@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .model import DecodedMasks, SegmentationModel, load_model
+    from .overlay import draw_overlay
     from .predictor import SAM3InteractiveImagePredictor
     from .prompts import Prompts
+    from .results import Segmentation
 
 # Where each name lives. Names are imported when they are first used, so that the command line runs
 # before NumPy has loaded and can be interrupted meanwhile.
@@ -44,8 +46,10 @@ _HOMES = {
         "VerificationError",
     ),
     "model": ("DecodedMasks", "SegmentationModel", "load_model"),
+    "overlay": ("draw_overlay",),
     "predictor": ("SAM3InteractiveImagePredictor",),
     "prompts": ("Prompts",),
+    "results": ("Segmentation",),
 }
 
 __all__ = [
@@ -63,10 +67,12 @@ __all__ = [
     "Prompts",
     "SAM3InteractiveImagePredictor",
     "Sam3rtError",
+    "Segmentation",
     "SegmentationModel",
     "StateError",
     "VerificationError",
     "__version__",
+    "draw_overlay",
     "load_model",
     "open_bundle",
 ]

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from .. import geometry
 from ..bundle.files import atomic_write
-from ..errors import ImageError, PromptError, PromptWarning
+from ..errors import PromptError, PromptWarning
+from ..image_files import read_image
+from ..masks.rle import box_around
 from ..model import SegmentationModel
 from ..overlay import draw_overlay
 from ..predictor import SAM3InteractiveImagePredictor
@@ -40,12 +42,6 @@ Writes to the output folder, all at once:
 Results of an earlier run there are replaced. Other files are left alone, the image above all.
 """
 
-# What Pillow decodes in this process. Others start a program (EPS: Ghostscript) or need a handler.
-_FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM"),
-    *("ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "PSD", "QOI"),
-)
-_ORIENTATION = 0x0112  # EXIF's tag
 # A third of the time that Pillow would take by default, for up to a third more bytes.
 _PNG_LEVEL = 1
 
@@ -205,63 +201,6 @@ class _Clock:
         self._last = now
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image file, upright, as uint8 [H, W, 3].
-
-    Raises:
-        ImageError: it is missing, cut, larger than :data:`sam3rt.geometry.MAX_PIXELS` or of a type
-            that does not convert.
-    """
-    pillows_limit = PIL.Image.MAX_IMAGE_PIXELS
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which play no part here
-            PIL.Image.init()
-            # Pillow refuses twice its limit, also for pictures within pictures.
-            PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
-            formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
-            with PIL.Image.open(path, formats=formats) as image:
-                array = geometry.to_rgb(image, f"image {path}")
-                return _upright(array, _orientation(image))
-    except ImageError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise ImageError(
-            "image", f"{path}: {error}", f"at most {geometry.MAX_PIXELS} pixels, or --max-pixels"
-        ) from error
-    except MemoryError as error:
-        raise ImageError("image", f"{path}: too large for this machine's memory", "less") from error
-    except Exception as error:  # Pillow's plugins raise many classes on damaged files
-        raise ImageError(
-            "image", f"{path}: {error or type(error).__name__}", "a readable image file"
-        ) from error
-    finally:
-        PIL.Image.MAX_IMAGE_PIXELS = pillows_limit
-
-
-def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, 1 for upright. Nothing else is read, and nothing is written back."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged metadata are no reason to refuse a picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _upright(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation; anything but 2 to 8 means upright."""
-    turned = {
-        2: array[:, ::-1],
-        3: array[::-1, ::-1],
-        4: array[::-1],
-        5: array.transpose(1, 0, 2),
-        6: np.rot90(array, -1),
-        7: array[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(array),
-    }
-    return np.ascontiguousarray(turned.get(orientation, array))
-
-
 def _check_prompts(
     prompts: dict[str, Any], model: SegmentationModel, image: NDArray[np.uint8]
 ) -> None:
@@ -331,7 +270,7 @@ def _write_masks(
                     "object": which,
                     "predicted_iou": round(score, 6),
                     "area": int(np.count_nonzero(mask)),
-                    "bounding_box": _bounding_box(mask),
+                    "bounding_box": list(box_around(mask)) if mask.any() else None,
                 }
             )
     return entries
@@ -356,14 +295,6 @@ def _overlay(
 def _save_png(path: Path, image: PIL.Image.Image) -> None:
     with atomic_write(path) as stream:
         image.save(stream, "PNG", compress_level=_PNG_LEVEL)
-
-
-def _bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
-    """x0, y0, x1, y1 with x1 and y1 just outside, or ``None`` for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def _print_table(
