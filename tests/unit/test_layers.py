@@ -46,6 +46,7 @@ BASE_LIBRARIES = {"msgspec", "numpy", "PIL", "safetensors"}
 OPTIONAL_LIBRARIES = {
     "onnxruntime": "sam3rt.backends.onnxruntime",
     "openvino": "sam3rt.backends.openvino",
+    "shtab": "sam3rt.cli",
     "supervision": "sam3rt.results",
     "tensorrt": "sam3rt.backends.tensorrt",
     "tensorrt_rtx": "sam3rt.backends.tensorrt",
