@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from sam3rt.cli.options import add_bundle_argument, positive_int
-from sam3rt.cli.segment import read_image
 from sam3rt.errors import BackendError, InvalidInputError
+from sam3rt.image_files import read_image
 
 from . import PARTS
 

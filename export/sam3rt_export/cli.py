@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from sam3rt.cli.options import progress_printer
-from sam3rt.cli.segment import read_image
 from sam3rt.errors import BackendError
+from sam3rt.image_files import read_image
 
 HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\

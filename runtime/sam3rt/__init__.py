@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .model import DecodedMasks, SegmentationModel, load_model
+    from .overlay import draw_overlay
     from .predictor import SAM3InteractiveImagePredictor
     from .prompts import Prompts
+    from .results import Segmentation
 
 # Where each name lives. Names are imported when they are first used, so that the command line runs
 # before NumPy has loaded and can be interrupted meanwhile.
@@ -46,8 +48,10 @@ _HOMES = {
         "VerificationError",
     ),
     "model": ("DecodedMasks", "SegmentationModel", "load_model"),
+    "overlay": ("draw_overlay",),
     "predictor": ("SAM3InteractiveImagePredictor",),
     "prompts": ("Prompts",),
+    "results": ("Segmentation",),
 }
 
 __all__ = [
@@ -65,11 +69,13 @@ __all__ = [
     "Prompts",
     "SAM3InteractiveImagePredictor",
     "Sam3rtError",
+    "Segmentation",
     "SegmentationModel",
     "StateError",
     "StateWarning",
     "VerificationError",
     "__version__",
+    "draw_overlay",
     "load_model",
     "open_bundle",
 ]

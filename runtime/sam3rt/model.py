@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
+from .accuracy.record import load_record
 from .backends import Backend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
@@ -19,12 +20,16 @@ from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError, StateError
 from .features import HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
-from .masks import MaskOptions
+from .image_files import load_image
+from .masks import MaskOptions, clamp
+from .object_prompts import by_object, with_labels
+from .overlay import ScoreUnit
 from .prompts import PackedPrompts, Prompts, pack
+from .results import Segmentation, arrange
 from .timer import StageListener, timed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecodedMasks:
     """What the decoder says of P objects.
 
@@ -38,6 +43,10 @@ class DecodedMasks:
     low_res_masks: NDArray[np.float32]
     iou_predictions: NDArray[np.float32]
     object_score_logits: NDArray[np.float32] | None
+
+    def __repr__(self) -> str:
+        objects, masks, height, width = self.low_res_masks.shape
+        return f"<DecodedMasks: {objects} x {masks} masks of {width} x {height} logits>"
 
 
 class SegmentationModel:
@@ -58,6 +67,7 @@ class SegmentationModel:
         self.bundle = bundle
         self.backend = backend
         self.on_stage: StageListener | None = None
+        self._score_unit: ScoreUnit | None = None
         self._names = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
 
     def __reduce__(self) -> NoReturn:
@@ -172,6 +182,85 @@ class SegmentationModel:
             self.on_stage,
         )
         return self._decoded(results), masks
+
+    def segment_image(
+        self,
+        image: str | os.PathLike[str] | Image | ImageEmbedding,
+        points: Any = None,
+        labels: Any = None,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
+        *,
+        multimask_output: bool = True,
+        bgr: bool = False,
+        threshold: float = 0.0,
+        max_hole_area: float | None = None,
+        max_sprinkle_area: float = 0.0,
+    ) -> Segmentation:
+        """Segment an image and give a result that draws, cuts out and exports itself.
+
+        Args:
+            image: a file's path, read upright; a PIL image or uint8 [H, W, 3] array, as
+                :meth:`encode` takes them; or an embedding, which saves encoding the image again.
+            points: (x, y) in pixels: one point, the points [N, 2] of one object, or for B objects
+                [B, N, 2] or a list of B arrays whose N differ.
+            labels: 1 the object, 0 background, for each point; 1 for all unless given.
+            boxes: [4] or [B, 4], x0, y0, x1, y1 in pixels: one for each object.
+            mask_input: low-resolution logits, of an earlier result on this image
+                :attr:`Segmentation.mask_input`.
+            multimask_output: three masks of different extent for each object, or one.
+            bgr: the array's channels are blue, green, red, as OpenCV gives them.
+            threshold: as for :meth:`segment`.
+            max_hole_area: as for :meth:`segment`; ``None`` for that of the model's own predictor.
+            max_sprinkle_area: as for :meth:`segment`.
+
+        Raises:
+            ImageError: the image cannot be read or used.
+            InvalidInputError: ``bgr`` with anything but an array.
+            PromptError, EmbeddingError, BackendError: see :meth:`decode`.
+        """
+        if points is not None:
+            points, labels = with_labels(points, labels)
+        prompts = Prompts(points, labels, boxes, mask_input)
+        rgb = None
+        if isinstance(image, ImageEmbedding):
+            embedding = image
+        else:
+            rgb = load_image(image, bgr)
+            embedding = self.encode(rgb)
+        decoded, masks = self.segment(
+            embedding,
+            prompts,
+            bool(multimask_output),
+            threshold=threshold,
+            max_hole_area=self.manifest.masks.max_hole_area
+            if max_hole_area is None
+            else max_hole_area,
+            max_sprinkle_area=max_sprinkle_area,
+            dtype=np.bool_,
+        )
+        return arrange(
+            masks,
+            decoded.iou_predictions,
+            clamp(decoded.low_res_masks, self.manifest.masks),
+            decoded.object_score_logits,
+            score_unit=self.score_unit,
+            image=rgb,
+            prompts=by_object(prompts, len(masks)),
+        )
+
+    @property
+    def score_unit(self) -> ScoreUnit:
+        """What the model's scores are: ``"iou"``, or ``"log_odds"`` of it (SAM 3.1).
+
+        Raises:
+            BundleError: the parity record, which says so, is damaged.
+        """
+        if self._score_unit is None:
+            mobile = self.manifest.model_type == "mobile_sam"  # spares reading the record
+            log_odds = not mobile and load_record(self.bundle).log_odds
+            self._score_unit = "log_odds" if log_odds else "iou"
+        return self._score_unit
 
     def _pack(self, prompts: Prompts, embedding: ImageEmbedding) -> PackedPrompts:
         with timed("pack prompts", self.on_stage):

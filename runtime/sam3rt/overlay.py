@@ -7,8 +7,9 @@ are drawn first and prompts last: what was asked for is not hidden by what was a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -19,6 +20,7 @@ from .errors import InvalidInputError
 from .geometry import Image, to_rgb
 
 Colour = tuple[int, int, int]
+ScoreUnit = Literal["iou", "log_odds"]
 _Rect = tuple[int, int, int, int]
 
 # Okabe and Ito's set, which colour-blind people can tell apart too, a little more saturated.
@@ -46,6 +48,7 @@ def draw_overlay(
     points: Sequence[Any] | NDArray[Any] | None = None,
     labels: Sequence[Any] | NDArray[Any] | None = None,
     boxes: ArrayLike | None = None,
+    score_unit: ScoreUnit = "iou",
 ) -> PIL.Image.Image:
     """Draw each object's best mask, its outline and score, and the prompts.
 
@@ -53,15 +56,17 @@ def draw_overlay(
         image: uint8 [H, W, 3] or a PIL image.
         masks: what ``predict`` returns: [C, H, W] for one object or [B, C, H, W]; above 0 is
             object.
-        scores: their predicted IoUs, [C] or [B, C], shown within 0 and 1. Without them the first
-            mask of each object is drawn, and no label.
+        scores: their scores, [C] or [B, C]. Without them the first mask of each object is drawn,
+            and no label.
         points: (x, y) in pixels, as passed to ``predict``: [N, 2], [B, N, 2] or a list of arrays.
         labels: their labels. Points labelled -1 have no place and are not drawn.
         boxes: [4] or [B, 4], x0, y0, x1, y1 in pixels.
+        score_unit: what scores are, :attr:`SegmentationModel.score_unit`: IoUs are shown within 0
+            and 1, log-odds as they are.
 
     Returns:
-        A new RGB image. Where there are several objects, labels begin with the object's number,
-        from 0, and everything of an object has its colour.
+        A new RGB image. Where there are several objects, everything of an object, its mask, label,
+        clicks and box, has its colour and its number, from 0.
 
     Raises:
         ImageError: the image is not one that the predictor takes.
@@ -69,25 +74,97 @@ def draw_overlay(
     """
     rgb = to_rgb(image)
     best, best_scores = _best(masks, scores, (rgb.shape[0], rgb.shape[1]))
-    canvas = PIL.Image.fromarray(np.array(rgb))
-    unit = math.sqrt(canvas.width * canvas.height) / 1000
-    pictures = [PIL.Image.fromarray(mask.astype(np.uint8) * 255) for mask in best]
-    areas = [int(np.count_nonzero(mask)) for mask in best]
-    for index in sorted(range(len(best)), key=lambda i: -areas[i]):
-        _draw_mask(canvas, pictures[index], colour(index), unit)
+    clicks = [] if points is None or labels is None else list(_flat(points, labels))
     corners = np.reshape(np.asarray([] if boxes is None else boxes, np.float64), (-1, 4))
-    for index, box in enumerate(corners):
-        _draw_box(canvas, box, colour(index), unit)
-    taken = []
-    if points is not None and labels is not None:
-        taken = [_draw_click(canvas, x, y, label, unit) for x, y, label in _flat(points, labels)]
-    for index, score in enumerate(best_scores):
-        extent = pictures[index].getbbox()
-        if extent is not None:
-            value = f"{min(max(float(score), 0.0), 1.0):.3f}"
-            text = f"{index}: {value}" if len(best) > 1 else value
-            _draw_label(canvas, text, colour(index), extent, taken, unit)
+    return draw_objects(
+        rgb,
+        [
+            DrawnObject(
+                number,
+                int(np.count_nonzero(mask)),
+                partial(np.asarray, mask),
+                score_text(best_scores[number], score_unit) if len(best_scores) else "",
+            )
+            for number, mask in enumerate(best)
+        ],
+        clicks,
+        list(enumerate(corners)),
+    )
+
+
+class DrawnObject(NamedTuple):
+    """One object of a picture.
+
+    Attributes:
+        number: its number, which gives its colour.
+        area: of its mask, pixels; larger ones are drawn first.
+        load: gives its mask, bool [H, W], when it is drawn, so that only one is held.
+        text: what its label says after the number; without a text it has no label.
+    """
+
+    number: int
+    area: int
+    load: Callable[[], NDArray[np.bool_]]
+    text: str
+
+
+class Click(NamedTuple):
+    """A point of a prompt: whose it is, where, in pixels, and its label."""
+
+    number: int
+    x: float
+    y: float
+    label: int
+
+
+def draw_objects(
+    image: NDArray[np.uint8],
+    objects: Sequence[DrawnObject],
+    clicks: Sequence[Click] = (),
+    boxes: Sequence[tuple[int, NDArray[np.float64]]] = (),
+) -> PIL.Image.Image:
+    """Draw objects and prompts; see :func:`draw_overlay`.
+
+    Args:
+        image: uint8 [H, W, 3].
+        objects: what was found.
+        clicks: points of prompts.
+        boxes: the number of an object and its x0, y0, x1, y1.
+    """
+    canvas = PIL.Image.fromarray(np.array(image))
+    unit = math.sqrt(canvas.width * canvas.height) / 1000
+    extents: list[_Rect | None] = [None] * len(objects)
+    for index in sorted(range(len(objects)), key=lambda i: -objects[i].area):
+        picture = PIL.Image.fromarray(objects[index].load().astype(np.uint8) * 255)
+        extents[index] = picture.getbbox()
+        _draw_mask(canvas, picture, colour(objects[index].number), unit)
+    many = len({entry.number for entry in objects}) > 1
+    for number, box in boxes:
+        _draw_box(canvas, box, colour(number), unit)
+    taken = [
+        _draw_click(canvas, click, colour(click.number) if many else _WHITE, unit)
+        for click in clicks
+    ]
+    if many:
+        # Beside each prompt, its object's number. A box's stands inside its upper left corner.
+        for click, rect in zip(clicks, list(taken), strict=True):
+            _draw_label(canvas, str(click.number), colour(click.number), rect, taken, unit)
+        for number, box in boxes:
+            x, y = np.clip(np.minimum(box[:2], box[2:]), -9, np.array(canvas.size)).tolist()
+            corner = (round(x), round(y), round(x), round(y))
+            _draw_label(canvas, str(number), colour(number), corner, taken, unit)
+    for entry, extent in zip(objects, extents, strict=True):
+        if extent is not None and entry.text:
+            text = f"{entry.number}: {entry.text}" if many else entry.text
+            _draw_label(canvas, text, colour(entry.number), extent, taken, unit)
     return canvas
+
+
+def score_text(score: float, unit: ScoreUnit) -> str:
+    """A score as a label says it."""
+    if unit == "log_odds":
+        return f"log-odds {score:.2f}"
+    return f"{min(max(float(score), 0.0), 1.0):.3f}"
 
 
 def colour(index: int) -> Colour:
@@ -115,12 +192,14 @@ def _best(
     return array[rows, which] > 0, values[rows, which]
 
 
-def _flat(points: Any, labels: Any) -> list[tuple[float, float, int]]:
-    """All points that have a place, as (x, y, label), whatever their nesting."""
-    if len(points) and np.ndim(points[0]) == 2:
-        return [click for object_ in zip(points, labels, strict=True) for click in _flat(*object_)]
-    pairs = zip(np.reshape(points, (-1, 2)).tolist(), np.ravel(labels).tolist(), strict=True)
-    return [(x, y, int(label)) for (x, y), label in pairs if label >= 0]
+def _flat(points: Any, labels: Any) -> Iterator[Click]:
+    """All points that have a place, of one object or of several."""
+    nested = len(points) > 0 and np.ndim(points[0]) == 2
+    for number, (some, their) in enumerate(
+        zip(points, labels, strict=True) if nested else [(points, labels)]
+    ):
+        pairs = zip(np.reshape(some, (-1, 2)).tolist(), np.ravel(their).tolist(), strict=True)
+        yield from (Click(number, x, y, int(label)) for (x, y), label in pairs if label >= 0)
 
 
 def _draw_mask(canvas: PIL.Image.Image, mask: PIL.Image.Image, ink: Colour, unit: float) -> None:
@@ -171,8 +250,9 @@ def _draw_box(canvas: PIL.Image.Image, box: NDArray[Any], ink: Colour, unit: flo
         draw.rectangle(frame, outline=fill, width=width)
 
 
-def _draw_click(canvas: PIL.Image.Image, x: float, y: float, label: int, unit: float) -> _Rect:
+def _draw_click(canvas: PIL.Image.Image, click: Click, rim: Colour, unit: float) -> _Rect:
     """Draw a click: green with a plus for the object, red with a minus for background."""
+    _, x, y, label = click
     radius = round(3.6 + 8.5 * unit)
     side = 2 * radius + 3
     tile = PIL.Image.new("RGBA", (side * _SUPERSAMPLE,) * 2)
@@ -184,7 +264,7 @@ def _draw_click(canvas: PIL.Image.Image, x: float, y: float, label: int, unit: f
         corners = (centre - w, centre - h, centre + w, centre + h)
         draw.ellipse(corners, fill) if disc else draw.rounded_rectangle(corners, min(w, h), fill)
 
-    for share, fill in ((1.08, (*_DARK, 130)), (1.0, _WHITE), (0.8, _CLICKS.get(label, _GREY))):
+    for share, fill in ((1.08, (*_DARK, 130)), (1.0, rim), (0.8, _CLICKS.get(label, _GREY))):
         shape(share, share, fill, disc=True)
     if label in _CLICKS:
         shape(0.48, 0.13, _WHITE, disc=False)

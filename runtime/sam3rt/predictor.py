@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
+from .masks import clamp
 from .model import SegmentationModel
 from .prompts import Prompts
 
@@ -84,6 +85,16 @@ class SAM3InteractiveImagePredictor:
         # Which setting of images is the latest, and which one each thread made.
         self._latest_setting = object()
         self._of_this_thread = threading.local()
+
+    def __repr__(self) -> str:
+        if not self._embeddings:
+            what = "no image set"
+        elif self._is_batch:
+            what = f"a batch of {len(self._embeddings)} images set"
+        else:
+            height, width = self._embeddings[-1].original_size
+            what = f"an image of {width} x {height} pixels set"
+        return f"<SAM3InteractiveImagePredictor on {self.model!r}: {what}>"
 
     def set_image(self, image: Image) -> None:
         """Encode an image, so that :meth:`predict` can be called on it.
@@ -308,10 +319,7 @@ class SAM3InteractiveImagePredictor:
             return_logits=bool(return_logits),
             dtype=self.mask_dtype,
         )
-        low_res = decoded.low_res_masks
-        limit = self.model.manifest.masks.low_res_limit
-        if limit is not None:
-            low_res = np.clip(low_res, -limit, limit)
+        low_res = clamp(decoded.low_res_masks, self.model.manifest.masks)
         if len(masks) == 1:
             return masks[0], decoded.iou_predictions[0], low_res[0]
         return masks, decoded.iou_predictions, low_res

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.conftest import PHOTOS, ROOT
@@ -16,17 +17,19 @@ EXPECTED = {
     "box_and_points": "mask (300, 451), score 0.",
     "iterative_refinement": "refined mask (300, 451), score 0.",
     "image_batch": "coffee.png: (3, 400, 600), best score 0.994",
+    "results": "95886 pixels within [0, 0, 398, 299], outlined by",
     "negative_points": "mask (300, 451), score 0.",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_example(name: str) -> None:
+def test_example(name: str, tmp_path: Path) -> None:
     images = [str(PHOTOS / f"{photo}.png") for photo in ("chelsea", "coffee", "astronaut")]
     result = subprocess.run(
         [sys.executable, str(FOLDER / f"{name}.py")],
         env={**os.environ, "IMAGES": os.pathsep.join(images)},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,

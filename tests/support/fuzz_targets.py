@@ -49,10 +49,10 @@ from sam3rt.bundle import (
     parse_manifest,
 )
 from sam3rt.bundle.onnx_locations import check_tensor_locations
-from sam3rt.cli.segment import read_image
 from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.errors import BundleError, EmbeddingError, ImageError, PromptError
 from sam3rt.geometry import ImageGeometry
+from sam3rt.image_files import read_image
 from sam3rt.prompts import Prompts, pack
 
 Target = Callable[[bytes], None]

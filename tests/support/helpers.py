@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import PIL.Image
 from hypothesis import settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sam3rt import SegmentationModel
@@ -77,6 +78,15 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     """A random image, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@st.composite
+def any_masks(draw: st.DrawFn) -> NDArray[np.bool_]:
+    """Masks of any size and density, empty and full ones among them."""
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    mask: NDArray[np.bool_] = rng.random((height, width)) < draw(st.sampled_from([0, 0.1, 0.5, 1]))
+    return mask
 
 
 def tiny_bundle(folder: Path, seed: int = 0) -> Manifest:

@@ -34,18 +34,20 @@ USES = {
 LAYERS = (
     {"_version", "errors", "machine", "timer"},
     {"bundle"},
-    {"geometry", "prompts", "masks", "features"},
+    {"geometry", "image_files", "prompts", "object_prompts", "masks", "features", "overlay"},
     {"accuracy"},
     {"backends"},
-    {"embedding", "model"},
+    {"embedding", "model", "results"},
     {"predictor"},
-    {"overlay", "cli", "__main__"},
+    {"cli", "__main__"},
 )
 # All that the runtime imports from elsewhere, and where: everywhere, or in one room.
 BASE_LIBRARIES = {"msgspec", "numpy", "PIL", "safetensors"}
 OPTIONAL_LIBRARIES = {
     "onnxruntime": "sam3rt.backends.onnxruntime",
     "openvino": "sam3rt.backends.openvino",
+    "shtab": "sam3rt.cli",
+    "supervision": "sam3rt.results",
     "tensorrt": "sam3rt.backends.tensorrt",
     "tensorrt_rtx": "sam3rt.backends.tensorrt",
     "cuda": "sam3rt.backends.tensorrt",

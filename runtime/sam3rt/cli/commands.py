@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import Sam3rtError
@@ -28,9 +29,12 @@ _ORDER = ("segment", "export", "build", "verify", "compare", "bench", "info")
 # Coordinates that begin with a minus sign, which argparse would take for an option.
 _NEGATIVE = re.compile(r"-[0-9.][^=]*,.*")
 
+_SHELLS = ("bash", "zsh", "tcsh")
+
 _EPILOG = """\
 examples:
   sam3rt segment photo.jpg --point 225,150 --output masks
+  sam3rt segment imgs/ --prompts prompts.jsonl --format coco -o out
   sam3rt segment photo.jpg --box 40,60,300,280 --point 90,100,0 --single-mask --output masks
   sam3rt export sam3.pt --output engines/sam3
   sam3rt build engines/sam3
@@ -42,10 +46,37 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints show what the user typed without obeying it."""
+    """A parser whose complaints show what the user typed without obeying it, and what is near."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            message += _near(wrong[1], [name.strip("' ") for name in wrong[2].split(",")])
         super().error(printable(message))
+
+
+def _near(typed: str, known: Iterable[str]) -> str:
+    """What a user may have meant, as the end of a message, or nothing."""
+    found = difflib.get_close_matches(typed, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class _PrintCompletion(argparse.Action):
+    """Print what makes a shell complete sam3rt's options."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option_string} needs: pip install shtab")
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 class _Formatter(logging.Formatter):
@@ -64,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sam3rt {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=_SHELLS,
+        help="print a script for a shell's completion (needs shtab)",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _subcommands().items():
         command = commands.add_parser(
@@ -76,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "-v", "--verbose", action="store_true", help="log what is done, to standard error"
         )
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
@@ -95,7 +132,12 @@ def _subcommands() -> dict[str, ModuleType]:
 def run(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the subcommand they name; see :func:`sam3rt.cli.main`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = build_parser().parse_args(_attach_negative(given))
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(_attach_negative(given))
+    if unknown:
+        command = options.parser
+        near = _near(unknown[0].partition("=")[0], re.findall(r"--[a-z-]+", command.format_help()))
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     level = logging.INFO if options.verbose else logging.WARNING

@@ -1,66 +1,90 @@
-"""``sam3rt segment``: one image, prompts, masks as PNG files."""
+"""``sam3rt segment``: images, prompts, and masks in the form that is asked for."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import re
+import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-from numpy.typing import NDArray
 
 from .. import geometry
-from ..bundle.files import atomic_write
-from ..errors import ImageError, PromptError, PromptWarning
-from ..model import SegmentationModel
-from ..overlay import draw_overlay
-from ..predictor import SAM3InteractiveImagePredictor
-from ..prompts import Prompts, pack
+from ..errors import InvalidInputError, PromptError
+from .folder import run_many
+from .jobs import STDIN, Images, Job, Prompt, check_names, find_images, read_prompts
 from .options import add_model_options, load_from_options, numbers, positive_int, printable
 from .output import OVERLAY, RESULT, result_folder
+from .worker import Worker, read
+from .writers import FORMATS, as_json, write_pictures, write_text
 
-HELP = "segment one image from clicks and boxes"
+HELP = "segment images from clicks and boxes"
 DESCRIPTION = """\
-Segment one image from clicks and boxes, at least one of them.
+Segment images from clicks and boxes.
 
-Coordinates are pixels of the upright image: an EXIF orientation is applied first. Several
---point belong to one object. Several --box are several objects, segmented in one call; points
-can then not be given.
+Coordinates are pixels of the upright image: an EXIF orientation is applied first. All --point
+belong to one object; each --points and each --box is an object of its own. Where there are both
+clicks and boxes, the first box belongs to the first object, and so on.
 
-Writes to the output folder, all at once:
-  mask_0.png, ...   0 and 255, the image's size, best predicted IoU first
+One image, and no --prompts: the output folder gets, all at once,
+  mask_0.png, ...   0 and 255, the image's size, best score of each object first
   overlay.png       the best mask of each object, its outline, score and the prompts
   result.json       scores, areas, prompts, model and times
 Results of an earlier run there are replaced. Other files are left alone, the image above all.
-"""
 
-# What Pillow decodes in this process. Others start a program (EPS: Ghostscript) or need a handler.
-_FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "AVIF", "JPEG2000", "PPM"),
-    *("ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "PSD", "QOI"),
-)
-_ORIENTATION = 0x0112  # EXIF's tag
-# A third of the time that Pillow would take by default, for up to a third more bytes.
-_PNG_LEVEL = 1
+Many images (files, folders, quoted patterns), by --format:
+  png       NAME/mask_0.png, ... as above, a folder for each image
+  coco      annotations.json, masks as compressed run lengths
+  yolo      labels/NAME.txt, outlines as Ultralytics reads them, and classes.txt
+  labelme   NAME.json, outlines without holes
+All but png hold the best mask of each object. results.jsonl says what is done: the same command
+again goes on where it was stopped. Images that fail are listed at the end, with exit status 1.
+"""
+EPILOG = """\
+prompts.jsonl has a line for each object; one image may have many:
+  {"image": "a/cat.jpg", "points": [[225, 150], [60, 280]], "labels": [1, 0], "name": "cat"}
+  {"image": "a/cat.jpg", "box": [20, 10, 400, 290]}
+"image" is looked for in the folders given, else beside prompts.jsonl. "points" or "box" or both;
+"labels" are 1 (the object, also where they are left out) or 0; "name" is the category.
+
+examples:
+  sam3rt segment photo.jpg --point 225,150 --point 60,280,0 -o masks
+  sam3rt segment photo.jpg --points "225,150 60,280,0" --points 400,30 -o masks
+  curl -L URL | sam3rt segment - --box 20,10,400,290 -o masks
+  sam3rt segment imgs/ --prompts prompts.jsonl --format coco -o out
+  sam3rt segment "imgs/**/*.jpg" --point 320,240 --format yolo -o out
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="image files, folders, quoted patterns, or - for an image from standard input",
+    )
     parser.add_argument(
         "--point",
-        dest="points",
+        dest="point",
         action="append",
         default=[],
         type=_point,
         metavar="X,Y[,LABEL]",
         help="a click; LABEL is 1 for the object (default) or 0 for background; repeatable",
+    )
+    parser.add_argument(
+        "--points",
+        action="append",
+        default=[],
+        type=_points,
+        metavar='"X,Y[,LABEL] ..."',
+        help="the clicks of one object, with spaces or semicolons between them; repeatable",
     )
     parser.add_argument(
         "--box",
@@ -72,6 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a box around an object; repeatable",
     )
     parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts.jsonl with the prompts of each image (below), or - for standard input",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="png",
+        help="what is written for many images (default: png)",
+    )
+    parser.add_argument(
+        "--best-only", action="store_true", help="only the mask of the best score of each object"
+    )
+    parser.add_argument(
         "--single-mask",
         action="store_true",
         help="one mask per object instead of three of different extent",
@@ -80,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the results"
+        *("-o", "--output"), type=Path, required=True, metavar="DIR", help="folder for the results"
     )
     parser.add_argument(
         "--mask-threshold", type=float, default=0.0, help="logits above it are object (default: 0)"
@@ -109,17 +148,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest image that is taken, pixels (default: {geometry.MAX_PIXELS}, and "
         f"{geometry.MAX_SIDE} along a side)",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON, a line for each of many"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but what went wrong")
     add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Segment and write the results."""
-    if not options.points and not options.boxes:
+    images = find_images(options.images, options.output)
+    calls = _calls(options)
+    if options.prompts is not None and calls:
+        raise PromptError("--prompts", "prompts as options as well", "one of them")
+    if options.prompts is None and not calls:
         raise PromptError("prompts", "neither --point nor --box", "at least one of them")
-    if len(options.boxes) > 1 and options.points:
-        raise PromptError("--point", "clicks and several boxes", "clicks with at most one box")
+    piped = STDIN in options.images
+    if piped and (len(options.images) > 1 or str(options.prompts) == STDIN):
+        raise InvalidInputError("image", "- and more", "- alone, and standard input once")
     with _size_limit(options.max_pixels):
-        return _segment(options)
+        if images.single and options.prompts is None and options.format == "png":
+            ((path, name),) = images.files.items()
+            return _run_single(Job(path, name, calls), options)
+        if piped:
+            raise InvalidInputError("image", "-", "files where there is --prompts or --format")
+        return _run_many(images, calls, options)
+
+
+def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Namespace) -> int:
+    missing: list[str] = []
+    if options.prompts is not None:
+        jobs, missing, unnamed = read_prompts(options.prompts, images)
+        if unnamed and not options.quiet:
+            print(f"images without a line in {options.prompts}: {unnamed}", file=sys.stderr)
+    else:
+        jobs = [Job(path, name, calls) for path, name in images.files.items()]
+    if not jobs and not missing:
+        raise InvalidInputError("image", "none", "image files, folders or patterns")
+    check_names(jobs)
+    output = options.output.resolve()
+    if options.format == "png" and output in (folder.resolve() for folder in images.folders):
+        raise InvalidInputError("--output", "the images' own folder", "another, for --format png")
+    return run_many(jobs, missing, Worker(load_from_options(options), options), options)
 
 
 @contextlib.contextmanager
@@ -134,54 +204,28 @@ def _size_limit(pixels: int | None) -> Iterator[None]:
         geometry.MAX_PIXELS, geometry.MAX_SIDE = before
 
 
-def _segment(options: argparse.Namespace) -> int:
+def _run_single(job: Job, options: argparse.Namespace) -> int:
     clock = _Clock()
-    image = read_image(options.image)
+    image = read(job)
     clock.stop("read")
-    with result_folder(options.output, options.image) as folder:
-        model = load_from_options(options)
-        prompts = _prompts(options)
-        _check_prompts(prompts, model, image)
-        holes = {} if options.max_hole_area is None else {"max_hole_area": options.max_hole_area}
-        predictor = SAM3InteractiveImagePredictor(
-            model,
-            mask_threshold=options.mask_threshold,
-            max_sprinkle_area=options.max_sprinkle_area,
-            mask_dtype=np.bool_,
-            **holes,
-        )
-        model.backend.prepare()
+    with result_folder(options.output, job.image) as folder:
+        worker = Worker(load_from_options(options), options)
+        worker.check(job, image)
+        worker.model.backend.prepare()
         clock.stop("load")
-        predictor.set_image(image)
+        embedding = worker.encode(job, image)
         clock.stop("encode")
-        masks, scores, _ = predictor.predict(**prompts, multimask_output=not options.single_mask)
+        result = worker.segment(job, image, embedding)
         clock.stop("predict")
-        # One object comes without an axis for objects.
-        masks = masks.reshape(-1, *masks.shape[-3:])
-        scores = scores.reshape(len(masks), -1)
-        results = _sorted_results(masks, scores)
-        entries = _write_masks(folder, results)
-        if not options.no_overlay:
-            _save_png(folder / OVERLAY, _overlay(image, masks, scores, prompts))
+        entries = write_pictures(folder, result, not options.no_overlay)
         clock.stop("write")
-        document = {
-            "image": str(options.image),
-            "height": image.shape[0],
-            "width": image.shape[1],
-            "prompts": {name: np.asarray(value).tolist() for name, value in prompts.items()},
-            "masks": entries,
-            "overlay": None if options.no_overlay else OVERLAY,
-            "model": {
-                "name": model.manifest.name,
-                "fingerprint": model.manifest.fingerprint,
-                "backend": model.backend.name,
-                "device": model.device,
-            },
-            "seconds": clock.seconds,
-        }
-        with atomic_write(folder / RESULT) as stream:
-            stream.write((json.dumps(document, indent=2) + "\n").encode())
-    _print_table(entries, options, clock.seconds)
+        document = worker.document(job, result, entries, None if options.no_overlay else OVERLAY)
+        document["seconds"] = clock.seconds
+        write_text(folder / RESULT, as_json(document, 2))
+    if options.json:
+        print(as_json(document, 2), end="")
+    elif not options.quiet:
+        _print_table(entries, options, clock.seconds)
     return 0
 
 
@@ -205,86 +249,16 @@ class _Clock:
         self._last = now
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image file, upright, as uint8 [H, W, 3].
-
-    Raises:
-        ImageError: it is missing, cut, larger than :data:`sam3rt.geometry.MAX_PIXELS` or of a type
-            that does not convert.
-    """
-    pillows_limit = PIL.Image.MAX_IMAGE_PIXELS
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which play no part here
-            PIL.Image.init()
-            # Pillow refuses twice its limit, also for pictures within pictures.
-            PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
-            formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
-            with PIL.Image.open(path, formats=formats) as image:
-                array = geometry.to_rgb(image, f"image {path}")
-                return _upright(array, _orientation(image))
-    except ImageError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise ImageError(
-            "image", f"{path}: {error}", f"at most {geometry.MAX_PIXELS} pixels, or --max-pixels"
-        ) from error
-    except MemoryError as error:
-        raise ImageError("image", f"{path}: too large for this machine's memory", "less") from error
-    except Exception as error:  # Pillow's plugins raise many classes on damaged files
-        raise ImageError(
-            "image", f"{path}: {error or type(error).__name__}", "a readable image file"
-        ) from error
-    finally:
-        PIL.Image.MAX_IMAGE_PIXELS = pillows_limit
-
-
-def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, 1 for upright. Nothing else is read, and nothing is written back."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged metadata are no reason to refuse a picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _upright(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation; anything but 2 to 8 means upright."""
-    turned = {
-        2: array[:, ::-1],
-        3: array[::-1, ::-1],
-        4: array[::-1],
-        5: array.transpose(1, 0, 2),
-        6: np.rot90(array, -1),
-        7: array[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(array),
-    }
-    return np.ascontiguousarray(turned.get(orientation, array))
-
-
-def _check_prompts(
-    prompts: dict[str, Any], model: SegmentationModel, image: NDArray[np.uint8]
-) -> None:
-    """Refuse prompts before the image is encoded, and also what the predictor only warns of."""
-    size = (image.shape[0], image.shape[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", PromptWarning)
-        try:
-            pack(
-                Prompts(**prompts),
-                model.manifest.prompts,
-                geometry.geometry(model.manifest.image, size),
-            )
-        except PromptWarning as warning:
-            raise PromptError("prompts", str(warning), "pixels of the upright image") from None
-
-
 def _point(text: str) -> tuple[float, float, int]:
     values = numbers(text, (2, 3), "X,Y or X,Y,LABEL")
     label = values[2] if len(values) == 3 else 1.0
     if label not in (0.0, 1.0):
         raise argparse.ArgumentTypeError(f"{text!r}: the label must be 0 or 1")
     return values[0], values[1], int(label)
+
+
+def _points(text: str) -> list[tuple[float, float, int]]:
+    return [_point(part) for part in re.split(r"[\s;]+", text.strip())]
 
 
 def _box(text: str) -> list[float]:
@@ -294,87 +268,35 @@ def _box(text: str) -> list[float]:
     return box
 
 
-def _prompts(options: argparse.Namespace) -> dict[str, Any]:
-    prompts: dict[str, Any] = {}
-    if options.points:
-        prompts["point_coords"] = np.array([p[:2] for p in options.points], np.float32)
-        prompts["point_labels"] = np.array([p[2] for p in options.points])
-    if options.boxes:
-        boxes = np.array(options.boxes, np.float32)
-        prompts["box"] = boxes if len(boxes) > 1 else boxes[0]
-    return prompts
-
-
-def _sorted_results(
-    masks: NDArray[np.bool_], scores: NDArray[np.float32]
-) -> list[list[tuple[float, NDArray[np.bool_]]]]:
-    """Per object, (score, mask) pairs with the best score first."""
-    objects = []
-    for object_masks, object_scores in zip(masks, scores, strict=True):
-        order = np.argsort(-object_scores, kind="stable")
-        objects.append([(float(object_scores[i]), object_masks[i]) for i in order])
-    return objects
-
-
-def _write_masks(
-    folder: Path, results: list[list[tuple[float, NDArray[np.bool_]]]]
-) -> list[dict[str, Any]]:
-    """Write the masks; return what result.json says of them."""
-    entries: list[dict[str, Any]] = []
-    for which, ranked in enumerate(results):
-        for score, mask in ranked:
-            name = f"mask_{len(entries)}.png"
-            _save_png(folder / name, PIL.Image.fromarray(mask.astype(np.uint8) * 255))
-            entries.append(
-                {
-                    "file": name,
-                    "object": which,
-                    "predicted_iou": round(score, 6),
-                    "area": int(np.count_nonzero(mask)),
-                    "bounding_box": _bounding_box(mask),
-                }
-            )
-    return entries
-
-
-def _overlay(
-    image: NDArray[np.uint8],
-    masks: NDArray[np.bool_],
-    scores: NDArray[np.float32],
-    prompts: dict[str, Any],
-) -> PIL.Image.Image:
-    return draw_overlay(
-        image,
-        masks,
-        scores,
-        points=prompts.get("point_coords"),
-        labels=prompts.get("point_labels"),
-        boxes=prompts.get("box"),
-    )
-
-
-def _save_png(path: Path, image: PIL.Image.Image) -> None:
-    with atomic_write(path) as stream:
-        image.save(stream, "PNG", compress_level=_PNG_LEVEL)
-
-
-def _bounding_box(mask: NDArray[np.bool_]) -> list[int] | None:
-    """x0, y0, x1, y1 with x1 and y1 just outside, or ``None`` for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+def _calls(options: argparse.Namespace) -> tuple[Prompt, ...]:
+    """The one decoder call that the options ask for, if any."""
+    clicks = [options.point] * bool(options.point) + options.points
+    boxes = options.boxes
+    if clicks and boxes and len(clicks) != len(boxes):
+        raise PromptError(
+            "--point",
+            f"clicks of {len(clicks)} and boxes of {len(boxes)} objects",
+            "one kind, or both for each object",
+        )
+    call: Prompt = {}
+    if clicks:
+        coords = [np.array([p[:2] for p in some], np.float32) for some in clicks]
+        labels = [np.array([p[2] for p in some]) for some in clicks]
+        call["point_coords"] = coords if len(clicks) > 1 else coords[0]
+        call["point_labels"] = labels if len(clicks) > 1 else labels[0]
+    if boxes:
+        call["box"] = np.array(boxes if len(boxes) > 1 else boxes[0], np.float32)
+    return (call,) if call else ()
 
 
 def _print_table(
     entries: list[dict[str, Any]], options: argparse.Namespace, seconds: dict[str, float]
 ) -> None:
-    print(f"{'mask':<14}{'object':>7}{'predicted IoU':>15}{'area':>11}")
+    unit = "predicted IoU" if not entries or "predicted_iou" in entries[0] else "IoU, log-odds"
+    print(f"{'mask':<14}{'object':>7}{unit:>15}{'area':>11}")
     for entry in entries:
-        print(
-            f"{entry['file']:<14}{entry['object']:>7}{entry['predicted_iou']:>15.4f}"
-            f"{entry['area']:>11}"
-        )
+        score = entry.get("predicted_iou", entry.get("predicted_iou_log_odds"))
+        print(f"{entry['file']:<14}{entry['object']:>7}{score:>15.4f}{entry['area']:>11}")
     what = "results" if options.no_overlay else f"results and {OVERLAY}"
     print(
         f"read in {seconds['read']:.2f} s, loaded in {seconds['load']:.2f} s, "

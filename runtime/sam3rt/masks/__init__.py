@@ -1,7 +1,7 @@
-"""From low-resolution logits to masks of the image's size."""
+"""From low-resolution logits to masks of the image's size, and masks as runs and polygons."""
 
 from __future__ import annotations
 
-from .postprocess import MaskOptions, clean, clean_all, finish, upsample
+from .postprocess import MaskOptions, clamp, clean, clean_all, finish, upsample
 
-__all__ = ["MaskOptions", "clean", "clean_all", "finish", "upsample"]
+__all__ = ["MaskOptions", "clamp", "clean", "clean_all", "finish", "upsample"]

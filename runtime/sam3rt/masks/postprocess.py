@@ -55,6 +55,12 @@ def clean(
     return cleaned
 
 
+def clamp(low_res: NDArray[np.float32], masks: MaskSpec) -> NDArray[np.float32]:
+    """Low-resolution logits as the model's own predictor returns them, within its limit."""
+    limit = masks.low_res_limit
+    return low_res if limit is None else np.clip(low_res, -limit, limit)
+
+
 def clean_all(
     low_res: NDArray[np.float32], threshold: float, max_hole_area: float, max_sprinkle_area: float
 ) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sam3rt import ImageError, InvalidInputError
-from sam3rt.overlay import PALETTE, TINT, colour, draw_overlay
+from sam3rt.overlay import PALETTE, TINT, colour, draw_overlay, score_text
 
 Pixels = NDArray[np.int64]
 GREY = np.full((200, 300, 3), 128, np.uint8)
@@ -111,6 +111,16 @@ def test_labels_number_the_objects_and_clip_their_scores() -> None:
     assert widths[0] + 5 < widths[1]
 
 
+def test_log_odds_are_shown_as_they_are() -> None:
+    def picture(score: float, unit: Any) -> Any:
+        return drawn(SQUARE[None], [score], score_unit=unit)
+
+    assert score_text(6.25, "log_odds") == "log-odds 6.25"
+    assert score_text(6.25, "iou") == "1.000"
+    assert (picture(6.0, "log_odds") != picture(5.0, "log_odds")).any()
+    np.testing.assert_array_equal(picture(6.0, "iou"), picture(5.0, "iou"))
+
+
 def dark(result: Pixels) -> NDArray[np.bool_]:
     return result.max(axis=2) < 60
 
@@ -175,6 +185,21 @@ def test_boxes_are_frames_inside_their_corners_in_their_object_s_colour() -> Non
         drawn(NOTHING, boxes=[20, 20, 120, 120]), drawn(NOTHING, boxes=[120, 120, 20, 20])
     )
     assert (drawn(NOTHING, boxes=[50, 50, 50, 50]) != 128).any()
+
+
+def test_prompts_of_several_objects_carry_their_colours_and_numbers() -> None:
+    two = np.zeros((2, 1, 200, 300), bool)
+    points, labels = [[[60, 100]], [[240, 100]]], [[1], [0]]
+    lone = drawn(NOTHING, points=points, labels=labels)
+    result = drawn(two, points=points, labels=labels)
+    for number, x in enumerate((60, 240)):
+        disc = result[90:111, x - 10 : x + 11].reshape(-1, 3)
+        assert any(near(pixel, PALETTE[number], 40) for pixel in disc)
+        assert dark(result)[:, x - 20 : x + 20].sum() > dark(lone)[:, x - 20 : x + 20].sum() + 50
+    boxes = [[20, 40, 120, 120], [160, 40, 260, 120]]
+    result = drawn(two, boxes=boxes)
+    for x, _, _, _ in boxes:  # the chip with the number, at the upper left corner
+        assert dark(result)[:60, x - 20 : x + 20].sum() > 50
 
 
 @pytest.mark.parametrize("far", [-1e30, -500.0, 900.0, 1e30])

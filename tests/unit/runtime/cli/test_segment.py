@@ -247,7 +247,7 @@ def test_nothing_is_left_of_a_run_that_fails(
     if earlier:
         assert segment_to(output) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr("sam3rt.cli.segment.draw_overlay", _full_disk)
+    monkeypatch.setattr("sam3rt.results.draw_objects", _full_disk)
     assert segment_to(output, "--single-mask") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ({"deep"} if earlier else set())

@@ -21,7 +21,7 @@ from tests.support.helpers import examples, noise
 
 from sam3rt import ImageError, geometry
 from sam3rt.cli import main
-from sam3rt.cli.segment import read_image
+from sam3rt.image_files import read_image
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX", "SGI", "DDS")
 

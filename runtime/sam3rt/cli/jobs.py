@@ -1,0 +1,248 @@
+"""Which images are segmented, from which prompts: files, folders, patterns and ``prompts.jsonl``.
+
+Each line of ``prompts.jsonl`` is one object, a JSON object with these keys:
+
+    image   the image's path, looked for in the folders given, else beside the file
+    points  a list of [x, y], pixels of the upright image
+    labels  for each point 1 (the object) or 0 (background); 1 for all unless given
+    box     [x0, y0, x1, y1]
+    name    what the object is, for formats with categories; "object" unless given
+
+``image`` and at least one of ``points`` and ``box`` are there. Empty lines are passed over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from ..errors import InvalidInputError
+
+STDIN = "-"
+DEFAULT_NAME = "object"
+# What is taken from a folder; a file that is named is taken whatever it is called.
+_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".gif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm"),
+}
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
+
+Prompt = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and what is asked of it.
+
+    Attributes:
+        image: its path.
+        name: its results' relative path, without a suffix.
+        calls: for each decoder call ``point_coords``, ``point_labels`` and ``box``, as
+            :class:`sam3rt.prompts.Prompts` takes them; none asks for everything in the image.
+        names: what the objects are, in order; the last stands for all that follow.
+    """
+
+    image: Path
+    name: str
+    calls: tuple[Prompt, ...]
+    names: tuple[str, ...] = (DEFAULT_NAME,)
+
+    def name_of(self, number: int) -> str:
+        """What an object is."""
+        return self.names[min(number, len(self.names) - 1)]
+
+    def plain_calls(self) -> list[dict[str, Any]]:
+        """The calls as JSON has them."""
+        return [{name: _plain(value) for name, value in call.items()} for call in self.calls]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, and lists of arrays, as lists."""
+    return [_plain(v) for v in value] if isinstance(value, list) else np.asarray(value).tolist()
+
+
+@dataclass
+class Images:
+    """The images that were named, and the folders in which they were looked for.
+
+    Attributes:
+        files: path and name of each, in order.
+        folders: where the names of ``prompts.jsonl`` are looked for.
+        single: whether one file was named, as such.
+    """
+
+    files: dict[Path, str] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
+    single: bool = False
+
+
+def find_images(arguments: Sequence[str], output: Path) -> Images:
+    """The images that arguments name: files, folders (with all below them) and patterns.
+
+    Args:
+        arguments: as they were typed.
+        output: the folder for results, which is passed over.
+
+    Raises:
+        InvalidInputError: an argument is a URL or names nothing.
+    """
+    images = Images()
+    for argument in arguments:
+        path = Path(argument)
+        if _URL.match(argument):
+            raise InvalidInputError(
+                "image",
+                argument,
+                "a file; nothing is downloaded here: curl -L URL | sam3rt segment - ...",
+            )
+        if argument == STDIN or not (path.is_dir() or glob.has_magic(argument)) or path.is_file():
+            images.files[path] = path.stem if argument != STDIN else "stdin"
+            images.folders.append(path.parent)
+            continue
+        if path.is_dir():
+            base = path
+            found = [p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES]
+        else:
+            parts = path.parts
+            magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+            base = Path(*parts[:magic])
+            found = list(base.glob("/".join(parts[magic:])))
+        found = sorted(p for p in found if _is_meant(p, base, output.resolve()))
+        if not found:
+            raise InvalidInputError("image", argument, "a folder or pattern with images")
+        images.folders.append(base)
+        images.files |= {p: p.relative_to(base).with_suffix("").as_posix() for p in found}
+    images.single = (
+        len(arguments) == 1 and len(images.files) == 1 and Path(arguments[0]) in (images.files)
+    )
+    return images
+
+
+def _is_meant(path: Path, base: Path, output: Path) -> bool:
+    """Whether a file below a folder is neither hidden nor one of our results."""
+    if any(part.startswith(".") for part in path.relative_to(base).parts) or not path.is_file():
+        return False
+    inside = output.is_relative_to(base.resolve()) and output != base.resolve()
+    return not (inside and path.resolve().is_relative_to(output))
+
+
+class _Line(Struct, frozen=True, forbid_unknown_fields=True):
+    image: str
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] | None = None
+    box: tuple[float, float, float, float] | None = None
+    name: str = DEFAULT_NAME
+
+
+def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]:
+    """The jobs of a ``prompts.jsonl``, one an image, in the order of their first lines.
+
+    Args:
+        path: the file, or ``-`` for standard input.
+        images: those that were named; where there are any, others are passed over.
+
+    Returns:
+        The jobs, a sentence for each image that is not there, and how many of the named images
+        have no line.
+
+    Raises:
+        InvalidInputError: a line is malformed, or the file cannot be read.
+    """
+    try:
+        text = sys.stdin.read() if str(path) == STDIN else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError("--prompts", f"{path}: {error}", "a text file") from error
+    lines: dict[str, list[_Line]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            parsed = _parse_line(line, f"{path}, line {number}")
+            lines.setdefault(parsed.image, []).append(parsed)
+    if not lines:
+        raise InvalidInputError("--prompts", f"{path}, without a line", "one line an object")
+    folders = images.folders or [Path() if str(path) == STDIN else path.parent]
+    resolved = {file.resolve(): (file, name) for file, name in images.files.items()}
+    jobs, missing = [], []
+    for image, objects in lines.items():
+        found = next((f / image for f in folders if (f / image).is_file()), None)
+        if found is None:
+            missing.append(f"{image}: not found in {', '.join(str(f) for f in folders)}")
+            continue
+        if resolved and found.resolve() not in resolved:
+            continue
+        file, name = resolved.pop(found.resolve(), (found, _name_of(image)))
+        calls = tuple(_call(line) for line in objects)
+        jobs.append(Job(file, name, calls, tuple(line.name for line in objects)))
+    return jobs, missing, len(resolved)
+
+
+def _name_of(image: str) -> str:
+    path = PurePath(image).with_suffix("")
+    inside = not path.is_absolute() and ".." not in path.parts
+    return path.as_posix() if inside else path.name
+
+
+def _parse_line(text: str, where: str) -> _Line:
+    known = _Line.__struct_fields__
+    try:
+        document = json.loads(text)
+        for key in document if isinstance(document, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InvalidInputError(
+                    "--prompts", f"{where}: the key {key!r}", f"{', '.join(known)}{hint}"
+                )
+        line = msgspec.convert(document, _Line)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(
+            "--prompts", f"{where}: {error}", "a JSON object, one object of an image"
+        ) from error
+    if not line.points and line.box is None:
+        raise InvalidInputError("--prompts", f"{where}: no prompt", '"points" or "box"')
+    if line.labels is not None and len(line.labels) != len(line.points):
+        raise InvalidInputError(
+            "--prompts",
+            f"{where}: {len(line.labels)} labels for {len(line.points)} points",
+            "one label a point",
+        )
+    if set(line.labels or ()) - {0, 1}:
+        raise InvalidInputError("--prompts", f"{where}: labels {line.labels}", "0 and 1")
+    return line
+
+
+def _call(line: _Line) -> Prompt:
+    call: Prompt = {}
+    if line.points:
+        call["point_coords"] = np.array(line.points, np.float32)
+        call["point_labels"] = np.array(line.labels or [1] * len(line.points))
+    if line.box is not None:
+        call["box"] = np.array(line.box, np.float32)
+    return call
+
+
+def check_names(jobs: Sequence[Job]) -> None:
+    """Refuse two images whose results would lie in one place.
+
+    Raises:
+        InvalidInputError: naming both.
+    """
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        other = taken.setdefault(job.name, job.image)
+        if other != job.image:
+            raise InvalidInputError(
+                "image", f"{other} and {job.image}", "images whose names differ before the suffix"
+            )

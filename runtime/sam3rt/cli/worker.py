@@ -1,0 +1,114 @@
+"""One image of ``sam3rt segment``: reading, checking its prompts, encoding, segmenting."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import geometry
+from ..embedding import ImageEmbedding
+from ..errors import PromptError, PromptWarning
+from ..image_files import read_image
+from ..model import SegmentationModel
+from ..prompts import Prompts, pack
+from ..results import Segmentation, joined
+from .jobs import STDIN, Job
+
+
+def read(job: Job) -> NDArray[np.uint8]:
+    """The image of a job, upright, from its file or from standard input.
+
+    Raises:
+        ImageError: see :func:`sam3rt.image_files.read_image`.
+    """
+    piped = str(job.image) == STDIN
+    return read_image(job.image, io.BytesIO(sys.stdin.buffer.read()) if piped else None)
+
+
+class Worker:
+    """Segments images with one model, as the options say."""
+
+    def __init__(self, model: SegmentationModel, options: argparse.Namespace) -> None:
+        self.model = model
+        self._best_only = options.best_only
+        self._how = {
+            "multimask_output": not options.single_mask,
+            "threshold": options.mask_threshold,
+            "max_hole_area": options.max_hole_area,
+            "max_sprinkle_area": options.max_sprinkle_area,
+        }
+
+    def check(self, job: Job, image: NDArray[np.uint8]) -> None:
+        """Refuse prompts before the image is encoded, and also what others only warn of.
+
+        Raises:
+            PromptError: a prompt is malformed, or lies far outside the image.
+        """
+        size = (image.shape[0], image.shape[1])
+        where = geometry.geometry(self.model.manifest.image, size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PromptWarning)
+            for call in job.calls:
+                try:
+                    pack(Prompts(**call), self.model.manifest.prompts, where)
+                except PromptWarning as warning:
+                    expected = "pixels of the upright image"
+                    raise PromptError("prompts", str(warning), expected) from None
+
+    def encode(self, job: Job, image: NDArray[np.uint8]) -> ImageEmbedding:
+        """Encode the image of a job whose prompts have been checked.
+
+        Raises:
+            BackendError: the backend failed.
+        """
+        return self.model.encode(image)
+
+    def segment(
+        self, job: Job, image: NDArray[np.uint8], embedding: ImageEmbedding
+    ) -> Segmentation:
+        """What the prompts of a job give, object by object, with its image."""
+        parts = [
+            self.model.segment_image(
+                embedding,
+                call.get("point_coords"),
+                call.get("point_labels"),
+                call.get("box"),
+                **self._how,
+            )
+            for call in job.calls
+        ]
+        result = replace(joined(parts), image=image)
+        return result.best if self._best_only else result
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes results beside the image and its prompts."""
+        fingerprint = self.model.manifest.fingerprint
+        return {**self._how, "best_only": self._best_only, "fingerprint": fingerprint}
+
+    def document(
+        self, job: Job, result: Segmentation, entries: list[dict[str, Any]], overlay: str | None
+    ) -> dict[str, Any]:
+        """The content of ``result.json``, but for times."""
+        height, width = result.size
+        calls = job.plain_calls()
+        return {
+            "image": str(job.image),
+            "height": height,
+            "width": width,
+            "prompts": calls[0] if len(calls) == 1 else calls,
+            "masks": entries,
+            "overlay": overlay,
+            "model": {
+                "name": self.model.manifest.name,
+                "fingerprint": self.model.manifest.fingerprint,
+                "backend": self.model.backend.name,
+                "device": self.model.device,
+            },
+        }

@@ -1,0 +1,496 @@
+"""`sam3rt segment` on many images: formats, prompts.jsonl, failures, going on where it stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from pycocotools.coco import COCO
+from tests.support.helpers import edit_manifest, noise
+from tests.support.runnable_bundle import runnable_bundle
+
+import sam3rt
+from sam3rt import Segmentation, SegmentationModel
+from sam3rt.cli import folder as folder_module
+from sam3rt.cli import main
+from sam3rt.cli.folder import Journal
+from sam3rt.image_files import read_image
+from sam3rt.masks.polygons import joined
+
+CLICK = ("--point", "9,9")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a few nodes that says IoUs."""
+    path = tmp_path_factory.mktemp("folder") / "bundle"
+    runnable_bundle(path)
+    edit_manifest(path, lambda document: document.update(model_type="mobile_sam"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> SegmentationModel:
+    return sam3rt.load_model(bundle, backend="onnxruntime", device="cpu")
+
+
+@pytest.fixture
+def imgs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder ``imgs`` of the working folder, with three pictures, a note and a hidden file."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "imgs"
+    (folder / "deep").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b.png", "deep/c.PNG")):
+        PIL.Image.fromarray(noise(30 + number, 40, number)).save(folder / name)
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".hidden.png").write_bytes(b"nothing")
+    return Path("imgs")
+
+
+@pytest.fixture
+def segment(bundle: Path) -> Any:
+    """Runs ``sam3rt segment`` with the small bundle."""
+
+    def run(*arguments: str) -> int:
+        model = ("--bundle", str(bundle), "--backend", "onnxruntime", "--device", "cpu")
+        return main(["segment", *arguments, *model])
+
+    return run
+
+
+def write_prompts(path: str, *lines: dict[str, Any] | str) -> str:
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(path).write_text("\n".join(text) + "\n")
+    return path
+
+
+def files(folder: Path | str) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def found(model: SegmentationModel, path: Path, *prompts: Any, **options: Any) -> Segmentation:
+    return model.segment_image(read_image(path), *prompts, **options)
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def test_png_is_a_folder_for_each_image(imgs: Path, segment: Any, model: Any, capsys: Any) -> None:
+    assert segment("imgs", *CLICK, "-o", "out") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("3 images segmented")
+    assert printed.err == ""
+    names = ("mask_0.png", "mask_1.png", "mask_2.png", "overlay.png", "result.json")
+    expected = {f"{n}/{f}" for n in ("a", "b", "deep/c") for f in names}
+    assert set(files("out")) == expected | {"results.jsonl"}
+    for name in ("a.png", "deep/c.PNG"):
+        result = found(model, imgs / name, [9, 9])
+        target = Path("out", name).with_suffix("")
+        document = json.loads((target / "result.json").read_text())
+        assert document["image"] == str(imgs / name)
+        assert [m["area"] for m in document["masks"]] == result.area.tolist()
+        for index, mask in enumerate(result.masks):
+            with PIL.Image.open(target / f"mask_{index}.png") as picture:
+                np.testing.assert_array_equal(np.asarray(picture) == 255, mask)
+
+
+def test_coco_is_one_document_that_pycocotools_loads(
+    imgs: Path, segment: Any, model: Any, capsys: Any
+) -> None:
+    lines = (
+        {"image": "b.png", "points": [[9, 9], [20, 3]], "labels": [1, 0], "name": "cat"},
+        {"image": "deep/c.PNG", "box": [3, 4, 20, 25], "name": "dog"},
+        {"image": "b.png", "box": [1, 2, 30, 20], "points": [[5, 5]], "name": "dog"},
+    )
+    prompts = write_prompts("p.jsonl", *lines)
+    assert segment("imgs", "--prompts", prompts, "--format", "coco", "-o", "out") == 0
+    assert "images without a line in p.jsonl: 1" in capsys.readouterr().err
+    assert files("out") == ["annotations.json", "results.jsonl"]
+    dataset = COCO("out/annotations.json")
+    assert [c["name"] for c in dataset.loadCats(dataset.getCatIds())] == ["cat", "dog"]
+    by_name = {i["file_name"]: i for i in dataset.loadImgs(dataset.getImgIds())}
+    assert set(by_name) == {"imgs/b.png", "imgs/deep/c.PNG"}
+    results = {
+        ("imgs/b.png", 1): found(model, imgs / "b.png", [[9, 9], [20, 3]], [1, 0]).best,
+        ("imgs/b.png", 2): found(model, imgs / "b.png", [5, 5], 1, [1, 2, 30, 20]).best,
+        ("imgs/deep/c.PNG", 2): found(model, imgs / "deep/c.PNG", boxes=[3, 4, 20, 25]).best,
+    }
+    annotations = dataset.loadAnns(dataset.getAnnIds())
+    assert [a["id"] for a in annotations] == [1, 2, 3]
+    for annotation in annotations:
+        (image,) = dataset.loadImgs(annotation["image_id"])
+        result = results.pop((image["file_name"], annotation["category_id"]))
+        np.testing.assert_array_equal(dataset.annToMask(annotation), result.masks[0])
+        assert annotation["score"] == pytest.approx(float(result.confidence[0]), abs=1e-6)
+    assert not results
+
+
+def test_yolo_is_a_text_for_each_image(imgs: Path, segment: Any, model: Any) -> None:
+    prompts = write_prompts(
+        "p.jsonl",
+        {"image": "a.png", "points": [[9, 9]]},
+        {"image": "a.png", "points": [[30, 20]], "name": "cat"},
+        {"image": "deep/c.PNG", "points": [[9, 9]], "name": "cat"},
+    )
+    assert segment("imgs", "--prompts", prompts, "--format", "yolo", "-o", "out") == 0
+    assert files("out") == ["classes.txt", "labels/a.txt", "labels/deep/c.txt", "results.jsonl"]
+    assert Path("out/classes.txt").read_text() == "object\ncat\n"
+    lines = Path("out/labels/a.txt").read_text().splitlines()
+    expected = [found(model, imgs / "a.png", point).best for point in ([9, 9], [30, 20])]
+    assert [line.split()[0] for line in lines] == ["0", "1"]
+    for line, result in zip(lines, expected, strict=True):
+        shares = np.array(line.split()[1:], float).reshape(-1, 2)
+        ring = joined(result.polygons(1.0, holes=True)[0])
+        np.testing.assert_allclose(shares * [40, 30], ring, atol=1e-4)
+        assert ((shares >= 0) & (shares <= 1)).all()
+
+
+def test_labelme_is_a_document_beside_each_image_if_wanted(
+    imgs: Path, segment: Any, model: Any
+) -> None:
+    (imgs / "b.json").write_text("{}")
+    assert segment("imgs", *CLICK, "--format", "labelme", "-o", "imgs") == 1
+    assert (imgs / "b.json").read_text() == "{}"
+    for name in ("a.json", "deep/c.json"):
+        document = json.loads((imgs / name).read_text())
+        image = (imgs / name).parent / document["imagePath"]
+        with PIL.Image.open(image) as picture:
+            assert picture.size == (document["imageWidth"], document["imageHeight"])
+        rings = found(model, image, [9, 9]).best.polygons(1.0)[0]
+        assert [shape["points"] for shape in document["shapes"]] == [r.tolist() for r in rings]
+        assert {shape["label"] for shape in document["shapes"]} == {"object"}
+
+
+# --- which images ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["imgs/a.png", "imgs/b.png"], {"a", "b"}),
+        (["imgs/*.png"], {"a", "b"}),
+        (["imgs/**/*.[pP][nN][gG]"], {"a", "b", "deep/c"}),
+        (["imgs/deep", "imgs/a.png"], {"c", "a"}),
+    ],
+)
+def test_files_folders_and_patterns(
+    arguments: list[str], expected: set[str], imgs: Path, segment: Any
+) -> None:
+    assert segment(*arguments, *CLICK, "--format", "labelme", "-o", "out") == 0
+    assert {name[:-5] for name in files("out") if name.endswith(".json")} == expected
+
+
+def test_results_within_the_images_are_no_images(imgs: Path, segment: Any, capsys: Any) -> None:
+    for said in ("3 images segmented", "0 images segmented"):
+        assert segment("imgs", *CLICK, "-o", "imgs/out") == 0
+        assert capsys.readouterr().out.startswith(said)
+
+
+def test_masks_do_not_go_where_images_are_read(imgs: Path, segment: Any, capsys: Any) -> None:
+    assert segment("imgs", *CLICK, "-o", "imgs") == 1
+    assert "the images' own folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["https://example.org/cat.jpg"], "curl -L URL | sam3rt segment -"),
+        (["nothing/*.png"], "nothing/*.png"),
+        (["empty"], "empty"),
+        ([], "image files, folders or patterns"),
+        (["-", "imgs"], "- alone"),
+        (["imgs", "imgs/deep/../a.png"], "names differ before the suffix"),
+    ],
+)
+def test_what_is_no_image_is_refused_before_the_model_is_loaded(
+    arguments: list[str], said: str, imgs: Path, segment: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("sam3rt.cli.segment.load_from_options", _never)
+    Path("empty").mkdir()
+    assert segment(*arguments, *CLICK, "-o", "out") == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+def _never(*arguments: object) -> None:
+    raise AssertionError("was called")
+
+
+def test_an_image_may_come_from_standard_input(
+    imgs: Path, segment: Any, model: Any, monkeypatch: Any
+) -> None:
+    content = io.BytesIO((imgs / "a.png").read_bytes())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    assert segment("-", *CLICK, "-o", "out") == 0
+    document = json.loads(Path("out/result.json").read_text())
+    assert [m["area"] for m in document["masks"]] == found(
+        model, imgs / "a.png", [9, 9]
+    ).area.tolist()
+
+
+# --- prompts.jsonl --------------------------------------------------------------------------------
+
+
+def test_prompts_name_images_beside_themselves_and_may_come_by_a_pipe(
+    imgs: Path, segment: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    line = {"image": "deep/c.PNG", "points": [[9, 9]]}
+    write_prompts("imgs/p.jsonl", line, "", {**line, "image": "gone.png"})
+    assert segment("--prompts", "imgs/p.jsonl", "--format", "labelme", "-o", "out") == 1
+    assert "failed: gone.png: not found in imgs" in capsys.readouterr().err
+    assert files("out") == ["deep/c.json", "results.jsonl"]
+    piped = io.StringIO(json.dumps({**line, "image": "imgs/b.png"}))
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert segment("--prompts", "-", "--format", "labelme", "-o", "piped") == 0
+    assert files("piped") == ["imgs/b.json", "results.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"image": "a.png", "pionts": [[1, 1]]}, "line 2: the key 'pionts'"),
+        ({"image": "a.png", "pionts": [[1, 1]]}, "did you mean 'points'?"),
+        ({"image": "a.png", "zzz": 1}, "'zzz', expected image, points, labels, box, name"),
+        ({"points": [[1, 1]]}, "image"),
+        ({"image": "a.png"}, 'no prompt, expected "points" or "box"'),
+        ({"image": "a.png", "points": [1, 1]}, "points"),
+        ({"image": "a.png", "points": [[1, 1]], "labels": [1, 0]}, "2 labels for 1 points"),
+        ({"image": "a.png", "points": [[1, 1]], "labels": [2]}, "labels (2,)"),
+        ({"image": "a.png", "box": [1, 1, 2]}, "box"),
+        ("not JSON", "line 2"),
+        ("[1]", "line 2"),
+    ],
+)
+def test_a_wrong_line_is_named(line: Any, said: str, imgs: Path, segment: Any, capsys: Any) -> None:
+    prompts = write_prompts("p.jsonl", {"image": "a.png", "points": [[1, 1]]}, line)
+    assert segment("imgs", "--prompts", prompts, "-o", "out") == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert "p.jsonl, line 2" in error
+    assert not Path("out").exists()
+
+
+def test_a_wrong_prompt_fails_its_image_alone(imgs: Path, segment: Any, capsys: Any) -> None:
+    prompts = write_prompts(
+        "p.jsonl",
+        {"image": "a.png", "points": [[4000, 4000]]},
+        {"image": "b.png", "points": [[1, 1]]},
+    )
+    assert segment("imgs", "--prompts", prompts, "-o", "out") == 1
+    assert "failed: imgs/a.png: prompts: got a point is at (4000, 4000)" in capsys.readouterr().err
+    assert Path("out/b/result.json").exists()
+
+
+# --- failures and going on ------------------------------------------------------------------------
+
+
+def test_failures_are_listed_at_the_end_and_tried_again(
+    imgs: Path, segment: Any, capsys: Any
+) -> None:
+    whole = (imgs / "b.png").read_bytes()
+    (imgs / "b.png").write_bytes(whole[:100])
+    assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 1
+    printed = capsys.readouterr()
+    assert "2 images segmented" in printed.out
+    assert "1 failed" in printed.out
+    assert printed.err.startswith("sam3rt segment: failed: imgs/b.png: image imgs/b.png")
+    (imgs / "b.png").write_bytes(whole)
+    assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 0
+    assert "1 image segmented" in capsys.readouterr().out
+    assert len(json.loads(Path("out/annotations.json").read_text())["images"]) == 3
+
+
+@pytest.mark.parametrize("form", ["png", "coco", "yolo", "labelme"])
+def test_nothing_is_done_twice(
+    form: str, imgs: Path, segment: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    arguments = ("imgs", *CLICK, "--format", form, "-o", "out")
+    assert segment(*arguments) == 0
+    before = {name: Path("out", name).read_bytes() for name in files("out")}
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationModel, "encode", _never)
+        assert segment(*arguments) == 0
+    assert "0 images segmented, 3 done before" in capsys.readouterr().out
+    assert {name: Path("out", name).read_bytes() for name in files("out")} == before
+
+
+def test_what_changed_is_done_again(imgs: Path, segment: Any, capsys: Any) -> None:
+    arguments = ["imgs", *CLICK, "--format", "labelme", "-o", "out"]
+
+    def again(*more: str) -> str:
+        capsys.readouterr()
+        assert segment(*arguments, *more) == 0
+        return str(capsys.readouterr().out).partition(" ")[0]
+
+    assert again() == "3"
+    assert again("--mask-threshold", "0.5") == "3"
+    assert again("--mask-threshold", "0.5") == "0"
+    PIL.Image.fromarray(noise(50, 60)).save(imgs / "a.png")
+    assert again("--mask-threshold", "0.5") == "1"
+    Path("out/b.json").unlink()
+    assert again("--mask-threshold", "0.5") == "1"
+    arguments[2] = "20,9"
+    assert again("--mask-threshold", "0.5") == "3"
+
+
+@pytest.mark.parametrize("form", ["png", "coco", "yolo", "labelme"])
+@pytest.mark.parametrize("cut", [1, 9, 100_000])
+def test_a_run_that_was_stopped_goes_on(
+    form: str, cut: int, imgs: Path, segment: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    """Stopped while it noted the last image, or before."""
+    arguments = ("imgs", *CLICK, "--format", form, "-o", "out")
+    note = Journal.add
+
+    def stopped(journal: Journal, entry: Any) -> None:
+        if entry["image"] != "imgs/deep/c.PNG" or not entry["key"]:
+            return note(journal, entry)
+        with Path("out/results.jsonl").open("ab") as stream:
+            stream.write((json.dumps(entry) + "\n").encode()[:-cut])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stopped)
+        assert segment(*arguments) == 130
+    assert segment(*arguments) == 0
+    # A line without its end is whole.
+    said = capsys.readouterr().out
+    assert said.startswith("0 images segmented" if cut == 1 else "1 image segmented")
+    there = {name: Path("out", name).read_bytes() for name in files("out")}
+    assert segment(*arguments[:-1], "fresh") == 0
+    fresh = {name: Path("fresh", name).read_bytes() for name in files("fresh")}
+    assert there == fresh
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "annotations.json"])
+def test_files_of_the_user_s_are_not_overwritten(
+    name: str, imgs: Path, segment: Any, capsys: Any
+) -> None:
+    Path("out").mkdir()
+    Path("out", name).write_text("mine")
+    assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 1
+    assert name in capsys.readouterr().err
+    assert files("out") == [name]
+    assert Path("out", name).read_text() == "mine"
+
+
+def test_another_format_asks_for_another_folder(imgs: Path, segment: Any, capsys: Any) -> None:
+    assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 0
+    assert segment("imgs", *CLICK, "--format", "yolo", "-o", "out") == 1
+    assert "results.jsonl is of --format coco" in capsys.readouterr().err
+
+
+def test_the_next_image_is_encoded_while_one_is_written(
+    imgs: Path, segment: Any, monkeypatch: Any
+) -> None:
+    """Writing the first waits for the second's encoding, and would wait for ever otherwise."""
+    encoded = threading.Semaphore(0)
+    encode, write = SegmentationModel.encode, folder_module.write_text
+    waited = []
+
+    def counted(*arguments: Any) -> Any:
+        result = encode(*arguments)
+        encoded.release()
+        return result
+
+    def patient(path: Path, text: str) -> None:
+        if path.suffix == ".json" and not waited:
+            waited.append(all(encoded.acquire(timeout=20) for _ in range(2)))
+        write(path, text)
+
+    monkeypatch.setattr(SegmentationModel, "encode", counted)
+    monkeypatch.setattr(folder_module, "write_text", patient)
+    assert segment("imgs", *CLICK, "--format", "labelme", "-o", "out") == 0
+    assert waited == [True]
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_json_is_a_line_for_each_image(imgs: Path, segment: Any, capsys: Any) -> None:
+    assert segment("imgs", *CLICK, "--json", "--format", "coco", "-o", "out") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == ["imgs/a.png", "imgs/b.png", "imgs/deep/c.PNG"]
+    assert lines == [json.loads(x) for x in Path("out/results.jsonl").read_text().splitlines()[1:]]
+    assert segment("imgs/a.png", *CLICK, "--json", "-o", "one") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(Path("one/result.json").read_text())
+
+
+@pytest.mark.parametrize("image", ["imgs", "imgs/a.png"])
+def test_quiet_is_quiet(image: str, imgs: Path, segment: Any, capsys: Any) -> None:
+    assert segment(image, *CLICK, "--quiet", "-o", "out") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_best_only_is_a_mask_an_object(imgs: Path, segment: Any) -> None:
+    points = ("--points", "9,9 20,3,0", "--points", "30,20")
+    assert segment("imgs/a.png", *points, "--best-only", "-o", "out") == 0
+    assert files("out") == ["mask_0.png", "mask_1.png", "overlay.png", "result.json"]
+    document = json.loads(Path("out/result.json").read_text())
+    assert [m["object"] for m in document["masks"]] == [0, 1]
+    assert document["prompts"]["point_coords"] == [[[9, 9], [20, 3]], [[30, 20]]]
+    assert document["prompts"]["point_labels"] == [[1, 0], [1]]
+
+
+def test_each_points_and_each_box_is_an_object(
+    imgs: Path, segment: Any, model: Any, capsys: Any
+) -> None:
+    boxes = ("--box", "1,2,20,20", "--box", "5,5,30,25")
+    clicks = ("--point", "9,9", "--point", "20,3,0", "--points", "-1,2;30,20")
+    assert segment("imgs/a.png", *clicks, *boxes, "-o", "out") == 0
+    expected = found(
+        model,
+        imgs / "a.png",
+        [[[9, 9], [20, 3]], [[-1, 2], [30, 20]]],
+        [[1, 0], [1, 1]],
+        [[1, 2, 20, 20], [5, 5, 30, 25]],
+    )
+    document = json.loads(Path("out/result.json").read_text())
+    assert [m["area"] for m in document["masks"]] == expected.area.tolist()
+    assert segment("imgs/a.png", *clicks, *boxes[:2], "-o", "out") == 1
+    assert "clicks of 2 and boxes of 1 objects" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["segmnt"], "did you mean segment?"),
+        (["segment", "a.png", "--pionts", "1,1", "-o", "o"], "did you mean --points?"),
+        (["segment", "a.png", "--bst-only", "-o", "o"], "did you mean --best-only?"),
+        (["segment", "a.png", "--format", "coc", "-o", "o"], "did you mean coco?"),
+        (["segment", "a.png", "-o", "o", "--zzzzzz"], "unrecognized arguments: --zzzzzz\n"),
+    ],
+)
+def test_what_was_meant_is_suggested(arguments: list[str], said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_shells_can_complete(shell: str, capsys: Any) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "best-only" in printed
+    assert "labelme" in printed
+
+
+def test_a_missing_shtab_is_named(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    assert "pip install shtab" in capsys.readouterr().err
