@@ -36,6 +36,7 @@ class CppRuntime:
         self._build = build
         self._folder = folder
         self._files = 0
+        self.warned: list[bool] = []
 
     def _stored(self, content: bytes) -> Path:
         self._files += 1
@@ -58,7 +59,9 @@ class CppRuntime:
                     "prompts": case["prompts"],
                 }
             )
-        return [outcome(result, result.arrays) for result in self._build.run(steps)]
+        results = self._build.run(steps)
+        self.warned = [bool(result.value) for result in results if result.error is None]
+        return [outcome(result, result.arrays) for result in results]
 
     def input_sizes(self, cases: Sequence[Document]) -> list[list[int] | Refusal]:
         steps: list[Step] = [

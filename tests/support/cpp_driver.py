@@ -123,9 +123,10 @@ class Build:
 
 def as_prompts(arguments: dict[str, Any]) -> Step:
     """A Python call's prompt arguments as the driver takes them."""
-    types = {"point_coords": np.float32, "point_labels": np.int64}
+    types = {"point_labels": np.int64, "point_counts": np.int64}
+    known = ("point_coords", "point_labels", "point_counts", "box", "mask_input")
     return {
         name: np.asarray(value, types.get(name, np.float32))
         for name, value in arguments.items()
-        if name in ("point_coords", "point_labels", "box", "mask_input") and value is not None
+        if name in known and value is not None
     } | {name: value for name, value in arguments.items() if name == "normalize_coords"}

@@ -81,6 +81,9 @@ Prompts prompts_of(const json& value) {
     if (value.contains("point_labels")) {
         prompts.point_labels = read_npy<std::int64_t>(text(value, "point_labels"));
     }
+    if (value.contains("point_counts")) {
+        prompts.point_counts = read_npy<std::int64_t>(text(value, "point_counts"));
+    }
     if (value.contains("box")) {
         prompts.box = read_npy<float>(text(value, "box"));
     }
@@ -136,6 +139,7 @@ json load_model(Session& session, const json& step) {
     options.concurrent_encodes = step.value("concurrent_encodes", 1);
     options.concurrent_decodes = step.value("concurrent_decodes", 4);
     options.check_files = step.value("check_files", true);
+    options.map_weights = step.value("map_weights", false);
     if (step.contains("expected_fingerprint")) {
         options.expected_fingerprint = text(step, "expected_fingerprint");
     }
@@ -171,7 +175,7 @@ json decode(Session& session, const json& step) {
     if (decoded.object_score_logits) {
         write_npy(result_path(step, "object_score"), *decoded.object_score_logits);
     }
-    return nullptr;
+    return decoded.warning;
 }
 
 json new_predictor(Session& session, const json& step) {
@@ -238,7 +242,7 @@ json pack_prompts(const json& step) {
     if (packed.masks) {
         write_npy(result_path(step, "masks"), *packed.masks);
     }
-    return nullptr;
+    return packed.warning;
 }
 
 json preprocess_image(Session& session, const json& step) {
