@@ -17,6 +17,7 @@
 #include "engines.hpp"
 #include "files.hpp"
 #include "geometry.hpp"
+#include "gpu.hpp"
 #include "npy.hpp"
 #include "onnx_locations.hpp"
 #include "ort_session.hpp"
@@ -351,13 +352,19 @@ json hash(const json& step) {
 }
 
 json choose(const json& step) {
-    const Gpu gpu{text(step, "gpu"), text(step, "compute_capability")};
+    const Machine machine{{text(step, "gpu"), text(step, "compute_capability")},
+                          text(step, "driver_version")};
     const EngineSet set =
-        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), gpu,
+        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), machine,
                        step.value("engine_folder", ""));
     return {{"encoder", set.encoder.string()},
             {"decoder", set.decoder.string()},
             {"features_dtype", set.features_dtype}};
+}
+
+json gpu(const json& step) {
+    const Machine machine = query_gpu(step.at("number"));
+    return {machine.gpu.name, machine.gpu.compute_capability, machine.driver_version};
 }
 
 json onnx_locations(const json& step) {
@@ -537,6 +544,7 @@ const std::map<std::string, Step>& steps() {
              std::filesystem::current_path(text(s, "path"));
              return json();
          }},
+        {"query_gpu", [](Session&, const json& s) { return gpu(s); }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
     };
     return table;

@@ -442,8 +442,9 @@ struct DecodedMasks {
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes
-    /// CUDA where it works and the CPU otherwise.
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made, or
+    /// `sam3rt verify` proved, on this machine, for this user; "auto" takes CUDA where it works and
+    /// the CPU otherwise.
     std::string device = "auto";
     /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
     int threads = 0;
@@ -461,8 +462,8 @@ struct ModelOptions {
     bool map_weights = false;
     /// Refuse any bundle but the one with this fingerprint, if it is given.
     std::optional<std::string> expected_fingerprint;
-    /// For TensorRT: the engine folder to use, where several would do. A path, or the name of a
-    /// folder in the bundle's "engines".
+    /// For TensorRT: the engine folder to use, in place of the fastest recipe that is proven. A
+    /// path, or the name of a folder in the bundle's "engines".
     std::filesystem::path engine_folder;
 };
 
