@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,37 @@ def image_spec(rules: Document) -> ImageSpec:
     return ImageSpec(tuple(rules["input"]), rules["resize"], "float32", (0.0,) * 3, (1.0,) * 3)
 
 
+def as_ragged(prompts: Document) -> Document:
+    """Prompts with a list of each object's points in place of one array and their numbers."""
+    counts = prompts.get("point_counts")
+    if counts is None:
+        return prompts
+    ends = np.cumsum(counts)[:-1]
+    split = {name: np.split(prompts[name], ends) for name in ("point_coords", "point_labels")}
+    return {k: v for k, v in prompts.items() if k != "point_counts"} | split
+
+
 class PythonRuntime:
     """The package ``sam3rt``."""
 
     name = "python"
 
+    def __init__(self) -> None:
+        self.warned: list[bool] = []
+
     def pack(self, cases: Sequence[Document]) -> list[dict[str, NDArray[Any]] | Refusal]:
+        self.warned = []
+
         def packed(case: Document) -> dict[str, NDArray[Any]]:
             rules = case["rules"]
             spec = PromptSpec(
                 rules["box_position"], rules["padding_point"], tuple(rules["mask_size"])
             )
             inside = geometry(image_spec(rules), tuple(case["size"]))
-            result = pack(Prompts(**case["prompts"]), spec, inside)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", sam3rt.PromptWarning)
+                result = pack(Prompts(**as_ragged(case["prompts"])), spec, inside)
+            self.warned.append(bool(caught))
             found: dict[str, NDArray[Any]] = {"points": result.points, "labels": result.labels}
             return found if result.masks is None else {**found, "masks": result.masks}
 

@@ -18,6 +18,8 @@ from tests.support.golden_calls import Golden, check_call
 from tests.support.helpers import noise
 
 import sam3rt
+from sam3rt.geometry import MAX_PIXELS, MAX_SIDE
+from sam3rt.prompts import MAX_MASK_LOGIT, MAX_OBJECTS, MAX_POINTS
 
 HEADER = (ROOT / "runtime" / "cpp" / "include" / "sam3rt.h").read_text()
 CLICK: dict[str, Any] = {"point_coords": [[30, 25]], "point_labels": [1]}
@@ -162,6 +164,40 @@ def test_bad_input(library: Library, model: c_void_p, tmp_path: Path) -> None:
     refused("BUNDLE_ERROR", "", library, "model_load", str(tmp_path / "no").encode(), None, out)
     refused("BUNDLE_ERROR", "bundle.json", library, "model_load", bytes(tmp_path), None, out)
     library.c.sam3rt_predictor_free(predictor)
+
+
+def test_what_is_odd_about_prompts_is_said(library: Library, model: c_void_p) -> None:
+    predictor = library.predictor(model)
+    library.call("predictor_set_image", predictor, byref(image(noise(50, 70))))
+    ragged = {"point_coords": [[30, 25], [9, 9], [5, 5]], "point_labels": [1, 0, 1]}
+    for arguments, word in (
+        (CLICK, ""),
+        ({}, "no prompt"),
+        ({**CLICK, "point_coords": [[300, 25]]}, "(300, 25)"),
+        ({"box": [200, 20, 300, 40]}, "centre of a box"),
+        ({**ragged, "point_counts": [2, 1]}, ""),
+    ):
+        made = library.make("predictor_predict", predictor, byref(prompts(arguments)), None)
+        warning = library.c.sam3rt_prediction_warning(made).decode()
+        assert word in warning
+        assert bool(word) == bool(warning)
+        objects = 2 if "point_counts" in arguments else 1
+        assert library.arrays(made)[0].shape == ((2, 3, 50, 70) if objects == 2 else (3, 50, 70))
+        library.c.sam3rt_prediction_free(made)
+    assert library.c.sam3rt_prediction_warning(None) == b""
+    library.c.sam3rt_predictor_free(predictor)
+
+
+def test_limits_are_pythons(library: Library) -> None:
+    numbers = dict(re.findall(r"#define SAM3RT_(MAX_[A-Z_]+) ([\d.]+)", HEADER))
+    assert float(numbers.pop("MAX_MASK_LOGIT")) == MAX_MASK_LOGIT
+    assert {name: int(number) for name, number in numbers.items()} == {
+        "MAX_IMAGE_SIDE": MAX_SIDE,
+        "MAX_IMAGE_PIXELS": MAX_PIXELS,
+        "MAX_OBJECTS": MAX_OBJECTS,
+        "MAX_POINTS": MAX_POINTS,
+        "MAX_AXES": 4,
+    }
 
 
 def test_older_callers_structures(library: Library, model: c_void_p) -> None:

@@ -8,9 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.support.cpp_driver import Build
-from tests.support.helpers import edit_manifest, flip, read_document, relist, sign, tiny_bundle
+from tests.support.cpp_driver import Build, Step
+from tests.support.helpers import (
+    edit_manifest,
+    flip,
+    noise,
+    read_document,
+    relist,
+    sign,
+    tiny_bundle,
+)
+from tests.support.runnable_bundle import runnable_bundle
 
 from sam3rt import open_bundle
 from sam3rt.bundle import NO_FINGERPRINT
@@ -82,6 +92,26 @@ def test_links(cpp_build: Build, tmp_path: Path) -> None:
     )
     assert not [result.error for result in taken if result.error]
     assert "link that leaves" in left.refusal("BundleError", "decoder.onnx")
+
+
+def test_hub_cache(cpp_build: Build, tmp_path: Path) -> None:
+    """A snapshot of a hub's cache links to the blobs of its own repository, and to no others."""
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    tiny_bundle(snapshot)
+    blobs, others = tmp_path / "models--x" / "blobs", tmp_path / "models--y" / "blobs"
+    step = {"op": "open_bundle", "path": snapshot}
+    for folder in (blobs, others):
+        folder.mkdir(parents=True)
+        path = snapshot / "decoder.onnx"
+        path.resolve().rename(folder / "0123")
+        path.unlink(missing_ok=True)
+        path.symlink_to(Path("..", "..", "..", folder.parent.name, "blobs", "0123"))
+        result = cpp_build.run([step])[0]
+        if folder == blobs:
+            assert result.error is None
+        else:
+            assert "cp -rL" in result.refusal("BundleError", "decoder.onnx")
 
 
 def test_relative_folder(cpp_build: Build, small_bundle: Path, tmp_path: Path) -> None:
@@ -231,24 +261,67 @@ def test_graphs_that_are_not_the_right_ones(cpp_build: Build, copied: Path) -> N
     assert prepared(cpp_build, copied).error is None
 
 
-def test_weights_beside_the_graph(cpp_build: Build, copied: Path) -> None:
+def test_weights_beside_a_graph(cpp_build: Build, tmp_path: Path) -> None:
+    """Whatever happens to their file, nothing is served but what was hashed."""
     import onnx
 
-    graph = onnx.load(copied / "decoder.onnx")
-    (copied / "decoder.onnx").unlink()
-    onnx.save_model(
-        graph,
-        copied / "decoder.onnx",
+    whole = runnable_bundle(tmp_path / "whole").path
+    bundle = tmp_path / "bundle"
+    shutil.copytree(whole, bundle)
+    weights = bundle / "decoder.data"
+    onnx.save(
+        onnx.load(bundle / "decoder.onnx"),
+        bundle / "decoder.onnx",
         save_as_external_data=True,
-        location="decoder.data",
+        location=weights.name,
         size_threshold=1024,
     )
-    entry = {"file": "decoder.data", "sha256": "0" * 64, "bytes": 0}
-    edit_manifest(copied, lambda d: d["decoder"].update(external_data=[entry]))
-    relist(copied)
-    assert prepared(cpp_build, copied).error is None
-    (copied / "decoder.data").write_bytes(b"changed")
-    cpp_build.one(op="open_bundle", path=copied).refusal("BundleError", "decoder.data")
+    entry = {"file": weights.name, "sha256": "0" * 64, "bytes": 0}
+    edit_manifest(bundle, lambda d: d["decoder"].update(external_data=[entry]))
+    relist(bundle)
+    content = weights.read_bytes()
+    for name, changed in (
+        ("kept", content),
+        ("flipped", flip(content, 800)),
+        ("zeros", bytes(len(content))),
+        ("empty", b""),
+    ):
+        (tmp_path / name).write_bytes(changed)
+
+    def exchange(name: str) -> Step:
+        return {"op": "copy_file", "from": tmp_path / name, "to": weights}
+
+    load = {"op": "load_model", "path": bundle}
+    click = {"point_coords": np.float32([[4, 4]]), "point_labels": np.array([1])}
+    encode = {"op": "encode", "embedding": "e", "image": noise(9, 9)}
+    decode = {"op": "decode", "embedding": "e", "prompts": click}
+    results = cpp_build.run(
+        [
+            {**load, "model": "whole", "path": whole},
+            {**encode, "model": "whole"},
+            {**decode, "model": "whole"},
+            {**load, "model": "mapped", "map_weights": True},
+            {**encode, "model": "mapped"},
+            {**decode, "model": "mapped"},
+            {**load, "model": "m"},
+            exchange("flipped"),
+            {"op": "prepare", "model": "m"},
+            exchange("kept"),
+            {"op": "prepare", "model": "m"},
+            {**encode, "model": "m"},
+            {**decode, "model": "m"},
+            exchange("zeros"),
+            {**decode, "model": "m"},
+            exchange("empty"),
+            {**decode, "model": "m"},
+        ]
+    )
+    results[8].refusal("BundleError", "decoder.data")
+    assert not [r.error for i, r in enumerate(results) if r.error and i != 8]
+    for index in (5, 12, 14, 16):
+        found = results[index].arrays["low_res"]
+        np.testing.assert_array_equal(found, results[2].arrays["low_res"])
+    cpp_build.one(op="open_bundle", path=bundle).refusal("BundleError", "decoder.data")
 
 
 def test_failed_load_is_not_tried_again_by_every_call(cpp_build: Build, copied: Path) -> None:

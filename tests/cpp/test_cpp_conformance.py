@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.support import conformance
 from tests.support.conformance import Refusal
-from tests.support.cpp_driver import Build, Result, Step
+from tests.support.cpp_driver import Build, Result, Step, prove_engines, with_wrapper
 from tests.support.vectors import Document, as_image, as_prompts
 
 
@@ -36,6 +36,7 @@ class CppRuntime:
         self._build = build
         self._folder = folder
         self._files = 0
+        self.warned: list[bool] = []
 
     def _stored(self, content: bytes) -> Path:
         self._files += 1
@@ -58,7 +59,9 @@ class CppRuntime:
                     "prompts": case["prompts"],
                 }
             )
-        return [outcome(result, result.arrays) for result in self._build.run(steps)]
+        results = self._build.run(steps)
+        self.warned = [bool(result.value) for result in results if result.error is None]
+        return [outcome(result, result.arrays) for result in results]
 
     def input_sizes(self, cases: Sequence[Document]) -> list[list[int] | Refusal]:
         steps: list[Step] = [
@@ -104,8 +107,17 @@ class CppRuntime:
             "backend": machine["backend"],
             "gpu": machine["gpu"][0],
             "compute_capability": machine["gpu"][1],
+            "driver_version": machine["driver_version"],
         }
-        results = self._build.run([{**step, "path": path} for path in bundles])
+        # This runtime takes only what is proven; what fits is the question here.
+        cache = {"XDG_CACHE_HOME": str(self._folder / "cache")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", cache["XDG_CACHE_HOME"])
+            for path in bundles:
+                for engine in path.glob("engines/*/*.engine"):
+                    with_wrapper(engine)
+                prove_engines(path, machine)
+        results = self._build.run([{**step, "path": path} for path in bundles], env=cache)
         return [outcome(r, r.value and Path(r.value["encoder"]).parent.name) for r in results]
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:

@@ -1,19 +1,22 @@
-"""Which TensorRT engines the C++ runtime uses, beyond the vectors: links, wrappers, several pairs.
+"""Which TensorRT engines the C++ runtime uses, beyond the vectors: links, wrappers, verdicts.
 
 Nothing here runs an engine: that needs a GPU.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.cpp_driver import Build, Result
+from tests.support.cpp_driver import Build, Result, Step, prove_engines, with_wrapper
 from tests.support.helpers import tiny_bundle
 from tests.support.vectors import add_engine, load
-
-from sam3rt.bundle import file_entry
 
 FP16 = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
 FP32 = "nvidia-l4-sm89-tensorrt-10.3.0-fp32"
@@ -36,12 +39,16 @@ class Engines:
             {"op": "replace", "path": f"/{field}", "value": value}
             for field, value in changes.items()
         ]
-        return add_engine(self.path, name, role, patch)
+        return with_wrapper(add_engine(self.path, name, role, patch))
 
     def pair(self, name: str, **changes: Any) -> None:
-        """Add an encoder and a decoder proven with it."""
+        """Add an encoder and a decoder that says it was proven with it."""
         self.add(name, "encoder", **changes)
         self.add(name, "decoder", **changes)
+
+    def prove(self, passed: bool = True) -> list[Path]:
+        """Remember a verdict on every pair, as the Python runtime does; the files of verdicts."""
+        return prove_engines(self.path, load("engines")["machine"], passed=passed)
 
     def choose(self, build: Build, engine_folder: Path | str = "", backend: str = "") -> Result:
         """Let the C++ runtime choose for the machine of the vectors."""
@@ -52,18 +59,21 @@ class Engines:
             backend=backend or machine["backend"],
             gpu=machine["gpu"][0],
             compute_capability=machine["gpu"][1],
+            driver_version=machine["driver_version"],
             engine_folder=engine_folder,
         )
 
 
 @pytest.fixture
-def engines(tmp_path: Path) -> Engines:
-    """A bundle without engines."""
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """A bundle without engines, and no verdict on any."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Engines(tmp_path / "bundle")
 
 
 def test_the_only_pair_is_chosen(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16, features_dtype="float16")
+    engines.prove()
     folder = engines.path / "engines" / FP16
     assert engines.choose(cpp_build).value == {
         "encoder": str(folder / "encoder_ctx.onnx"),
@@ -80,34 +90,91 @@ def test_no_engines(cpp_build: Build, engines: Engines) -> None:
     assert "--backend tensorrt-rtx" in message
 
 
-def test_unproven_engines(cpp_build: Build, engines: Engines) -> None:
-    engines.pair(FP16, state="unproven")
+def test_what_a_sidecar_says_proves_nothing(cpp_build: Build, engines: Engines) -> None:
+    """The verdicts of this machine's user count, and whoever made a bundle cannot write them."""
+    engines.pair(FP16)
     message = engines.choose(cpp_build).refusal("BackendError")
     assert f"sam3rt verify {engines.path} --backend tensorrt" in message
     # One that nobody has run anywhere, from an ahead-of-time build.
     engines.pair(FP16, state="unproven", gpu=None, targets=["8.9"])
     assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
-    engines.pair(FP16, state="refused")
-    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
-
-
-def test_engines_proven_apart_from_each_other(cpp_build: Build, engines: Engines) -> None:
-    engines.add(FP16, "encoder")
-    engines.add(FP16, "decoder", paired_with="e" * 64)
-    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
-    engines.add(FP16, "decoder", features_dtype="float16")
-    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
-    engines.add(FP16, "decoder")
+    engines.prove()
     assert engines.choose(cpp_build).error is None
 
 
-def test_several_pairs(cpp_build: Build, engines: Engines) -> None:
+def test_a_verdict_that_failed(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16)
-    engines.pair(FP32)
+    engines.prove(passed=False)
     message = engines.choose(cpp_build).refusal("BackendError")
-    assert FP16 in message
-    assert FP32 in message
-    assert "engine_folder" in message
+    assert "all masks are empty" in message
+    assert f"sam3rt build {engines.path}" in message
+    engines.pair(FP16, state="refused")
+    engines.prove()
+    assert "sam3rt build" in engines.choose(cpp_build).refusal("BackendError")
+    engines.pair(FP16, state="refused", driver_version="549.0")
+    engines.prove()
+    assert engines.choose(cpp_build).error is None
+
+
+@pytest.mark.parametrize(
+    "change", ["driver", "gpu", "version", "precision", "files", "fingerprint", "limits"]
+)
+def test_a_verdict_on_something_else(cpp_build: Build, engines: Engines, change: str) -> None:
+    """A verdict's name is a hash of what it is about, which stands in it too."""
+    engines.pair(FP16)
+    (path,) = engines.prove()
+    document = json.loads(path.read_text())
+    old = document["key"]
+    new = copy.deepcopy(old)
+    if change == "limits":
+        new["limits"]["mask_iou"] = 0.5
+    elif change in ("driver", "gpu"):
+        words = {"driver": ("550.1", "550.2"), "gpu": ("L4", "L40")}[change]
+        new["processor"] = old["processor"].replace(*words)
+    else:
+        new[change] = old[change][::-1]
+    path.write_text(json.dumps({**document, "key": new}))
+    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    path.write_text(json.dumps(document))
+    assert engines.choose(cpp_build).error is None
+
+
+def test_a_verdict_that_cannot_be_read(cpp_build: Build, engines: Engines, tmp_path: Path) -> None:
+    engines.pair(FP16)
+    (path,) = engines.prove()
+    text = path.read_text()
+    changed = json.loads(text)
+    for damaged in (
+        "",
+        "[]",
+        text[:-9],
+        json.dumps({**changed, "passed": 1}),
+        json.dumps({**changed, "format": "sam3rt-verdict-1"}),
+        " " * (1 << 20) + text,
+    ):
+        path.write_text(damaged)
+        assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    path.unlink()
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(tmp_path / "verdict"),
+    ):
+        (tmp_path / "verdict").write_text(text)
+        make()
+        assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+        path.unlink()
+
+
+def test_the_fastest_proven_pair(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP32, recipe="fp32")
+    engines.pair("a-recipe-nobody-knows", recipe="int3")
+    engines.prove()
+    assert FP32 in engines.choose(cpp_build).value["encoder"]
+    engines.pair(FP16)
+    assert FP32 in engines.choose(cpp_build).value["encoder"]  # the other is not proven
+    engines.prove()
+    assert FP16 in engines.choose(cpp_build).value["encoder"]
     folder = engines.path / "engines" / FP32
     for name in (FP32, folder):
         chosen = engines.choose(cpp_build, name)
@@ -118,8 +185,9 @@ def test_several_pairs(cpp_build: Build, engines: Engines) -> None:
 
 
 def test_encoder_and_decoder_of_two_folders(cpp_build: Build, engines: Engines) -> None:
-    encoder = engines.add(FP16, "encoder")
-    engines.add(FP32, "decoder", paired_with=file_entry(encoder).sha256)
+    engines.add(FP16, "encoder")
+    engines.add(FP32, "decoder", recipe="fp32")
+    engines.prove()
     for folder in ("", FP16, FP32):
         chosen = engines.choose(cpp_build, folder).value
         assert FP16 in chosen["encoder"]
@@ -129,6 +197,7 @@ def test_encoder_and_decoder_of_two_folders(cpp_build: Build, engines: Engines) 
 @pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_changed_engine(cpp_build: Build, engines: Engines, role: str) -> None:
     engines.pair(FP16)
+    engines.prove()
     engine = engines.path / "engines" / FP16 / f"{role}.engine"
     content = engine.read_bytes()
     for damaged in (content[:-1], content[:-1] + b"x"):
@@ -146,6 +215,7 @@ def test_engines_behind_a_link_that_leaves_the_bundle_are_passed_over(
     cpp_build: Build, engines: Engines, tmp_path: Path, linked: str
 ) -> None:
     engines.pair(FP16)
+    engines.prove()
     assert FP16 in engines.choose(cpp_build).value["encoder"]
     inside = engines.path / linked.format(FP16)
     outside = tmp_path / "outside"
@@ -158,16 +228,106 @@ def test_engines_behind_a_link_inside_the_bundle_are_used(
     cpp_build: Build, engines: Engines
 ) -> None:
     engines.pair(FP16)
+    engines.prove()
     folder = engines.path / "engines" / FP16
     folder.rename(engines.path / "kept")
     folder.symlink_to(engines.path / "kept")
     assert FP16 in engines.choose(cpp_build).value["encoder"]
 
 
-def test_missing_wrapper(cpp_build: Build, engines: Engines) -> None:
+def test_wrapper_that_is_none(cpp_build: Build, engines: Engines) -> None:
+    """ONNX Runtime would run whatever a wrapper holds or names."""
+    import onnx
+    from onnx import helper
+
     engines.pair(FP16)
+    engines.prove()
     wrapper = engines.path / "engines" / FP16 / "decoder_ctx.onnx"
+    content = wrapper.read_bytes()
+    model = onnx.load(wrapper)
+
+    def changed(name: str, value: Any) -> bytes:
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        attributes = copied.graph.node[0].attribute
+        kept = [a for a in attributes if a.name != name]
+        del attributes[:]
+        attributes.extend(kept)
+        if value is not None:
+            attributes.append(helper.make_attribute(name, value))
+        return copied.SerializeToString()
+
+    def with_graph(change: Callable[[Any], object]) -> bytes:
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        change(copied.graph)
+        return copied.SerializeToString()
+
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[1], float_data=[1])
+    for bad in (
+        b"",
+        b"wrapper",
+        content[:-1],
+        changed("embed_mode", 1),
+        changed("embed_mode", None),
+        changed("ep_cache_context", "/tmp/other.engine"),
+        changed("ep_cache_context", "../other.engine"),
+        changed("ep_cache_context", "encoder.engine"),
+        changed("ep_cache_context", None),
+        with_graph(lambda graph: graph.node.append(graph.node[0])),
+        with_graph(lambda graph: graph.node[0].attribute.append(graph.node[0].attribute[0])),
+        with_graph(lambda graph: graph.initializer.append(weights)),
+        with_graph(lambda graph: setattr(graph.node[0], "op_type", "Identity")),
+        with_graph(lambda graph: setattr(graph.node[0], "domain", "other")),
+    ):
+        wrapper.write_bytes(bad)
+        engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
+    wrapper.write_bytes(content)
+    assert engines.choose(cpp_build).error is None
     wrapper.unlink()
     engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
     wrapper.symlink_to("encoder_ctx.onnx")
     engines.choose(cpp_build).refusal("BundleError", "decoder_ctx.onnx")
+
+
+# --- the driver -----------------------------------------------------------------------------------
+
+_CUDA = """
+#include <string.h>
+int cuInit(unsigned flags) { return (int)flags; }
+int cuDeviceGet(int* device, int number) { *device = number; return number == 0 ? 0 : 101; }
+int cuDeviceGetName(char* name, int size, int device) {
+    strncpy(name, "NVIDIA Stand-in", (size_t)size);
+    return device;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    *value = attribute == 75 ? 8 : 9;
+    return device;
+}
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+"""
+_NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char* text, unsigned size) {
+    strncpy(text, "550.54.15", size);
+    return 0;
+}
+"""
+
+
+def test_gpu_and_driver(cpp_builds: Path, tmp_path: Path) -> None:
+    """As a verdict's processor names them; over libraries that stand in for the driver's."""
+    build = Build(cpp_builds / "release", tmp_path)
+    steps: list[Step] = [{"op": "query_gpu", "number": number} for number in (0, 1)]
+    libraries = {"LD_LIBRARY_PATH": str(tmp_path)}
+    for name, source, driver in (
+        ("libcuda.so.1", _CUDA, "CUDA 12.4"),
+        ("libnvidia-ml.so.1", _NVML, "550.54.15"),
+    ):
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / name]
+        subprocess.run(command, input=source, text=True, check=True)
+        found, missing = build.run(steps, env=libraries)
+        assert found.value == ["NVIDIA Stand-in", "8.9", driver]
+        assert "GPU 1" in missing.refusal("BackendError")

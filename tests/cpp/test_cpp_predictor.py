@@ -122,6 +122,47 @@ def test_hole_area_is_the_models_own_unless_given(
         np.testing.assert_array_equal(unset, filled if default else none)
 
 
+def test_objects_with_different_numbers_of_points(
+    cpp_build: Build, mobile_sam_golden: Golden
+) -> None:
+    """In one call, each has the result of a call of its own."""
+    points = np.random.default_rng(2).uniform(5, 60, (6, 2)).astype(np.float32)
+    labels = np.array([1, 0, 1, 1, 0, 1])
+    counts = np.array([3, 1, 2])
+    decode: Step = {"op": "decode", "model": "m", "embedding": "e"}
+    steps: list[Step] = [{"op": "encode", "model": "m", "embedding": "e", "image": FIRST}]
+    given = {"point_coords": points, "point_labels": labels, "point_counts": counts}
+    steps.append({**decode, "prompts": given})
+    for end, count in zip(np.cumsum(counts), counts, strict=True):
+        own = slice(end - count, end)
+        alone = {"point_coords": points[own], "point_labels": labels[own]}
+        steps.append({**decode, "prompts": alone})
+    _, together, *alone_results = run(cpp_build, mobile_sam_golden, *steps)
+    for index, result in enumerate(alone_results):
+        for name, array in result.arrays.items():
+            np.testing.assert_allclose(together.arrays[name][index], array[0], atol=2e-3)
+
+
+def test_counts_that_do_not_fit(cpp_build: Build, mobile_sam_golden: Golden) -> None:
+    two = {"point_coords": np.float32([[1, 2], [3, 4]]), "point_labels": np.array([1, 0])}
+    flat = {"point_coords": np.zeros((2, 1, 2), np.float32), "point_labels": np.ones((2, 1), int)}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("point_counts", {**two, "point_counts": np.array([1, 2])}),
+        ("point_counts", {**two, "point_counts": np.array([3, -1])}),
+        ("point_counts", {**two, "point_counts": np.array([[1, 1]])}),
+        ("point_counts", {**two, "point_counts": np.zeros(1025, int)}),
+        ("point_counts", {**two, "point_counts": np.array([1 << 62, 1 << 62])}),
+        ("point_coords", {**flat, "point_counts": np.array([1, 1])}),
+        ("point_coords", {"point_counts": np.array([1, 1])}),
+        ("point_labels", {"point_coords": two["point_coords"], "point_counts": np.array([2])}),
+        ("box", {**two, "point_counts": np.array([1, 1]), "box": np.float32([1, 2, 3, 4])}),
+    ]
+    steps = [step("predict", prompts=given) for _, given in cases]
+    results = run(cpp_build, mobile_sam_golden, step("set_image", image=FIRST), *steps)[1:]
+    for (argument, _), result in zip(cases, results, strict=True):
+        result.refusal("PromptError", argument)
+
+
 # --- many objects, many threads -------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ class Prompts(ctypes.Structure):
         ("box", ArrayView),
         ("mask_input", ArrayView),
         ("coords_are_normalized", c_int32),
+        ("point_counts", ArrayView),
     ]
 
 
@@ -66,6 +67,9 @@ class ModelOptions(ctypes.Structure):
         ("skip_file_checks", c_int32),
         ("expected_fingerprint", c_char_p),
         ("engine_folder", c_char_p),
+        ("concurrent_encodes", c_int32),
+        ("concurrent_decodes", c_int32),
+        ("map_weights", c_int32),
     ]
 
 
@@ -115,6 +119,7 @@ class Library:
         for name in ("version", "error_message", "error_subject", "model_device", "model_name"):
             getattr(self.c, f"sam3rt_{name}").restype = c_char_p
         self.c.sam3rt_model_fingerprint.restype = c_char_p
+        self.c.sam3rt_prediction_warning.restype = c_char_p
         for name in ("masks", "logits", "iou", "low_res"):
             function = getattr(self.c, f"sam3rt_prediction_{name}")
             function.restype, function.argtypes = ArrayView, [c_void_p]
@@ -203,11 +208,13 @@ def prompts(arguments: dict[str, Any]) -> Prompts:
     """Prompts for a Python call's arguments, which they keep alive."""
     result = Prompts(ctypes.sizeof(Prompts))
     result.keep = []
-    for name in ("point_coords", "point_labels", "box", "mask_input"):
+    for name in ("point_coords", "point_labels", "point_counts", "box", "mask_input"):
         if arguments.get(name) is None:
             continue
         array = np.asarray(
-            arguments[name], np.int64 if name == "point_labels" else np.float32, order="C"
+            arguments[name],
+            np.int64 if name in ("point_labels", "point_counts") else np.float32,
+            order="C",
         )
         result.keep.append(array)
         padded = (*array.shape, *(0,) * (4 - array.ndim))

@@ -46,9 +46,15 @@ class Refusal:
 
 
 class Runtime(Protocol):
-    """A runtime under test. Each method returns one entry per case: a value or a refusal."""
+    """A runtime under test. Each method returns one entry per case: a value or a refusal.
+
+    Attributes:
+        name: ``"python"`` or ``"cpp"``.
+        warned: of each case that ``pack`` packed last, whether it said that something is odd.
+    """
 
     name: str
+    warned: list[bool]
 
     def pack(self, cases: Sequence[Document]) -> list[dict[str, NDArray[Any]] | Refusal]:
         """Pack prompts. A case has ``prompts``, as arrays, the ``rules`` and the ``size``."""
@@ -107,7 +113,10 @@ def check_packed_prompts(runtime: Runtime, folder: Path) -> None:
         }
         for case in vectors["packed"]
     ]
-    for case, found in zip(vectors["packed"], runtime.pack(cases), strict=True):
+    results = runtime.pack(cases)
+    expected = [case.get("warns", False) for case in vectors["packed"]]
+    same(runtime.warned, expected, [case["name"] for case in vectors["packed"]])
+    for case, found in zip(vectors["packed"], results, strict=True):
         assert not isinstance(found, Refusal), (case["name"], found)
         assert found.keys() == case["packed"].keys(), case["name"]
         for name, value in case["packed"].items():

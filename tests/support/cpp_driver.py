@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sam3rt.accuracy.verdicts import StoredVerdict, save_verdict
+from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.engines import EngineSet, EngineTarget, find_engines, subject_of
+from sam3rt.bundle import open_bundle
+
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ROOT / "runtime" / "cpp" / "sanitizers"
 Step = dict[str, Any]
@@ -73,7 +78,7 @@ class Build:
             },
         )
 
-    def run(self, steps: list[Step]) -> list[Result]:
+    def run(self, steps: list[Step], env: dict[str, str] | None = None) -> list[Result]:
         """Run steps in one process. Arrays among their arguments travel as files."""
         self._count += 1
         folder = self._folder / str(self._count)
@@ -100,7 +105,7 @@ class Build:
             for number, step in enumerate(steps)
         ]
         (folder / "steps.json").write_text(json.dumps(document))
-        done = self.program("tests/driver", folder / "steps.json", folder / "results.json")
+        done = self.program("tests/driver", folder / "steps.json", folder / "results.json", env=env)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
         answers = json.loads((folder / "results.json").read_text())
         assert len(answers) == len(steps)
@@ -121,11 +126,36 @@ class Build:
         return self.run([step])[0]
 
 
+def with_wrapper(engine: Path) -> Path:
+    """Give an engine the wrapper that `sam3rt build` writes beside it."""
+    from sam3rt_build.ep_context import write_wrapper  # needs the package onnx
+
+    write_wrapper(engine, "tensorrt", (), (), {}, "8.9")
+    return engine
+
+
+def prove_engines(bundle: Path, machine: dict[str, Any], passed: bool = True) -> list[Path]:
+    """Remember a verdict on every pair of a bundle's engines; the files of the verdicts."""
+    opened = open_bundle(bundle, check_files=False)
+    target = EngineTarget(**{**machine, "gpu": Gpu(*machine["gpu"])})
+    explanation = "all is well" if passed else "all masks are empty"
+    verdict = StoredVerdict(passed, explanation, {})
+    engines = find_engines(opened)
+    saved = [
+        save_verdict(opened, subject_of(EngineSet(encoder, decoder), target), verdict)
+        for encoder in engines
+        for decoder in engines
+        if (encoder.sidecar.role, decoder.sidecar.role) == ("encoder", "decoder")
+    ]
+    return [path for path in saved if path is not None]
+
+
 def as_prompts(arguments: dict[str, Any]) -> Step:
     """A Python call's prompt arguments as the driver takes them."""
-    types = {"point_coords": np.float32, "point_labels": np.int64}
+    types = {"point_labels": np.int64, "point_counts": np.int64}
+    known = ("point_coords", "point_labels", "point_counts", "box", "mask_input")
     return {
         name: np.asarray(value, types.get(name, np.float32))
         for name, value in arguments.items()
-        if name in ("point_coords", "point_labels", "box", "mask_input") and value is not None
+        if name in known and value is not None
     } | {name: value for name, value in arguments.items() if name == "normalize_coords"}

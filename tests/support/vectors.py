@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VECTORS = ROOT / "tests" / "conformance"
 Document = dict[str, Any]
 
-DTYPES = {"point_labels": np.int64, "labels": np.int64}
+DTYPES = {"point_labels": np.int64, "point_counts": np.int64, "labels": np.int64}
 
 
 def load(name: str) -> Document:

@@ -83,6 +83,18 @@ SAM3RT_API const char* sam3rt_error_subject(const sam3rt_error* error);
 
 SAM3RT_API void sam3rt_error_free(sam3rt_error* error);
 
+/* --- limits ------------------------------------------------------------------------------------
+ */
+
+/* Images have at most this many pixels on a side, and in total. A larger one is an image error. */
+#define SAM3RT_MAX_IMAGE_SIDE 65536
+#define SAM3RT_MAX_IMAGE_PIXELS 268435456
+/* One call takes at most this many objects, and this many points for each of them, and the values
+ * of a mask prompt are at most this far from 0. Anything else is a prompt error. */
+#define SAM3RT_MAX_OBJECTS 1024
+#define SAM3RT_MAX_POINTS 1024
+#define SAM3RT_MAX_MASK_LOGIT 10000.0f
+
 /* --- values ------------------------------------------------------------------------------------
  */
 
@@ -108,8 +120,7 @@ typedef struct sam3rt_mask_array {
     int32_t axes;
 } sam3rt_mask_array;
 
-/* An 8-bit RGB image, interleaved, which is only read, and only during the call. It has at most
- * 65536 pixels on a side and 268435456 in total. */
+/* An 8-bit RGB image, interleaved, which is only read, and only during the call. */
 typedef struct sam3rt_image {
     size_t struct_size;
     const uint8_t* pixels;
@@ -120,8 +131,8 @@ typedef struct sam3rt_image {
     size_t row_stride;
 } sam3rt_image;
 
-/* Prompts for one image. Everything may be absent; B counts objects, at most 1024, and each has at
- * most 1024 points; with B 0 the results are empty. */
+/* Prompts for one image. Everything may be absent; B counts objects; with B 0 the results are
+ * empty. */
 typedef struct sam3rt_prompts {
     size_t struct_size;
     /* [N, 2] or [B, N, 2], (x, y) in pixels of the image. */
@@ -131,10 +142,13 @@ typedef struct sam3rt_prompts {
     sam3rt_label_array point_labels;
     /* [4] or [B, 4], x0, y0, x1, y1. */
     sam3rt_float_array box;
-    /* [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call, from -10000 to 10000. */
+    /* [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call. */
     sam3rt_float_array mask_input;
     /* Not 0: coordinates are already in [0, 1] of the image. */
     int32_t coords_are_normalized;
+    /* [B], for objects with different numbers of points: how many each has. point_coords is then
+     * [N, 2], one object's points after the other's, and point_labels [N]. */
+    sam3rt_label_array point_counts;
 } sam3rt_prompts;
 
 /* --- the model ---------------------------------------------------------------------------------
@@ -151,16 +165,19 @@ typedef struct sam3rt_model_options {
     int32_t skip_file_checks;
     /* Refuse any bundle but the one with this fingerprint; NULL takes any. */
     const char* expected_fingerprint;
-    /* The engine folder to use where several would do; NULL for none. */
+    /* The engine folder to use in place of the fastest recipe that is proven; NULL for none. */
     const char* engine_folder;
     /* How many threads may run the encoder at once, and the decoder; others wait for their turn. 0
      * stands for the defaults, 1 and 4. */
     int32_t concurrent_encodes;
     int32_t concurrent_decodes;
+    /* Not 0: map weights that lie beside a graph, in place of a copy in this process's own memory.
+     * They change when their file does: only for a folder that nobody else can write to. */
+    int32_t map_weights;
 } sam3rt_model_options;
 
-/* Opens a bundle folder, a relative one from the current folder as it is now; `options` may be NULL.
- * Graphs are loaded at first use. */
+/* Opens a bundle folder, a relative one from the current folder as it is now; `options` may be
+ * NULL. Graphs are loaded at first use. */
 SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                            sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
@@ -274,6 +291,10 @@ SAM3RT_API sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* 
 SAM3RT_API sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction);
 /* [C, h, w], for mask_input of a later call. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction);
+/* For a log: why the masks may mean nothing, although the scores look as always. There was no
+ * prompt at all, or a point or a box's centre lies far outside the image. An empty text otherwise.
+ * Lives as long as the prediction. */
+SAM3RT_API const char* sam3rt_prediction_warning(const sam3rt_prediction* prediction);
 SAM3RT_API void sam3rt_prediction_free(sam3rt_prediction* prediction);
 
 #ifdef __cplusplus

@@ -1,10 +1,8 @@
 #include "backend.hpp"
 
 #include <algorithm>
-#include <system_error>
 
 #include "onnx_locations.hpp"
-#include "sha256.hpp"
 #include "signature.hpp"
 
 namespace sam3rt {
@@ -73,6 +71,32 @@ Ort::Value empty_map(const TensorSpec& spec) {
                                     element_types().at(spec.dtype));
 }
 
+std::vector<Bytes> read_weights(const std::filesystem::path& folder,
+                                const std::vector<FileEntry>& files) {
+    std::vector<Bytes> weights;
+    for (const FileEntry& entry : files) {
+        weights.push_back(read_checked(folder, entry));
+    }
+    return weights;
+}
+
+/// Give a session the content of files in place of the files. A session copies what it needs when
+/// it is made.
+void add_weights(Ort::SessionOptions& options, const std::vector<FileEntry>& files,
+                 std::vector<Bytes>& weights) {
+    std::vector<std::string> names;
+    std::vector<char*> contents;
+    std::vector<std::size_t> lengths;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+        names.push_back(files[i].file);
+        contents.push_back(reinterpret_cast<char*>(weights[i].data()));
+        lengths.push_back(weights[i].size());
+    }
+    if (!names.empty()) {
+        options.AddExternalInitializersFromFilesInMemory(names, contents, lengths);
+    }
+}
+
 int require_positive(const std::string& argument, int value) {
     if (value < 1) {
         throw InvalidInputError(argument, std::to_string(value), "a positive whole number");
@@ -127,6 +151,7 @@ Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
 Backend::Backend(const Bundle& bundle, const ModelOptions& options)
     : bundle_(bundle),
       threads_(options.threads),
+      map_weights_(options.map_weights),
       blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
                    bundle.manifest.prompts.mask_size.width}),
       encoder_(bundle.manifest.encoder,
@@ -264,30 +289,24 @@ Ort::SessionOptions Backend::options_for(const Graph& graph) const {
 
 std::shared_ptr<Ort::Session> Backend::load(const Graph& graph) const {
     const GraphSpec& spec = *graph.spec;
-    check_length(bundle_.path, spec.model);
-    for (const FileEntry& entry : spec.external_data) {
-        check_length(bundle_.path, entry);
-    }
-    const std::filesystem::path path = bundle_.path / spec.model.file;
-    Bytes content;
-    try {
-        content = read_file(path, spec.model.bytes);
-    } catch (const std::system_error& error) {
-        throw BundleError(std::string("cannot be read: ") + error.what(), spec.model.file);
-    }
-    if (sha256_hex(content.data(), content.size()) != spec.model.sha256) {
-        throw BundleError("changed since the bundle was opened", spec.model.file);
-    }
+    const Bytes content = read_checked(bundle_.path, spec.model);
     check_onnx(content, spec.model.file, spec.external_data);
-    // Without weights beside it, what is loaded is what was hashed, even if the file is exchanged
-    // meanwhile. Weights beside the graph are found through its path.
     try {
-        const Ort::SessionOptions options = options_for(graph);
-        auto session =
-            spec.external_data.empty()
-                ? std::make_shared<Ort::Session>(ort_environment(), content.data(), content.size(),
-                                                 options)
-                : std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
+        Ort::SessionOptions options = options_for(graph);
+        std::shared_ptr<Ort::Session> session;
+        if (map_weights_ && !spec.external_data.empty()) {
+            for (const FileEntry& entry : spec.external_data) {
+                check_length(bundle_.path, entry);
+            }
+            const std::filesystem::path path = bundle_.path / spec.model.file;
+            session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
+        } else {
+            // What is loaded is what was hashed, whatever happens to the files meanwhile.
+            std::vector<Bytes> weights = read_weights(bundle_.path, spec.external_data);
+            add_weights(options, spec.external_data, weights);
+            session = std::make_shared<Ort::Session>(ort_environment(), content.data(),
+                                                     content.size(), options);
+        }
         check(*session, spec, false);
         return session;
     } catch (const Ort::Exception& error) {

@@ -96,6 +96,7 @@ private:
 
     const Bundle& bundle_;
     int threads_;
+    bool map_weights_;
     Device device_;
     std::optional<EngineSet> engines_;
     Array<float> blank_mask_;

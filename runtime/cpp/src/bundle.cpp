@@ -265,6 +265,28 @@ void check_rules(const Manifest& manifest) {
     }
 }
 
+void check_digest(const std::string& digest, const FileEntry& entry) {
+    if (digest != entry.sha256) {
+        throw BundleError("has SHA-256 " + digest.substr(0, 16) + "..., the manifest says " +
+                              entry.sha256.substr(0, 16) +
+                              "...: the file was changed or is from another export",
+                          entry.file);
+    }
+}
+
+/// Whether a file of a hub's snapshot lies among the blobs of the same repository.
+/// `huggingface_hub` keeps models--X/snapshots/REVISION/FILE as links to models--X/blobs/HASH.
+bool is_blob(const fs::path& path, const fs::path& folder) {
+    const fs::path target = fs::weakly_canonical(path);
+    for (fs::path parent = fs::canonical(folder).parent_path(); parent.has_relative_path();
+         parent = parent.parent_path()) {
+        if (parent.filename() == "snapshots") {
+            return target.parent_path() == parent.parent_path() / "blobs";
+        }
+    }
+    return false;
+}
+
 /// The SHA-256 of a manifest's bytes with the digits of its fingerprint zeroed.
 std::string fingerprint_of(Bytes raw, const std::string& current) {
     const auto found = std::search(raw.begin(), raw.end(), current.begin(), current.end());
@@ -345,19 +367,30 @@ void check_file(const fs::path& folder, const FileEntry& entry) {
     } catch (const std::system_error& error) {
         throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
     }
-    if (digest != entry.sha256) {
-        throw BundleError("has SHA-256 " + digest.substr(0, 16) + "..., the manifest says " +
-                              entry.sha256.substr(0, 16) +
-                              "...: the file was changed or is from another export",
-                          entry.file);
+    check_digest(digest, entry);
+}
+
+Bytes read_checked(const fs::path& folder, const FileEntry& entry) {
+    check_length(folder, entry);
+    Bytes content;
+    try {
+        content = read_file(folder / entry.file, entry.bytes);
+    } catch (const std::system_error& error) {
+        throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
     }
+    check_digest(sha256_hex(content.data(), content.size()), entry);
+    return content;
 }
 
 void check_length(const fs::path& folder, const FileEntry& entry) {
     const fs::path path = folder / entry.file;
     try {
-        if (fs::is_symlink(path) && !is_inside(path, folder)) {
-            throw BundleError("is a link that leaves the bundle", entry.file);
+        if (fs::is_symlink(path) && !is_inside(path, folder) && !is_blob(path, folder)) {
+            throw BundleError(
+                "is a link that leaves the bundle; copy the bundle with the files in place of "
+                "their links: cp -rL " +
+                    folder.string() + " COPY",
+                entry.file);
         }
         if (!fs::is_regular_file(path)) {
             throw BundleError("is missing from the bundle " + folder.string(), entry.file);

@@ -25,7 +25,12 @@ Manifest parse_manifest(const Bytes& raw);
 /// length or hash than its entry says. Throws BundleError.
 void check_file(const std::filesystem::path& folder, const FileEntry& entry);
 
-/// The part of check_file that opens nothing. Throws BundleError.
+/// The content of a file that check_file would accept. What is checked is what was read, whatever
+/// happens to the file meanwhile. Throws BundleError.
+Bytes read_checked(const std::filesystem::path& folder, const FileEntry& entry);
+
+/// The part of check_file that opens nothing. A link of a hub's snapshot into the blobs of the same
+/// repository does not leave the folder. Throws BundleError.
 void check_length(const std::filesystem::path& folder, const FileEntry& entry);
 
 /// Whether a path lies in a folder when all links are followed. Throws std::system_error.

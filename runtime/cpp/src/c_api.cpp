@@ -29,6 +29,12 @@ struct sam3rt_prediction {
 
 namespace {
 
+static_assert(SAM3RT_MAX_IMAGE_SIDE == sam3rt::max_image_side);
+static_assert(SAM3RT_MAX_IMAGE_PIXELS == sam3rt::max_image_pixels);
+static_assert(SAM3RT_MAX_OBJECTS == sam3rt::max_objects);
+static_assert(SAM3RT_MAX_POINTS == sam3rt::max_points);
+static_assert(SAM3RT_MAX_MASK_LOGIT == sam3rt::max_mask_logit);
+
 using sam3rt::InvalidInputError;
 
 sam3rt_status store(sam3rt_error** error, sam3rt_status status, const char* message,
@@ -151,6 +157,7 @@ sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
     sam3rt::Prompts result;
     result.point_coords = copy_of<float>(known.point_coords, "point_coords");
     result.point_labels = copy_of<std::int64_t>(known.point_labels, "point_labels");
+    result.point_counts = copy_of<std::int64_t>(known.point_counts, "point_counts");
     result.box = copy_of<float>(known.box, "box");
     result.mask_input = copy_of<float>(known.mask_input, "mask_input");
     result.normalize_coords = known.coords_are_normalized == 0;
@@ -190,6 +197,7 @@ sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* 
         chosen.device = text_or(known.device, "auto");
         chosen.threads = known.threads;
         chosen.check_files = known.skip_file_checks == 0;
+        chosen.map_weights = known.map_weights != 0;
         if (known.expected_fingerprint != nullptr) {
             chosen.expected_fingerprint = known.expected_fingerprint;
         }
@@ -375,5 +383,8 @@ sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction
     static const sam3rt::Array<float> none;
     return view_of<sam3rt_float_array>(prediction == nullptr ? none
                                                              : prediction->value.low_res_masks);
+}
+const char* sam3rt_prediction_warning(const sam3rt_prediction* prediction) {
+    return prediction == nullptr ? "" : prediction->value.warning.c_str();
 }
 void sam3rt_prediction_free(sam3rt_prediction* prediction) { delete prediction; }

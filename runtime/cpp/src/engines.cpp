@@ -7,6 +7,8 @@
 
 #include "bundle.hpp"
 #include "json_reader.hpp"
+#include "onnx_locations.hpp"
+#include "verdicts.hpp"
 
 namespace fs = std::filesystem;
 
@@ -14,6 +16,7 @@ namespace sam3rt {
 namespace {
 
 constexpr std::uint64_t max_sidecar_bytes = std::uint64_t{1} << 20;
+constexpr std::uint64_t max_wrapper_bytes = std::uint64_t{1} << 20;
 
 /// What the choice depends on, of an engine and its sidecar.
 struct Engine {
@@ -23,9 +26,12 @@ struct Engine {
     std::string backend;
     std::string fingerprint;
     std::optional<Gpu> gpu;
+    std::string recipe;
+    std::string tensorrt_version;
+    std::string driver_version;
+    std::vector<std::string> targets;
     std::string features_dtype;
     std::string state;
-    std::string paired_with;
 
     fs::path path() const { return folder / file.file; }
     fs::path wrapper() const { return folder / (role + "_ctx.onnx"); }
@@ -81,12 +87,18 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
         engine.gpu = Gpu{gpu.field("name").text(), gpu.field("compute_capability").text()};
     }
     engine.features_dtype = types[root.field("features_dtype").one_of(types)];
-    engine.state = states[root.field("state").one_of(states)];
-    if (!root.field("paired_with").is_null()) {
-        engine.paired_with = root.field("paired_with").text();
+    engine.recipe = root.field("recipe").text();
+    engine.tensorrt_version = root.field("tensorrt_version").text();
+    if (!root.field("driver_version").is_null()) {
+        engine.driver_version = root.field("driver_version").text();
     }
+    for (const JsonValue& capability : root.field("targets").list()) {
+        engine.targets.push_back(capability.text());
+    }
+    engine.state = states[root.field("state").one_of(states)];
     if (engine.role != role || engine.file.file != engine_name || bytes < 1 ||
-        !is_sha256(engine.file.sha256) || !is_sha256(engine.fingerprint)) {
+        !is_sha256(engine.file.sha256) || !is_sha256(engine.fingerprint) ||
+        !is_safe_name(engine.recipe) || !is_safe_name(engine.tensorrt_version)) {
         throw BundleError("does not describe " + engine_name, name);
     }
     return engine;
@@ -162,68 +174,97 @@ std::string names_of(const std::vector<Pair>& pairs) {
     return text;
 }
 
-[[noreturn]] void refuse(const Bundle& bundle, const std::string& backend, const Gpu& gpu,
-                         bool unproven) {
-    const std::string path = bundle.path.string();
-    if (unproven) {
-        throw BackendError(
-            "the " + backend + " engines of " + path +
-            " for this GPU have not passed the gate here; prove them: sam3rt verify " + path +
-            " --backend " + backend);
-    }
-    throw BackendError(path + " has no " + backend + " engines of this bundle for " + gpu.name +
-                       " (compute capability " + gpu.compute_capability +
-                       "); build them on this machine: sam3rt build " + path + " --backend " +
-                       backend);
+/// The recipes from the fastest on. One that is not listed, as engines of older builds have, comes
+/// last.
+std::size_t rank(const Engine& engine) {
+    static const std::vector<std::string> order = {"fp16", "fp16-activations",
+                                                   "fp16-attention-tf32", "tf32", "fp32"};
+    return static_cast<std::size_t>(std::find(order.begin(), order.end(), engine.recipe) -
+                                    order.begin());
 }
+
+/// What an engine has to fit.
+struct Target {
+    const Bundle& bundle;
+    std::string backend;
+    Machine machine;
+
+    bool takes(const Engine& engine) const {
+        const std::string& capability = machine.gpu.compute_capability;
+        const auto& targets = engine.targets;
+        const bool fits_gpu = targets.empty() ? engine.gpu == machine.gpu
+                                              : std::find(targets.begin(), targets.end(),
+                                                          capability) != targets.end();
+        const bool failed_here = engine.state == "refused" && engine.gpu == machine.gpu &&
+                                 engine.driver_version == machine.driver_version;
+        return engine.backend == backend && fits_gpu && !failed_here &&
+               engine.fingerprint == bundle.manifest.fingerprint;
+    }
+
+    /// The engines of a role that fit, the fastest first.
+    std::vector<Engine> fitting(const std::string& role) const {
+        std::vector<Engine> engines = find_engines(bundle.path, role);
+        engines.erase(std::remove_if(engines.begin(), engines.end(),
+                                     [this](const Engine& engine) { return !takes(engine); }),
+                      engines.end());
+        std::stable_sort(engines.begin(), engines.end(),
+                         [](const Engine& a, const Engine& b) { return rank(a) < rank(b); });
+        return engines;
+    }
+
+    /// What this machine knows of a pair, if anything. TensorRT itself refuses engines of another
+    /// version than its own, so the sidecars' word for the version is enough.
+    std::optional<Verdict> verdict_on(const Pair& pair) const {
+        const std::string& encoder = pair.encoder.recipe;
+        const std::string& decoder = pair.decoder.recipe;
+        return load_verdict({bundle.manifest.fingerprint, backend, pair.encoder.tensorrt_version,
+                             machine.gpu.name + ", " + machine.gpu.compute_capability +
+                                 ", driver " + machine.driver_version,
+                             encoder == decoder ? encoder : encoder + "+" + decoder,
+                             pair.encoder.file.sha256 + " " + pair.decoder.file.sha256});
+    }
+
+    std::string command(const std::string& name) const {
+        return "sam3rt " + name + " " + bundle.path.string() + " --backend " + backend;
+    }
+};
 
 /// Refuse an engine or a wrapper that is not the file it should be.
 void check(const Engine& engine) {
     check_file(engine.folder, engine.file);
     const fs::path wrapper = engine.wrapper();
-    std::error_code ignored;
-    if (fs::is_symlink(wrapper, ignored) || !fs::is_regular_file(wrapper, ignored)) {
-        throw BundleError("is missing from " + engine.folder.string() +
-                              ": build the engine again, so that ONNX Runtime can load it",
-                          wrapper.filename().string());
+    const std::string name = wrapper.filename().string();
+    Bytes content;
+    try {
+        content = read_file(wrapper, max_wrapper_bytes, Links::refuse);
+    } catch (const std::system_error& error) {
+        throw BundleError(std::string("cannot be read: ") + error.what() +
+                              "; build the engine again, so that ONNX Runtime can load it",
+                          name);
     }
+    check_wrapper(content, name, engine.file.file);
 }
 
 }  // namespace
 
-EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Gpu& gpu,
+EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
                          const fs::path& engine_folder) {
-    const auto usable = [&](const std::string& role) {
-        std::vector<Engine> engines = find_engines(bundle.path, role);
-        engines.erase(std::remove_if(engines.begin(), engines.end(),
-                                     [&](const Engine& engine) {
-                                         return engine.backend != backend ||
-                                                engine.fingerprint != bundle.manifest.fingerprint;
-                                     }),
-                      engines.end());
-        return engines;
-    };
-    const std::vector<Engine> encoders = usable("encoder");
-    const std::vector<Engine> decoders = usable("decoder");
-    const auto proven = [&gpu](const Engine& engine) {
-        return engine.state == "proven" && engine.gpu && *engine.gpu == gpu;
-    };
+    const Target target{bundle, backend, machine};
     std::vector<Pair> pairs;
-    for (const Engine& encoder : encoders) {
+    const std::vector<Engine> decoders = target.fitting("decoder");
+    for (const Engine& encoder : target.fitting("encoder")) {
         for (const Engine& decoder : decoders) {
-            if (proven(encoder) && proven(decoder) && decoder.paired_with == encoder.file.sha256 &&
-                decoder.features_dtype == encoder.features_dtype) {
+            if (decoder.features_dtype == encoder.features_dtype &&
+                decoder.tensorrt_version == encoder.tensorrt_version) {
                 pairs.push_back({encoder, decoder});
             }
         }
     }
     if (pairs.empty()) {
-        const auto may_be_proven = [&gpu](const Engine& engine) {
-            return engine.state != "refused" && (!engine.gpu || *engine.gpu == gpu);
-        };
-        refuse(bundle, backend, gpu,
-               std::any_of(encoders.begin(), encoders.end(), may_be_proven) &&
-                   std::any_of(decoders.begin(), decoders.end(), may_be_proven));
+        throw BackendError(bundle.path.string() + " has no " + backend +
+                           " engines of this bundle for " + machine.gpu.name +
+                           " (compute capability " + machine.gpu.compute_capability +
+                           "); build them on this machine: " + target.command("build"));
     }
     std::vector<Pair> chosen = pairs;
     if (!engine_folder.empty()) {
@@ -235,14 +276,26 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
                                " holds none of the engines that fit: " + names_of(pairs));
         }
     }
-    if (chosen.size() > 1) {
-        throw BackendError("several " + backend + " engines of " + bundle.path.string() +
-                           " fit; choose by engine_folder: " + names_of(chosen));
+    std::string failures;
+    bool is_unproven = false;
+    for (const Pair& pair : chosen) {
+        const std::optional<Verdict> verdict = target.verdict_on(pair);
+        if (verdict && verdict->passed) {
+            check(pair.encoder);
+            check(pair.decoder);
+            return {pair.encoder.wrapper(), pair.decoder.wrapper(), pair.encoder.features_dtype};
+        }
+        is_unproven = is_unproven || !verdict;
+        if (verdict) {
+            failures += "; " + name_of(pair) + " failed the gate: " + verdict->explanation;
+        }
     }
-    check(chosen[0].encoder);
-    check(chosen[0].decoder);
-    return {chosen[0].encoder.wrapper(), chosen[0].decoder.wrapper(),
-            chosen[0].encoder.features_dtype};
+    throw BackendError("the " + backend + " engines of " + bundle.path.string() +
+                       " have not passed the gate on this machine, for this user, with this GPU "
+                       "and driver" +
+                       failures + "; " +
+                       (is_unproven ? "prove them: " + target.command("verify")
+                                    : "build others: " + target.command("build")));
 }
 
 }  // namespace sam3rt

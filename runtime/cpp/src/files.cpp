@@ -104,9 +104,9 @@ std::filesystem::path temporary_name(const std::filesystem::path& path) {
 
 }  // namespace
 
-Bytes read_file(const std::filesystem::path& path, std::uint64_t limit) {
+Bytes read_file(const std::filesystem::path& path, std::uint64_t limit, Links links) {
     // Without O_NONBLOCK, opening a pipe would wait for its writer.
-    const Descriptor file(path, O_RDONLY | O_NONBLOCK);
+    const Descriptor file(path, O_RDONLY | O_NONBLOCK | (links == Links::refuse ? O_NOFOLLOW : 0));
     const std::uint64_t size = file.plain_size();
     if (size > limit) {
         fail(EFBIG, path);

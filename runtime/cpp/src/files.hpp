@@ -11,9 +11,13 @@ namespace sam3rt {
 
 using Bytes = std::vector<std::uint8_t>;
 
+/// What becomes of a path that is a link.
+enum class Links { follow, refuse };
+
 /// The content of a plain file. Throws std::system_error where it is none, cannot be read, or has
 /// more than `limit` bytes.
-Bytes read_file(const std::filesystem::path& path, std::uint64_t limit);
+Bytes read_file(const std::filesystem::path& path, std::uint64_t limit,
+                Links links = Links::follow);
 
 /// The SHA-256 of a file's content, 64 hexadecimal digits. Throws std::system_error.
 std::string sha256_file(const std::filesystem::path& path);

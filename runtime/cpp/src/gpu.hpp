@@ -15,8 +15,15 @@ struct Gpu {
     }
 };
 
+/// A GPU and its driver.
+struct Machine {
+    Gpu gpu;
+    /// Such as "550.54.15", or the CUDA version, as "CUDA 12.6", where the driver does not say.
+    std::string driver_version;
+};
+
 /// The GPU with this number. Asks the driver's own library, which is there wherever a GPU works, so
 /// that nothing here links to CUDA. Throws BackendError where there is no driver or no such GPU.
-Gpu query_gpu(int number);
+Machine query_gpu(int number);
 
 }  // namespace sam3rt

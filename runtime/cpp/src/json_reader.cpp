@@ -53,6 +53,13 @@ void JsonValue::refuse(const std::string& expected) const {
                       file_);
 }
 
+bool JsonValue::boolean() const {
+    if (!value_.is_boolean()) {
+        refuse("true or false");
+    }
+    return value_.get<bool>();
+}
+
 std::string JsonValue::text() const {
     if (!value_.is_string()) {
         refuse("a text");

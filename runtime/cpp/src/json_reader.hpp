@@ -20,6 +20,7 @@ public:
     std::int64_t whole_number() const;
     /// A number of ordinary size: at most 1e30 either way.
     double number() const;
+    bool boolean() const;
     bool is_null() const;
     bool is_text() const;
 

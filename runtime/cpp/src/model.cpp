@@ -82,7 +82,7 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
         const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
         const Size& size = about.masks.low_res_size;
         return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
-                std::nullopt};
+                std::nullopt, packed.warning};
     }
     std::vector<std::string> outputs =
         multimask_output ? std::vector<std::string>{"pred_masks", "iou_scores"}
@@ -96,7 +96,8 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
     }
     const std::vector<Array<float>> results =
         data_->backend.decode(*embedding.data().features, packed, outputs);
-    DecodedMasks decoded{without_batch(results[0], 4), without_batch(results[1], 2), {}};
+    DecodedMasks decoded{
+        without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
     const Shape& shape = decoded.low_res_masks.shape();
     if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} || shape[0] != objects ||
         decoded.low_res_masks.size() == 0) {

@@ -21,6 +21,10 @@ constexpr std::uint32_t node_domain_field = 7;
 constexpr std::uint32_t external_data_field = 13;
 constexpr std::uint32_t data_location_field = 14;
 constexpr std::uint32_t opset_domain_field = 1;
+constexpr std::uint32_t attribute_name_field = 1;
+constexpr std::uint32_t attribute_number_field = 3;
+constexpr std::uint32_t attribute_text_field = 4;
+constexpr std::uint32_t attribute_type_field = 20;
 
 constexpr std::uint32_t raw_data_field = 9;
 constexpr std::uint32_t dims_field = 1;
@@ -268,6 +272,64 @@ void check_onnx(const Bytes& content, const std::string& file,
         }
     }
     Walker(content, file, beside).check();
+}
+
+void check_wrapper(const Bytes& content, const std::string& file, const std::string& engine) {
+    const onnx::Reader reader(content, file);
+    int nodes = 0;
+    // By name, with numbers as texts.
+    std::map<std::string, std::string> found;
+    const auto note = [&](const std::string& name, const std::string& value) {
+        if (!found.emplace(name, value).second) {
+            reader.refuse("says twice what " + name.substr(0, 60) + " is");
+        }
+    };
+    const auto read_attribute = [&](const Field& attribute) {
+        std::string name;
+        std::string value;
+        reader.for_each_field(
+            Message::attribute, attribute.start, attribute.end, [&](const Field& field) {
+                if (field.known->number == attribute_name_field) {
+                    name = reader.text(field);
+                } else if (field.known->number == attribute_number_field) {
+                    value = std::to_string(field.value);
+                } else if (field.known->number == attribute_text_field) {
+                    value = reader.text(field);
+                } else if (field.known->number != attribute_type_field) {
+                    reader.refuse("has an attribute that is neither a number nor a text");
+                }
+            });
+        note("attribute " + name, value);
+    };
+    const auto read_node = [&](const Field& node) {
+        ++nodes;
+        reader.for_each_field(Message::node, node.start, node.end, [&](const Field& field) {
+            if (field.known->inner == Message::attribute) {
+                read_attribute(field);
+            } else if (field.known->number == op_type_field) {
+                note("operator", reader.text(field));
+            } else if (field.known->number == node_domain_field) {
+                note("domain", reader.text(field));
+            }
+        });
+    };
+    reader.for_each_field(Message::model, 0, reader.size(), [&](const Field& model) {
+        if (model.known->inner != Message::graph) {
+            return;
+        }
+        reader.for_each_field(Message::graph, model.start, model.end, [&](const Field& field) {
+            if (field.known->inner == Message::node) {
+                read_node(field);
+            } else if (field.known->inner == Message::tensor) {
+                reader.refuse("holds weights, expected an engine's wrapper");
+            }
+        });
+    });
+    // Without embed_mode 0, the attribute ep_cache_context would be an engine and not its name.
+    if (nodes != 1 || found["operator"] != "EPContext" || found["domain"] != "com.microsoft" ||
+        found["attribute embed_mode"] != "0" || found["attribute ep_cache_context"] != engine) {
+        reader.refuse("is not the wrapper of " + engine + ": build the engine again");
+    }
 }
 
 }  // namespace sam3rt

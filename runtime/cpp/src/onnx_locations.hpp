@@ -21,4 +21,8 @@ namespace sam3rt {
 void check_onnx(const Bytes& content, const std::string& file,
                 const std::vector<FileEntry>& beside);
 
+/// Refuse a wrapper that is anything but one EPContext node that names the engine file beside it.
+/// ONNX Runtime would run whatever a wrapper holds or names. Throws BundleError.
+void check_wrapper(const Bytes& content, const std::string& file, const std::string& engine);
+
 }  // namespace sam3rt

@@ -111,6 +111,7 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     }
     prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
     prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
+    prediction.warning = std::move(decoded.warning);
     return prediction;
 }
 

@@ -14,6 +14,8 @@ struct PackedPrompts {
     Array<std::int64_t> labels;
     /// [M, h, w] with M 1 or P.
     std::optional<Array<float>> masks;
+    /// What is odd about them, or empty; see DecodedMasks::warning.
+    std::string warning;
 };
 
 /// Check prompts and bring them to the decoder's form.

@@ -17,6 +17,7 @@
 #include "engines.hpp"
 #include "files.hpp"
 #include "geometry.hpp"
+#include "gpu.hpp"
 #include "npy.hpp"
 #include "onnx_locations.hpp"
 #include "ort_session.hpp"
@@ -81,6 +82,9 @@ Prompts prompts_of(const json& value) {
     if (value.contains("point_labels")) {
         prompts.point_labels = read_npy<std::int64_t>(text(value, "point_labels"));
     }
+    if (value.contains("point_counts")) {
+        prompts.point_counts = read_npy<std::int64_t>(text(value, "point_counts"));
+    }
     if (value.contains("box")) {
         prompts.box = read_npy<float>(text(value, "box"));
     }
@@ -136,6 +140,7 @@ json load_model(Session& session, const json& step) {
     options.concurrent_encodes = step.value("concurrent_encodes", 1);
     options.concurrent_decodes = step.value("concurrent_decodes", 4);
     options.check_files = step.value("check_files", true);
+    options.map_weights = step.value("map_weights", false);
     if (step.contains("expected_fingerprint")) {
         options.expected_fingerprint = text(step, "expected_fingerprint");
     }
@@ -171,7 +176,7 @@ json decode(Session& session, const json& step) {
     if (decoded.object_score_logits) {
         write_npy(result_path(step, "object_score"), *decoded.object_score_logits);
     }
-    return nullptr;
+    return decoded.warning;
 }
 
 json new_predictor(Session& session, const json& step) {
@@ -238,7 +243,7 @@ json pack_prompts(const json& step) {
     if (packed.masks) {
         write_npy(result_path(step, "masks"), *packed.masks);
     }
-    return nullptr;
+    return packed.warning;
 }
 
 json preprocess_image(Session& session, const json& step) {
@@ -347,13 +352,19 @@ json hash(const json& step) {
 }
 
 json choose(const json& step) {
-    const Gpu gpu{text(step, "gpu"), text(step, "compute_capability")};
+    const Machine machine{{text(step, "gpu"), text(step, "compute_capability")},
+                          text(step, "driver_version")};
     const EngineSet set =
-        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), gpu,
+        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), machine,
                        step.value("engine_folder", ""));
     return {{"encoder", set.encoder.string()},
             {"decoder", set.decoder.string()},
             {"features_dtype", set.features_dtype}};
+}
+
+json gpu(const json& step) {
+    const Machine machine = query_gpu(step.at("number"));
+    return {machine.gpu.name, machine.gpu.compute_capability, machine.driver_version};
 }
 
 json onnx_locations(const json& step) {
@@ -533,6 +544,7 @@ const std::map<std::string, Step>& steps() {
              std::filesystem::current_path(text(s, "path"));
              return json();
          }},
+        {"query_gpu", [](Session&, const json& s) { return gpu(s); }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
     };
     return table;

@@ -256,6 +256,10 @@ struct Prompts {
     /// box, -1 "not a point". The model has an embedding for -1: such a point has no place, and
     /// still changes the masks.
     std::optional<Array<std::int64_t>> point_labels;
+    /// [B], for objects with different numbers of points: how many each has. point_coords is then
+    /// [N, 2], one object's points after the other's, and point_labels [N]. Each object's result is
+    /// that of a call of its own.
+    std::optional<Array<std::int64_t>> point_counts;
     /// [4] or [B, 4], x0, y0, x1, y1.
     std::optional<Array<float>> box;
     /// [1, h, w] or [B, 1, h, w] low-resolution logits of an earlier call, from -max_mask_logit to
@@ -429,13 +433,18 @@ struct DecodedMasks {
     Array<float> iou_predictions;
     /// [P], positive where the model sees an object; absent for models without that head.
     std::optional<Array<float>> object_score_logits;
+    /// For a log: why the masks may mean nothing, although the scores look as always. There was no
+    /// prompt at all, or a point or a box's centre lies further outside the image than a tenth of
+    /// its side. Empty otherwise. Python's PromptWarning.
+    std::string warning;
 };
 
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes
-    /// CUDA where it works and the CPU otherwise.
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made, or
+    /// `sam3rt verify` proved, on this machine, for this user; "auto" takes CUDA where it works and
+    /// the CPU otherwise.
     std::string device = "auto";
     /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
     int threads = 0;
@@ -444,13 +453,17 @@ struct ModelOptions {
     int concurrent_encodes = 1;
     /// The same for the decoder, which runs on at most 8 objects at a time.
     int concurrent_decodes = 4;
-    /// Hash every file against the manifest first. A graph is hashed in any case when it is loaded,
-    /// but not weights that lie beside it.
+    /// Hash every file against the manifest first. A graph and its weights are hashed in any case
+    /// when they are loaded.
     bool check_files = true;
+    /// Let ONNX Runtime map weights that lie beside a graph, in place of a copy in this process's
+    /// own memory. That takes less memory, but the weights are read after check_files hashed them,
+    /// and change when their file does: only for a folder that nobody else can write to.
+    bool map_weights = false;
     /// Refuse any bundle but the one with this fingerprint, if it is given.
     std::optional<std::string> expected_fingerprint;
-    /// For TensorRT: the engine folder to use, where several would do. A path, or the name of a
-    /// folder in the bundle's "engines".
+    /// For TensorRT: the engine folder to use, in place of the fastest recipe that is proven. A
+    /// path, or the name of a folder in the bundle's "engines".
     std::filesystem::path engine_folder;
 };
 
@@ -539,6 +552,8 @@ struct Prediction {
     Array<float> iou_predictions;
     /// [C, h, w], for Prompts::mask_input of a later call.
     Array<float> low_res_masks;
+    /// Why the masks may mean nothing, or empty: see DecodedMasks::warning.
+    std::string warning;
 };
 
 /// Segments objects of one image, or of a batch of images, from clicks, boxes and masks.

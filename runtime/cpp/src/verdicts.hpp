@@ -1,0 +1,40 @@
+// What the gate found on this machine, as the Python runtime remembers it.
+//
+// Verdicts lie in the user's cache folder and nowhere else: one that came with a bundle would be
+// somebody else's claim. This library writes none; `sam3rt verify` does.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+namespace sam3rt {
+
+/// What a verdict is about: the fields of Subject in sam3rt.accuracy.verdicts, and the bundle.
+struct VerdictSubject {
+    std::string fingerprint;
+    std::string backend;
+    /// Of the library that computes.
+    std::string version;
+    /// The GPU and its driver.
+    std::string processor;
+    /// The recipe, or "ENCODER+DECODER".
+    std::string precision;
+    /// SHA-256 of both engines, with a blank between.
+    std::string files;
+};
+
+struct Verdict {
+    bool passed = false;
+    /// How it failed, or that it did not.
+    std::string explanation;
+};
+
+/// The verdict remembered for a subject, if there is one. A file that is damaged, a link, or about
+/// something else is as good as none.
+std::optional<Verdict> load_verdict(const VerdictSubject& subject);
+
+/// Where verdicts lie, by each system's custom; empty where there is no home folder.
+std::filesystem::path verdict_folder();
+
+}  // namespace sam3rt
