@@ -92,10 +92,14 @@ _ALWAYS = (
         _ATTENTION,
     ),
     Rule("sines of coordinates times large frequencies", frozenset({"Sin", "Cos"}), upstream=True),
+    Rule(
+        "linear attention sums over thousands of pixels and divides by such a sum plus 1e-15",
+        scope=r"(?:^|\.)linear_attention$",
+    ),
     Rule("stability counts up to 82,944 pixels; FP16 ends at 65,504", scope=r"^single_mask$"),
     Rule("the scores themselves, and next to nothing to compute", scope=r"^(?:iou|object)_head"),
 )
-_ATTENTION_CORE = Rule(
+ATTENTION_CORE = Rule(
     "the fused attention kernel is what has been wrong on GPUs; types it lacks break the fusion",
     scope=_ATTENTION,
 )
@@ -118,7 +122,7 @@ _RECIPES = (
         "fp16-attention-tf32",
         "as fp16, with the attention core (scores, softmax, mixing) in TF32, not fused",
         factors="float16",
-        rules=(*_ALWAYS, _ATTENTION_CORE),
+        rules=(*_ALWAYS, ATTENTION_CORE),
         tf32=True,
     ),
     Recipe("tf32", "FP32, with matmuls in TF32", tf32=True),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sam3rt.bundle.contract import is_feature_name
 
 from .errors import BuildError, RecipeError
-from .recipes import PRODUCTS, Recipe, Width
+from .recipes import ATTENTION_CORE, PRODUCTS, Recipe, Width
 
 Role = Literal["encoder", "decoder"]
 FeaturesType = Width
@@ -57,8 +57,9 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
     kept: set[ir.Node] = set()
     for rule in recipe.rules:
         matched = {node for node in nodes if rule.matches(node.op_type, scope_of(node))}
-        # The attention core is the one rule a recipe is named for.
-        if rule.scope and not rule.operators and rule.scope.startswith("(") and not matched:
+        # The attention core is the one rule a recipe is named for. Every attention has a softmax,
+        # and an encoder of convolutions has neither.
+        if rule is ATTENTION_CORE and not matched and any(n.op_type == "Softmax" for n in nodes):
             raise RecipeError(
                 f"recipe {recipe.name}: no node is in a module that matches {rule.scope!r}; "
                 "the graph's nodes are not named after modules: export the model again"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import CheckpointError, ExportError, GraphRuleError, SelfCheckError
     from .exporter import ExportOptions, export_bundle
+    from .sources import SourceOptions
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +16,7 @@ __all__ = [
     "ExportOptions",
     "GraphRuleError",
     "SelfCheckError",
+    "SourceOptions",
     "export_bundle",
 ]
 
@@ -24,4 +26,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = ".errors" if name.endswith("Error") else ".exporter"
+    home = ".sources" if name == "SourceOptions" else home
     return getattr(importlib.import_module(home, __name__), name)

@@ -15,6 +15,8 @@ from torch import Tensor
 from .errors import CheckpointError
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
+# EfficientSAM3's encoder stands in the trunk's place, below this.
+STUDENT = TRUNK + "model."
 NECK = "detector.backbone.vision_backbone.sam2_convs."
 PROMPT = "tracker.sam_prompt_encoder."
 DECODER = "tracker.sam_mask_decoder."
@@ -136,7 +138,8 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             block, leaf = match.groups()
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{_HF_TRUNK}layers.{block}.attention.{part}_proj.{leaf}"] = chunk
-    renamed[_HF_POS] = tensors[_POS][:, 1:]
+    if _POS in tensors:  # EfficientSAM3 has none
+        renamed[_HF_POS] = tensors[_POS][:, 1:]
     for name in _HF_GAUSS:
         renamed[name] = tensors[_GAUSS]
     renamed[_HF_POINTS] = torch.cat(
@@ -181,7 +184,11 @@ def unknown_transformers_names(names: Iterable[str]) -> list[str]:
 LORA = re.compile(r"(^|[._])lora_|\.base_layer\.|^base_model\.")
 # What unknown tensors look like: a pattern of their names, what they are and what helps.
 _LOOKS = (
-    (LORA, "LoRA adapters: merge them into the weights first (PEFT: model.merge_and_unload())"),
+    (
+        LORA,
+        "LoRA adapters: merge them into the weights first (PEFT: model.merge_and_unload()), or "
+        "save them by themselves and pass them by --lora",
+    ),
     (
         re.compile(
             r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|quant|absmax|\.SCB$"
@@ -189,10 +196,6 @@ _LOOKS = (
         "the scales of quantized weights: export the weights they were made from",
     ),
     (re.compile(r"_orig_mod"), "the names of a compiled model: pass the model it was made from"),
-    (
-        re.compile(rf"^{re.escape(TRUNK)}model\.|student_trunk"),
-        "EfficientSAM3's image encoder, which sam3rt does not export",
-    ),
 )
 
 

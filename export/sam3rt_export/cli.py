@@ -13,11 +13,30 @@ HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\
 Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a parity record.
 
-CHECKPOINT is Meta's sam3.pt or sam3.1_multiplex.pt (or a model of another size in the same
-naming), MobileSAM's mobile_sam.pt, any of these as .safetensors, or a transformers folder or hub
-id such as facebook/sam3. The exported graphs are run in ONNX Runtime and compared with the
-PyTorch model; a bundle that differs is not written.
-The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
+CHECKPOINT is a file (pickled or .safetensors, FP32, FP16 or BF16), a .safetensors.index.json, a
+folder or a hub id:
+
+  accepted                                      licence of the weights
+  SAM 3: Meta's sam3.pt; facebook/sam3          SAM License
+  SAM 3.1: sam3.1_multiplex.pt; facebook/sam3.1 SAM License
+  SAM 3, fine-tuned without its tracker         SAM License
+    (official trainer): with --tracker sam3.pt
+  SAM 3 with a LoRA adapter of PEFT: --lora     SAM License, and the adapter's
+  EfficientSAM3, SAM 3 or 3.1: RepViT m0.9,     SAM License (SAM 3's neck and decoder
+    m1.1, m2.3; TinyViT 5m, 11m, 21m;           are in the file)
+    EfficientViT b0, b1, b2 (its own
+    fine-tuned files: with --tracker sam3.pt)
+  MobileSAM: mobile_sam.pt                      Apache-2.0
+
+  refused                                       because
+  SAM 1, SAM 2, SAM 2.1                         other image encoders
+  SAM 3's detector alone                        it has no decoder for clicks: --tracker
+  SAM 3.1's propagation decoder alone           it answers no clicks
+  adapters in the weights' own file             they would be left out: --lora
+  quantized weights                             export what they were made from
+
+The exported graphs are run in ONNX Runtime and compared with the PyTorch model; a bundle that
+differs is not written. The published SAM 3 takes a few minutes and about 9 GB of memory on a CPU.
 """
 
 
@@ -51,6 +70,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which dict to take from a file that holds several models, such as ema",
     )
     parser.add_argument(
+        "--tracker",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint to take the decoder for clicks from (and its neck, where CHECKPOINT has "
+        "none), such as sam3.pt",
+    )
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="ADAPTER",
+        help="PEFT adapter to merge: a .safetensors file or a folder",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="its lora_alpha (default: that of the adapter_config.json beside it)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the encoder's input, pixels: 336, 672 or 1008 for SAM 3 and EfficientSAM3 "
+        "(default: 1008). What a smaller one costs in accuracy is not known",
+    )
+    parser.add_argument(
         "--license", metavar="NAME", help="licence of the weights, for the manifest"
     )
     parser.add_argument(
@@ -62,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export."""
     try:
-        from . import ExportOptions, export_bundle
+        from . import ExportOptions, SourceOptions, export_bundle
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         raise BackendError(
@@ -80,7 +125,13 @@ def run(options: argparse.Namespace) -> int:
             license=options.license,
             license_path=options.license_file,
             overwrite=options.overwrite,
-            weights_key=options.weights_key,
+            source=SourceOptions(
+                weights_key=options.weights_key,
+                tracker=options.tracker,
+                lora=options.lora,
+                lora_alpha=options.lora_alpha,
+                image_size=options.image_size,
+            ),
         ),
         progress=progress_printer(),
     )

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ from .errors import ExportError, SelfCheckError
 from .free_memory import free_memory
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
-from .sources import open_source
+from .sources import SourceOptions, open_source
 from .stable_prompts import SHIFTS, most_decided
 from .tracing import TraceRequest, trace_to_file
 from .transaction import commit, new_folder, recover
@@ -87,8 +87,7 @@ class ExportOptions:
         license: overrides the source's licence name.
         license_path: text of the licence, copied into the bundle.
         overwrite: replace an existing bundle.
-        weights_key: the dict to take from a checkpoint file that holds several models, such as
-            ``"ema"``.
+        source: how to read the checkpoint.
     """
 
     name: str | None = None
@@ -97,7 +96,7 @@ class ExportOptions:
     license: str | None = None
     license_path: Path | None = None
     overwrite: bool = False
-    weights_key: str | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
 
 
 def export_bundle(
@@ -152,7 +151,9 @@ def _write_files(
         The parity record, and whether the model predicts log-odds of IoUs.
     """
     say("reading the checkpoint")
-    source = open_source(checkpoint, options.weights_key)
+    source = open_source(checkpoint, options.source)
+    for note in source.notes:
+        say(note)
     images = list(options.parity_images) or default_images()
     record = _run_reference(source, images, say)
     record.save(folder / "parity.npz")
@@ -335,6 +336,8 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
         sha256=source.sha256,
         license=options.license or source.license,
         license_file=entry,
+        weights=source.stored,
+        notes=source.notes,
     )
 
 

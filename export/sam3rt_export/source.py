@@ -60,10 +60,12 @@ class ExportSource:
         prompts: prompt rules.
         masks: mask rules.
         versions: of the libraries the reference comes from.
+        stored: type of the weights in the checkpoint, as in the manifest.
+        notes: what a user should know of how the model came about, as in the manifest.
     """
 
     name: str
-    model_type: Literal["sam3", "mobile_sam"]
+    model_type: Literal["sam3", "efficient_sam3", "mobile_sam"]
     kind: str
     origin: str
     sha256: str
@@ -77,3 +79,5 @@ class ExportSource:
     prompts: PromptSpec
     masks: MaskSpec
     versions: dict[str, str] = field(default_factory=dict)
+    stored: str = ""
+    notes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from tests.golden.efficientsam3 import synthetic as efficient_sam3
 from tests.golden.sam3 import synthetic
 from torch import Tensor, nn
 
@@ -132,6 +134,43 @@ def as_multiplex(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             other = name.replace(DECODER, "tracker.model.sam_mask_decoder.")
             renamed[other] = torch.full_like(tensor, 7.0)
     return renamed
+
+
+# --- EfficientSAM3 checkpoints --------------------------------------------------------------------
+
+STUDENT = efficient_sam3.TRUNK
+STUDENTS = ("repvit", "tinyvit", "efficientvit")
+# Of each golden student the blocks that are kept, with their new numbers, and by how much its
+# widths shrink: one block of every kind in each stage, and two in a row.
+_SHRUNK: dict[str, tuple[str, int, str, tuple[int, ...]]] = {
+    "repvit": ("repvit_m0_9", 8, r"(.*features\.)(\d+)(\..*)", (0, 1, 2, 4, 5, 8, 9, 24, 25, 26)),
+    "tinyvit": ("tinyvit_5m", 8, r"(.*layers\.2\.blocks\.)(\d+)(\..*)", (0, 1)),
+    "efficientvit": ("efficientvit_b0", 4, r"(.*stages\.3\.op_list\.)(\d+)(\..*)", (0, 1)),
+}
+
+
+def tiny_student(family: str, salt: str = "tiny-student-") -> dict[str, Tensor]:
+    """An EfficientSAM3 in ``sam3.pt`` naming with few channels under the neck of the tiny SAM 3."""
+    model, factor, pattern, kept = _SHRUNK[family]
+    tensors = {n: t for n, t in tiny_tensors().items() if not n.startswith(TRUNK)}
+    for name, published in efficient_sam3.keys(model).items():
+        if not name.startswith(STUDENT):
+            continue
+        own, shape = name, published
+        match = re.fullmatch(pattern, name)
+        if match:
+            if int(match[2]) not in kept:
+                continue
+            own = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
+        if not name.endswith("attention_biases"):
+            # Kernels, single channels and the image's three stay; 1,024 is the tiny neck's 16.
+            channels = tuple(
+                side if side in (1, 3) else 16 if side == 1024 else side // factor
+                for side in shape[:2]
+            )
+            shape = channels + shape[2:]
+        tensors[own] = torch.from_numpy(efficient_sam3.parameter(own, shape, salt))
+    return tensors
 
 
 def register(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -6,8 +6,25 @@ float32 once, so that folding costs no more than the rounding of the folded weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+# The default of PyTorch, which every model here keeps.
+_BATCH_NORM_EPS = 1e-5
+
+
+def batch_norm(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+    """A batch normalization in evaluation, ``x * scale + shift``, as float64 [C] and [C].
+
+    Args:
+        tensors: parameters.
+        prefix: what ``weight``, ``bias``, ``running_mean`` and ``running_var`` stand below.
+    """
+    variance = tensors[prefix + "running_var"].double()
+    scale = tensors[prefix + "weight"].double() / torch.sqrt(variance + _BATCH_NORM_EPS)
+    return scale, tensors[prefix + "bias"].double() - tensors[prefix + "running_mean"] * scale
 
 
 def pointwise_after_conv(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from . import folding
+
 
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, ``x/2 (1 + erf(x / sqrt 2))``, in the order ONNX Runtime fuses to one kernel.
@@ -63,6 +65,43 @@ def conv3x3(weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return module
 
 
+def conv2d(
+    weight: Tensor, bias: Tensor | None = None, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution with an odd kernel and half of it as padding, in FP32."""
+    outputs, inputs, kernel, _ = weight.shape
+    module = nn.Conv2d(
+        inputs * groups, outputs, kernel, stride, kernel // 2, groups=groups, device="meta"
+    )
+    module.weight = nn.Parameter(weight.float())
+    module.bias = None if bias is None else nn.Parameter(bias.float())
+    return module
+
+
+def normalized_conv(
+    tensors: Mapping[str, Tensor], conv: str, norm: str, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution without bias and the batch normalization after it, as one convolution.
+
+    Args:
+        tensors: parameters.
+        conv: prefix of the convolution.
+        norm: prefix of the normalization.
+        stride: of the convolution.
+        groups: of the convolution.
+    """
+    scale, shift = folding.batch_norm(tensors, norm)
+    weight = tensors[conv + "weight"].double() * scale[:, None, None, None]
+    return conv2d(weight, shift, stride, groups)
+
+
+def folded_conv(
+    tensors: Mapping[str, Tensor], prefix: str, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """:func:`normalized_conv` where the two are called ``c`` and ``bn``."""
+    return normalized_conv(tensors, prefix + "c.", prefix + "bn.", stride, groups)
+
+
 class Linear(nn.Module):
     """``x @ matrix + bias``; the matrix is [inputs, outputs] and may have batch axes."""
 
@@ -73,3 +112,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.matmul(x, self.matrix) + self.bias
+
+
+def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many consecutive integers 0, 1, ... follow ``prefix`` in the tensor names."""
+    children = (name[len(prefix) :].split(".", 1)[0] for name in tensors if name.startswith(prefix))
+    found = {int(child) for child in children if child.isdecimal()}
+    count = len(found)
+    if found != set(range(count)):
+        raise KeyError(f"tensor names under {prefix!r} are not numbered 0..{count - 1}")
+    return count

@@ -9,8 +9,7 @@ tracker's ``sam2_convs`` neck), rearranged without changing a result:
 * Q, K and V are a matmul each, so that none is cut out of a larger result; the softmax
   scale is part of Q's weights.
 * RoPE is real-valued, on (real, imaginary) halves, in the form that runtimes have a kernel for.
-* The neck's linear chains are folded (:mod:`.folding`), and its maps keep their channels last up to
-  the final convolutions.
+* The neck (:mod:`.sam3_neck`) is folded.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, TRUNK
+from ..checkpoint_keys import TRUNK
 from . import folding
-from .operators import Linear, conv3x3, gelu, interleave_cells, layer_norm, regroup, split_heads
+from .operators import Linear, gelu, layer_norm, regroup, split_heads
+from .sam3_neck import Sam3Neck
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
     return Linear(tensors[name + ".weight"].T, tensors[name + ".bias"])
 
 
-class Sam3EncoderGraph(nn.Module):
+class Sam3EncoderGraph(Sam3Neck):
     """Normalized pixels to the three feature maps the decoder reads.
 
     ``no_mem_embed`` and the decoder's ``conv_s0``/``conv_s1`` are already applied, as the
@@ -195,9 +195,9 @@ class Sam3EncoderGraph(nn.Module):
     """
 
     def __init__(self, architecture: Sam3Architecture, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(architecture.grid, tensors)
         arch = architecture
-        self.grid, self.window, self.width = arch.grid, arch.window, arch.embed_dim
+        self.window, self.width = arch.window, arch.embed_dim
         order = window_order(arch.grid, arch.window)
 
         self.patch = nn.Conv2d(
@@ -220,8 +220,6 @@ class Sam3EncoderGraph(nn.Module):
             attention = RotaryAttention(tensors, prefix + "attn.", arch.num_heads, *tables)
             self.blocks.append(Block(tensors, prefix, attention, arch.layer_norm_eps))
 
-        self._build_neck(tensors)
-
     @staticmethod
     def _tiled_positions(arch: Sam3Architecture, tensors: Mapping[str, Tensor]) -> Tensor:
         """Absolute positions of the pretraining grid, repeated (not interpolated) over ours."""
@@ -230,37 +228,6 @@ class Sam3EncoderGraph(nn.Module):
         repeats = -(-arch.grid // side)
         tiled = table.reshape(side, side, -1).tile(repeats, repeats, 1)
         return tiled[: arch.grid, : arch.grid].reshape(arch.grid**2, -1)
-
-    def _build_neck(self, tensors: Mapping[str, Tensor]) -> None:
-        def pair(name: str) -> tuple[Tensor, Tensor]:
-            return tensors[name + ".weight"], tensors[name + ".bias"]
-
-        # Transposed convolutions act on channels-last maps: one matmul per cell.
-        self.up0 = Linear(*folding.transposed_2x2_as_matrix(*pair(NECK + "0.dconv_2x2_0")))
-        self.up0_second = Linear(
-            *folding.transposed_2x2_as_matrix(
-                *folding.pointwise_after_transposed(
-                    *pair(NECK + "0.dconv_2x2_1"), *pair(NECK + "0.conv_1x1")
-                )
-            )
-        )
-        self.out0 = conv3x3(
-            *folding.pointwise_after_conv(*pair(NECK + "0.conv_3x3"), *pair(DECODER + "conv_s0"))
-        )
-        self.up1 = Linear(
-            *folding.transposed_2x2_as_matrix(
-                *folding.pointwise_after_transposed(
-                    *pair(NECK + "1.dconv_2x2"), *pair(NECK + "1.conv_1x1")
-                )
-            )
-        )
-        self.out1 = conv3x3(
-            *folding.pointwise_after_conv(*pair(NECK + "1.conv_3x3"), *pair(DECODER + "conv_s1"))
-        )
-        weight, bias = pair(NECK + "2.conv_1x1")
-        self.project2 = Linear(weight.flatten(1).T, bias)
-        weight, bias = pair(NECK + "2.conv_3x3")
-        self.out2 = conv3x3(weight, bias + tensors[NO_MEMORY].flatten())
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float32 [B, 3, S, S] to float32 [B, 32, 4G, 4G], [B, 64, 2G, 2G], [B, 256, G, G].
@@ -276,22 +243,4 @@ class Sam3EncoderGraph(nn.Module):
             x = block(x)
         x = regroup(x, -1, count, count, window, window, self.width)
         x = regroup(x.permute(0, 1, 3, 2, 4, 5), -1, grid * grid, self.width)
-        return self._level0(x), self._level1(x), self._level2(x)
-
-    def _level0(self, x: Tensor) -> Tensor:
-        y = interleave_cells(gelu(self.up0(x)), self.grid)
-        y = interleave_cells(self.up0_second(y), 2 * self.grid)
-        return self._convolve(self.out0, y, 4 * self.grid)
-
-    def _level1(self, x: Tensor) -> Tensor:
-        return self._convolve(self.out1, interleave_cells(self.up1(x), self.grid), 2 * self.grid)
-
-    def _level2(self, x: Tensor) -> Tensor:
-        return self._convolve(self.out2, self.project2(x), self.grid)
-
-    @staticmethod
-    def _convolve(convolution: nn.Conv2d, pixels: Tensor, side: int) -> Tensor:
-        """A convolution of [B, side^2, C], to [B, C', side, side]."""
-        x = regroup(pixels, -1, side, side, convolution.in_channels)
-        result: Tensor = convolution(x.permute(0, 3, 1, 2))
-        return result
+        return self.feature_maps(x)

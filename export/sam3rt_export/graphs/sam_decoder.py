@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import folding
-from .operators import Linear, gelu, interleave_cells, layer_norm, regroup
+from .operators import Linear, count_children, gelu, interleave_cells, layer_norm, regroup
 from .two_way import PADDING_SCORE, Pair, TokenToImage, TwoWayBlock, mlp
 
 
@@ -312,13 +312,3 @@ class SamDecoderGraph(nn.Module):
         hyper = self.hyper(mask_tokens[:, :, None])[:, :, 0]
         logits = torch.matmul(hyper, y.transpose(1, 2))
         return regroup(logits, -1, self.masks, 4 * g, 4 * g)
-
-
-def count_children(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many consecutive integers 0, 1, ... follow ``prefix`` in the tensor names."""
-    children = (name[len(prefix) :].split(".", 1)[0] for name in tensors if name.startswith(prefix))
-    found = {int(child) for child in children if child.isdecimal()}
-    count = len(found)
-    if found != set(range(count)):
-        raise KeyError(f"tensor names under {prefix!r} are not numbered 0..{count - 1}")
-    return count

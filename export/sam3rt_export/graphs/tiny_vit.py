@@ -1,4 +1,4 @@
-"""MobileSAM's image encoder (TinyViT-5M) as a graph, batch normalizations folded.
+"""TinyViT as a graph, batch normalizations folded: MobileSAM's encoder, and a trunk for others.
 
 The attention scale is part of Q's weights, and the relative-position biases are constants.
 Windows are padded before their normalization, as in the original, where the padding takes part
@@ -10,54 +10,54 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .operators import Linear, gelu, layer_norm, regroup
+from .operators import Linear, folded_conv, gelu, layer_norm, regroup
 
-_BATCH_NORM_EPS = 1e-5
 _LAYER_NORM_EPS = 1e-5
 _NECK_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class TinyViTArchitecture:
-    """Sizes of MobileSAM's TinyViT (``build_sam_vit_t`` of the original).
+    """Sizes of a TinyViT, by default MobileSAM's (``build_sam_vit_t`` of the original).
 
     Attributes:
         image_size: side of the square input, pixels.
         depths: blocks of each stage; the first stage is convolutional.
-        heads: attention heads of each stage.
-        windows: window side of each stage, tokens.
+        heads: attention heads of each stage; the first entry is not used.
+        windows: window side of each stage, tokens; the first entry is not used.
+        last_stride: of the merge before the last stage. The others have 2.
     """
 
     image_size: int = 1024
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (2, 4, 5, 10)
     windows: tuple[int, ...] = (7, 7, 14, 7)
+    last_stride: int = 1
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of each stage's map, tokens. A convolution with stride 2 rounds up."""
+        side = -(-self.image_size // 4)
+        sides = [side]
+        for stride in self.strides:
+            side = -(-side // stride)
+            sides.append(side)
+        return tuple(sides)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the merges between the stages."""
+        return (2,) * (len(self.depths) - 2) + (self.last_stride,)
 
     @property
     def grid(self) -> int:
-        """Side of the image embedding: the last stage does not shrink."""
-        return self.image_size // 16
-
-
-def folded_conv(
-    tensors: Mapping[str, Tensor], prefix: str, stride: int = 1, groups: int = 1
-) -> nn.Conv2d:
-    """The convolution and batch normalization under ``prefix`` as one convolution."""
-    weight = tensors[prefix + "c.weight"].double()
-    variance = tensors[prefix + "bn.running_var"].double()
-    scale = tensors[prefix + "bn.weight"].double() / torch.sqrt(variance + _BATCH_NORM_EPS)
-    shift = tensors[prefix + "bn.bias"].double() - tensors[prefix + "bn.running_mean"] * scale
-    outputs, inputs, kernel, _ = weight.shape
-    module = nn.Conv2d(
-        inputs * groups, outputs, kernel, stride, kernel // 2, groups=groups, device="meta"
-    )
-    module.weight = nn.Parameter((weight * scale[:, None, None, None]).float())
-    module.bias = nn.Parameter(shift.float())
-    return module
+        """Side of the last map, tokens."""
+        return self.sides[-1]
 
 
 class MBConv(nn.Module):
@@ -76,7 +76,7 @@ class MBConv(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Shrinks the map between stages; the last merge keeps its size."""
+    """Shrinks the map between stages, unless its stride is 1."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str, stride: int) -> None:
         super().__init__()
@@ -172,8 +172,14 @@ class TinyViTBlock(nn.Module):
         return x[:, :side, :side] if padding else x
 
 
-class TinyViTGraph(nn.Module):
-    """Normalized, padded pixels to MobileSAM's one feature map."""
+class TinyViTTrunk(nn.Module):
+    """Normalized pixels to the last stage's map.
+
+    Args:
+        architecture: sizes.
+        tensors: parameters in TinyViT's own naming.
+        prefix: what they stand below.
+    """
 
     def __init__(
         self, architecture: TinyViTArchitecture, tensors: Mapping[str, Tensor], prefix: str
@@ -187,24 +193,40 @@ class TinyViTGraph(nn.Module):
         )
         self.merges = nn.ModuleList()
         self.stages = nn.ModuleList()
-        side = arch.image_size // 4
-        last = len(arch.depths) - 1
-        for stage in range(1, last + 1):
-            stride = 1 if stage == last else 2
+        for stage, stride in enumerate(arch.strides, 1):
             merge = f"{prefix}layers.{stage - 1}.downsample."
             self.merges.append(PatchMerging(tensors, merge, stride))
-            side //= stride
             blocks = (
                 TinyViTBlock(
                     tensors,
                     f"{prefix}layers.{stage}.blocks.{i}.",
                     arch.heads[stage],
                     arch.windows[stage],
-                    side,
+                    arch.sides[stage],
                 )
                 for i in range(arch.depths[stage])
             )
             self.stages.append(nn.Sequential(*blocks))
+
+    def last_map(self, pixel_values: Tensor) -> Tensor:
+        """float32 [B, 3, S, S] to float32 [B, C, side, side]."""
+        x: Tensor = self.convs(self.stem2(gelu(self.stem1(pixel_values))))
+        for merge, stage in zip(self.merges, self.stages, strict=True):
+            x = stage(merge(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """See :meth:`last_map`."""
+        return self.last_map(pixel_values)
+
+
+class TinyViTGraph(TinyViTTrunk):
+    """Normalized, padded pixels to MobileSAM's one feature map."""
+
+    def __init__(
+        self, architecture: TinyViTArchitecture, tensors: Mapping[str, Tensor], prefix: str
+    ) -> None:
+        super().__init__(architecture, tensors, prefix)
         neck = prefix + "neck."
         self.project = nn.Parameter(tensors[neck + "0.weight"].flatten(1).T.contiguous())
         self.project_norm = layer_norm(tensors, neck + "1.", _NECK_NORM_EPS)
@@ -216,9 +238,7 @@ class TinyViTGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """float32 [B, 3, S, S] to float32 [B, 256, S/16, S/16]."""
-        x = self.convs(self.stem2(gelu(self.stem1(pixel_values))))
-        for merge, stage in zip(self.merges, self.stages, strict=True):
-            x = stage(merge(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.last_map(pixel_values)
         x = self.project_norm(torch.matmul(x.permute(0, 2, 3, 1), self.project))
         x = self.mix_norm(self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return (x.permute(0, 3, 1, 2),)

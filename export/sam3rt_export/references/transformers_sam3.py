@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam3TrackerConfig
 from transformers.initialization import no_init_weights
 from transformers.models.sam3_tracker.modeling_sam3_tracker import Sam3TrackerModel
@@ -27,7 +27,11 @@ _LEVELS = 3
 
 
 def build_tracker_model(
-    architecture: Sam3Architecture, tensors: Mapping[str, Tensor], *, sigmoid_iou: bool = True
+    architecture: Sam3Architecture,
+    tensors: Mapping[str, Tensor],
+    *,
+    sigmoid_iou: bool = True,
+    backbone: nn.Module | None = None,
 ) -> Any:
     """A ``Sam3TrackerModel`` that shares the given tensors (``sam3.pt`` naming).
 
@@ -35,6 +39,8 @@ def build_tracker_model(
         architecture: its sizes.
         tensors: its parameters.
         sigmoid_iou: whether predicted IoUs go through a sigmoid; transformers' code always does.
+        backbone: stands in the ViT's place, with its own parameters; it returns an object with
+            ``last_hidden_state``, [B, grid^2, C].
 
     Raises:
         CheckpointError: a parameter is missing, has the wrong shape or is one too many.
@@ -59,6 +65,7 @@ def build_tracker_model(
                 "global_attn_indexes": list(arch.global_blocks),
                 "pretrain_image_size": arch.pretrain_grid * arch.patch_size,
                 "layer_norm_eps": arch.layer_norm_eps,
+                "rope_parameters": {"rope_theta": arch.rope_theta},
             },
         },
         prompt_encoder_config={
@@ -80,7 +87,11 @@ def build_tracker_model(
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"tensors do not fit the architecture: {error}") from error
     # The neck's coarsest level is unused, and absent from some checkpoints.
-    missing = [k for k in report.missing_keys if "neck.fpn_layers.3." not in k]
+    optional = ["vision_encoder.neck.fpn_layers.3."]
+    if backbone is not None:
+        optional.append("vision_encoder.backbone.")
+        model.vision_encoder.backbone = backbone
+    missing = [k for k in report.missing_keys if not k.startswith(tuple(optional))]
     if missing:
         raise CheckpointError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
     if report.unexpected_keys:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,67 @@ from torch import Tensor, nn
 
 from sam3rt.errors import Sam3rtError
 
+from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
 from ..errors import CheckpointError
 from ..source import ExportSource
 from .checkpoint_file import read_state
-from .state_dict import ACCEPTED, canonical_tensors, describe_names, family_of, mobile_sam_tensors
+from .state_dict import (
+    ACCEPTED,
+    InteractiveParts,
+    describe_names,
+    family_of,
+    interactive_parts,
+    mobile_sam_tensors,
+    stored_types,
+    tracker_parts,
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".json", ".pkl", ".zip", ".tar")
 _KINDS = {"sam3": "sam3.pt", "sam3.1": "sam3.1_multiplex.pt"}
 
 
-def open_source(checkpoint: Any, weights_key: str | None = None) -> ExportSource:
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a checkpoint.
+
+    Attributes:
+        weights_key: the dict to take from a file that holds several models.
+        tracker: the checkpoint file whose decoder for clicks completes one that has none.
+        lora: PEFT adapter to merge: a ``.safetensors`` file or a folder.
+        lora_alpha: its ``lora_alpha``, where no ``adapter_config.json`` says it.
+        image_size: side of the input, pixels; by default that of the training.
+    """
+
+    weights_key: str | None = None
+    tracker: Path | None = None
+    lora: Path | None = None
+    lora_alpha: float | None = None
+    image_size: int | None = None
+
+
+def open_source(checkpoint: Any, options: SourceOptions | None = None) -> ExportSource:
     """Recognize a checkpoint and load it.
 
     Args:
-        checkpoint: Meta's ``sam3.pt`` or ``sam3.1_multiplex.pt``, MobileSAM's ``mobile_sam.pt``,
-            either also as a ``.safetensors`` file or a ``.safetensors.index.json``; a folder with
-            one of these; a transformers folder or hub id; a live ``Sam3TrackerModel``; or a module
-            of the ``sam3`` package that holds the interactive predictor and its backbone.
-        weights_key: the dict to take from a file that holds several models.
+        checkpoint: Meta's ``sam3.pt`` or ``sam3.1_multiplex.pt``, a file of EfficientSAM3,
+            MobileSAM's ``mobile_sam.pt``, any of them also as a ``.safetensors`` file or a
+            ``.safetensors.index.json``; a folder with one of these; a transformers folder or hub
+            id; a live ``Sam3TrackerModel``; or a module of the ``sam3`` package that holds the
+            interactive predictor and its backbone.
+        options: how to read it.
 
     Raises:
-        CheckpointError: it is none of these, cannot be read, or holds what cannot be exported.
+        CheckpointError: it is none of these, cannot be read, or holds what cannot be exported; or
+            an option is not for it.
     """
+    options = options or SourceOptions()
     what = f"{checkpoint}" if isinstance(checkpoint, str | os.PathLike) else "checkpoint"
     try:
         if isinstance(checkpoint, nn.Module):
-            return _open_live(checkpoint)
-        return _open_path(checkpoint, weights_key)
+            _refuse(options, "a live model", "weights_key", "tracker", "lora", "lora_alpha")
+            return _open_live(checkpoint, options)
+        return _open_path(checkpoint, options)
     except Sam3rtError:
         raise
     except ModuleNotFoundError as error:
@@ -50,7 +85,14 @@ def open_source(checkpoint: Any, weights_key: str | None = None) -> ExportSource
         raise CheckpointError(f"{what}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _open_path(checkpoint: Any, weights_key: str | None) -> ExportSource:
+def _refuse(options: SourceOptions, what: str, *names: str) -> None:
+    """Refuse options that would be passed over."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise CheckpointError(f"{name}: {what} takes none")
+
+
+def _open_path(checkpoint: Any, options: SourceOptions) -> ExportSource:
     if not isinstance(checkpoint, str | os.PathLike):
         raise CheckpointError(
             f"checkpoint: got {type(checkpoint).__qualname__}, expected a path, a hub id or a model"
@@ -59,29 +101,42 @@ def _open_path(checkpoint: Any, weights_key: str | None) -> ExportSource:
     if path.is_dir() and not _is_transformers_folder(path):
         path = _only_checkpoint(path)
     if path.is_file():
-        return _open_file(path, weights_key)
-    if weights_key is not None:
-        raise CheckpointError(f"weights_key: {checkpoint} is not a checkpoint file")
+        return _open_file(path, options)
+    _refuse(options, f"{checkpoint}, which is not a checkpoint file,", "weights_key")
     if path.is_dir():
-        from .transformers_model import open_pretrained
-
-        return open_pretrained(os.fspath(checkpoint))
+        return _open_pretrained(os.fspath(checkpoint), options)
     if isinstance(checkpoint, str) and _is_hub_id(checkpoint):
-        return _open_hub(checkpoint)
+        return _open_hub(checkpoint, options)
     raise CheckpointError(f"checkpoint: {checkpoint} is no file, no folder and no hub id")
 
 
-def _open_file(path: Path, weights_key: str | None = None) -> ExportSource:
-    state, digest = read_state(path, weights_key)
-    return _open_state(state, str(path), path.name, digest)
+def _open_file(path: Path, options: SourceOptions) -> ExportSource:
+    state, digest = read_state(path, options.weights_key)
+    notes: tuple[str, ...] = ()
+    if options.lora is not None:
+        from .adapters import adapted, read_adapter
+
+        adapter = read_adapter(Path(options.lora), options.lora_alpha)
+        exported = (TRUNK, NECK, PROMPT, DECODER, NO_MEMORY)
+        changed, notes = adapted(state, adapter, exported)
+        state = state | changed
+    source = _open_state(state, str(path), path.name, digest, options=options)
+    return dataclasses.replace(source, notes=(*notes, *source.notes))
 
 
-def _open_hub(name: str) -> ExportSource:
-    """A repository in transformers' layout, or one with SAM 3.1's checkpoint, which has another."""
+def _open_pretrained(name: str, options: SourceOptions) -> ExportSource:
+    from .adapters import read_adapter
     from .transformers_model import open_pretrained
 
+    _refuse(options, f"{name}, which has a decoder for clicks,", "tracker")
+    adapter = options.lora and read_adapter(Path(options.lora), options.lora_alpha)
+    return open_pretrained(name, adapter or None, options.image_size)
+
+
+def _open_hub(name: str, options: SourceOptions) -> ExportSource:
+    """A repository in transformers' layout, or one with SAM 3.1's checkpoint, which has another."""
     try:
-        return open_pretrained(name)
+        return _open_pretrained(name, options)
     except CheckpointError as error:
         import huggingface_hub
 
@@ -89,7 +144,7 @@ def _open_hub(name: str) -> ExportSource:
             path = huggingface_hub.hf_hub_download(name, _KINDS["sam3.1"])
         except Exception:  # it has no such file, or cannot be reached
             raise error from None
-    return _open_file(Path(path))
+    return _open_file(Path(path), options)
 
 
 def _is_transformers_folder(folder: Path) -> bool:
@@ -103,8 +158,7 @@ def _only_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder that is not in transformers' layout."""
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder}: holds LoRA adapters; merge them into the model first "
-            "(PEFT: model.merge_and_unload()) and save that"
+            f"{folder}: holds LoRA adapters; pass the model that they are for, and this by --lora"
         )
     for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt", "*.pth"):
         files = sorted(folder.glob(pattern))
@@ -115,43 +169,81 @@ def _only_checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: holds no config.json and no checkpoint; {ACCEPTED}")
 
 
-def _open_live(model: nn.Module) -> ExportSource:
+def _open_live(model: nn.Module, options: SourceOptions) -> ExportSource:
     from .transformers_model import is_tracker_model, open_tracker_model
 
     # torch.compile and DistributedDataParallel wrap the model itself.
     inner: nn.Module = getattr(model, "_orig_mod", getattr(model, "module", model))
     if is_tracker_model(inner):
-        return open_tracker_model(inner)
+        return open_tracker_model(inner, image_size=options.image_size)
     state = model.state_dict()
     if family_of(state) is None:
         raise CheckpointError(
             f"checkpoint: got a {type(model).__name__}: {describe_names(state)}; expected a "
             "Sam3TrackerModel or the reference's tracker built with its backbone"
         )
-    return _open_state(state, "checkpoint", type(inner).__name__, kind="live model")
+    return _open_state(
+        state, "checkpoint", type(inner).__name__, kind="live model", options=options
+    )
 
 
 def _open_state(
-    state: Mapping[str, Tensor], what: str, origin: str, digest: str = "", kind: str | None = None
+    state: Mapping[str, Tensor],
+    what: str,
+    origin: str,
+    digest: str = "",
+    kind: str | None = None,
+    *,
+    options: SourceOptions,
 ) -> ExportSource:
     family = family_of(state)
     # Each family brings libraries of its own, so only the one that is needed is imported.
     if family == "mobile_sam":
         from .mobile_sam import open_mobile_sam
 
-        return open_mobile_sam(
+        _refuse(options, "MobileSAM", "tracker", "lora", "lora_alpha", "image_size")
+        source = open_mobile_sam(
             mobile_sam_tensors(state), kind=kind or "mobile_sam.pt", origin=origin, sha256=digest
         )
-    tensors = canonical_tensors(state, what)
-    from .sam3 import source_from_tensors
+        return dataclasses.replace(source, stored=_in_words(stored_types(state, state)))
+    tracker, tracker_notes = _open_tracker(options.tracker)
+    parts = interactive_parts(state, what, tracker)
+    if parts.student:
+        from .efficient_sam3 import open_efficient_sam3 as open_parts
+    else:
+        from .sam3 import source_from_tensors as open_parts
 
-    return source_from_tensors(
-        tensors,
-        kind=kind or _KINDS[family or "sam3"],
+    source = open_parts(
+        parts.tensors,
+        kind=kind or _kind(parts),
         origin=origin,
         sha256=digest,
-        sigmoid_iou=family == "sam3",
+        sigmoid_iou=not parts.multiplex,
+        image_size=options.image_size,
     )
+    notes = (*parts.notes, *tracker_notes, *source.notes)
+    return dataclasses.replace(source, stored=_in_words(parts.stored), notes=notes)
+
+
+def _kind(parts: InteractiveParts) -> str:
+    return "EfficientSAM3" if parts.student else _KINDS["sam3.1" if parts.multiplex else "sam3"]
+
+
+def _open_tracker(path: Path | None) -> tuple[InteractiveParts | None, tuple[str, ...]]:
+    """What completes a checkpoint without a decoder for clicks, and where it is from."""
+    if path is None:
+        return None, ()
+    path = Path(path)
+    if path.is_dir():
+        path = _only_checkpoint(path)
+    if not path.is_file():
+        raise CheckpointError(f"tracker: {path} is no checkpoint file")
+    state, digest = read_state(path)
+    return tracker_parts(state, str(path)), (f"tracker's file: {path.name}, SHA-256 {digest}",)
+
+
+def _in_words(types: frozenset[str]) -> str:
+    return " and ".join(sorted(types))
 
 
 def _is_hub_id(text: str) -> bool:

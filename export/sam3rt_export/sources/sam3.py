@@ -1,4 +1,4 @@
-"""SAM 3 and SAM 3.1, from tensors in ``sam3.pt`` naming to an export source."""
+"""SAM 3, SAM 3.1 and EfficientSAM3, from tensors in ``sam3.pt`` naming to an export source."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT
 from ..errors import CheckpointError
+from ..graphs.efficient_sam3 import EfficientSam3EncoderGraph, StudentArchitecture
 from ..graphs.sam3_encoder import Sam3Architecture, Sam3EncoderGraph
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..references.transformers_sam3 import TransformersReference, build_tracker_model
 from ..source import ExportSource
-from .sam3_architecture import read_architecture
+from .sam3_architecture import read_architecture, resized
 
 # (x - 0.5) / 0.5 on [0, 1] values (the reference's SAM2Transforms), on the 0..255 scale.
 _MEAN = _STD = (127.5, 127.5, 127.5)
@@ -34,15 +35,41 @@ def source_from_tensors(
     origin: str,
     sha256: str = "",
     sigmoid_iou: bool = True,
+    image_size: int | None = None,
 ) -> ExportSource:
     """Prepare tensors in ``sam3.pt`` naming; see :func:`sam3_source` for the rest.
 
+    Args:
+        tensors: the parameters.
+        kind: checkpoint format.
+        origin: where it came from.
+        sha256: of the checkpoint file.
+        sigmoid_iou: whether predicted IoUs go through a sigmoid, as SAM 3's do.
+        image_size: side of the input, pixels; by default that of the training.
+
     Raises:
-        CheckpointError: a tensor is missing or the shapes contradict each other.
+        CheckpointError: a tensor is missing, the shapes contradict each other, or the model has no
+            such size.
     """
-    architecture = read_architecture(tensors)
+    trained = read_architecture(tensors)
+    architecture = resized(trained, image_size)
     model = build_tracker_model(architecture, tensors, sigmoid_iou=sigmoid_iou)
-    return sam3_source(architecture, tensors, model, kind=kind, origin=origin, sha256=sha256)
+    return sam3_source(
+        architecture,
+        tensors,
+        model,
+        kind=kind,
+        origin=origin,
+        sha256=sha256,
+        notes=size_notes(architecture.image_size, trained.image_size),
+    )
+
+
+def size_notes(image_size: int, trained: int) -> tuple[str, ...]:
+    """What a user should know of an input size."""
+    if image_size == trained:
+        return ()
+    return (f"input of {image_size} pixels, trained at {trained}: accuracy was never measured",)
 
 
 def sam3_source(
@@ -53,6 +80,8 @@ def sam3_source(
     kind: str,
     origin: str,
     sha256: str = "",
+    notes: tuple[str, ...] = (),
+    student: StudentArchitecture | None = None,
 ) -> ExportSource:
     """Build graphs and reference of one SAM 3.
 
@@ -64,6 +93,8 @@ def sam3_source(
         kind: checkpoint format.
         origin: where it came from.
         sha256: of the checkpoint file.
+        notes: what a user should know of how the model came about.
+        student: sizes of EfficientSAM3's encoder, where it stands in the ViT's place.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
@@ -77,16 +108,21 @@ def sam3_source(
         sigmoid_iou=sigmoid_iou,
     )
     try:
-        encoder = Sam3EncoderGraph(arch, tensors).eval()
+        encoder: nn.Module = (
+            Sam3EncoderGraph(arch, tensors)
+            if student is None
+            else EfficientSam3EncoderGraph(student, tensors)
+        ).eval()
         decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
     except KeyError as error:
         raise CheckpointError(f"{origin}: tensor {error} is missing") from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error
     grid = arch.grid
+    name = "sam3" if sigmoid_iou else "sam3.1"
     return ExportSource(
-        name="sam3" if sigmoid_iou else "sam3.1",
-        model_type="sam3",
+        name=name if student is None else f"efficient_{name}_{student.variant}",
+        model_type="sam3" if student is None else "efficient_sam3",
         kind=kind,
         origin=origin,
         sha256=sha256,
@@ -120,4 +156,5 @@ def sam3_source(
             max_hole_area=_MAX_HOLE_AREA,
         ),
         versions={"transformers": transformers.__version__},
+        notes=notes,
     )

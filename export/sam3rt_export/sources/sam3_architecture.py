@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -73,6 +74,38 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     _check_rope(architecture, tables)
     _tensor(tensors, NO_MEMORY, 3)
     return architecture
+
+
+def resized(architecture: Sam3Architecture, image_size: int | None) -> Sam3Architecture:
+    """The same model for another input size.
+
+    Windows keep their size, so that the size must be whole windows. Absolute positions are tiled
+    over the grid and rotary ones of global blocks squeezed to a window's range, as for any size.
+
+    Args:
+        architecture: as it was trained.
+        image_size: side of the input, pixels; ``None`` leaves it.
+
+    Raises:
+        CheckpointError: that is no size of this model.
+    """
+    if image_size is None:
+        return architecture
+    arch = architecture
+    check_image_size(image_size, arch.patch_size * arch.window, arch.image_size)
+    return dataclasses.replace(arch, image_size=image_size)
+
+
+def check_image_size(image_size: int, step: int, trained: int) -> None:
+    """Refuse an input size that is no multiple of a step, up to the size of the training.
+
+    Raises:
+        CheckpointError: naming the sizes that are accepted.
+    """
+    sizes = range(step, trained + 1, step)
+    if image_size not in sizes:
+        accepted = ", ".join(map(str, sizes))
+        raise CheckpointError(f"image_size: got {image_size}, expected one of {accepted}")
 
 
 def _published_tables(names: list[str]) -> dict[str, Tensor]:

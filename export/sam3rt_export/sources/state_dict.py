@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from ..checkpoint_keys import (
     NECK,
     NO_MEMORY,
     PROMPT,
+    STUDENT,
     TRUNK,
     unknown_names,
     unknown_tensors,
@@ -23,8 +25,9 @@ from ..errors import CheckpointError
 Family = Literal["sam3", "sam3.1", "mobile_sam"]
 
 ACCEPTED = (
-    "accepted are Meta's sam3.pt or sam3.1_multiplex.pt and MobileSAM's mobile_sam.pt (pickled or "
-    "as safetensors), a transformers folder or hub id, and live models of these"
+    "accepted are Meta's sam3.pt or sam3.1_multiplex.pt, EfficientSAM3's merged files and "
+    "MobileSAM's mobile_sam.pt (pickled or as safetensors), a transformers folder or hub id, and "
+    "live models of these"
 )
 
 # Components that DistributedDataParallel and torch.compile put into names.
@@ -35,14 +38,19 @@ _ALIASES = (
     ("sam3_model.", "detector."),
     ("sam2_predictor.", "tracker."),
     ("backbone.vision_backbone.", "detector.backbone.vision_backbone."),
+    ("student_trunk.", STUDENT),
     ("sam_prompt_encoder.", PROMPT),
     ("sam_mask_decoder.", DECODER),
     ("no_mem_embed", NO_MEMORY),
 )
+# An EfficientSAM3 encoder as its training saves it: nothing but the encoder.
+_RAW_STUDENT = "backbone.model."
+_RAW_ALIASES = ((_RAW_STUDENT, STUDENT + _RAW_STUDENT), ("head.", STUDENT + "head."))
 # SAM 3.1's parts for clicks. Its tracker.model.sam_mask_decoder is another one, for propagation.
+_MULTIPLEX_NECK = "detector.backbone.vision_backbone.interactive_convs."
 _MULTIPLEX_DECODER = "tracker.model.interactive_sam_mask_decoder."
 _MULTIPLEX = (
-    ("detector.backbone.vision_backbone.interactive_convs.", NECK),
+    (_MULTIPLEX_NECK, NECK),
     ("tracker.model.interactive_sam_prompt_encoder.", PROMPT),
     (_MULTIPLEX_DECODER, DECODER),
     ("tracker.model.interactivity_no_mem_embed", NO_MEMORY),
@@ -50,54 +58,157 @@ _MULTIPLEX = (
 _MOBILE_SAM = "image_encoder.patch_embed.seq."
 
 
+@dataclass(frozen=True)
+class InteractiveParts:
+    """The parts of a SAM 3, SAM 3.1 or EfficientSAM3 that the interactive predictor has.
+
+    Attributes:
+        tensors: in ``sam3.pt`` naming; detached, dense and finite on the CPU, FP32 or (rotary
+            tables) complex64.
+        multiplex: whether they are SAM 3.1's.
+        stored: the floating point types in which they were stored, such as ``"bfloat16"``.
+        notes: what a user should know of the choice.
+    """
+
+    tensors: dict[str, Tensor]
+    multiplex: bool
+    stored: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def student(self) -> bool:
+        """Whether the encoder is EfficientSAM3's."""
+        return any(name.startswith(STUDENT) for name in self.tensors)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a decoder that answers clicks."""
+        return any(name.startswith(DECODER) for name in self.tensors)
+
+
 def family_of(state: Mapping[str, Tensor]) -> Family | None:
     """The model that a state dict holds at least the image encoder of, or ``None``."""
-    names = set(_plain_names(state).values())
+    names = set(plain_names(state).values())
     if any(name.startswith(_MOBILE_SAM) for name in names):
         return "mobile_sam"
     if not any(name.startswith(TRUNK) for name in names):
         return None
-    multiplex = any(name.startswith(_MULTIPLEX_DECODER) for name in names)
-    return "sam3.1" if multiplex else "sam3"
+    return "sam3.1" if _is_multiplex(names) else "sam3"
 
 
 def canonical_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The tensors of a SAM 3 or 3.1 that the interactive predictor has, in ``sam3.pt`` naming.
+    """:attr:`InteractiveParts.tensors` of a whole model; see :func:`interactive_parts`."""
+    return interactive_parts(state, what).tensors
+
+
+def interactive_parts(
+    state: Mapping[str, Tensor], what: str, tracker: InteractiveParts | None = None
+) -> InteractiveParts:
+    """The tensors of a SAM 3, 3.1 or EfficientSAM3 that the interactive predictor has.
 
     Args:
         state: tensors under any of the names that this module knows.
         what: the checkpoint, for messages.
-
-    Returns:
-        Detached, dense and finite tensors on the CPU, FP32 or (rotary tables) complex64.
+        tracker: the model whose neck and decoder complete one that has none.
 
     Raises:
-        CheckpointError: the interactive parts are missing; a tensor of theirs has a name that is
-            not known, so that leaving it out would export another model; two tensors share a
-            name; or a tensor's values cannot be used.
+        CheckpointError: the interactive parts are missing, or there and given once more; a tensor
+            of theirs has a name that is not known, so that leaving it out would export another
+            model; two tensors share a name; or a tensor's values cannot be used.
     """
-    plain = _plain_names(state)
-    if not any(name.startswith((DECODER, _MULTIPLEX_DECODER)) for name in plain.values()):
+    plain = plain_names(state)
+    has_head = any(name.startswith((DECODER, _MULTIPLEX_DECODER)) for name in plain.values())
+    if not has_head and (tracker is None or family_of(state) is None):
         raise CheckpointError(f"{what}: {describe_names(state)}; {ACCEPTED}")
-    aliases = _MULTIPLEX if family_of(state) == "sam3.1" else ()
+    if tracker is None:
+        return _known_parts(state, plain, what)
+    if has_head:
+        raise CheckpointError(
+            f"tracker: {what} has a decoder for clicks of its own; a second file completes only "
+            "checkpoints without one"
+        )
+    own = _known_parts(state, plain, what)
+    has_neck = any(name.startswith(NECK) for name in own.tensors)
+    others = {
+        name: tensor
+        for name, tensor in tracker.tensors.items()
+        if not (has_neck and name.startswith(NECK))
+    }
+    return InteractiveParts(
+        tensors=own.tensors | others,
+        multiplex=tracker.multiplex,
+        stored=own.stored | tracker.stored,
+        notes=(*own.notes, *_merge_notes(own, has_neck)),
+    )
+
+
+def tracker_parts(state: Mapping[str, Tensor], what: str) -> InteractiveParts:
+    """Neck, prompt encoder and decoder of a model, to complete one that has none.
+
+    Raises:
+        CheckpointError: as :func:`interactive_parts`.
+    """
+    plain = plain_names(state)
+    if not any(name.startswith((DECODER, _MULTIPLEX_DECODER)) for name in plain.values()):
+        raise CheckpointError(
+            f"tracker: {what}: {describe_names(state)}; expected a checkpoint with the decoder "
+            "for clicks, such as sam3.pt"
+        )
+    rest = {original: name for original, name in plain.items() if not name.startswith(TRUNK)}
+    return _known_parts(state, rest, what)
+
+
+def _merge_notes(own: InteractiveParts, has_neck: bool) -> list[str]:
+    taken = "the decoder for clicks" if has_neck else "the decoder for clicks and its neck"
+    notes = [f"{taken}: from the tracker's file"]
+    if own.student and not has_neck:
+        notes.append("this neck was never trained on this encoder's features: try what it is worth")
+    return notes
+
+
+def _known_parts(
+    state: Mapping[str, Tensor], plain: Mapping[str, str], what: str
+) -> InteractiveParts:
+    """Choose, check and convert what belongs to the parts that are exported."""
+    multiplex = _is_multiplex(plain.values())
+    aliases = _MULTIPLEX if multiplex else ()
     sources: dict[str, str] = {}
     for original, name in plain.items():
         renamed = _replace_prefix(name, aliases)
         if not (renamed.startswith((TRUNK, NECK, PROMPT, DECODER)) or renamed == NO_MEMORY):
             if LORA.search(original) and not name.startswith(("detector.", "tracker.")):
                 raise unknown_tensors(what, [original])
+        elif renamed.endswith("num_batches_tracked"):
+            continue  # counts, which training alone reads
         elif renamed in sources:
             raise CheckpointError(
                 f"{what}: both {sources[renamed]!r} and {original!r} are {renamed!r}"
             )
         else:
             sources[renamed] = original
-    unknown = unknown_names(sources)
+    notes: tuple[str, ...] = ()
+    if any(name.startswith(STUDENT) for name in sources):
+        teacher = [n for n in sources if n.startswith(TRUNK) and not n.startswith(STUDENT)]
+        if teacher:
+            notes = ("of the two image encoders in the file, EfficientSAM3's: SAM 3's is left out",)
+        for name in teacher:
+            del sources[name]
+    unknown = unknown_names(name for name in sources if not name.startswith(STUDENT))
     if unknown:
         raise unknown_tensors(what, [sources[name] for name in unknown])
     tensors = {name: ready(original, state[original]) for name, original in sources.items()}
     _join_rotary_tables(tensors)
-    return tensors
+    return InteractiveParts(tensors, multiplex, stored_types(state, sources.values()), notes)
+
+
+def _is_multiplex(names: Iterable[str]) -> bool:
+    return any(name.startswith((_MULTIPLEX_DECODER, _MULTIPLEX_NECK)) for name in names)
+
+
+def stored_types(state: Mapping[str, Tensor], names: Iterable[str]) -> frozenset[str]:
+    """The floating point types of some of a state dict's tensors, such as ``"bfloat16"``."""
+    types = {state[name].dtype for name in names}
+    return frozenset(str(t).removeprefix("torch.") for t in types if t.is_floating_point)
 
 
 def mobile_sam_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +216,7 @@ def mobile_sam_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Its batch normalizations count their batches in whole numbers, which stay as they are.
     """
-    tensors = {name: state[original] for original, name in _plain_names(state).items()}
+    tensors = {name: state[original] for original, name in plain_names(state).items()}
     return {
         name: tensor if name.endswith("num_batches_tracked") else ready(name, tensor)
         for name, tensor in tensors.items()
@@ -138,7 +249,7 @@ def ready(name: str, tensor: Tensor) -> Tensor:
 def describe_names(names: Iterable[str]) -> str:
     """What a state dict without the parts of an interactive model seems to be."""
     names = list(names)
-    plain = [_replace_prefix(_unwrapped(name), _ALIASES) for name in names]
+    plain = list(plain_names(names).values())
 
     def some(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in plain)
@@ -148,9 +259,11 @@ def describe_names(names: Iterable[str]) -> str:
     if some(TRUNK):
         if some("tracker.model.sam_mask_decoder."):
             return "it holds SAM 3.1's decoder for propagation, and not the one for clicks"
-        if some(TRUNK + "model."):
-            return "it holds EfficientSAM3, which sam3rt does not export"
-        return "it holds SAM 3's detector without the tracker, whose decoder answers clicks"
+        holds = "EfficientSAM3's image encoder" if some(STUDENT) else "SAM 3's detector"
+        return (
+            f"it holds {holds} without the tracker, whose decoder answers clicks; take that from "
+            "the checkpoint it was trained from: --tracker sam3.pt"
+        )
     if some("image_encoder.trunk."):
         return "it holds SAM 2, which sam3rt does not export"
     if some("image_encoder.blocks."):
@@ -163,14 +276,17 @@ def describe_names(names: Iterable[str]) -> str:
     if some("vision_encoder.", "tracker_model.", "detector_model.", "tracker_neck."):
         return "it holds transformers' names: pass the folder with its config.json"
     if any(LORA.search(name) for name in names):
-        return "it holds LoRA adapters: merge them into the model first, and export that"
+        return "it holds LoRA adapters: pass the model they are for, and these by --lora"
     shown = ", ".join(repr(name) for name in names[:3])
     return f"it holds neither SAM 3's nor MobileSAM's tensors; the first are {shown}"
 
 
-def _plain_names(state: Iterable[str]) -> dict[str, str]:
+def plain_names(state: Iterable[str]) -> dict[str, str]:
     """Each name without wrappers and aliases, by the name as it stands."""
-    return {name: _replace_prefix(_unwrapped(name), _ALIASES) for name in state}
+    unwrapped = {name: _unwrapped(name) for name in state}
+    raw = any(name.startswith(_RAW_STUDENT) for name in unwrapped.values())
+    aliases = (*_ALIASES, *_RAW_ALIASES) if raw else _ALIASES
+    return {name: _replace_prefix(plain, aliases) for name, plain in unwrapped.items()}
 
 
 def _unwrapped(name: str) -> str:

@@ -17,10 +17,11 @@ from ..checkpoint_keys import (
 )
 from ..errors import CheckpointError
 from ..graphs.sam3_encoder import Sam3Architecture
-from ..references.transformers_sam3 import Sam3TrackerModel
+from ..references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from ..source import ExportSource
-from .sam3 import sam3_source
-from .sam3_architecture import check_architecture
+from .adapters import Adapter, adapted
+from .sam3 import sam3_source, size_notes
+from .sam3_architecture import check_architecture, resized
 from .state_dict import ready
 
 # Modules of a Sam3TrackerModel. What else a folder holds belongs to other models of SAM 3's.
@@ -32,8 +33,15 @@ def is_tracker_model(model: nn.Module) -> bool:
     return isinstance(model, Sam3TrackerModel)
 
 
-def open_pretrained(name: str) -> ExportSource:
+def open_pretrained(
+    name: str, adapter: Adapter | None = None, image_size: int | None = None
+) -> ExportSource:
     """Load a folder or hub id. Only safetensors files are read.
+
+    Args:
+        name: the folder or hub id.
+        adapter: LoRA adapter to merge.
+        image_size: side of the input, pixels; by default the configuration's.
 
     Raises:
         CheckpointError: it cannot be loaded, parameters are missing from it, or there are others
@@ -41,8 +49,7 @@ def open_pretrained(name: str) -> ExportSource:
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{name}: holds LoRA adapters; merge them into the model first "
-            "(PEFT: model.merge_and_unload()) and save that"
+            f"{name}: holds LoRA adapters; pass the model that they are for, and this by --lora"
         )
     try:
         model, report = Sam3TrackerModel.from_pretrained(
@@ -61,17 +68,29 @@ def open_pretrained(name: str) -> ExportSource:
         raise CheckpointError(
             f"{name}: {len(missing)} parameters are missing, the first is {missing[0]!r}"
         )
+    notes: tuple[str, ...] = ()
+    if adapter is not None:
+        changed, notes = adapted(model.state_dict(), adapter, _MODULES)
+        model.load_state_dict(changed, strict=False)
     # Not the whole path of a folder: manifests travel.
     origin = Path(name).name if Path(name).exists() else name
-    return open_tracker_model(model, kind="transformers", origin=origin)
+    return open_tracker_model(
+        model, kind="transformers", origin=origin, image_size=image_size, notes=notes
+    )
 
 
 def open_tracker_model(
-    model: Any, *, kind: str = "Sam3TrackerModel", origin: str = "live model"
+    model: Any,
+    *,
+    kind: str = "Sam3TrackerModel",
+    origin: str = "live model",
+    image_size: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> ExportSource:
     """Prepare a live ``Sam3TrackerModel``.
 
-    Its configuration, epsilons included, is taken as it is.
+    Its configuration, epsilons included, is taken as it is, but for the image size if that is
+    given.
 
     Raises:
         CheckpointError: it has a shape that sam3rt cannot express, parameters of adapters, or
@@ -93,8 +112,12 @@ def open_tracker_model(
         model = copy.deepcopy(model).float().cpu().eval()
     state = {name: ready(name, tensor) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
-    architecture = _architecture(model.config)
-    return sam3_source(architecture, tensors, model, kind=kind, origin=origin)
+    trained = _architecture(model.config)
+    architecture = resized(trained, image_size)
+    if architecture != trained:
+        model = build_tracker_model(architecture, tensors)
+    notes = (*notes, *size_notes(architecture.image_size, trained.image_size))
+    return sam3_source(architecture, tensors, model, kind=kind, origin=origin, notes=notes)
 
 
 def _architecture(config: Any) -> Sam3Architecture:

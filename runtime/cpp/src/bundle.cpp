@@ -132,7 +132,8 @@ MaskSpec read_masks(const JsonValue& value) {
 }
 
 SourceSpec read_source(const JsonValue& value) {
-    value.check_fields({"kind", "reference", "sha256", "license", "license_file"});
+    value.check_fields({"kind", "reference", "sha256", "license", "license_file", "weights",
+                        "notes"});
     SourceSpec spec;
     spec.kind = value.field("kind").text();
     spec.reference = value.field("reference").text();
@@ -140,6 +141,14 @@ SourceSpec read_source(const JsonValue& value) {
     spec.license = value.field("license").text();
     if (value.has("license_file") && !value.field("license_file").is_null()) {
         spec.license_file = read_file_entry(value.field("license_file"));
+    }
+    if (value.has("weights")) {
+        spec.weights = value.field("weights").text();
+    }
+    if (value.has("notes")) {
+        for (const JsonValue& note : value.field("notes").list()) {
+            spec.notes.push_back(note.text());
+        }
     }
     return spec;
 }
@@ -159,7 +168,7 @@ Manifest read_manifest(const JsonValue& value) {
     value.check_fields({"format", "format_version", "fingerprint", "export_id", "name",
                         "model_type", "weights", "source", "image", "prompts", "masks", "encoder",
                         "decoder", "parity", "producer"});
-    static const std::vector<std::string> families = {"sam3", "mobile_sam"};
+    static const std::vector<std::string> families = {"sam3", "efficient_sam3", "mobile_sam"};
     static const std::vector<std::string> types = {"float32", "float16"};
     Manifest manifest;
     manifest.fingerprint = value.field("fingerprint").text();

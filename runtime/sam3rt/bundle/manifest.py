@@ -146,6 +146,10 @@ class SourceSpec(Struct, frozen=True, forbid_unknown_fields=True):
         sha256: hash of the checkpoint file, empty where there was none.
         license: SPDX identifier or name.
         license_file: the licence's text in the bundle, or ``None``.
+        weights: type the checkpoint stores its weights in, such as ``"bfloat16"``; empty where it
+            is not known, as in bundles made before it was noted.
+        notes: what a user should know of how the model came about, such as other files that
+            parts of it are from.
     """
 
     kind: str
@@ -153,6 +157,8 @@ class SourceSpec(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
     license: str
     license_file: FileEntry | None = None
+    weights: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class ParityLimits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -222,7 +228,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     export_id: str
     name: str
-    model_type: Literal["sam3", "mobile_sam"]
+    model_type: Literal["sam3", "efficient_sam3", "mobile_sam"]
     weights: Literal["float32", "float16"]
     source: SourceSpec
     image: ImageSpec

@@ -33,6 +33,13 @@ _VARIABLES = (
 )
 
 
+_FAMILIES = {
+    "sam3": "SAM 3 or 3.1",
+    "efficient_sam3": "EfficientSAM3: a small image encoder, SAM 3's neck and decoder",
+    "mobile_sam": "MobileSAM: SAM 1's decoder with a TinyViT",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     add_bundle_argument(parser)
@@ -145,6 +152,7 @@ def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
         "path": str(path),
         "name": manifest.name,
         "model_type": manifest.model_type,
+        "family": _FAMILIES[manifest.model_type],
         "fingerprint": manifest.fingerprint,
         "format_version": manifest.format_version,
         "input": f"{width}x{height}, resize {manifest.image.resize}",
@@ -152,6 +160,8 @@ def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
         "weights": manifest.weights,
         **graphs,
         "source": f"{manifest.source.kind}: {manifest.source.reference}",
+        "source_weights": manifest.source.weights or "not noted",
+        "notes": list(manifest.source.notes),
         "license": manifest.source.license,
         "producer": manifest.producer,
     }

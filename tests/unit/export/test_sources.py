@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import sys
@@ -32,7 +33,7 @@ from sam3rt_export import sources
 from sam3rt_export.errors import CheckpointError
 from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from sam3rt_export.source import ExportSource
-from sam3rt_export.sources import open_source, transformers_model
+from sam3rt_export.sources import SourceOptions, open_source, transformers_model
 from sam3rt_export.sources.sam3 import source_from_tensors
 from sam3rt_export.sources.sam3_architecture import read_architecture
 from sam3rt_export.sources.state_dict import canonical_tensors
@@ -98,6 +99,7 @@ def test_a_sam3_file(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     assert (source.model_type, source.kind, source.name) == ("sam3", "sam3.pt", "sam3")
     assert source.origin == "sam3_tiny.pt"
     assert source.sha256 == sha256_file(checkpoint)
+    assert (source.stored, source.notes) == ("float32", ())
     assert source.license == "SAM License"
     assert source.image.size == (8, 8)
     assert (source.image.resize, source.image.resize_dtype) == ("stretch", "float32")
@@ -143,7 +145,7 @@ def test_values_that_are_no_checkpoint(value: Any) -> None:
 @pytest.mark.parametrize("text", ["facebook/sam3", "org-1/model.v2"])
 def test_two_names_with_a_slash_are_a_hub_id(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(transformers_model, "open_pretrained", asked.append)
+    monkeypatch.setattr(transformers_model, "open_pretrained", lambda n, *_: asked.append(n))
     open_source(text)
     assert asked == [text]
 
@@ -163,7 +165,7 @@ def test_other_names_are_not_looked_up(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     asked: list[str] = []
-    monkeypatch.setattr(transformers_model, "open_pretrained", asked.append)
+    monkeypatch.setattr(transformers_model, "open_pretrained", lambda n, *_: asked.append(n))
     with pytest.raises(CheckpointError, match=r"no file, no folder and no hub id|no config\.json"):
         open_source(text)
     with pytest.raises(CheckpointError, match=r"no file, no folder and no hub id|no config\.json"):
@@ -200,7 +202,7 @@ def test_a_repository_of_sam_3_1_holds_metas_file(
 
 def test_a_path_is_never_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(transformers_model, "open_pretrained", asked.append)
+    monkeypatch.setattr(transformers_model, "open_pretrained", lambda n, *_: asked.append(n))
     with pytest.raises(CheckpointError, match="no hub id"):
         open_source(Path("facebook/sam3"))
     assert asked == []
@@ -235,7 +237,7 @@ def test_whatever_libraries_raise_is_a_checkpoint_error(
         raise error
 
     monkeypatch.setattr(sources, "read_state", fail)
-    monkeypatch.setattr(sources, "canonical_tensors", fail)
+    monkeypatch.setattr(sources, "interactive_parts", fail)
     monkeypatch.setattr(transformers_model.Sam3TrackerModel, "from_pretrained", fail)
     (tmp_path / "config.json").write_text("{}")
     given: Any = {
@@ -631,6 +633,93 @@ def test_the_reference_of_sam_3_1_has_no_sigmoid_either(
     assert float(said.iou.min()) < 0.0
 
 
+# --- other input sizes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a live model"])
+def test_another_image_size(
+    kind: str, size: int, checkpoint: Path, model: Any, tmp_path: Path
+) -> None:
+    given: Any = checkpoint
+    if kind == "a folder":
+        model.save_pretrained(tmp_path)
+        given = tmp_path
+    elif kind == "a live model":
+        given = model
+    source = open_source(given, SourceOptions(image_size=size))
+    assert source.image.size == (size, size)
+    assert source.masks.low_res_size == source.prompts.mask_size == (2 * size, 2 * size)
+    assert source.decoder.architecture.image_size == size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        maps = source.encoder(pixels)
+    assert [tuple(m.shape[1:]) for m in maps] == source.feature_shapes
+    for actual, expected in zip(maps, source.reference.encode(pixels), strict=True):
+        assert relative(actual, expected) < 1e-5
+    said = [note for note in source.notes if "trained at 8" in note]
+    assert len(said) == (size != 8)
+
+
+def test_a_live_models_other_size_leaves_it_as_it_is(model: Any) -> None:
+    before = copy.deepcopy(model.config)
+    open_source(model, SourceOptions(image_size=4))
+    assert model.config.to_dict() == before.to_dict()
+
+
+@pytest.mark.parametrize("size", [0, -4, 2, 6, 7, 12, 1008])
+def test_an_image_size_that_is_none_of_the_models(checkpoint: Path, size: int) -> None:
+    with pytest.raises(CheckpointError, match=rf"image_size: got {size}, expected one of 4, 8$"):
+        open_source(checkpoint, SourceOptions(image_size=size))
+
+
+# --- models of two files --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
+    """A file of the official trainer: the trunk, under its names, and nothing for clicks."""
+    prefix = "detector."
+    state = {
+        name.removeprefix(prefix): tensor + 0.1
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + "backbone.vision_backbone.trunk.") and "freqs" not in name
+    }
+    tables = {n.removeprefix(prefix): t for n, t in tensors.items() if "freqs" in n}
+    torch.save({"model": state | tables, "optimizer": {}}, tmp_path / "tuned.pt")
+    return tmp_path / "tuned.pt"
+
+
+def test_a_fine_tuned_file_needs_the_decoder_of_another(tuned: Path, checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"without the tracker.*--tracker sam3\.pt"):
+        open_source(tuned)
+    source = open_source(tuned, SourceOptions(tracker=checkpoint))
+    assert (source.name, source.origin, source.kind) == ("sam3", "tuned.pt", "sam3.pt")
+    assert source.notes[1] == f"tracker's file: sam3_tiny.pt, SHA-256 {sha256_file(checkpoint)}"
+    stock = open_source(checkpoint)
+    weights = source.decoder.state_dict()
+    assert all(torch.equal(weights[name], t) for name, t in stock.decoder.state_dict().items())
+    assert differences(stock, source)[0] > 0.01
+
+
+@pytest.mark.parametrize("tracker", ["missing.pt", "."])
+def test_a_tracker_that_is_no_file(tuned: Path, tracker: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tracker"):
+        open_source(tuned, SourceOptions(tracker=tmp_path / "none" / tracker))
+
+
+@pytest.mark.parametrize("option", ["tracker", "lora", "weights_key"])
+def test_options_of_files_are_not_passed_over_for_live_models(model: Any, option: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{option}: a live model takes none"):
+        open_source(model, SourceOptions(**{option: Path("x")}))
+
+
+def test_a_folder_takes_no_tracker(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tracker: .*has a decoder for clicks.*takes none"):
+        open_source(tmp_path, SourceOptions(tracker=checkpoint))
+
+
 # --- MobileSAM ------------------------------------------------------------------------------------
 
 
@@ -671,6 +760,15 @@ def test_a_mobile_sam_with_a_tensor_too_many(mobile_sam: dict[str, Tensor], tmp_
     torch.save(mobile_sam | {name: torch.zeros(2, 2)}, tmp_path / "mobile_sam.pt")
     with pytest.raises(CheckpointError, match=r"lora_A\.weight.*LoRA.*merge"):
         open_source(tmp_path / "mobile_sam.pt")
+
+
+@pytest.mark.parametrize("option", [{"image_size": 1024}, {"tracker": Path("x")}])
+def test_a_mobile_sam_takes_no_options_of_sam_3(
+    mobile_sam: dict[str, Tensor], option: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(mobile_sam, tmp_path / "mobile_sam.pt")
+    with pytest.raises(CheckpointError, match=r": MobileSAM takes none"):
+        open_source(tmp_path / "mobile_sam.pt", SourceOptions(**option))
 
 
 @pytest.mark.parametrize(

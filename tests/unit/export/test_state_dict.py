@@ -12,15 +12,23 @@ from tests.support.export_helpers import (
     NECK,
     NO_MEMORY,
     PROMPT,
+    STUDENT,
     TRUNK,
     as_multiplex,
     small_tensors,
+    tiny_student,
     tiny_tensors,
 )
 from torch import Tensor
 
 from sam3rt_export.errors import CheckpointError
-from sam3rt_export.sources.state_dict import canonical_tensors, describe_names, family_of
+from sam3rt_export.sources.state_dict import (
+    canonical_tensors,
+    describe_names,
+    family_of,
+    interactive_parts,
+    tracker_parts,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -115,10 +123,6 @@ UNKNOWN: dict[str, tuple[str, str]] = {
     "LoRA in a copy of the model": ("base_model.model." + QKV + ".lora_A.weight", "LoRA.*merge"),
     "LoRA elsewhere": ("adapters.lora_A.0", "LoRA.*merge"),
     "quantized": (QKV + ".weight_scale", "quantized"),
-    "EfficientSAM3's encoder beside it": (
-        TRUNK + "model.backbone.model.features.0.0.c.weight",
-        "EfficientSAM3",
-    ),
     "another head": (DECODER + "iou_prediction_head.layers.extra.weight", "another model"),
     "a prompt": (PROMPT + "something_else", "another model"),
     "a block": (TRUNK + "blocks.x.norm1.weight", "another model"),
@@ -197,7 +201,9 @@ def test_values_that_cannot_be_used_are_refused(
         ),
         (["tracker.sam_mask_decoder.iou_token.weight"], "tracker without its image encoder"),
         (["tracker_model.mask_decoder.iou_token.weight"], "transformers' names"),
-        ([TRUNK + "model.backbone.model.features.0.0.c.weight"], "EfficientSAM3"),
+        ([STUDENT + "backbone.model.features.0.0.c.weight"], "EfficientSAM3's.*--tracker sam3.pt"),
+        (["student_trunk.backbone.model.layers.0.x"], "EfficientSAM3's.*--tracker sam3.pt"),
+        (["module.backbone.model.input_stem.x", "module.head.0.weight"], "EfficientSAM3's"),
         (["base_model.model.x.lora_A.weight"], "LoRA"),
         (["fc.weight", "fc.bias"], r"neither.*'fc\.weight', 'fc\.bias'"),
         ([], "no tensors"),
@@ -209,5 +215,118 @@ def test_what_is_no_sam3_is_said_to_be_what_it_is(names: list[str], message: str
 
 def test_a_detector_alone_is_refused_as_such(tensors: Tensors) -> None:
     state = {name: t for name, t in tensors.items() if name.startswith("detector.")}
-    with pytest.raises(CheckpointError, match=r"detector without the tracker.*accepted are"):
+    with pytest.raises(CheckpointError, match=r"without the tracker.*--tracker sam3\.pt.*accepted"):
         canonical_tensors(state, "finetuned.pt")
+
+
+# --- EfficientSAM3, and models of two files -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student() -> Tensors:
+    """A small EfficientSAM3."""
+    return tiny_student("efficientvit")
+
+
+def without_counts(tensors: Tensors) -> Tensors:
+    return {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+def of_encoder(tensors: Tensors) -> Tensors:
+    """What a file holds that was fine-tuned by the official trainer: no neck and no tracker."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
+
+
+def same(found: Tensors, expected: Tensors) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+STUDENT_NAMINGS: dict[str, Callable[[str], str]] = {
+    "merged": lambda name: name,
+    "DistributedDataParallel": lambda name: "module." + name,
+    "the trainer's": renamed(("detector.", "")),
+    "a student by itself": renamed((STUDENT, "student_trunk.")),
+    "the encoder's training": renamed((STUDENT, "")),
+    "the same, parallel": renamed((STUDENT, "module.")),
+}
+
+
+@pytest.mark.parametrize("rename", STUDENT_NAMINGS.values(), ids=list(STUDENT_NAMINGS))
+def test_every_naming_of_a_student_gives_the_same_tensors(
+    student: Tensors, rename: Callable[[str], str]
+) -> None:
+    state = {rename(name): tensor for name, tensor in student.items()}
+    assert family_of(state) == "sam3"
+    parts = interactive_parts(state, "test")
+    assert (parts.student, parts.multiplex, parts.notes) == (True, False, ())
+    assert same(parts.tensors, without_counts(student))
+
+
+def test_a_student_wins_over_the_image_encoder_beside_it_and_that_is_said(
+    student: Tensors, tensors: Tensors
+) -> None:
+    parts = interactive_parts(tensors | student, "test")
+    assert same(parts.tensors, without_counts(student))
+    (note,) = parts.notes
+    assert re.search("two image encoders.*EfficientSAM3's", note)
+
+
+def test_a_student_of_sam_3_1(student: Tensors) -> None:
+    parts = interactive_parts(as_multiplex(student), "test")
+    assert (parts.student, parts.multiplex) == (True, True)
+    coarsest = {n for n in student if n.startswith(NECK + "3.")}
+    assert parts.tensors.keys() == without_counts(student).keys() - coarsest
+
+
+@pytest.mark.parametrize("multiplex", [False, True])
+def test_a_tracker_completes_a_fine_tuned_encoder(tensors: Tensors, multiplex: bool) -> None:
+    tuned = {name: tensor + 1.0 for name, tensor in of_encoder(tensors).items()}
+    stock = as_multiplex(tensors) if multiplex else tensors
+    parts = interactive_parts(tuned, "tuned.pt", tracker_parts(stock, "sam3.pt"))
+    expected = canonical_tensors(stock, "test") | tuned
+    assert same(parts.tensors, expected)
+    assert parts.multiplex == multiplex
+    assert parts.notes == ("the decoder for clicks and its neck: from the tracker's file",)
+
+
+def test_a_necks_own_weights_are_kept(tensors: Tensors) -> None:
+    tuned = {n: t + 1.0 for n, t in tensors.items() if n.startswith((TRUNK, NECK))}
+    parts = interactive_parts(tuned, "tuned.pt", tracker_parts(tensors, "sam3.pt"))
+    assert same(parts.tensors, tensors | tuned)
+    assert parts.notes == ("the decoder for clicks: from the tracker's file",)
+
+
+def test_a_student_under_a_neck_that_never_saw_it(student: Tensors, tensors: Tensors) -> None:
+    parts = interactive_parts(of_encoder(student), "ft.pt", tracker_parts(tensors, "sam3.pt"))
+    assert same(parts.tensors, without_counts(student))
+    assert any("never trained on this encoder" in note for note in parts.notes)
+
+
+def test_a_second_decoder_is_refused(tensors: Tensors) -> None:
+    with pytest.raises(CheckpointError, match=r"tracker: whole\.pt has a decoder.*of its own"):
+        interactive_parts(tensors, "whole.pt", tracker_parts(tensors, "sam3.pt"))
+
+
+def test_a_tracker_without_a_decoder_is_refused(tensors: Tensors) -> None:
+    with pytest.raises(CheckpointError, match=r"tracker: tuned\.pt: it holds SAM 3's detector"):
+        tracker_parts(of_encoder(tensors), "tuned.pt")
+
+
+def test_a_tracker_does_not_make_a_model_of_something_else(tensors: Tensors) -> None:
+    with pytest.raises(CheckpointError, match="SAM 1"):
+        interactive_parts(
+            {"image_encoder.blocks.0.x": torch.zeros(1)}, "x.pt", tracker_parts(tensors, "sam3.pt")
+        )
+
+
+def test_types_are_noted_as_they_are_stored(tensors: Tensors) -> None:
+    halved = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in tensors.items()
+        if name.startswith(TRUNK) and tensor.is_floating_point()
+    }
+    state = tensors | halved
+    unused = {"optimizer.state": torch.zeros(1, dtype=torch.float64)}
+    assert interactive_parts(state | unused, "test").stored == {"bfloat16", "float32"}

@@ -10,13 +10,13 @@ import torch
 from tests.support.export_helpers import random_mobile_sam, relative
 from torch import nn
 
+from sam3rt_export.graphs.operators import folded_conv
 from sam3rt_export.graphs.tiny_vit import (
     PatchMerging,
     TinyViTArchitecture,
     TinyViTGraph,
     WindowAttention,
     _offset_indexes,
-    folded_conv,
 )
 
 

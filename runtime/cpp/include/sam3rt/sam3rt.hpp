@@ -354,6 +354,10 @@ struct SourceSpec {
     std::string sha256;
     std::string license;
     std::optional<FileEntry> license_file;
+    /// Type the checkpoint stores its weights in, such as "bfloat16"; empty where it is not known.
+    std::string weights;
+    /// What a user should know of how the model came about.
+    std::vector<std::string> notes;
 };
 
 /// How far outputs may be from the parity record's FP32 reference.
@@ -372,7 +376,7 @@ struct Manifest {
     /// Stands in the metadata of both graphs.
     std::string export_id;
     std::string name;
-    /// "sam3" or "mobile_sam".
+    /// "sam3", "efficient_sam3" or "mobile_sam".
     std::string model_type;
     /// Type the weights are stored in, "float32" or "float16"; computation is FP32 either way.
     std::string weights;
