@@ -16,6 +16,7 @@ from .backends import Backend, create_backend
 from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
+from .bundle.names import find_bundle
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError, StateError
 from .features import HostFeatures
@@ -343,7 +344,9 @@ def load_model(
     bundle's parity record, which can take a minute; the verdict is kept in the user's cache folder.
 
     Args:
-        bundle: the folder, or ``None`` for the bundled MobileSAM.
+        bundle: the folder, or the name of one in ``engines`` of the working folder, in the folder
+            that ``SAM3RT_HOME`` names or in ``sam3rt`` in the user's data folder, or ``None`` for
+            the bundled MobileSAM. ``sam3rt models`` lists the names.
         backend: ``"auto"`` or one of :data:`sam3rt.backends.BACKENDS`.
         device: ``"auto"`` (CUDA where it works, else the CPU), ``"cpu"``, ``"cuda"``,
             ``"cuda:N"``.
@@ -365,7 +368,7 @@ def load_model(
     """
     if bundle is not None and not isinstance(bundle, str | os.PathLike):
         raise InvalidInputError("bundle", type(bundle).__name__, "a path or None")
-    path = default_bundle_path() if bundle is None else Path(bundle)
+    path = default_bundle_path() if bundle is None else find_bundle(bundle)
     opened = open_bundle(path, check_files=check_files)
     if expected_fingerprint is not None and opened.manifest.fingerprint != expected_fingerprint:
         raise BundleError(

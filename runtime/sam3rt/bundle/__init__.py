@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from .files import FileEntry, check_file, check_length, file_entry, is_inside
+from .files import MANIFEST, FileEntry, check_file, check_length, file_entry, is_inside
 from .manifest import (
     FORMAT,
     FORMAT_VERSION,
     LOOSEST_LIMITS,
-    MANIFEST,
     NO_FINGERPRINT,
     Bundle,
     GraphSpec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import BundleError
-from .manifest import MANIFEST
+from .files import MANIFEST
 
 
 def default_bundle_path() -> Path:

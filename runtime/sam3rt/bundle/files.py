@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError
 
+# The file that makes a folder a bundle.
+MANIFEST = "bundle.json"
 _BLOCK = 1 << 20
 # Linux's names for a process's open files.
 _HANDLES = Path("/proc/self/fd")

@@ -23,11 +23,11 @@ from msgspec import Struct
 
 from ..errors import BundleError
 from .documents import DocumentError, Number, parse_document, read_as
-from .files import FileEntry, atomic_write, check_file
+from .files import MANIFEST, FileEntry, atomic_write, check_file
+from .names import find_bundle
 
 FORMAT = "sam3rt-bundle"
 FORMAT_VERSION = 1
-MANIFEST = "bundle.json"
 NO_FINGERPRINT = "0" * 64
 
 # Names that mean a plain file on every system: no separators or drives, no final dot (Windows drops
@@ -278,14 +278,14 @@ def open_bundle(path: str | Path, *, check_files: bool = True) -> Bundle:
     """Read a bundle's manifest and check it against itself and, by default, its files.
 
     Args:
-        path: the bundle folder.
+        path: the bundle folder, or its name; see :mod:`sam3rt.bundle.names`.
         check_files: also hash every file (about a second per 2 GB).
 
     Raises:
         BundleError: the folder or a file is missing, damaged, tampered with, mixed from
             different exports, or of a newer format; the message names the file.
     """
-    folder = Path(path)
+    folder = find_bundle(path)
     if not folder.is_dir():
         raise BundleError(f"no bundle folder at {folder}")
     manifest_path = folder / MANIFEST

@@ -1,4 +1,4 @@
-"""The command line: ``sam3rt segment | export | build | verify | compare | info``."""
+"""The command line: ``sam3rt segment | export | build | verify | compare | models | info``."""
 
 from __future__ import annotations
 

@@ -14,17 +14,17 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import Sam3rtError
-from . import info, segment, verify
+from . import info, models, segment, verify
 from .options import printable
 
 _LOG = logging.getLogger(__name__)
 
 # A subcommand is a module with HELP, DESCRIPTION, add_arguments(parser) and run(arguments) -> int.
 # It imports what it needs when it runs, so that --help is quick and needs no extra.
-_OWN = (segment, verify, info)
+_OWN = (segment, models, verify, info)
 _GROUP = "sam3rt.commands"
 # In the order in which people need them; whatever else is installed comes last.
-_ORDER = ("segment", "export", "build", "verify", "compare", "bench", "info")
+_ORDER = ("segment", "export", "build", "verify", "compare", "bench", "models", "info")
 
 # Coordinates that begin with a minus sign, which argparse would take for an option.
 _NEGATIVE = re.compile(r"-[0-9.][^=]*,.*")
@@ -41,6 +41,7 @@ examples:
   sam3rt verify engines/sam3
   sam3rt compare engines/sam3 onnxruntime simulated:fp16
   sam3rt bench engines/sam3 --quick
+  sam3rt models
   sam3rt info --json
 """
 

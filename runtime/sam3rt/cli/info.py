@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         information |= {
             "openvino_recipes": _recipes(bundle),
-            "bundle": _bundle(path, bundle.manifest) | {"files": _files(bundle)},
+            "bundle": _bundle(bundle.path, bundle.manifest) | {"files": _files(bundle)},
             "engines": _engines(bundle),
         }
     if options.json:

@@ -19,7 +19,7 @@ def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="BUNDLE",
-        help="bundle folder (default: the bundled MobileSAM)",
+        help="bundle folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
 
 

@@ -116,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one mask per object instead of three of different extent",
     )
     parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
     parser.add_argument(
         *("-o", "--output"), type=Path, required=True, metavar="DIR", help="folder for the results"

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Verify."""
     path = default_bundle_path() if options.bundle is None else options.bundle
-    shown = printable(str(path))
     bundle = open_bundle(path, check_files=False)
+    shown = printable(str(bundle.path))
     damaged = []
     for entry in bundle.manifest.files():
         try:
