@@ -79,8 +79,14 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
         yield original
 
 
-def _export(name: str, tensors: Callable[[], dict[str, Any]]) -> Path:
-    """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs."""
+def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Path:
+    """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs.
+
+    Args:
+        name: what the folder, the checkpoint and the bundle are called.
+        tensors: gives the checkpoint.
+        data: files that it is made from, beside those of the small SAM 3.
+    """
 
     def make(folder: Path) -> None:
         import torch
@@ -93,10 +99,16 @@ def _export(name: str, tensors: Callable[[], dict[str, Any]]) -> Path:
 
     sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam3")
     helpers = ROOT / "tests" / "support" / "export_helpers.py"
-    data = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
+    own = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
-    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *data], libraries)
+    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *own, *data], libraries)
     return disk_cache.cached_folder(name, key, make)
+
+
+@pytest.fixture(scope="session")
+def export_once() -> Callable[..., Path]:
+    """Exports a model once for many runs; see :func:`_export`."""
+    return _export
 
 
 @pytest.fixture(scope="session")

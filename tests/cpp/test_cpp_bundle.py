@@ -63,6 +63,8 @@ def test_manifest_is_read_as_in_python(cpp_build: Build, folder: Path, small_bun
         assert found["export_id"] == manifest.export_id
         assert (found["model_type"], found["weights"]) == (manifest.model_type, manifest.weights)
         assert found["license"] == manifest.source.license
+        assert found["source_weights"] == manifest.source.weights
+        assert tuple(found["notes"]) == manifest.source.notes
         assert found["files"] == [[e.file, e.sha256, e.bytes] for e in manifest.files()]
         assert tuple(found["image_size"]) == manifest.image.size
         assert found["mean"] == pytest.approx(manifest.image.mean)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.golden.efficientsam3 import synthetic as efficient_sam3
 from tests.golden.sam3 import synthetic
 
 from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationModel
@@ -122,6 +123,48 @@ def mobile_sam_errors(name: str, prediction: Prediction) -> dict[str, Any]:
         "logits": logits,
         "iou": largest_error(iou, outputs[f"{name}/iou"]),
         "mask_ious": mask_ious(masks, _unpacked(outputs[f"{name}/masks"], masks)),
+    }
+
+
+@cache
+def efficient_sam3_outputs() -> dict[str, NDArray[Any]]:
+    """What EfficientSAM3's own code returned for its three synthetic students, by name."""
+    return dict(np.load(efficient_sam3.FOLDER / "golden.npz"))
+
+
+def efficient_sam3_feature_error(
+    student: str, fine: NDArray[Any], middle: NDArray[Any], coarse: NDArray[Any]
+) -> float:
+    """The largest error of a student's feature maps [1, C, h, w], and of their statistics."""
+    outputs = efficient_sam3_outputs()
+    stats = [[a.mean(), a.std(), np.abs(a).max()] for a in (fine, middle, coarse)]
+    errors = [
+        largest_error(fine[0, ::8, ::16, ::16], outputs[f"{student}/high_res_0"]),
+        largest_error(middle[0, ::8, ::8, ::8], outputs[f"{student}/high_res_1"]),
+        largest_error(coarse[0, ::8, ::4, ::4], outputs[f"{student}/image_embed"]),
+        largest_error(np.ravel(stats), outputs[f"{student}/stats"][4:].ravel()),
+    ]
+    return float(np.max(errors))
+
+
+# The calls behind the outputs, by name.
+EFFICIENT_SAM3_CALLS: dict[str, dict[str, Any]] = {
+    "point": {"point_coords": np.array([[320, 240]]), "point_labels": np.array([1])},
+    "box": {"box": np.array([150, 100, 420, 330]), "multimask_output": False},
+}
+
+
+def efficient_sam3_errors(
+    student: str, call: str, prediction: Prediction, *, holes_filled: bool
+) -> dict[str, float]:
+    """Largest errors of one call: of logits and of predicted IoUs, and the share of mask pixels."""
+    masks, iou, low_res = prediction
+    outputs, name = efficient_sam3_outputs(), f"{student}/{call}"
+    expected = _unpacked(outputs[f"{name}/masks{'' if holes_filled else '_plain'}"], masks)
+    return {
+        "logits": largest_error(low_res[:, ::4, ::4], outputs[f"{name}/low_res"]),
+        "iou": largest_error(iou, outputs[f"{name}/iou"]),
+        "mask_pixels": float(((masks > 0) != expected).mean(axis=(-2, -1)).max()),
     }
 
 

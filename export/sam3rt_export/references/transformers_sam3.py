@@ -108,22 +108,22 @@ class TransformersReference:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
 
     def to(self, device: str) -> TransformersReference:
         """Move the model to a device, such as ``"cuda:0"``; returns itself."""
-        self._model.to(device)
+        self.model.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """float32 [1, 3, S, S] to three feature maps, finest first."""
-        vision, decoder = self._model.vision_encoder, self._model.mask_decoder
+        vision, decoder = self.model.vision_encoder, self.model.mask_decoder
         tokens = vision.backbone(pixels).last_hidden_state
         side = round(tokens.shape[1] ** 0.5)
         x = tokens.reshape(len(tokens), side, side, -1).permute(0, 3, 1, 2)
         maps = [vision.neck.fpn_layers[level](x) for level in range(_LEVELS)]
-        no_memory = self._model.no_memory_embedding.reshape(1, -1, 1, 1)
+        no_memory = self.model.no_memory_embedding.reshape(1, -1, 1, 1)
         return decoder.conv_s0(maps[0]), decoder.conv_s1(maps[1]), maps[2] + no_memory
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class TransformersReference:
         Returns:
             Logits [P, C, h, w], IoUs [P, C] and object scores [P, 1].
         """
-        prompt_encoder = self._model.prompt_encoder
+        prompt_encoder = self.model.prompt_encoder
         sparse = prompt_encoder._embed_points(points[None], labels[None], pad=False)
         grid = features[-1].shape[-1]
         if masks is None:
@@ -176,9 +176,9 @@ class TransformersReference:
                 # One mask per object: objects take the place of images, which have one each.
                 sparse = sparse.transpose(0, 1)
                 features = tuple(f.expand(len(masks), -1, -1, -1) for f in features)
-        logits, iou, _, score = self._model.mask_decoder(
+        logits, iou, _, score = self.model.mask_decoder(
             image_embeddings=features[-1],
-            image_positional_embeddings=self._model.get_image_wide_positional_embeddings(),
+            image_positional_embeddings=self.model.get_image_wide_positional_embeddings(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=multimask,

@@ -59,7 +59,7 @@ def open_efficient_sam3(
         CheckpointError: a tensor is missing, unknown or has the wrong shape.
     """
     try:
-        student = read_student(tensors, image_size or _TRAINED_SIZE)
+        student = read_student(tensors, _TRAINED_SIZE if image_size is None else image_size)
         architecture = _rest_of_sam3(tensors, student)
     except KeyError as error:
         raise CheckpointError(f"{origin}: tensor {error} is missing") from error

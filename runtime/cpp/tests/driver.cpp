@@ -120,6 +120,8 @@ json describe(const Manifest& manifest) {
             {"model_type", manifest.model_type},
             {"weights", manifest.weights},
             {"license", manifest.source.license},
+            {"source_weights", manifest.source.weights},
+            {"notes", manifest.source.notes},
             {"files", files},
             {"image_size", as_json(manifest.image.size)},
             {"mean", manifest.image.mean},
