@@ -10,6 +10,7 @@ import pytest
 from tests.support.cpp_driver import Build, Result, Step, as_prompts
 from tests.support.golden_calls import Golden
 from tests.support.helpers import noise
+from tests.support.runnable_bundle import runnable_bundle
 
 import sam3rt
 
@@ -199,6 +200,54 @@ def test_many_objects_are_decoded_a_few_at_a_time(
         for name, array in whole.arrays.items():
             expected = np.concatenate([piece.arrays[name] for piece in pieces])
             np.testing.assert_array_equal(array, expected)
+
+
+def test_models_share_threads_that_rest_between_runs(cpp_builds: Path, tmp_path: Path) -> None:
+    """Unless a model asks for threads of its own."""
+    path = runnable_bundle(tmp_path / "bundle").path
+    steps: list[Step] = []
+    for name, threads in (("a", 0), ("b", 0), ("c", 2)):
+        decode = {"model": name, "embedding": "e", "prompts": CLICK}
+        steps += [
+            {"op": "load_model", "model": name, "path": path, "threads": threads},
+            {"op": "prepare", "model": name},
+            {"op": "threads"},
+            {"op": "encode", "model": name, "embedding": "e", "image": FIRST},
+            {"op": "rest_after_decode", **decode},
+        ]
+    results = Build(cpp_builds / "release", tmp_path).run(steps)
+    first, second, third = (result.value for result in results[2::5])
+    assert (first, second, third) == (first, first, first + 2)
+    assert max(result.value for result in results[4::5]) < 0.01
+
+
+def test_environment_of_the_host(cpp_build: Build, tmp_path: Path) -> None:
+    """Its logger gets ONNX Runtime's lines, and it has no threads that sessions could share."""
+    bundle = runnable_bundle(tmp_path / "bundle").path
+    steps: list[Step] = [
+        {"op": "load_model", "model": "m", "path": bundle},
+        {"op": "encode", "model": "m", "embedding": "e", "image": FIRST},
+        {"op": "decode", "model": "m", "embedding": "e", "prompts": CLICK},
+    ]
+    host = [{"op": "set_environment"}]
+    ours = cpp_build.run([*steps, *host])
+    assert "before anything else" in ours[-1].refusal("StateError")
+    hosts = cpp_build.run([*host, *steps, {"op": "host_lines"}, *host])
+    assert hosts[4].value > 0
+    hosts[5].refusal("StateError")
+    for name, array in ours[2].arrays.items():
+        np.testing.assert_array_equal(hosts[3].arrays[name], array)
+
+
+def test_results_are_the_only_large_memory_of_a_click(cpp_builds: Path, tmp_path: Path) -> None:
+    """At 12 megapixels; the tables for resizing are kept from the click before."""
+    bundle = runnable_bundle(tmp_path / "bundle").path
+    done = Build(cpp_builds / "release", tmp_path).program("tests/allocations", bundle, 3000, 4000)
+    assert done.returncode == 0, done.stderr
+    count, taken, results = map(int, done.stdout.split())
+    assert results > 3 * 3000 * 4000
+    assert taken < 1.01 * results
+    assert count <= 60
 
 
 def test_memory_does_not_grow_with_objects(

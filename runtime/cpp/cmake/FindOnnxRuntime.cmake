@@ -1,15 +1,27 @@
 # Finds ONNX Runtime's C++ headers and library: OnnxRuntime::OnnxRuntime.
 #
-# ONNXRUNTIME_ROOT, or CMAKE_PREFIX_PATH, says where: an unpacked release of ONNX Runtime, or a
-# system's package. Headers may lie in include, include/onnxruntime or
-# include/onnxruntime/core/session.
+# ONNXRUNTIME_ROOT says where: an unpacked release of ONNX Runtime, and then nothing is taken from
+# anywhere else. Without it, CMAKE_PREFIX_PATH and the system's folders are searched. Headers may
+# lie in include, include/onnxruntime or include/onnxruntime/core/session.
 
-find_path(OnnxRuntime_INCLUDE_DIR onnxruntime_cxx_api.h
-          HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
+set(onnxruntime_root ${ONNXRUNTIME_ROOT})
+if(NOT onnxruntime_root)
+  set(onnxruntime_root $ENV{ONNXRUNTIME_ROOT})
+endif()
+# A root named later, or another one, is to count.
+if(NOT "${onnxruntime_root}" STREQUAL "${OnnxRuntime_SEARCHED_ROOT}")
+  unset(OnnxRuntime_INCLUDE_DIR CACHE)
+  unset(OnnxRuntime_LIBRARY CACHE)
+endif()
+set(OnnxRuntime_SEARCHED_ROOT "${onnxruntime_root}" CACHE INTERNAL "")
+set(onnxruntime_where)
+if(onnxruntime_root)
+  set(onnxruntime_where PATHS ${onnxruntime_root} NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH)
+endif()
+find_path(OnnxRuntime_INCLUDE_DIR onnxruntime_cxx_api.h ${onnxruntime_where}
           PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime
                         onnxruntime/core/session)
-find_library(OnnxRuntime_LIBRARY onnxruntime
-             HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
+find_library(OnnxRuntime_LIBRARY onnxruntime ${onnxruntime_where}
              PATH_SUFFIXES lib lib64)
 
 # The version of the C interface is the second number of the version of ONNX Runtime.

@@ -1,4 +1,5 @@
-/* sam3rt's C interface: the C++ library for any language that can call C.
+/* sam3rt's C interface: the C++ library for any language that can call C, and the one whose ABI
+ * stays as it is when the version's second number changes.
  *
  * Objects are opaque and freed by their own function, which takes NULL too. Every function that can
  * fail returns a status, and where it is not SAM3RT_OK and `error` is not NULL, stores an error
@@ -6,8 +7,11 @@
  * languages whose tasks move between threads can use them. No C++ exception leaves the library.
  *
  * Structures that callers fill begin with their size, so that later versions can add fields: set
- * struct_size to sizeof the structure and every field that is not wanted to zero. What a structure
- * of an older caller lacks has the value 0, which always stands for the default.
+ * the whole structure to zero, struct_size to sizeof the structure, and then the fields that are
+ * wanted. What a structure of an older caller lacks has the value 0, which always stands for the
+ * default. A field of a newer caller that this library does not know must be 0, or the call fails,
+ * and so it does with any struct_size that no version of the structure had. The three array
+ * structures, which are passed and stored by value, never change.
  *
  * A model and an embedding may be used by many threads at once, a predictor by one at a time.
  */
@@ -154,12 +158,18 @@ typedef struct sam3rt_prompts {
 /* --- the model ---------------------------------------------------------------------------------
  */
 
+/* Use the host's environment of ONNX Runtime (an OrtEnv*), with its logger and its threads, in
+ * place of one of the library's own. It must live for as long as anything of the library. A state
+ * error where a model was loaded before. */
+SAM3RT_API sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error);
+
 typedef struct sam3rt_model_options {
     size_t struct_size;
     /* "auto" (also for NULL), "cpu", "cuda", "tensorrt" or "tensorrt-rtx", the last three also with
      * ":N". */
     const char* device;
-    /* Threads per operator on the CPU; 0 leaves it to ONNX Runtime. */
+    /* Threads on the CPU, for each graph; 0 shares one pool of threads, as many as the machine has
+     * cores, with all models of the process that do so. */
     int32_t threads;
     /* Not 0: do not hash every file against the manifest first. */
     int32_t skip_file_checks;

@@ -275,14 +275,11 @@ std::shared_ptr<Ort::Session> Backend::session_of(const Graph& graph, bool try_a
 }
 
 Ort::SessionOptions Backend::options_for(const Graph& graph) const {
-    Ort::SessionOptions options = session_options(device_);
+    Ort::SessionOptions options = session_options(device_, threads_);
     if (&graph == &encoder_) {
         // A memory pattern plans all of a run's buffers as one block, from the second run on and
         // beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
         options.DisableMemPattern();
-    }
-    if (threads_ > 0) {
-        options.SetIntraOpNumThreads(threads_);
     }
     return options;
 }

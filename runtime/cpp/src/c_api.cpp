@@ -1,6 +1,8 @@
 #include "sam3rt.h"
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstring>
 #include <new>
 #include <system_error>
@@ -90,7 +92,17 @@ T& require(T* pointer, const char* argument) {
     return *pointer;
 }
 
-/// A structure with the fields its caller knows, and 0 for the others.
+// Sizes that a structure had before fields were added, by which older callers know it.
+template <typename T>
+constexpr std::array<std::size_t, 0> older_sizes = {};
+template <>
+constexpr std::array older_sizes<sam3rt_model_options> = {
+    offsetof(sam3rt_model_options, map_weights)};
+template <>
+constexpr std::array older_sizes<sam3rt_prompts> = {offsetof(sam3rt_prompts, point_counts)};
+
+/// A structure with the fields its caller knows, and 0 for the others. A newer caller's fields must
+/// be 0: one that this library does not know cannot be honoured.
 template <typename T>
 T known_fields(const T* given, const char* argument) {
     T known;
@@ -98,11 +110,23 @@ T known_fields(const T* given, const char* argument) {
     if (given == nullptr) {
         return known;
     }
-    if (given->struct_size < sizeof(std::size_t) || given->struct_size > 65536) {
-        throw InvalidInputError(argument, "a struct_size of " + std::to_string(given->struct_size),
+    const std::size_t size = given->struct_size;
+    const auto& older = older_sizes<T>;
+    if (std::find(older.begin(), older.end(), size) == older.end() &&
+        (size < sizeof(T) || size > 65536)) {
+        throw InvalidInputError(argument, "a struct_size of " + std::to_string(size),
                                 std::to_string(sizeof(T)) + ", the structure's size");
     }
-    std::memcpy(&known, given, std::min(given->struct_size, sizeof known));
+    const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+    for (std::size_t at = sizeof(T); at < size; ++at) {
+        if (bytes[at] != 0) {
+            throw InvalidInputError(argument,
+                                    "a field at byte " + std::to_string(at) +
+                                        ", which sam3rt " SAM3RT_VERSION " does not know",
+                                    "0 there, or a newer library");
+        }
+    }
+    std::memcpy(&known, given, std::min(size, sizeof known));
     return known;
 }
 
@@ -188,6 +212,10 @@ const char* sam3rt_error_subject(const sam3rt_error* error) {
     return error == nullptr ? "" : error->subject.c_str();
 }
 void sam3rt_error_free(sam3rt_error* error) { delete error; }
+
+sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error) {
+    return guarded(error, [&] { sam3rt::set_ort_environment(static_cast<OrtEnv*>(environment)); });
+}
 
 sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                 sam3rt_model** model, sam3rt_error** error) {

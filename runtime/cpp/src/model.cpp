@@ -24,14 +24,14 @@ std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
     return names;
 }
 
-/// An array without its first axis, which must be 1, and of `rank` axes after that.
-Array<float> without_batch(const Array<float>& array, std::size_t rank) {
-    const Shape& shape = array.shape();
+/// The elements of an array without its first axis, which must be 1; `rank` axes must remain.
+Array<float> without_batch(Array<float>& array, std::size_t rank) {
+    const Shape shape = array.shape();
     if (shape.size() != rank + 1 || shape[0] != 1) {
         throw BackendError("the decoder returned a tensor of " + std::to_string(shape.size()) +
                            " axes, expected " + std::to_string(rank + 1));
     }
-    return Array<float>(Shape(shape.begin() + 1, shape.end()), array.data(), array.size());
+    return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
 }
 
 /// Scores are few and depend on everything before them, so that checking them costs nothing and
@@ -94,7 +94,7 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
     if (has_score) {
         outputs.push_back(object_score);
     }
-    const std::vector<Array<float>> results =
+    std::vector<Array<float>> results =
         data_->backend.decode(*embedding.data().features, packed, outputs);
     DecodedMasks decoded{
         without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
@@ -106,9 +106,8 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
     require_finite(decoded.iou_predictions);
     if (has_score) {
         require_finite(results[2]);
-        const Array<float> score = without_batch(results[2], 2);
-        decoded.object_score_logits =
-            Array<float>({static_cast<std::int64_t>(score.size())}, score.data(), score.size());
+        const auto count = static_cast<std::int64_t>(results[2].size());
+        decoded.object_score_logits = without_batch(results[2], 2).reshaped({count});
     }
     return decoded;
 }

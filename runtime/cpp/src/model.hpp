@@ -4,6 +4,7 @@
 #include "backend.hpp"
 #include "bundle.hpp"
 #include "sam3rt/sam3rt.hpp"
+#include "upsampling.hpp"
 
 namespace sam3rt {
 
@@ -13,6 +14,7 @@ struct Model::Data {
 
     const Bundle bundle;
     const Backend backend;
+    mutable ResamplingCache resampling;
 };
 
 }  // namespace sam3rt

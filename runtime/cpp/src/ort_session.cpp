@@ -2,6 +2,7 @@
 
 #include <array>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "sam3rt/sam3rt.hpp"
@@ -49,6 +50,41 @@ std::string identity_model(ONNXTensorElementDataType type) {
     return Message().number(1, 8).message(7, graph).message(8, Message().number(2, 13)).bytes();
 }
 
+void require_version() {
+    if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
+        throw BackendError(std::string("the ONNX Runtime library is version ") +
+                           OrtGetApiBase()->GetVersionString() +
+                           ", older than the headers sam3rt was built with (1." +
+                           std::to_string(ORT_API_VERSION) + ")");
+    }
+}
+
+/// ONNX Runtime's environment, of which a process has one.
+struct Environment {
+    Ort::Env value;
+    bool is_ours;
+    /// Whether it has threads that sessions can share.
+    bool has_threads;
+};
+std::mutex environment_mutex;
+// Never destroyed: models of static lifetime may outlive every other static.
+Environment* current_environment = nullptr;
+
+/// An environment that was created before this one, by whoever, has no threads to share unless it
+/// was asked for them: a session tells.
+Environment* environment_of(OrtEnv* environment, bool is_ours) {
+    auto* const result = new Environment{Ort::Env(environment), is_ours, true};
+    try {
+        Ort::SessionOptions options;
+        options.DisablePerSessionThreads();
+        const std::string model = identity_model(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+        const Ort::Session session(result->value, model.data(), model.size(), options);
+    } catch (const Ort::Exception&) {
+        result->has_threads = false;
+    }
+    return result;
+}
+
 Ort::Session identity_session(const Device& device, ONNXTensorElementDataType type) {
     // TensorRT would build an engine for it; its ONNX Runtime always has the CUDA provider too.
     Device simple = device;
@@ -56,7 +92,8 @@ Ort::Session identity_session(const Device& device, ONNXTensorElementDataType ty
         simple.provider = Provider::cuda;
     }
     const std::string model = identity_model(type);
-    return {ort_environment(), model.data(), model.size(), session_options(simple)};
+    // It has nothing to compute.
+    return {ort_environment(), model.data(), model.size(), session_options(simple, 1)};
 }
 
 void append_cuda(Ort::SessionOptions& options, const std::string& number) {
@@ -88,22 +125,44 @@ void append_tensorrt(Ort::SessionOptions& options, const std::string& number) {
 
 }  // namespace
 
-Ort::Env& ort_environment() {
-    if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
-        throw BackendError(std::string("the ONNX Runtime library is version ") +
-                           OrtGetApiBase()->GetVersionString() +
-                           ", older than the headers sam3rt was built with (1." +
-                           std::to_string(ORT_API_VERSION) + ")");
+void set_ort_environment(OrtEnv* environment) {
+    if (environment == nullptr) {
+        throw InvalidInputError("environment", "NULL", "an OrtEnv of this process");
     }
-    // Never destroyed: models of static lifetime may outlive every other static.
-    static auto* const environment = new Ort::Env(ORT_LOGGING_LEVEL_ERROR, "sam3rt");
-    return *environment;
+    require_version();
+    const std::lock_guard<std::mutex> lock(environment_mutex);
+    if (current_environment != nullptr) {
+        throw StateError("ONNX Runtime's environment is in use: set it before anything else");
+    }
+    current_environment = environment_of(environment, false);
 }
 
-Ort::SessionOptions session_options(const Device& device) {
+const Ort::Env& ort_environment() {
+    require_version();
+    const std::lock_guard<std::mutex> lock(environment_mutex);
+    if (current_environment == nullptr) {
+        // Threads that look out for work between runs would take processor time from others.
+        Ort::ThreadingOptions threading;
+        threading.SetGlobalSpinControl(0);
+        current_environment =
+            environment_of(Ort::Env(threading, ORT_LOGGING_LEVEL_ERROR, "sam3rt").release(), true);
+    }
+    return current_environment->value;
+}
+
+Ort::SessionOptions session_options(const Device& device, int threads) {
     ort_environment();
     Ort::SessionOptions options;
-    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    if (current_environment->is_ours) {
+        options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    }
+    // A session's own threads look out for work while it runs, and rest once it has run.
+    options.AddConfigEntry("session.force_spinning_stop", "1");
+    if (threads > 0) {
+        options.SetIntraOpNumThreads(threads);
+    } else if (current_environment->has_threads) {
+        options.DisablePerSessionThreads();
+    }
     const std::string number = std::to_string(device.number);
     switch (device.provider) {
         case Provider::cpu:

@@ -7,12 +7,14 @@
 
 namespace sam3rt {
 
-/// The process's environment. Throws BackendError where the ONNX Runtime library is older than the
-/// headers this library was built with.
-Ort::Env& ort_environment();
+/// The process's environment: the host's, or one of our own. Throws BackendError where the ONNX
+/// Runtime library is older than the headers this library was built with.
+const Ort::Env& ort_environment();
 
-/// Options for a session on a device. Throws Ort::Exception where the provider cannot be loaded.
-Ort::SessionOptions session_options(const Device& device);
+/// Options for a session on a device, whose operators run on `threads` threads of its own, or with
+/// 0 on those that all sessions of the process share. Throws Ort::Exception where the provider
+/// cannot be loaded.
+Ort::SessionOptions session_options(const Device& device, int threads = 0);
 
 /// Memory of a device, or of the host.
 Ort::MemoryInfo memory_of(const Device& device);

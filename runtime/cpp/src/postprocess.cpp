@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "components.hpp"
-#include "upsampling.hpp"
 
 namespace sam3rt {
 namespace {
@@ -12,24 +11,21 @@ namespace {
 constexpr float fill_margin = 10.0F;
 
 template <typename Out, typename Resize>
-Array<Out> finish(const Array<float>& low_res, const ImageGeometry& geometry,
-                  const ImageSpec& image, const MaskSpec& masks, const Cleaning& cleaning,
-                  Resize resize) {
+Array<Out> finish(const Array<float>& low_res, const Resampling& resampling,
+                  const Cleaning& cleaning, Resize resize) {
     const Shape& shape = low_res.shape();
     const Size size{shape[2], shape[3]};
-    MaskSpec source = masks;
-    source.low_res_size = size;
-    const Resampling resampling = resampling_to_image(geometry, image, source);
-    Array<Out> result(
-        {shape[0], shape[1], geometry.original_size.height, geometry.original_size.width});
+    Array<Out> result({shape[0], shape[1], static_cast<std::int64_t>(resampling.rows.outputs()),
+                       static_cast<std::int64_t>(resampling.columns.outputs())});
+    std::vector<float> scratch;
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
         const float* logits = low_res.data() + i * (low_res.size() / count);
         Out* out = result.data() + i * (result.size() / count);
         if (cleaning.max_hole_area <= 0 && cleaning.max_sprinkle_area <= 0) {
-            resize(logits, resampling, out);
+            resize(logits, resampling, scratch, out);
         } else {
-            resize(clean(logits, size, cleaning).data(), resampling, out);
+            resize(clean(logits, size, cleaning).data(), resampling, scratch, out);
         }
     }
     return result;
@@ -60,21 +56,18 @@ std::vector<float> clean(const float* logits, const Size& size, const Cleaning& 
     return cleaned;
 }
 
-Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometry& geometry,
-                                 const ImageSpec& image, const MaskSpec& masks,
+Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
                                  const Cleaning& cleaning) {
     const auto threshold = static_cast<float>(cleaning.threshold);
     return finish<std::uint8_t>(
-        low_res, geometry, image, masks, cleaning,
-        [threshold](const float* logits, const Resampling& resampling, std::uint8_t* out) {
-            resize_to_mask(logits, resampling, threshold, out);
-        });
+        low_res, resampling, cleaning,
+        [threshold](const float* logits, const Resampling& how, std::vector<float>& scratch,
+                    std::uint8_t* out) { resize_to_mask(logits, how, threshold, scratch, out); });
 }
 
-Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& geometry,
-                           const ImageSpec& image, const MaskSpec& masks,
+Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
                            const Cleaning& cleaning) {
-    return finish<float>(low_res, geometry, image, masks, cleaning, resize_logits);
+    return finish<float>(low_res, resampling, cleaning, resize_logits);
 }
 
 }  // namespace sam3rt

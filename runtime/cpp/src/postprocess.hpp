@@ -4,8 +4,8 @@
 // then upsampling, then the threshold.
 #pragma once
 
-#include "geometry.hpp"
 #include "sam3rt/sam3rt.hpp"
+#include "upsampling.hpp"
 
 namespace sam3rt {
 
@@ -24,12 +24,11 @@ struct Cleaning {
 std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
 
 /// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and 1.
-Array<std::uint8_t> finish_masks(const Array<float>& low_res, const ImageGeometry& geometry,
-                                 const ImageSpec& image, const MaskSpec& masks,
+Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
                                  const Cleaning& cleaning);
 
 /// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
-Array<float> finish_logits(const Array<float>& low_res, const ImageGeometry& geometry,
-                           const ImageSpec& image, const MaskSpec& masks, const Cleaning& cleaning);
+Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
+                           const Cleaning& cleaning);
 
 }  // namespace sam3rt

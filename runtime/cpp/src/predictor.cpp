@@ -23,7 +23,7 @@ Array<T> without_single_object(Array<T> array) {
     if (shape[0] != 1) {
         return array;
     }
-    return Array<T>(Shape(shape.begin() + 1, shape.end()), array.data(), array.size());
+    return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
 }
 
 }  // namespace
@@ -93,15 +93,17 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
                                  const PredictOptions& options) const {
     DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
     const Manifest& about = model_.manifest();
-    const ImageGeometry& geometry = embedding.data().geometry;
+    const Shape& low_res = decoded.low_res_masks.shape();
+    const std::shared_ptr<const Resampling> resampling = model_.data().resampling.find(
+        embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
     if (options.return_logits) {
-        prediction.logits = without_single_object(
-            finish_logits(decoded.low_res_masks, geometry, about.image, about.masks, cleaning));
+        prediction.logits =
+            without_single_object(finish_logits(decoded.low_res_masks, *resampling, cleaning));
     } else {
-        prediction.masks = without_single_object(
-            finish_masks(decoded.low_res_masks, geometry, about.image, about.masks, cleaning));
+        prediction.masks =
+            without_single_object(finish_masks(decoded.low_res_masks, *resampling, cleaning));
     }
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;

@@ -5,13 +5,25 @@
 namespace sam3rt {
 namespace {
 
-/// One axis while several resizes are put together: a row of weights per output, in double
-/// precision, from `start` on.
-struct Row {
-    std::size_t start;
+/// One axis while several resizes are put together: for each output, weights in double precision
+/// for the inputs from `start` on. Rows lie `band` weights apart.
+struct Rows {
+    struct Row {
+        std::size_t start;
+        std::size_t count;
+    };
+
+    Rows(std::size_t outputs, std::size_t widest) : rows(outputs), band(widest) {
+        weights.resize(outputs * band);
+    }
+
+    double* weights_of(std::size_t output) { return &weights[output * band]; }
+    const double* weights_of(std::size_t output) const { return &weights[output * band]; }
+
+    std::vector<Row> rows;
+    std::size_t band;
     std::vector<double> weights;
 };
-using Rows = std::vector<Row>;
 
 /// Half-pixel centres, clamped at the borders. Positions are rounded as PyTorch's are
 /// (`area_pixel_compute_source_index`, compiled to one fused multiply-add): the step to float32,
@@ -19,53 +31,66 @@ using Rows = std::vector<Row>;
 Rows bilinear(std::size_t inputs, std::size_t outputs) {
     const double step =
         static_cast<float>(static_cast<double>(inputs) / static_cast<double>(outputs));
-    Rows rows;
-    rows.reserve(outputs);
+    Rows result(outputs, 2);
     for (std::size_t output = 0; output < outputs; ++output) {
         const auto centre =
             std::max(static_cast<float>(step * (static_cast<double>(output) + 0.5) - 0.5), 0.0F);
         const std::size_t lower = std::min(static_cast<std::size_t>(centre), inputs - 1);
         const float fraction = centre - static_cast<float>(lower);
+        double* weights = result.weights_of(output);
         if (lower + 1 < inputs) {
-            rows.push_back({lower, {1.0F - fraction, fraction}});
+            result.rows[output] = {lower, 2};
+            weights[0] = 1.0F - fraction;
+            weights[1] = fraction;
         } else {
-            rows.push_back({lower, {static_cast<double>(1.0F - fraction) + fraction}});
+            result.rows[output] = {lower, 1};
+            weights[0] = static_cast<double>(1.0F - fraction) + fraction;
         }
     }
-    return rows;
+    return result;
 }
 
 /// One resize that does `first` and then `second`, which may use only the first of its outputs.
 Rows compose(const Rows& second, const Rows& first) {
-    Rows rows;
-    rows.reserve(second.size());
-    for (const Row& outer : second) {
-        const std::size_t start = first[outer.start].start;
-        const Row& last = first[outer.start + outer.weights.size() - 1];
-        Row row{start, std::vector<double>(last.start + last.weights.size() - start)};
-        for (std::size_t i = 0; i < outer.weights.size(); ++i) {
-            const Row& inner = first[outer.start + i];
-            for (std::size_t j = 0; j < inner.weights.size(); ++j) {
-                row.weights[inner.start + j - start] += outer.weights[i] * inner.weights[j];
+    const auto merged = [&](const Rows::Row& outer) {
+        const std::size_t start = first.rows[outer.start].start;
+        const Rows::Row& last = first.rows[outer.start + outer.count - 1];
+        return Rows::Row{start, last.start + last.count - start};
+    };
+    std::size_t band = 1;
+    for (const Rows::Row& outer : second.rows) {
+        band = std::max(band, merged(outer).count);
+    }
+    Rows result(second.rows.size(), band);
+    for (std::size_t output = 0; output < second.rows.size(); ++output) {
+        const Rows::Row& outer = second.rows[output];
+        const Rows::Row row = merged(outer);
+        result.rows[output] = row;
+        for (std::size_t i = 0; i < outer.count; ++i) {
+            const Rows::Row& inner = first.rows[outer.start + i];
+            for (std::size_t j = 0; j < inner.count; ++j) {
+                result.weights_of(output)[inner.start + j - row.start] +=
+                    second.weights_of(output)[i] * first.weights_of(outer.start + i)[j];
             }
         }
-        rows.push_back(std::move(row));
     }
-    return rows;
+    return result;
 }
 
-AxisResampling finish(const Rows& rows, std::size_t inputs) {
+AxisResampling finish(const Rows& source, std::size_t inputs) {
     AxisResampling axis{inputs, 1, {}, {}};
-    for (const Row& row : rows) {
-        axis.band = std::max(axis.band, row.weights.size());
+    for (const Rows::Row& row : source.rows) {
+        axis.band = std::max(axis.band, row.count);
     }
-    axis.weights.resize(rows.size() * axis.band);
-    for (std::size_t output = 0; output < rows.size(); ++output) {
-        const Row& row = rows[output];
+    axis.weights.resize(source.rows.size() * axis.band);
+    axis.starts.reserve(source.rows.size());
+    for (std::size_t output = 0; output < source.rows.size(); ++output) {
+        const Rows::Row& row = source.rows[output];
         // At the end of the axis a band starts earlier, with weights of 0 before the row's own.
         const std::size_t start = std::min(row.start, inputs - axis.band);
         axis.starts.push_back(start);
-        std::transform(row.weights.begin(), row.weights.end(),
+        const double* weights = source.weights_of(output);
+        std::transform(weights, weights + row.count,
                        &axis.weights[output * axis.band + (row.start - start)],
                        [](double weight) { return static_cast<float>(weight); });
     }
@@ -87,11 +112,13 @@ AxisResampling unpadded(std::int64_t source, std::int64_t padded, std::int64_t k
         inputs);
 }
 
+constexpr std::size_t cache_size = 8;
+
 /// A map [h, w] with its columns resampled: [h, W].
-std::vector<float> resample_columns(const float* source, const Resampling& resampling) {
+void resample_columns(const float* source, const Resampling& resampling, std::vector<float>& wide) {
     const AxisResampling& columns = resampling.columns;
     const std::size_t height = resampling.rows.inputs;
-    std::vector<float> wide(height * columns.outputs());
+    wide.resize(height * columns.outputs());
     for (std::size_t y = 0; y < height; ++y) {
         const float* row = source + y * columns.inputs;
         float* out = &wide[y * columns.outputs()];
@@ -105,7 +132,6 @@ std::vector<float> resample_columns(const float* source, const Resampling& resam
             out[x] = sum;
         }
     }
-    return wide;
 }
 
 /// One output row: `count` values that mix `Band` rows of `stride` values.
@@ -122,8 +148,9 @@ void mix_rows(const float* rows, std::size_t stride, const float* weights, Out* 
 }
 
 template <typename Out, typename Finish>
-void resample(const float* source, const Resampling& resampling, Out* out, Finish finish) {
-    const std::vector<float> wide = resample_columns(source, resampling);
+void resample(const float* source, const Resampling& resampling, std::vector<float>& wide, Out* out,
+              Finish finish) {
+    resample_columns(source, resampling, wide);
     const AxisResampling& rows = resampling.rows;
     const std::size_t width = resampling.columns.outputs();
     std::vector<float> scratch(rows.band > 4 ? width : 0);
@@ -170,13 +197,35 @@ Resampling resampling_to_image(const ImageGeometry& geometry, const ImageSpec& i
             unpadded(source.width, image.size.width, geometry.input_size.width, target.width)};
 }
 
-void resize_logits(const float* source, const Resampling& resampling, float* out) {
-    resample(source, resampling, out, [](float value) { return value; });
+std::shared_ptr<const Resampling> ResamplingCache::find(const ImageGeometry& geometry,
+                                                        const ImageSpec& image,
+                                                        const MaskSpec& masks,
+                                                        const Size& low_res_size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) {
+        return entry.geometry == geometry && entry.low_res_size == low_res_size;
+    });
+    if (known != entries_.end()) {
+        entries_.splice(entries_.begin(), entries_, known);
+    } else {
+        MaskSpec source = masks;
+        source.low_res_size = low_res_size;
+        entries_.push_front(
+            {geometry, low_res_size,
+             std::make_shared<const Resampling>(resampling_to_image(geometry, image, source))});
+        entries_.resize(std::min(entries_.size(), cache_size));
+    }
+    return entries_.front().resampling;
+}
+
+void resize_logits(const float* source, const Resampling& resampling, std::vector<float>& scratch,
+                   float* out) {
+    resample(source, resampling, scratch, out, [](float value) { return value; });
 }
 
 void resize_to_mask(const float* source, const Resampling& resampling, float threshold,
-                    std::uint8_t* out) {
-    resample(source, resampling, out, [threshold](float value) {
+                    std::vector<float>& scratch, std::uint8_t* out) {
+    resample(source, resampling, scratch, out, [threshold](float value) {
         return static_cast<std::uint8_t>(value > threshold ? 1 : 0);
     });
 }

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "geometry.hpp"
@@ -34,11 +37,32 @@ struct Resampling {
 Resampling resampling_to_image(const ImageGeometry& geometry, const ImageSpec& image,
                                const MaskSpec& masks);
 
-/// Resize a map [h, w] to `out` [H, W].
-void resize_logits(const float* source, const Resampling& resampling, float* out);
+/// The resamplings of the image sizes used last, which any thread may ask for. Images of a video,
+/// and many of a service, have the same size.
+class ResamplingCache {
+public:
+    /// As resampling_to_image makes it, for maps of another size than the spec's.
+    std::shared_ptr<const Resampling> find(const ImageGeometry& geometry, const ImageSpec& image,
+                                           const MaskSpec& masks, const Size& low_res_size);
+
+private:
+    struct Entry {
+        ImageGeometry geometry;
+        Size low_res_size;
+        std::shared_ptr<const Resampling> resampling;
+    };
+
+    std::mutex mutex_;
+    /// The one used last stands first.
+    std::list<Entry> entries_;
+};
+
+/// Resize a map [h, w] to `out` [H, W]. `scratch` is memory that several calls may share.
+void resize_logits(const float* source, const Resampling& resampling, std::vector<float>& scratch,
+                   float* out);
 
 /// Resize a map [h, w]; `out` [H, W] is 1 where a value is above the threshold and 0 elsewhere.
 void resize_to_mask(const float* source, const Resampling& resampling, float threshold,
-                    std::uint8_t* out);
+                    std::vector<float>& scratch, std::uint8_t* out);
 
 }  // namespace sam3rt

@@ -136,10 +136,18 @@ static void check_options(const char* bundle) {
     options.expected_fingerprint = "0";
     refuse(sam3rt_model_load(bundle, &options, &model, &error), &error, SAM3RT_BUNDLE_ERROR, "",
            "another fingerprint");
+    options.expected_fingerprint = NULL;
     /* An older caller knows less of the structure: what it does not know is not read. */
-    options.struct_size = offsetof(sam3rt_model_options, expected_fingerprint);
+    options.struct_size = offsetof(sam3rt_model_options, map_weights);
     succeed(sam3rt_model_load(bundle, &options, &model, &error), &error, "an older structure");
     sam3rt_model_free(model);
+    options.struct_size = offsetof(sam3rt_model_options, expected_fingerprint);
+    refuse(sam3rt_model_load(bundle, &options, &model, &error), &error, SAM3RT_INVALID_INPUT,
+           "options", "a structure that no version had");
+    refuse(sam3rt_set_ort_environment(&options, &error), &error, SAM3RT_STATE_ERROR, "",
+           "an environment after a model");
+    refuse(sam3rt_set_ort_environment(NULL, &error), &error, SAM3RT_INVALID_INPUT, "environment",
+           "no environment");
     refuse(sam3rt_model_load("nowhere", NULL, &model, &error), &error, SAM3RT_BUNDLE_ERROR, "",
            "a missing bundle");
 }

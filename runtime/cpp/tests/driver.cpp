@@ -3,6 +3,8 @@
 //
 //   driver STEPS.json RESULTS.json
 
+#include <chrono>
+#include <ctime>
 #include <fstream>
 #include <functional>
 #include <iostream>
@@ -280,12 +282,12 @@ json finish(const json& step) {
     const Cleaning cleaning{step.at("threshold"), step.at("max_hole_area"),
                             step.at("max_sprinkle_area")};
     const Array<float> low_res = read_npy<float>(text(step, "low_res"));
+    masks.low_res_size = {low_res.shape().at(2), low_res.shape().at(3)};
+    const Resampling resampling = resampling_to_image(geometry_from(step), image, masks);
     if (step.at("return_logits").get<bool>()) {
-        write_npy(result_path(step, "masks"),
-                  finish_logits(low_res, geometry_from(step), image, masks, cleaning));
+        write_npy(result_path(step, "masks"), finish_logits(low_res, resampling, cleaning));
     } else {
-        write_npy(result_path(step, "masks"),
-                  finish_masks(low_res, geometry_from(step), image, masks, cleaning));
+        write_npy(result_path(step, "masks"), finish_masks(low_res, resampling, cleaning));
     }
     return nullptr;
 }
@@ -441,6 +443,36 @@ json encode_at_once(Session& session, const json& step) {
     return nullptr;
 }
 
+/// How many threads this process has.
+json count_threads() {
+    const std::filesystem::directory_iterator tasks("/proc/self/task");
+    return std::distance(begin(tasks), end(tasks));
+}
+
+/// Decode, and the processor time that this process then takes while it does nothing, seconds.
+json rest_after_decode(Session& session, const json& step) {
+    decode(session, step);
+    const std::clock_t start = std::clock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    return static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+}
+
+int host_lines = 0;
+
+void ORT_API_CALL count_line(void*, OrtLoggingLevel, const char*, const char*, const char*,
+                             const char*) {
+    ++host_lines;
+}
+
+/// Let the library use an environment that counts the lines of its log.
+json set_environment() {
+    // It lives as long as what uses it.
+    static auto* const environment =
+        new Ort::Env(ORT_LOGGING_LEVEL_INFO, "host", count_line, nullptr);
+    set_ort_environment(*environment);
+    return nullptr;
+}
+
 using Step = std::function<json(Session&, const json&)>;
 
 const std::map<std::string, Step>& steps() {
@@ -534,6 +566,10 @@ const std::map<std::string, Step>& steps() {
         {"image_geometry", [](Session&, const json& s) { return image_geometry(s); }},
         {"memory", [](Session&, const json&) { return memory(); }},
         {"encode_at_once", encode_at_once},
+        {"threads", [](Session&, const json&) { return count_threads(); }},
+        {"rest_after_decode", rest_after_decode},
+        {"set_environment", [](Session&, const json&) { return set_environment(); }},
+        {"host_lines", [](Session&, const json&) { return json(host_lines); }},
         {"moved_from", [](Session&, const json&) { return moved_from(); }},
         {"copy_file",
          [](Session&, const json& s) {

@@ -4,6 +4,9 @@
 /// classes and name the same argument or file. A Model without state turns images into
 /// ImageEmbedding values and prompts into masks. A Predictor keeps the embedding of the image set
 /// last, and returns masks of the image's size. Bundles and embedding files are the same.
+///
+/// This interface may change whenever the second number of the version does, and the shared
+/// library's soname with it; that of sam3rt.h stays.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +24,9 @@
 
 /// What a shared library offers; everything else in it is hidden.
 #define SAM3RT_EXPORT __attribute__((visibility("default")))
+
+/// Of ONNX Runtime.
+struct OrtEnv;
 
 namespace sam3rt {
 
@@ -207,6 +213,13 @@ public:
         shape[0] = 1;
         const std::size_t step = size_ / static_cast<std::size_t>(shape_[0]);
         return Array(std::move(shape), values_.get() + index * step, step);
+    }
+
+    /// The same elements under another shape, without a copy. Throws InvalidInputError where that
+    /// holds another number of elements.
+    Array reshaped(Shape shape) && {
+        shape_ = checked(std::move(shape), size_);
+        return std::move(*this);
     }
 
 private:
@@ -396,6 +409,12 @@ struct Manifest {
 
 // --- the model -----------------------------------------------------------------------------------
 
+/// Use the host's environment of ONNX Runtime, with its logger and its threads, in place of one of
+/// our own. A process has one environment: whoever creates it first decides. It must live for as
+/// long as anything of this library. Throws InvalidInputError where it is null, and StateError
+/// where the library has one already, because a model was loaded before.
+SAM3RT_EXPORT void set_ort_environment(OrtEnv* environment);
+
 /// An image's feature maps on the device that made them, and where the image lies in them.
 ///
 /// A value: copies are cheap, share the maps, never change, and may be used by many threads.
@@ -450,7 +469,10 @@ struct ModelOptions {
     /// `sam3rt verify` proved, on this machine, for this user; "auto" takes CUDA where it works and
     /// the CPU otherwise.
     std::string device = "auto";
-    /// Threads per operator on the CPU; 0 leaves it to ONNX Runtime.
+    /// Threads on the CPU, for each graph of the model; 0 shares one pool of threads, as many as
+    /// the machine has cores, with all models of the process that do so. Neither takes processor
+    /// time between runs. The model's own threads wait actively while a graph runs, which may be
+    /// faster on a machine without other work; those of the pool sleep.
     int threads = 0;
     /// How many threads may run the encoder at once; others wait for their turn. One encode uses
     /// all cores unless `threads` says otherwise, so more at once take more memory, not less time.
