@@ -113,7 +113,7 @@ class _Click(NamedTuple):
 
 class _Upload(NamedTuple):
     image_id: str
-    content: bytes
+    content: bytes | NDArray[np.uint8]
 
 
 class Service:
@@ -172,12 +172,16 @@ class Service:
         self.clicks.close()
 
     def add_image(
-        self, content: bytes, image_id: str | None = None, *, deadline: float | None = None
+        self,
+        content: bytes | NDArray[np.uint8],
+        image_id: str | None = None,
+        *,
+        deadline: float | None = None,
     ) -> Future[StoredImage]:
-        """Encode an image file, unless that has been done.
+        """Encode an image, unless that has been done.
 
         Args:
-            content: a JPEG or PNG file. An EXIF orientation is applied.
+            content: a JPEG or PNG file, whose EXIF orientation is applied, or uint8 [H, W, 3] RGB.
             image_id: what to call it; a hash of the content by default. An id that is known stays
                 with the image that it has.
             deadline: by ``time.monotonic``; the limits' time from now by default.
@@ -187,13 +191,19 @@ class Service:
             ``CacheFullError``, and ``DeadlineError`` where its turn does not come in time.
 
         Raises:
-            TooLargeError: the file is longer than the limit.
+            TooLargeError: the file is longer than the limit, or the array has too many pixels.
             BusyError: too many images wait already.
         """
-        if len(content) > self.limits.image_bytes:
-            most = self.limits.image_bytes
-            raise TooLargeError(f"an image of {len(content)} bytes, at most {most} are taken")
-        upload = _Upload(image_id or hashlib.sha256(content).hexdigest(), content)
+        if isinstance(content, bytes):
+            size, most, shape = len(content), self.limits.image_bytes, b""
+        else:
+            size, most, shape = content.size, 3 * self.limits.pixels, repr(content.shape).encode()
+        if size > most:
+            raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
+        if image_id is None:
+            flat = content if isinstance(content, bytes) else content.tobytes()
+            image_id = hashlib.sha256(shape + flat).hexdigest()
+        upload = _Upload(image_id, content)
         return self.uploads.submit(upload, self._deadline(deadline))
 
     @contextlib.contextmanager
@@ -286,11 +296,12 @@ class Service:
         ((image_id, content),) = uploads
         with contextlib.suppress(UnknownImageError):
             return [self.find_image(image_id)]
-        image = read_image(content, self.limits.pixels)
+        if isinstance(content, bytes):
+            content = read_image(content, self.limits.pixels)
         with self._encoder:
             with contextlib.suppress(UnknownImageError):  # it came twice at the same time
                 return [self.find_image(image_id)]
-            embedding = self.model.encode(image)
+            embedding = self.model.encode(content)
             self.cache.add(image_id, embedding)
         return [StoredImage(image_id, embedding.original_size, True)]
 
