@@ -1,0 +1,401 @@
+"""The service without a network: images in, embeddings kept, masks out.
+
+Calls return futures. Images and clicks wait in queues of their own, so that no click waits for
+an encoder run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from sam3rt.backends.base import OBJECTS_AT_ONCE
+from sam3rt.embedding import ImageEmbedding
+from sam3rt.embedding_cache import EmbeddingCache
+from sam3rt.errors import ImageError, PromptError
+from sam3rt.image_files import upright_rgb
+from sam3rt.machine import usable_cores
+from sam3rt.model import SegmentationModel
+from sam3rt.prompts import Prompts
+
+from .errors import TooLargeError, UnknownImageError
+from .sessions import Sessions
+from .work import WorkQueue
+
+_FORMATS = ("JPEG", "PNG")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many may wait.
+
+    Attributes:
+        image_bytes: length of an image file.
+        pixels: of an image.
+        objects: in a request.
+        points: of an object.
+        mask_pixels: of all masks of a request together.
+        waiting_images: images that may wait for the encoder.
+        waiting_clicks: requests for masks that may wait for the decoder.
+        seconds: time that a request has.
+        session_bytes: memory for the low-resolution masks of all sessions.
+    """
+
+    image_bytes: int = 32 << 20
+    pixels: int = 1 << 26
+    objects: int = 64
+    points: int = 256
+    mask_pixels: int = 1 << 28
+    waiting_images: int = 16
+    waiting_clicks: int = 256
+    seconds: float = 30.0
+    session_bytes: int = 64 << 20
+
+
+class StoredImage(NamedTuple):
+    """An image that is ready for clicks; ``size`` is (height, width) of it upright, pixels."""
+
+    image_id: str
+    size: tuple[int, int]
+    is_new: bool
+
+
+class ObjectPrompt(Struct, frozen=True, forbid_unknown_fields=True):
+    """One object's points, box or both, (x, y) in pixels of the upright image."""
+
+    points: list[tuple[float, float]] = []
+    labels: Annotated[
+        list[Annotated[int, Meta(ge=-1, le=3)]],
+        Meta(description="one per point: 1 the object, 0 background"),
+    ] = []
+    box: Annotated[tuple[float, float, float, float] | None, Meta(description="x0, y0, x1, y1")] = (
+        None
+    )
+
+
+class ObjectMasks(NamedTuple):
+    """What was found of one object.
+
+    Attributes:
+        masks: bool [C, H, W] of the image's size.
+        scores: predicted IoUs, float32 [C].
+        low_res_masks: float32 [C, h, w], as ``predict`` returns them.
+        is_refined: whether the session's earlier mask of this object was a prompt too.
+    """
+
+    masks: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    low_res_masks: NDArray[np.float32]
+    is_refined: bool
+
+
+class _Click(NamedTuple):
+    image_id: str
+    objects: Sequence[ObjectPrompt]
+    multimask: bool
+    session: str | None
+    finish: Callable[[list[ObjectMasks]], Any]
+
+
+class _Upload(NamedTuple):
+    image_id: str
+    content: bytes | NDArray[np.uint8]
+
+
+class Service:
+    """One model for many users. Every method is safe to call from threads.
+
+    Masks are those of ``SAM3InteractiveImagePredictor.predict`` with its defaults, bit for bit.
+
+    Args:
+        model: what to serve.
+        limits: what a request may ask for.
+        cache_bytes: memory for embeddings, where the decoder runs.
+        cache_folder: a second level; see :class:`EmbeddingCache`.
+        max_folder_bytes: what the files there may take.
+        threads: that answer clicks; ``None`` for one a core, from two to eight.
+        objects_at_once: objects of several requests in a decoder run, at most.
+
+    Attributes:
+        cache: the embeddings.
+        uploads: the queue of images.
+        clicks: the queue of requests for masks.
+        on_run: told how many objects were decoded together, each time.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        limits: Limits | None = None,
+        *,
+        cache_bytes: int = 1 << 30,
+        cache_folder: str | Path | None = None,
+        max_folder_bytes: int = 1 << 36,
+        threads: int | None = None,
+        objects_at_once: int = OBJECTS_AT_ONCE,
+    ) -> None:
+        self.model = model
+        self.limits = limits or Limits()
+        self.cache = EmbeddingCache(model, cache_bytes, cache_folder, max_folder_bytes)
+        self.on_run: Callable[[int], None] = lambda objects: None
+        self._sessions = Sessions(self.limits.session_bytes)
+        self._encoder = threading.Lock()
+        # Two threads: while one image is encoded, the next is read.
+        self.uploads: WorkQueue[_Upload, StoredImage] = WorkQueue(
+            self._store, "upload", threads=2, most_waiting=self.limits.waiting_images
+        )
+        self.clicks: WorkQueue[_Click, Any] = WorkQueue(
+            self._answer,
+            "click",
+            threads=threads or min(8, max(2, usable_cores())),
+            most_waiting=self.limits.waiting_clicks,
+            most_together=objects_at_once,
+        )
+
+    def close(self) -> None:
+        """Answer what is waiting and take nothing more."""
+        self.uploads.close()
+        self.clicks.close()
+
+    def add_image(
+        self,
+        content: bytes | NDArray[np.uint8],
+        image_id: str | None = None,
+        *,
+        deadline: float | None = None,
+    ) -> Future[StoredImage]:
+        """Encode an image, unless that has been done.
+
+        Args:
+            content: a JPEG or PNG file, whose EXIF orientation is applied, or uint8 [H, W, 3] RGB.
+            image_id: what to call it; a hash of the content by default. An id that is known stays
+                with the image that it has.
+            deadline: by ``time.monotonic``; the limits' time from now by default.
+
+        Returns:
+            The stored image. Its exceptions: ``ImageError``, ``TooLargeError``, ``BackendError``,
+            ``CacheFullError``, and ``DeadlineError`` where its turn does not come in time.
+
+        Raises:
+            TooLargeError: the file is longer than the limit, or the array has too many pixels.
+            BusyError: too many images wait already.
+        """
+        if isinstance(content, bytes):
+            size, most, shape = len(content), self.limits.image_bytes, b""
+        else:
+            size, most, shape = content.size, 3 * self.limits.pixels, repr(content.shape).encode()
+        if size > most:
+            raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
+        if image_id is None:
+            flat = content if isinstance(content, bytes) else content.tobytes()
+            image_id = hashlib.sha256(shape + flat).hexdigest()
+        upload = _Upload(image_id, content)
+        return self.uploads.submit(upload, self._deadline(deadline))
+
+    @contextlib.contextmanager
+    def embedding(self, image_id: str) -> Iterator[ImageEmbedding]:
+        """An image's embedding, which stays in the cache for the length of the block.
+
+        Raises:
+            UnknownImageError: there is no image under this id.
+        """
+        with self.cache.use(image_id) as embedding:
+            if embedding is None:
+                raise UnknownImageError(f"no image {image_id!r}: send it (again)")
+            yield embedding
+
+    def find_image(self, image_id: str) -> StoredImage:
+        """An image that was stored, or ``UnknownImageError``."""
+        with self.embedding(image_id) as embedding:
+            return StoredImage(image_id, embedding.original_size, False)
+
+    def embedding_file(self, image_id: str) -> bytes:
+        """What ``ImageEmbedding.save`` would write, or ``UnknownImageError``."""
+        with self.embedding(image_id) as embedding:
+            return embedding.to_bytes()
+
+    def remove_image(self, image_id: str) -> None:
+        """Forget an image and its sessions, or ``UnknownImageError``."""
+        self._sessions.discard(image_id)
+        if not self.cache.discard(image_id):
+            raise UnknownImageError(f"no image {image_id!r}")
+
+    def segment(
+        self,
+        image_id: str,
+        objects: Sequence[ObjectPrompt],
+        multimask: bool = True,
+        *,
+        session: str | None = None,
+        finish: Callable[[list[ObjectMasks]], Any] = list,
+        deadline: float | None = None,
+    ) -> Future[Any]:
+        """Ask for objects' masks. Requests on one image that wait together share decoder runs.
+
+        Args:
+            image_id: of an image that was stored.
+            objects: each with a point or a box at least.
+            multimask: three masks of each object, or the best one.
+            session: a name under which each object's best low-resolution mask is kept, by the
+                object's position. In the session's next request on this image, it is a prompt too.
+            finish: makes the answer of what was found, on the queue's thread.
+            deadline: by ``time.monotonic``; the limits' time from now by default.
+
+        Returns:
+            What ``finish`` made of a list of :class:`ObjectMasks`. Its exceptions:
+            ``UnknownImageError``, ``TooLargeError``, ``PromptError``, ``BackendError``,
+            ``CacheFullError``, and ``DeadlineError`` where its turn does not come in time.
+
+        Raises:
+            TooLargeError: more objects or points than the limits allow.
+            PromptError: an object has no prompt, or not as many labels as points.
+            BusyError: too many requests wait already.
+        """
+        self._check(objects)
+        click = _Click(image_id, objects, multimask, session, finish)
+        return self.clicks.submit(
+            click, self._deadline(deadline), kind=(image_id, multimask), size=len(objects)
+        )
+
+    def _deadline(self, given: float | None) -> float:
+        return time.monotonic() + self.limits.seconds if given is None else given
+
+    def _check(self, objects: Sequence[ObjectPrompt]) -> None:
+        if not objects:
+            raise PromptError("objects", "none", "at least one object")
+        if len(objects) > self.limits.objects:
+            raise TooLargeError(f"{len(objects)} objects, at most {self.limits.objects} are taken")
+        for number, one in enumerate(objects):
+            points, labels, most = len(one.points), len(one.labels), self.limits.points
+            if points > most:
+                raise TooLargeError(f"objects[{number}]: {points} points, at most {most} are taken")
+            if labels != points:
+                raise PromptError(
+                    f"objects[{number}].labels", f"{labels}", f"one a point ({points})"
+                )
+            if not points and one.box is None:
+                raise PromptError(f"objects[{number}]", "no prompt", "a point or a box")
+
+    # --- on the queues' threads -------------------------------------------------------------------
+
+    def _store(self, uploads: Sequence[_Upload]) -> list[StoredImage]:
+        ((image_id, content),) = uploads
+        with contextlib.suppress(UnknownImageError):
+            return [self.find_image(image_id)]
+        if isinstance(content, bytes):
+            content = read_image(content, self.limits.pixels)
+        with self._encoder:
+            with contextlib.suppress(UnknownImageError):  # it came twice at the same time
+                return [self.find_image(image_id)]
+            embedding = self.model.encode(content)
+            self.cache.add(image_id, embedding)
+        return [StoredImage(image_id, embedding.original_size, True)]
+
+    def _answer(self, clicks: Sequence[_Click]) -> list[Any]:
+        """Answer clicks on one image, all multi-mask or all single-mask."""
+        first = clicks[0]
+        with self.embedding(first.image_id) as embedding:
+            height, width = embedding.original_size
+            channels = self.model.manifest.masks.multimask if first.multimask else 1
+            most = self.limits.mask_pixels // (channels * height * width)
+            together = sum(len(click.objects) for click in clicks)
+            if together > most:
+                if len(clicks) > 1:
+                    return [self._answer([click])[0] for click in clicks]
+                raise TooLargeError(
+                    f"{together} objects on an image of {width} x {height} pixels, at most {most} "
+                    "are taken on one of this size"
+                )
+            found = self._segment(embedding, clicks)
+        return [click.finish(masks) for click, masks in zip(clicks, found, strict=True)]
+
+    def _segment(
+        self, embedding: ImageEmbedding, clicks: Sequence[_Click]
+    ) -> list[list[ObjectMasks]]:
+        """Decode all objects of all clicks in as few runs as leave each object's result as it is.
+
+        Objects of one run have equal numbers of points: padding would change logits in their last
+        bits.
+        """
+        runs = defaultdict(list)
+        for at, click in enumerate(clicks):
+            earlier = self._sessions.get(click.image_id, click.session, len(click.objects))
+            for number, (one, mask) in enumerate(zip(click.objects, earlier, strict=True)):
+                shape = (len(one.points), one.box is not None, mask is not None)
+                runs[shape].append(((at, number), one, mask))
+        found: dict[tuple[int, int], ObjectMasks] = {}
+        rules = self.model.manifest.masks
+        for (points, has_box, is_refined), run in runs.items():
+            places, objects, masks = zip(*run, strict=True)
+            self.on_run(len(run))
+            decoded, finished = self.model.segment(
+                embedding,
+                Prompts(
+                    np.array([one.points for one in objects]) if points else None,
+                    np.array([one.labels for one in objects]) if points else None,
+                    np.array([one.box for one in objects]) if has_box else None,
+                    np.stack(masks)[:, None] if is_refined else None,
+                ),
+                clicks[0].multimask,
+                max_hole_area=rules.max_hole_area,
+                dtype=np.bool_,
+            )
+            low_res = decoded.low_res_masks
+            if rules.low_res_limit is not None:
+                low_res = np.clip(low_res, -rules.low_res_limit, rules.low_res_limit)
+            answers = zip(finished, decoded.iou_predictions, low_res, strict=True)
+            for place, answer in zip(places, answers, strict=True):
+                found[place] = ObjectMasks(*answer, is_refined)
+        results = []
+        for at, click in enumerate(clicks):
+            result = [found[at, number] for number in range(len(click.objects))]
+            results.append(result)
+            if click.session is not None:
+                best = [one.low_res_masks[int(np.argmax(one.scores))] for one in result]
+                self._sessions.put(click.image_id, click.session, best)
+        return results
+
+
+def read_image(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """Decode a JPEG or PNG file, upright.
+
+    Args:
+        content: the file's content.
+        max_pixels: of the largest image that is decoded; larger ones are refused by their header.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ImageError: it is no such image, or a damaged one.
+        TooLargeError: it has more pixels.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                return upright_rgb(image)
+    except (ImageError, MemoryError):
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise TooLargeError(f"an image of too many pixels: {error}") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError("image", "something else", "a JPEG or PNG file") from error
+    except Exception as error:  # Pillow's plugins raise many classes on damaged files
+        what = str(error) or type(error).__name__
+        raise ImageError("image", what, "a JPEG or PNG file") from error
+    raise TooLargeError(f"an image of {width} x {height}, at most {max_pixels} pixels are taken")

@@ -1,0 +1,162 @@
+"""``sam3rt triton``: a model repository for Triton Inference Server's Python backend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import site
+import tempfile
+from pathlib import Path
+
+import sam3rt
+from sam3rt.bundle import open_bundle
+from sam3rt.bundle.default import default_bundle_path
+from sam3rt.cli.options import add_model_options, positive_int
+from sam3rt.errors import InvalidInputError
+
+HELP = "write a model repository for Triton Inference Server"
+DESCRIPTION = """\
+Write a model repository for Triton Inference Server, whose Python backend then runs this package.
+
+  sam3rt_encode    image file or pixels -> image_id, size
+  sam3rt_decode    image_id, points, labels, boxes, session -> masks, scores, low_res_masks
+  sam3rt_segment   all of it in one call
+
+The configurations name this Python's packages, the bundle and the folder through which embeddings
+go from the model that encodes to the one that decodes: all three must be where the server runs.
+"""
+
+# Name, type, dimensions, and whether it may be left out.
+_Tensor = tuple[str, str, str, bool]
+
+_IMAGE: tuple[_Tensor, ...] = (
+    ("image", "UINT8", "-1", True),
+    ("pixels", "UINT8", "-1, -1, 3", True),
+)
+_PROMPTS: tuple[_Tensor, ...] = (
+    ("points", "FP32", "-1, -1, 2", True),
+    ("labels", "INT32", "-1, -1", True),
+    ("boxes", "FP32", "-1, 4", True),
+    ("multimask", "BOOL", "1", True),
+    ("session", "STRING", "1", True),
+)
+_MASKS: tuple[_Tensor, ...] = (
+    ("masks", "BOOL", "-1, -1, -1, -1", False),
+    ("scores", "FP32", "-1, -1", False),
+    ("low_res_masks", "FP32", "-1, -1, -1, -1", False),
+)
+# Inputs and outputs by role.
+_MODELS: dict[str, tuple[tuple[_Tensor, ...], tuple[_Tensor, ...]]] = {
+    "encode": (
+        (*_IMAGE, ("image_id", "STRING", "1", True)),
+        (("image_id", "STRING", "1", False), ("size", "INT32", "2", False)),
+    ),
+    "decode": ((("image_id", "STRING", "1", False), *_PROMPTS), _MASKS),
+    "segment": ((*_IMAGE, *_PROMPTS), _MASKS),
+}
+# Requests that wait are given to the backend together; each has its own shapes.
+_BATCHING = {"decode": "max_batch_size: 8\ndynamic_batching { }\n"}
+_PROGRAM = '''\
+"""Loads the model named in config.pbtxt; written by sam3rt triton."""
+
+import site
+import sys
+
+# The server's Python knows nothing of this environment, and may have another NumPy.
+own = sys.path[:]
+for folder in {packages}:
+    site.addsitedir(folder)
+sys.path[:] = [*sys.path[len(own) :], *own]
+
+import triton_python_backend_utils
+
+from sam3rt_serve.triton_model import Model
+
+
+class TritonPythonModel:
+    """What Triton's Python backend asks for."""
+
+    def initialize(self, args):
+        self._model = Model(args, triton_python_backend_utils)
+
+    def execute(self, requests):
+        return self._model.execute(requests)
+
+    def finalize(self):
+        self._model.finalize()
+'''
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder to make")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
+    )
+    parser.add_argument(
+        "--cache-folder",
+        type=Path,
+        metavar="DIR",
+        help="where embeddings go from model to model (default: REPOSITORY-embeddings)",
+    )
+    parser.add_argument(
+        "--cache-mb",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="memory of one instance for embeddings (1024)",
+    )
+    parser.add_argument(
+        "--instances",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="processes of each model, on a GPU on each GPU (1)",
+    )
+    add_model_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the repository, whole or not at all."""
+    target: Path = options.repository.absolute()
+    if target.exists():
+        raise InvalidInputError("REPOSITORY", f"{target}, which exists", "a folder to be made")
+    bundle = default_bundle_path() if options.bundle is None else options.bundle
+    open_bundle(bundle, check_files=False)
+    folder = options.cache_folder or target.with_name(f"{target.name}-embeddings")
+    shared = {
+        "bundle": str(Path(bundle).absolute()),
+        "backend": options.backend,
+        "device": options.device,
+        "precision": options.precision,
+        "threads": options.threads,
+        "cache_bytes": options.cache_mb << 20,
+        "cache_folder": str(folder.absolute()),
+    }
+    own = [str(Path(module).resolve().parents[1]) for module in (sam3rt.__file__, __file__)]
+    packages = list(dict.fromkeys([*own, *site.getsitepackages()]))
+    kind = "KIND_GPU" if options.device.startswith("cuda") else "KIND_CPU"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        repository = Path(scratch) / "repository"
+        for role, (inputs, outputs) in _MODELS.items():
+            parts = [f'name: "sam3rt_{role}"\nbackend: "python"\n', _BATCHING.get(role, "")]
+            ragged = role in _BATCHING
+            parts += [_tensor("input", tensor, ragged) for tensor in inputs]
+            parts += [_tensor("output", tensor, False) for tensor in outputs]
+            parts.append(f"instance_group [{{ count: {options.instances} kind: {kind} }}]\n")
+            text = json.dumps(json.dumps(shared | {"role": role}))
+            parts.append(f'parameters {{ key: "options" value {{ string_value: {text} }} }}\n')
+            model = repository / f"sam3rt_{role}"
+            (model / "1").mkdir(parents=True)
+            (model / "config.pbtxt").write_text("".join(parts))
+            (model / "1" / "model.py").write_text(_PROGRAM.format(packages=packages))
+        repository.rename(target)
+    print(f"{target}: {', '.join(f'sam3rt_{role}' for role in _MODELS)}")
+    return 0
+
+
+def _tensor(where: str, tensor: _Tensor, ragged: bool) -> str:
+    name, kind, dimensions, optional = tensor
+    more = " optional: true" * optional + " allow_ragged_batch: true" * ragged
+    return f'{where} [{{ name: "{name}" data_type: TYPE_{kind} dims: [{dimensions}]{more} }}]\n'

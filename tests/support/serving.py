@@ -1,0 +1,128 @@
+"""What the tests of serving share: image files, a small model, and what ``predict`` answers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from tests.support.helpers import edit_manifest
+from tests.support.runnable_bundle import runnable_bundle
+
+from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel, load_model
+from sam3rt_serve.core import ObjectPrompt
+
+CAT = Path(__file__).resolve().parents[1] / "photos" / "chelsea.png"
+
+
+def image_file(image: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
+    """An image as a file's content."""
+    stream = io.BytesIO()
+    PIL.Image.fromarray(image).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def toy_model(folder: Path) -> SegmentationModel:
+    """A model of 8 px images and a few nodes, in a new folder."""
+    bundle = runnable_bundle(folder)
+    # SAM 3's 256 pixels are more than a mask has here: all would be filled.
+    edit_manifest(folder, lambda document: document["masks"].update(max_hole_area=2))
+    return load_model(bundle.path, backend="onnxruntime", device="cpu")
+
+
+def clicks(count: int, height: int, width: int, seed: int = 0) -> list[ObjectPrompt]:
+    """Objects with one to three points, and every other one with a box."""
+    rng = np.random.default_rng(seed)
+    objects = []
+    for number in range(count):
+        points = rng.uniform((0, 0), (width, height), (1 + number % 3, 2)).tolist()
+        corners = np.sort(rng.uniform(0, (width, height), (2, 2)), axis=0).ravel().tolist()
+        labels = [1] * (len(points) - 1) + [number % 2]
+        objects.append(ObjectPrompt(points, labels, corners if number % 2 else None))
+    return objects
+
+
+def predicted(
+    predictor: SAM3InteractiveImagePredictor,
+    one: ObjectPrompt,
+    multimask: bool = True,
+    mask: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """What the predictor says of one object by itself."""
+    masks, scores, low_res = predictor.predict(
+        one.points or None,
+        one.labels or None,
+        one.box,
+        None if mask is None else mask[None],
+        multimask,
+    )
+    return masks.astype(np.bool_), scores, low_res
+
+
+def check_equal(found: Sequence[Any], expected: Sequence[NDArray[Any]]) -> None:
+    """Masks, scores and low-resolution masks are the same, bit for bit."""
+    for array, other in zip(found[:3], expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+class ServerProcess:
+    """``sam3rt serve`` as a process of its own, for a ``with`` statement.
+
+    Args:
+        arguments: of the command line.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = ["--port", str(self.port), "--threads", "1", *arguments]
+        self._environment = {**os.environ, **(environment or {})}
+
+    def __enter__(self) -> ServerProcess:
+        code = (
+            "import argparse, sys; from sam3rt_serve import cli; p = argparse.ArgumentParser(); "
+            "cli.add_arguments(p); sys.exit(cli.run(p.parse_args()))"
+        )
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *self._arguments],
+            env=self._environment,
+            stderr=self.log,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.url}/livez", timeout=5):
+                    return self
+            except OSError:
+                if self.process.poll() is not None:
+                    break
+                time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(self.lines())
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has logged so far; every line is JSON."""
+        self.log.seek(0)
+        return [json.loads(line) for line in self.log]
