@@ -20,7 +20,12 @@ import sam3rt
 from sam3rt.backends.tensorrt import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.cuda import Device, Gpu
 from sam3rt.backends.tensorrt.engines import EngineFile, candidates, engine_path, folder_name
-from sam3rt.backends.tensorrt.sidecar import EngineShapes, EngineSidecar, write_sidecar
+from sam3rt.backends.tensorrt.sidecar import (
+    BackendName,
+    EngineShapes,
+    EngineSidecar,
+    write_sidecar,
+)
 from sam3rt.backends.tensorrt.trt import Library
 from sam3rt.bundle import Bundle, FileEntry, open_bundle
 from sam3rt_build import imaging_graphs as imaging
@@ -73,6 +78,10 @@ class Rig:
     trt: types.ModuleType
     perturbations: dict[str, Perturbation] = field(default_factory=dict)
 
+    @property
+    def flavour(self) -> BackendName:
+        return self.platform.library.flavour
+
     def build(self, recipe: str = "fp32", **changes: Any) -> dict[str, EngineFile]:
         """Put an encoder and a decoder engine into the bundle."""
         encoder = self.engine("encoder", recipe, **changes)
@@ -91,6 +100,7 @@ class Rig:
         labels: str = "int64",
         state: str = "proven",
         paired_with: str | None = None,
+        user_memory: bool = True,
         max_objects: int = MAX_OBJECTS,
         max_points: int = MAX_POINTS,
         **changes: Any,
@@ -105,7 +115,7 @@ class Rig:
             "width": MAX_SIDE,
             "masks": manifest.masks.multimask,
         }
-        folder = folder_name(GPU, (), "tensorrt", VERSION, recipe)
+        folder = folder_name(GPU, (), self.flavour, VERSION, recipe)
         path = engine_path(self.bundle.path, folder, role)
         path.parent.mkdir(parents=True, exist_ok=True)
         if role in ("encoder", "decoder"):
@@ -116,12 +126,17 @@ class Rig:
             model = getattr(imaging, f"{role}_graph")(manifest)
             onnx.save(model, graph)
         content = engine_content(
-            graph, axes, features=features, labels=labels, perturbation=perturbation
+            graph,
+            axes,
+            features=features,
+            labels=labels,
+            perturbation=perturbation,
+            user_memory=user_memory,
         )
         path.write_bytes(content)
         fields: dict[str, Any] = {
             "role": role,
-            "backend": "tensorrt",
+            "backend": self.flavour,
             "engine": FileEntry(path.name, hashlib.sha256(content).hexdigest(), len(content)),
             "bundle_fingerprint": manifest.fingerprint,
             "gpu": GPU,
@@ -153,13 +168,12 @@ def make_rig(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **opti
     """A rig over a copy of a bundle."""
     cuda = FakeCuda(**{k: options.pop(k) for k in ("total", "seed") if k in options})
     perturbations: dict[str, Perturbation] = {}
+    flavour: BackendName = "tensorrt-rtx" if options.get("rtx") else "tensorrt"
     module = make_module(cuda, VERSION, perturbations, **options)
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     copied = open_bundle(copy_bundle(bundle, folder / bundle.name), check_files=False)
     device = Device(0, GPU, cuda.total, DRIVER, (13, 0))
-    rig = Rig(
-        bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), module, perturbations
-    )
+    rig = Rig(bundle, copied, cuda, Platform(device, cuda, Library(flavour)), module, perturbations)
     monkeypatch.setattr("sam3rt.backends.tensorrt.offer.probe", lambda index=0: device)
     monkeypatch.setattr(
         "sam3rt.backends.tensorrt.offer.open_platform", lambda flavour, gpu: rig.platform

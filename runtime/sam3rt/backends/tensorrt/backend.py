@@ -28,13 +28,15 @@ from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool
 from .sidecar import BackendName
-from .trt import Engine, Library
+from .trt import Engine, KernelCache, Library
 
 _LOG = logging.getLogger(__name__)
 
 # Calls at a time. One thread's decoding leaves the GPU idle while it copies masks; more than a
 # few take turns on it anyway.
 _LANES = 4
+# Of an engine file, bytes at a time while it is hashed.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,14 @@ class TensorRtBackend(Backend):
         self._platform = platform
         cuda = platform.cuda
         memory = Memory(cuda)
+        kernels = None
+        if self.name == "tensorrt-rtx":
+            architecture = platform.device.gpu.compute_capability.replace(".", "")
+            kernels = KernelCache(engines.encoder.path.with_name(f"kernels-sm{architecture}.cache"))
+        self._kernels = kernels
         with cuda.active():
-            network = Network(bundle, self._load(engines.encoder), self._load(engines.decoder))
+            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
+            network = Network(bundle, encoder, decoder, kernels)
             imaging = DeviceImaging(
                 bundle.manifest,
                 self._load_optional(engines.preprocess),
@@ -281,20 +289,24 @@ class TensorRtBackend(Backend):
         return None if engine is None else self._load(engine)
 
     def _load(self, engine: EngineFile) -> Engine:
-        """Load an engine: what is loaded is what was hashed."""
+        """Load an engine from the file whose content was hashed."""
         name = f"{engine.path.parent.name}/{engine.path.name}"
         try:
-            content = engine.path.read_bytes()
+            with engine.path.open("rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                found = digest.hexdigest()
+                if found == engine.sidecar.engine.sha256:
+                    file.seek(0)
+                    return self._platform.library.load(file, name, self._kernels)
         except OSError as error:
             raise BundleError(f"cannot be read: {error}", name) from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != engine.sidecar.engine.sha256:
-            raise BundleError(
-                f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
-                f"file has {found[:16]}...: it was changed; build it again",
-                name,
-            )
-        return self._platform.library.load(content, name)
+        raise BundleError(
+            f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
+            f"file has {found[:16]}...: it was changed; build it again",
+            name,
+        )
 
 
 def _joined(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:

@@ -57,19 +57,25 @@ class Replay:
         else:
             self._cuda.launch(self._graph, self._stream)
 
-    def record(self) -> None:
-        """Make the graph, once. The stream must be idle and a run behind it."""
+    def record(self) -> bool:
+        """Make the graph, once. The stream must be idle and a run behind it.
+
+        Returns:
+            Whether this was the first run.
+        """
         if self._tried:
-            return
+            return False
         self._tried = True
         try:
             self._graph = self._capture()
         except BackendError as error:
             _LOG.info("runs without a CUDA graph: %s", str(error))
-            return
+            return True
         self._memory.give_back_after(self, self._cuda.destroy_graph, self._graph)
+        return True
 
     def _capture(self) -> int:
+        self._context.check_capturable(self._stream)
         self._cuda.begin_capture(self._stream)
         try:
             self._context.enqueue(self._stream)
@@ -258,7 +264,8 @@ class Lane:
                     self._inputs.address + run.inputs.slots[THRESHOLD].offset,
                 )
             self._cuda.synchronize(self._stream)
-            run.replay.record()
+            if run.replay.record():
+                self._network.keep_kernels(shape)
         slots = [run.outputs.slots[name] for name in names]
         # The pinned buffer is the next call's: what leaves is a copy.
         outputs = [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
@@ -309,7 +316,8 @@ class Lane:
         self._cuda.copy(block.address, self._features.address, nbytes, self._stream)
         self._cuda.synchronize(self._stream)
         self._held = weakref.ref(block)
-        self._encoder.record()
+        if self._encoder.record():
+            self._network.keep_kernels(None)
         return block
 
     def holds(self, features: Block) -> bool:

@@ -19,7 +19,7 @@ from ...bundle.contract import (
 from ...errors import BackendError
 from .memory import Layout
 from .shapes import Limits, ShapeClass
-from .trt import Engine
+from .trt import Engine, KernelCache
 
 # Not the decoder's: the threshold travels in the same block as the prompts.
 THRESHOLD = "threshold"
@@ -33,6 +33,7 @@ class Network:
         bundle: the bundle they were built from.
         encoder: the loaded encoder.
         decoder: the loaded decoder.
+        kernels: where TensorRT for RTX keeps what it compiles.
 
     Attributes:
         pixels: the encoder's input.
@@ -45,10 +46,14 @@ class Network:
             the feature maps between them.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Engine, decoder: Engine) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Engine, decoder: Engine, kernels: KernelCache | None = None
+    ) -> None:
         manifest = bundle.manifest
         self.encoder = encoder
         self.decoder = decoder
+        self._kernels = kernels
+        self._compiled: set[ShapeClass | None] = set()
         self.mask_size = manifest.prompts.mask_size
         _check("encoder", encoder, manifest.encoder)
         _check("decoder", decoder, manifest.decoder)
@@ -80,6 +85,16 @@ class Network:
                 f"the decoder engine takes {self.limits.objects} objects but {own_masks} mask "
                 "prompts: build it again"
             )
+
+    def keep_kernels(self, shape: ShapeClass | None) -> None:
+        """After a first run, keep what was compiled for it.
+
+        Args:
+            shape: of the decoder's call, or ``None`` for the encoder.
+        """
+        if self._kernels is not None and shape not in self._compiled:
+            self._compiled.add(shape)
+            self._kernels.save()
 
     def inputs(self, shape: ShapeClass) -> Layout:
         """The block with everything of a prompt but its mask."""
