@@ -169,7 +169,6 @@ class Engine:
 
     Attributes:
         tensors: what it reads and writes, by name.
-        scratch_bytes: working memory that a context needs while it runs.
     """
 
     def __init__(self, trt_engine: Any, library: Library, trt_configuration: Any) -> None:
@@ -178,7 +177,6 @@ class Engine:
         self._trt_configuration = trt_configuration
         self._lock = threading.Lock()
         self.tensors: Mapping[str, Tensor] = library.tensors(trt_engine)
-        self.scratch_bytes = int(trt_engine.device_memory_size_v2)
 
     def context(self) -> Context:
         """A context for one shape at a time, without working memory of its own.
@@ -208,11 +206,10 @@ class Context:
         self.engine = engine
 
     def set_scratch(self, address: int, nbytes: int) -> None:
-        """Lend working memory; what runs at the same time must not share it."""
-        if nbytes < self.engine.scratch_bytes:
-            raise BackendError(
-                f"{nbytes} bytes of scratch memory, {self.engine.scratch_bytes} are needed"
-            )
+        """Lend working memory, :meth:`scratch_bytes` or more, once the shapes are set.
+
+        What runs at the same time must not share it.
+        """
         self._trt_context.set_device_memory(address, nbytes)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:

@@ -74,7 +74,7 @@ SEVERITIES = {"INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"}
 
 def test_the_collection_finds_what_is_used() -> None:
     assert ("trt_context", "execute_async_v3") in TENSORRT_USES
-    assert ("trt_engine", "device_memory_size_v2") in TENSORRT_USES
+    assert ("trt_context", "update_device_memory_size_for_shapes") in TENSORRT_USES
     assert ("trt", "ExecutionContextAllocationStrategy") in TENSORRT_USES
     assert len(TENSORRT_USES) >= 15
 
@@ -165,5 +165,7 @@ def test_every_cuda_python_has_every_name(version: str) -> None:
     kinds = {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost", "cudaMemcpyDeviceToDevice"}
     assert {"cudaMalloc", "cudaGraphLaunch", "cudaMemcpyKind"} <= names
     assert "cudaStreamCaptureModeThreadLocal" in members
-    wanted = (names - {"cudaError_t"}) | members | kinds
+    compiling = {name for owner, name in used(source, "nvrtc") | used(source, "driver")}
+    assert {"nvrtcCompileProgram", "cuModuleLoadData", "cuLaunchKernel"} <= compiling
+    wanted = (names - {"cudaError_t"}) | members | kinds | compiling
     assert wanted - set(NAMES[version]) == set()
