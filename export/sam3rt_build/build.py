@@ -20,7 +20,7 @@ from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict
 from sam3rt.backends.table import entry
 from sam3rt.backends.tensorrt import TensorRtBackend, open_platform
-from sam3rt.backends.tensorrt.cuda import Device, probe
+from sam3rt.backends.tensorrt.driver import Device, probe
 from sam3rt.backends.tensorrt.engines import (
     ENGINES,
     EngineFile,
@@ -68,8 +68,7 @@ def build_bundle(
     """Build, prove and publish the engines of one bundle.
 
     On a GPU: the fastest pair of recipes that passes the gate on the bundle's parity record.
-    Ahead of time: one pair per recipe, unproven; the runtime proves them where they first load,
-    as it does with the engines for resizing and upsampling.
+    Ahead of time: one pair per recipe, unproven; the runtime proves them where they first load.
 
     Args:
         bundle: an opened bundle.
@@ -80,7 +79,7 @@ def build_bundle(
         device: the GPU at hand; by default the driver is asked.
 
     Returns:
-        The engines that may serve: encoders, decoders, what stands around them.
+        The engines that may serve: encoders and decoders.
 
     Raises:
         InvalidInputError: an option makes no sense.
@@ -105,8 +104,7 @@ def build_bundle(
             target = EngineTarget(gpu, options.backend, trt.__version__, device.driver_version)
             open_pair = open_pair or functools.partial(_open_here, device=device)
             engines = _on_this_gpu(_Pairs(builder, target, open_pair, say), recipes, say)
-        say("building the preprocessing and the postprocessing")
-        return (*engines, *builder.build_imaging())
+        return engines
 
 
 def _check_location(bundle: Bundle) -> None:
@@ -256,7 +254,7 @@ def _check(options: BuildOptions) -> tuple[Recipe, ...]:
     flavours = typing.get_args(BackendName)
     if options.backend not in flavours:
         raise InvalidInputError("backend", repr(options.backend), " or ".join(flavours))
-    bounds = {"max_objects": 1, "max_points": 1, "max_side": 64, "device": 0}
+    bounds = {"max_objects": 1, "max_points": 1, "max_batch": 1, "device": 0}
     for name, least in bounds.items():
         value = getattr(options, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -166,6 +166,9 @@ def _config(request: EngineRequest) -> Callable[[Any, Any], Any]:
         # On by default in TensorRT, off by default in polygraphy: said either way.
         switch = config.set_flag if request.tf32 else config.clear_flag
         switch(trt.BuilderFlag.TF32)
+        if request.backend == "tensorrt-rtx":
+            # Memory that TensorRT for RTX allocates itself keeps a run from being recorded.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         return config
 
     return configure

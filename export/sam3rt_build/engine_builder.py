@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import onnx
 
-from sam3rt.backends.tensorrt.cuda import Device
+from sam3rt.backends.tensorrt.driver import Device
 from sam3rt.backends.tensorrt.engines import ENGINES, EngineFile, engine_path, folder_name
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
@@ -22,7 +21,6 @@ from sam3rt.backends.tensorrt.sidecar import (
     sidecar_path,
     write_sidecar,
 )
-from sam3rt.backends.tensorrt.sidecar import Role as EngineRole
 from sam3rt.bundle import Bundle, TensorSpec, file_entry
 from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 
@@ -30,22 +28,14 @@ from .builder_process import EngineRequest, Sizes
 from .ep_context import wrapper_path, write_wrapper
 from .errors import BuildError
 from .graph_files import load_graph, save_graph
-from .imaging_graphs import (
-    postprocess_graph,
-    postprocess_shapes,
-    preprocess_graph,
-    preprocess_shapes,
-)
 from .plan_evidence import PlanEvidence, check_promise, evidence_path, read_engine, write_evidence
-from .recipes import Recipe, recipe_named
+from .recipes import Recipe
 from .typed_graph import FeaturesType, Role, apply_recipe
 
 Make = Callable[[EngineRequest], None]
 # Least, typical and greatest shape of each input with a dynamic axis.
 Profile = dict[str, tuple[Sizes, Sizes, Sizes]]
 
-# Images in one encoder call.
-_BATCH = 1
 # The runtime pads one click to this many points.
 _CLICK_POINTS = 4
 
@@ -63,9 +53,7 @@ class BuildOptions:
             an object's largest layer (288 x 288 x 32 values) takes 10.6 MB in FP32, and every
             concurrent caller has room for a few such layers of all objects.
         max_points: points per object, padding and box corners included.
-        max_side: height and width of images that are resized, and masks that are upsampled, on
-            the GPU, pixels; the host does it for larger ones. Its square costs 12 bytes each of
-            device memory.
+        max_batch: images in one encoder call. The encoder's working memory grows with it.
         workspace: memory the builder may try layers with, bytes; ``None`` for all there is.
         device: number of the GPU to build on.
     """
@@ -75,7 +63,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     max_objects: int = 16
     max_points: int = 32
-    max_side: int = 4096
+    max_batch: int = 1
     workspace: int | None = None
     device: int = 0
 
@@ -148,30 +136,9 @@ class EngineBuilder:
         )
         return built
 
-    def build_imaging(self) -> tuple[EngineFile, ...]:
-        """The engines that stand around the network, in FP32, unproven.
-
-        Raises:
-            BuildError: one cannot be built.
-        """
-        if self._folder is None:
-            raise RuntimeError("the builder is not entered")
-        manifest, side = self.bundle.manifest, self.options.max_side
-        exact = recipe_named("fp32")
-        built = []
-        parts: tuple[tuple[EngineRole, onnx.ModelProto, Profile], ...] = (
-            ("preprocess", preprocess_graph(manifest), preprocess_shapes(manifest, side)),
-            ("postprocess", postprocess_graph(manifest), postprocess_shapes(manifest, side)),
-        )
-        for role, model, profile in parts:
-            graph = Path(self._folder.name) / f"{role}.onnx"
-            graph.write_bytes(model.SerializeToString())
-            built.append(self._make_engine(role, graph, profile, exact, "float32"))
-        return tuple(built)
-
     def _make_engine(
         self,
-        role: EngineRole,
+        role: Role,
         graph: Path,
         profile: Profile,
         recipe: Recipe,
@@ -221,7 +188,7 @@ class EngineBuilder:
 
     def _publish(
         self,
-        role: EngineRole,
+        role: Role,
         recipe: Recipe,
         features: FeaturesType,
         finished: Path,
@@ -249,8 +216,7 @@ class EngineBuilder:
             shapes=EngineShapes(
                 self.options.max_objects,
                 self.options.max_points,
-                _BATCH,
-                self.options.max_side,
+                self.options.max_batch,
             ),
             state="unproven",
             parity={},
@@ -293,7 +259,8 @@ class EngineBuilder:
 def graph_profile(bundle: Bundle, role: Role, options: BuildOptions) -> Profile:
     """Least, typical and greatest shape of each input of a graph that has a dynamic axis."""
     axes = {
-        "batch": (_BATCH, _BATCH, _BATCH),
+        # The decoder takes one image at a time.
+        "batch": (1, 1, options.max_batch if role == "encoder" else 1),
         "num_objects": (1, 1, options.max_objects),
         "num_points": (1, min(_CLICK_POINTS, options.max_points), options.max_points),
         "num_masks": (1, 1, options.max_objects),

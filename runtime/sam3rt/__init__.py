@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .backends import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
     from .embedding import ImageEmbedding
     from .errors import (
         BackendError,
         BundleError,
+        DeviceLostError,
         EmbeddingError,
         ImageError,
         InvalidInputError,
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
 # Where each name lives. Names are imported when they are first used, so that the command line runs
 # before NumPy has loaded and can be interrupted meanwhile.
 _HOMES = {
+    "backends": ("GpuOptions",),
     "bundle": ("Bundle", "Manifest", "open_bundle"),
     "embedding": ("ImageEmbedding",),
     "errors": (
         "BackendError",
         "BundleError",
+        "DeviceLostError",
         "EmbeddingError",
         "ImageError",
         "InvalidInputError",
@@ -59,7 +63,9 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DecodedMasks",
+    "DeviceLostError",
     "EmbeddingError",
+    "GpuOptions",
     "ImageEmbedding",
     "ImageError",
     "InvalidInputError",

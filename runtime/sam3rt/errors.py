@@ -59,5 +59,9 @@ class BackendError(Sam3rtError, RuntimeError):
     """A backend is not installed, not usable on this machine, or failed."""
 
 
+class DeviceLostError(BackendError):
+    """A GPU failed so that this process cannot use it any more: every later call fails as well."""
+
+
 class VerificationError(Sam3rtError):
     """A model's outputs differ from its parity record by more than is allowed."""

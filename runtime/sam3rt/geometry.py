@@ -20,9 +20,6 @@ Image = NDArray[np.uint8] | PIL.Image.Image
 MAX_PIXELS = 1 << 28
 MAX_SIDE = 1 << 16
 
-# Pillow's weights for 8-bit images have 22 fractional bits (PRECISION_BITS of its Resample.c).
-_FIXED_POINT = 1 << 22
-
 # Modes whose conversion to RGB keeps 8 bits per channel. Transparency is dropped, not blended:
 # the model was trained on the colours, and the colours are what is under the alpha channel.
 _CONVERTIBLE_MODES = frozenset(
@@ -222,31 +219,6 @@ def preprocess(
     return pixels, inside
 
 
-def resize_matrices(
-    spec: ImageSpec, image: ImageGeometry
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The resize of :func:`preprocess` as a matrix for either axis.
-
-    Args:
-        spec: the model's image rules.
-        image: where the image lies in the encoder's input.
-
-    Returns:
-        Float32 [height of the encoder's input, height of the image] and [width of the image,
-        width of the encoder's input]; zero where the encoder's input is padding. For a resize
-        that rounds to whole levels, weights are those of Pillow's fixed-point arithmetic.
-    """
-    matrices = []
-    for source, filled, side in zip(image.original_size, image.input_size, spec.size, strict=True):
-        weights = _antialiased(source, filled)
-        if spec.resize_dtype == "uint8":
-            weights = np.floor(weights * _FIXED_POINT + 0.5) / _FIXED_POINT
-        matrix = np.zeros((side, source), np.float32)
-        matrix[:filled] = weights
-        matrices.append(matrix)
-    return matrices[0], np.ascontiguousarray(matrices[1].T)
-
-
 def rows_first(image: ImageGeometry) -> bool:
     """Whether Pillow 13 resizes an image's rows before its columns.
 
@@ -257,21 +229,3 @@ def rows_first(image: ImageGeometry) -> bool:
         before - after for before, after in zip(image.original_size, image.input_size, strict=True)
     )
     return lost_rows > max(0, 2 * lost_columns)
-
-
-def _antialiased(inputs: int, outputs: int) -> NDArray[np.float64]:
-    """One axis of Pillow's bilinear resize, [outputs, inputs].
-
-    A triangle of the filter's support, widened where the image shrinks, around each output's
-    centre; weights of each output are normalized (``precompute_coeffs`` of Pillow's Resample.c).
-    """
-    scale = inputs / outputs
-    support = max(scale, 1.0)
-    centre = (np.arange(outputs)[:, None] + 0.5) * scale
-    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
-    last = np.minimum((centre + support + 0.5).astype(np.int64), inputs)
-    position = np.arange(inputs)
-    weights = np.maximum(1.0 - np.abs((position - centre + 0.5) / support), 0.0)
-    weights[(position < first) | (position >= last)] = 0.0
-    normalized: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-    return normalized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
-from .backends import Backend, create_backend
+from .backends import Backend, GpuOptions, create_backend
 from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
@@ -112,6 +113,24 @@ class SegmentationModel:
         features = self.backend.encode_image(rgb, where, self.on_stage)
         return ImageEmbedding(features, where, self.manifest.fingerprint, self._names)
 
+    def encode_batch(self, images: Sequence[Image]) -> list[ImageEmbedding]:
+        """Run the encoder on several images, together where the backend gains by it.
+
+        Args:
+            images: each as for :meth:`encode`; sizes may differ.
+
+        Raises:
+            ImageError, BackendError: see :meth:`encode`.
+        """
+        arrays = [to_rgb(image, f"images[{i}]") for i, image in enumerate(images)]
+        places = [geometry(self.manifest.image, (a.shape[0], a.shape[1])) for a in arrays]
+        features = self.backend.encode_images(arrays, places, self.on_stage)
+        fingerprint = self.manifest.fingerprint
+        return [
+            ImageEmbedding(maps, where, fingerprint, self._names)
+            for maps, where in zip(features, places, strict=True)
+        ]
+
     def decode(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
     ) -> DecodedMasks:
@@ -154,8 +173,8 @@ class SegmentationModel:
     ) -> tuple[DecodedMasks, NDArray[Any]]:
         """:meth:`decode`, then masks of the image's size.
 
-        Where the backend can, masks are made on its device, so that they cross the bus as one
-        byte per pixel; holes are found on the host either way.
+        Where the backend can, masks are made on its device, holes filled, so that they cross the
+        bus as one byte per pixel.
 
         Args:
             embedding: as for :meth:`decode`.
@@ -318,6 +337,13 @@ class SegmentationModel:
         embedding = self.encode(np.zeros((8, 8, 3), np.uint8))
         self.decode(embedding, Prompts(point_coords=[[4.0, 4.0]], point_labels=[1]))
 
+    def close(self) -> None:
+        """Give back the memory that the backend holds, once the calls under way are done.
+
+        Embeddings keep theirs. Every call from now on raises :class:`sam3rt.StateError`.
+        """
+        self.backend.close()
+
     def health(self) -> Health:
         """Put a known question to the model and judge the answer, as a readiness probe.
 
@@ -334,6 +360,7 @@ def load_model(
     threads: int | None = None,
     precision: str = "auto",
     map_weights: bool = False,
+    gpu: GpuOptions | None = None,
     check_files: bool = True,
     expected_fingerprint: str | None = None,
 ) -> SegmentationModel:
@@ -357,6 +384,8 @@ def load_model(
             their size in memory. By default they are read into this process's own memory while
             they are hashed: a mapped file that is changed later changes results, and one that is
             cut ends the process.
+        gpu: how the TensorRT backends use the GPU: calls at a time, memory, waiting. Others pay
+            no heed to it.
         check_files: hash every file against the manifest first.
         expected_fingerprint: refuse any bundle but the one with this fingerprint.
 
@@ -383,5 +412,6 @@ def load_model(
             threads=threads,
             precision=precision,
             map_weights=map_weights,
+            gpu=gpu,
         ),
     )

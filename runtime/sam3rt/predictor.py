@@ -148,7 +148,7 @@ class SAM3InteractiveImagePredictor:
         # All are checked before the first is encoded: encoding is the expensive part.
         arrays = [to_rgb(image, f"image_list[{i}]") for i, image in enumerate(image_list)]
         with self._one_caller():
-            self._set([self.model.encode(array) for array in arrays], is_batch=True)
+            self._set(self.model.encode_batch(arrays), is_batch=True)
 
     def predict(
         self,

@@ -15,7 +15,7 @@ from tests.support.conformance import Refusal
 from tests.support.vectors import Document, as_image, as_prompts
 
 import sam3rt
-from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.engines import EngineTarget, candidates
 from sam3rt.bundle import FileEntry, ImageSpec, PromptSpec, TensorSpec, parse_manifest
 from sam3rt.bundle.onnx_locations import check_tensor_locations

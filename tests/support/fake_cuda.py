@@ -13,14 +13,16 @@ import contextlib
 import random
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.support import cpu_kernels
 
 from sam3rt.backends.tensorrt.cuda import Cuda, out_of_memory
+from sam3rt.backends.tensorrt.imaging import MASK_JOB, RESIZE_JOB, RESIZING
 from sam3rt.errors import BackendError
 
 _ALIGNMENT = 256
@@ -54,6 +56,9 @@ class Operation:
     regions: tuple[Region, ...]
     run: Callable[[], None]
     graph: int | None = None
+    # What it reads on the host, and its checksum when it was queued.
+    source: NDArray[np.uint8] | None = None
+    checksum: int = 0
     # Keeps Python memory alive that the operation reads or writes.
     keep: Any = None
 
@@ -63,6 +68,28 @@ class Stream:
     pending: list[Operation] = field(default_factory=list)
     recording: list[Operation] | None = None
     recorder: int | None = None
+
+
+def extents(job: np.void) -> Iterator[tuple[int, int]]:
+    """Where the memory lies that a kernel's job names, and how much of it."""
+    if "planes" in (job.dtype.names or ()):
+        planes = int(job["planes"])
+        low, high = (planes * int(np.prod(job[name])) for name in ("size", "target"))
+        cleans = job["max_hole"] > 0 or job["max_sprinkle"] > 0
+        sizes = {"logits": 4 * low, "masks": high}
+        if cleans:
+            sizes |= dict.fromkeys(("cleaned", "parents", "areas"), 4 * low)
+    else:
+        filled = job["filled"]
+        sizes = {
+            "image": 3 * int(np.prod(job["source"])),
+            "pixels": 12 * int(np.prod(job["side"])),
+            "spans": 8 * int(filled.sum()),
+            "weights": 4 * int((filled * job["taps"]).sum()),
+        }
+    for name, nbytes in sizes.items():
+        if nbytes:
+            yield int(job[name]), nbytes
 
 
 # The GPU that every thread of a test has as its current one, before and after each call.
@@ -79,6 +106,9 @@ class FakeCuda(Cuda):
 
     def __init__(self, total: int = 4 << 30, seed: int = 0) -> None:
         self.index = 0
+        self.lost = None
+        # What a compiler does not take, as NVRTC would not where it is missing.
+        self.compiles = True
         # Device memory is host memory, so that NumPy can read what is exported.
         self.dlpack_device = (1, 0)
         self.total = total
@@ -225,18 +255,15 @@ class FakeCuda(Cuda):
         self._check_contiguous(source)
         device = self.view(target, source.nbytes)
         flat = source.reshape(-1).view(np.uint8)
-        before = zlib.crc32(flat)
 
         def run() -> None:
-            if zlib.crc32(flat) != before:
-                raise CudaMisuse("host memory was changed before its upload was done")
             device[:] = flat
 
         regions = (
             Region(target, source.nbytes, True),
             Region(source.ctypes.data, source.nbytes, False),
         )
-        self.queue(stream, Operation("upload", regions, run, keep=source), source.nbytes)
+        self.queue(stream, Operation("upload", regions, run, source=flat), source.nbytes)
 
     def download(self, target: NDArray[Any], source: int, stream: int) -> None:
         self._check_contiguous(target)
@@ -288,14 +315,7 @@ class FakeCuda(Cuda):
                 raise CudaMisuse("a graph is launched that does not exist")
             operations = self._graphs[graph]
             for operation in operations:
-                self.queue(
-                    stream,
-                    Operation(
-                        operation.what, operation.regions, operation.run, graph, operation.keep
-                    ),
-                    0,
-                    log=False,
-                )
+                self.queue(stream, replace(operation, graph=graph), 0, log=False)
             self.log.append(("launch", len(operations)))
 
     def destroy_graph(self, graph: int) -> None:
@@ -306,6 +326,30 @@ class FakeCuda(Cuda):
             del self._graphs[graph]
 
     # For the fake TensorRT.
+
+    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> dict[str, str]:
+        """The same source, compiled for the CPU."""
+        self._check_active()
+        if not self.compiles:
+            raise BackendError("cuda-python has no NVRTC: No module named 'nvrtc'")
+        library = cpu_kernels.load(source)
+        assert all(hasattr(library, name) for name in names)
+        return {name: name for name in names}
+
+    def launch_kernel(self, kernel: str, blocks: int, threads: int, job: int, stream: int) -> None:
+        masks = kernel not in RESIZING
+        dtype = MASK_JOB if masks else RESIZE_JOB
+        raw = self.view(job, dtype.itemsize)
+
+        def run() -> None:
+            about = raw.view(dtype)[0]
+            for address, nbytes in extents(about):
+                self.view(address, nbytes)
+            cpu_kernels.run(kernel, job)
+
+        # What else it touches stands in the job, which may not be there yet.
+        regions = (Region(job, dtype.itemsize, False),)
+        self.queue(stream, Operation("kernel", regions, run), 0)
 
     def is_capturing(self, stream: int) -> bool:
         return self._stream(stream).recording is not None
@@ -323,6 +367,8 @@ class FakeCuda(Cuda):
             for other in self._streams.values():
                 if other is not chosen:
                     self._check_race(operation, other)
+            if operation.source is not None:
+                operation = replace(operation, checksum=zlib.crc32(operation.source))
             chosen.pending.append(operation)
             if log:
                 self.log.append((operation.what, nbytes))
@@ -332,7 +378,10 @@ class FakeCuda(Cuda):
 
     def _run(self, stream: Stream, count: int) -> None:
         for _ in range(count):
-            stream.pending[0].run()
+            operation = stream.pending[0]
+            if operation.source is not None and zlib.crc32(operation.source) != operation.checksum:
+                raise CudaMisuse("host memory was changed before its upload was done")
+            operation.run()
             del stream.pending[0]
 
     def _check_race(self, operation: Operation, other: Stream) -> None:

@@ -4,6 +4,10 @@ An engine file is a JSON text: the path of the graph, the greatest size of each 
 which types the engine has. Everything that TensorRT is strict about is checked: shapes within the
 profile, addresses, working memory, a run before a recording, and recordings that die with a
 changed context.
+
+TensorRT for RTX has rules of its own: a runtime configuration, kernels that are compiled late
+unless it says EAGER, memory that only an engine built for it leaves to the user, and a question to
+ask before a recording.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,11 @@ _ORT_TYPES = {
     "tensor(int64)": np.int64,
     "tensor(uint8)": np.uint8,
 }
-SCRATCH = 4096
+
+
+def scratch_for(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Working memory of a run: some, and more for larger inputs."""
+    return 4096 + 256 * max(max(shape, default=1) for shape in shapes)
 
 
 class DataType(enum.Enum):
@@ -53,6 +61,75 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
     USER_MANAGED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
+class SeekPosition(enum.Enum):
+    SET = 0
+    CUR = 1
+    END = 2
+
+
+class IStreamReaderV2:
+    pass
+
+
+def read_through(reader: Any) -> bytes:
+    """An engine as TensorRT reads it: not from the beginning to the end."""
+    assert reader.seek(0, SeekPosition.END)
+    assert reader.read(1, 0) == b""
+    assert reader.seek(0, SeekPosition.SET)
+    head = bytes(reader.read(3, 0))
+    assert reader.seek(-len(head), SeekPosition.CUR)
+    content = b""
+    while piece := reader.read(1 << 30, 0):
+        content += piece
+    return content
+
+
+class RuntimeCache:
+    """Kernels by their names; only those of this environment are taken."""
+
+    ENVIRONMENT = "driver 580"
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.ENVIRONMENT, sorted(self.kernels)]).encode()
+
+    def deserialize(self, content: bytes) -> bool:
+        environment, kernels = json.loads(content)
+        if environment != self.ENVIRONMENT:
+            return False
+        self.kernels |= set(kernels)
+        return True
+
+
+class RuntimeConfig:
+    def __init__(self) -> None:
+        self.dynamic_shapes_kernel_specialization_strategy = (
+            DynamicShapesKernelSpecializationStrategy.LAZY
+        )
+        self.strategy = ExecutionContextAllocationStrategy.STATIC
+        self.cache = RuntimeCache()
+
+    def set_execution_context_allocation_strategy(
+        self, strategy: ExecutionContextAllocationStrategy
+    ) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class Severity(enum.Enum):
@@ -77,6 +154,7 @@ def engine_content(
     features: str = "float32",
     labels: str = "int64",
     perturbation: str = "",
+    user_memory: bool = True,
 ) -> bytes:
     """What to write into an engine file."""
     return json.dumps(
@@ -86,6 +164,7 @@ def engine_content(
             "features": features,
             "labels": labels,
             "perturbation": perturbation,
+            "user_memory": user_memory,
         }
     ).encode()
 
@@ -125,14 +204,22 @@ def make_module(
     version: str = "10.16.0",
     perturbations: dict[str, Perturbation] | None = None,
     capturable: bool = True,
+    rtx: bool = False,
 ) -> types.ModuleType:
-    """The module, over one fake GPU."""
+    """The module, over one fake GPU; ``compiled`` lists what TensorRT for RTX had to compile."""
+    compiled: list[str] = []
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
             self._logger = logger
 
-        def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
+        def deserialize_cuda_engine(self, source: Any) -> Engine | None:
+            if not isinstance(source, bytes):
+                assert isinstance(source, IStreamReaderV2)
+                source = read_through(source)
+            return self._deserialize(source)
+
+        def _deserialize(self, content: bytes) -> Engine | None:
             try:
                 description = json.loads(content)
             except ValueError:
@@ -145,7 +232,6 @@ def make_module(
             self.logger = logger
             self.session = _session(description["graph"])
             self.perturbation = (perturbations or {}).get(description["perturbation"])
-            self.device_memory_size_v2 = SCRATCH
             self.tensors: dict[str, tuple[TensorIOMode, DataType, tuple[Any, ...]]] = {}
             for mode, arguments in (
                 (TensorIOMode.INPUT, self.session.get_inputs()),
@@ -159,6 +245,13 @@ def make_module(
                         dtype = DataType(np.dtype(description["labels"]).type)
                     self.tensors[argument.name] = (mode, dtype, tuple(argument.shape))
             self.axes = {"batch": 1} | description["axes"]
+            self.graph = Path(description["graph"]).stem
+            self.user_memory = description["user_memory"]
+
+        @property
+        def device_memory_size_v2(self) -> int:
+            shapes = (self.get_tensor_profile_shape(name, 0)[2] for name in self.tensors)
+            return scratch_for(shapes)
 
         @property
         def num_io_tensors(self) -> int:
@@ -183,14 +276,22 @@ def make_module(
             most = tuple(s if isinstance(s, int) else self.axes[s] for s in shape)
             return [least, least, most]
 
-        def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context:
+        def create_runtime_config(self) -> RuntimeConfig:
+            assert rtx
+            return RuntimeConfig()
+
+        def create_execution_context(self, how: Any) -> Context:
+            assert isinstance(how, RuntimeConfig) == rtx
+            strategy = how.strategy if rtx else how
             if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
                 raise CudaMisuse("a context that allocates working memory of its own")
-            return Context(self)
+            return Context(self, how if rtx else None)
 
     class Context:
-        def __init__(self, engine: Engine) -> None:
+        def __init__(self, engine: Engine, config: RuntimeConfig | None) -> None:
             self._engine = engine
+            self._config = config
+            self._asked = False
             self._shapes: dict[str, tuple[int, ...]] = {
                 name: shape
                 for name, (mode, _, shape) in engine.tensors.items()
@@ -238,10 +339,32 @@ def make_module(
                         raise CudaMisuse(f"{symbol} is {sizes[symbol]} and {side}")
             return tuple(s if isinstance(s, int) else sizes.get(s, 1) for s in shape)
 
+        def update_device_memory_size_for_shapes(self) -> int:
+            return scratch_for(self._shapes.values())
+
+        def is_stream_capturable(self, stream: int) -> bool:
+            assert rtx
+            self._asked = True
+            return capturable and self._engine.user_memory
+
+        def _compile(self, recorded: bool) -> None:
+            """What TensorRT for RTX does before it runs shapes that are new to it."""
+            if self._config is None:
+                return
+            if recorded and not self._asked:
+                raise CudaMisuse("a recording of which nobody asked whether it can be made")
+            kind = DynamicShapesKernelSpecializationStrategy
+            if self._config.dynamic_shapes_kernel_specialization_strategy is not kind.EAGER:
+                raise CudaMisuse("fallback kernels may be recorded for good")
+            kernel = f"{self._engine.graph} {sorted(self._shapes.items())}"
+            if kernel not in self._config.cache.kernels:
+                self._config.cache.kernels.add(kernel)
+                compiled.append(kernel)
+
         def execute_async_v3(self, stream: int) -> bool:
             engine = self._engine
             missing = [name for name in engine.tensors if name not in self._addresses]
-            if missing or self._scratch[1] < engine.device_memory_size_v2:
+            if missing or self._scratch[1] < scratch_for(self._shapes.values()):
                 engine.logger.log(Severity.ERROR, f"no address for {missing}, or no memory")
                 return False
             if cuda.is_capturing(stream) and self._has_run != self._version:
@@ -258,6 +381,7 @@ def make_module(
                 regions.append(Region(address, nbytes, mode is TensorIOMode.OUTPUT))
             version = self._version
             recorded = cuda.is_capturing(stream)
+            self._compile(recorded)
 
             def run() -> None:
                 # What is queued directly has read the context by then; a graph depends on it.
@@ -280,7 +404,7 @@ def make_module(
             self._has_run = version
             return True
 
-    module = types.ModuleType("tensorrt")
+    module = types.ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     for name, value in {
         "__version__": version,
         "ILogger": ILogger,
@@ -288,6 +412,9 @@ def make_module(
         "DataType": DataType,
         "TensorIOMode": TensorIOMode,
         "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
+        "DynamicShapesKernelSpecializationStrategy": DynamicShapesKernelSpecializationStrategy,
+        "IStreamReaderV2": IStreamReaderV2,
+        "compiled": compiled,
     }.items():
         setattr(module, name, value)
     return module

@@ -31,7 +31,7 @@ import PIL.Image
 from sam3rt import geometry
 from sam3rt.accuracy import verdicts
 from sam3rt.accuracy.record import ParityRecord
-from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.sidecar import (
     EngineShapes,
     EngineSidecar,
@@ -369,7 +369,7 @@ def _sidecars() -> Iterator[bytes]:
         driver_version="550.54",
         recipe="fp16",
         features_dtype="float16",
-        shapes=EngineShapes(64, 32, 1, 4096),
+        shapes=EngineShapes(64, 32, 1),
         state="proven",
         parity={"masks mean IoU": 0.999},
         paired_with=None,

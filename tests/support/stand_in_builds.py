@@ -18,7 +18,7 @@ from tests.support.build_helpers import float_types
 from sam3rt.accuracy import select
 from sam3rt.accuracy.gate import Verdict
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.backends.tensorrt.cuda import Device, Gpu
+from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.backends.tensorrt.engines import ENGINES, EngineSet
 from sam3rt.backends.tensorrt.sidecar import sidecar_path
 from sam3rt.bundle import Bundle

@@ -11,24 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_tensorrt import Perturbation, engine_content, make_module
 
 import sam3rt
+from sam3rt import GpuOptions
 from sam3rt.backends.tensorrt import Platform, TensorRtBackend
-from sam3rt.backends.tensorrt.cuda import Device, Gpu
+from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.backends.tensorrt.engines import EngineFile, candidates, engine_path, folder_name
-from sam3rt.backends.tensorrt.sidecar import EngineShapes, EngineSidecar, write_sidecar
+from sam3rt.backends.tensorrt.sidecar import (
+    BackendName,
+    EngineShapes,
+    EngineSidecar,
+    write_sidecar,
+)
 from sam3rt.backends.tensorrt.trt import Library
 from sam3rt.bundle import Bundle, FileEntry, open_bundle
-from sam3rt_build import imaging_graphs as imaging
 
 GPU = Gpu("NVIDIA Fake 9000", "8.9")
 DRIVER = "580.65"
 VERSION = "10.16.0"
-MAX_OBJECTS, MAX_POINTS, MAX_SIDE = 4, 16, 2048
+MAX_OBJECTS, MAX_POINTS = 4, 16
 # Of an engine that is nowhere.
 SIDECAR = EngineSidecar(
     role="decoder",
@@ -41,7 +45,7 @@ SIDECAR = EngineSidecar(
     driver_version="580.65.06",
     recipe="fp16-attention-fp32",
     features_dtype="float16",
-    shapes=EngineShapes(16, 32, 1, 4096),
+    shapes=EngineShapes(16, 32, 1),
     state="proven",
     parity={"features 0 cosine": 0.99998, "masks least IoU": 0.9991},
     paired_with="ef" * 32,
@@ -73,6 +77,10 @@ class Rig:
     trt: types.ModuleType
     perturbations: dict[str, Perturbation] = field(default_factory=dict)
 
+    @property
+    def flavour(self) -> BackendName:
+        return self.platform.library.flavour
+
     def build(self, recipe: str = "fp32", **changes: Any) -> dict[str, EngineFile]:
         """Put an encoder and a decoder engine into the bundle."""
         encoder = self.engine("encoder", recipe, **changes)
@@ -91,8 +99,10 @@ class Rig:
         labels: str = "int64",
         state: str = "proven",
         paired_with: str | None = None,
+        user_memory: bool = True,
         max_objects: int = MAX_OBJECTS,
         max_points: int = MAX_POINTS,
+        max_batch: int = 1,
         **changes: Any,
     ) -> EngineFile:
         """Put one engine into the bundle."""
@@ -101,27 +111,25 @@ class Rig:
             "num_objects": max_objects,
             "num_masks": max_objects,
             "num_points": max_points,
-            "height": MAX_SIDE,
-            "width": MAX_SIDE,
-            "masks": manifest.masks.multimask,
+            "batch": max_batch if role == "encoder" else 1,
         }
-        folder = folder_name(GPU, (), "tensorrt", VERSION, recipe)
+        folder = folder_name(GPU, (), self.flavour, VERSION, recipe)
         path = engine_path(self.bundle.path, folder, role)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if role in ("encoder", "decoder"):
-            # Where all rigs have it, so that one session serves them.
-            graph = self.source / getattr(manifest, role).model.file
-        else:
-            graph = path.with_name(f"{role}.onnx")
-            model = getattr(imaging, f"{role}_graph")(manifest)
-            onnx.save(model, graph)
+        # Where all rigs have it, so that one session serves them.
+        graph = self.source / getattr(manifest, role).model.file
         content = engine_content(
-            graph, axes, features=features, labels=labels, perturbation=perturbation
+            graph,
+            axes,
+            features=features,
+            labels=labels,
+            perturbation=perturbation,
+            user_memory=user_memory,
         )
         path.write_bytes(content)
         fields: dict[str, Any] = {
             "role": role,
-            "backend": "tensorrt",
+            "backend": self.flavour,
             "engine": FileEntry(path.name, hashlib.sha256(content).hexdigest(), len(content)),
             "bundle_fingerprint": manifest.fingerprint,
             "gpu": GPU,
@@ -130,7 +138,7 @@ class Rig:
             "driver_version": DRIVER,
             "recipe": recipe,
             "features_dtype": features,
-            "shapes": EngineShapes(max_objects, max_points, 1, MAX_SIDE),
+            "shapes": EngineShapes(max_objects, max_points, max_batch),
             "state": state,
             "parity": {},
             "paired_with": paired_with if role == "decoder" else None,
@@ -143,7 +151,7 @@ class Rig:
     def load(self, **options: Any) -> TensorRtBackend:
         """The backend over the first fitting set, without proof."""
         engines = candidates(self.bundle, self.platform.target)[0]
-        return TensorRtBackend(self.bundle, engines, self.platform, **options)
+        return TensorRtBackend(self.bundle, engines, self.platform, GpuOptions(**options))
 
     def model(self, **options: Any) -> sam3rt.SegmentationModel:
         return sam3rt.SegmentationModel(self.bundle, self.load(**options))
@@ -153,16 +161,15 @@ def make_rig(bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **opti
     """A rig over a copy of a bundle."""
     cuda = FakeCuda(**{k: options.pop(k) for k in ("total", "seed") if k in options})
     perturbations: dict[str, Perturbation] = {}
+    flavour: BackendName = "tensorrt-rtx" if options.get("rtx") else "tensorrt"
     module = make_module(cuda, VERSION, perturbations, **options)
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     copied = open_bundle(copy_bundle(bundle, folder / bundle.name), check_files=False)
     device = Device(0, GPU, cuda.total, DRIVER, (13, 0))
-    rig = Rig(
-        bundle, copied, cuda, Platform(device, cuda, Library("tensorrt")), module, perturbations
-    )
+    rig = Rig(bundle, copied, cuda, Platform(device, cuda, Library(flavour)), module, perturbations)
     monkeypatch.setattr("sam3rt.backends.tensorrt.offer.probe", lambda index=0: device)
     monkeypatch.setattr(
-        "sam3rt.backends.tensorrt.offer.open_platform", lambda flavour, gpu: rig.platform
+        "sam3rt.backends.tensorrt.offer.open_platform", lambda flavour, gpu, blocking: rig.platform
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     return rig

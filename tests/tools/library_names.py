@@ -28,15 +28,17 @@ CUDA = {
     "12.9.10": "cuda-bindings==12.9.10",
     "13.5.0": "cuda-bindings==13.5.0",
 }
-# Public functions, types and constants, and the members of enumerations.
+# Public functions, types and constants, and the members of enumerations; of the driver's API only
+# what loads and launches kernels.
 _ASK = """
 import json
-from cuda.bindings import runtime
-names = set(dir(runtime))
+from cuda.bindings import driver, nvrtc, runtime
+names = set(dir(runtime)) | set(dir(nvrtc)) | set(dir(driver))
 for value in vars(runtime).values():
     if isinstance(value, type):
         names |= set(dir(value))
-print(json.dumps([name for name in names if name.startswith("cuda")]))
+kept = ("cuda", "nvrtc", "cuModule", "cuLaunchKernel")
+print(json.dumps([name for name in names if name.startswith(kept)]))
 """
 
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("objects", 16, "objects in one decoder call; more are run in parts"),
         ("points", 32, "points per object, box corners and padding included"),
-        ("side", 4096, "pixels of height or width that the GPU resizes; the host does larger ones"),
+        ("batch", 1, "images in one encoder call, for set_image_batch"),
     ):
         parser.add_argument(
             f"--max-{name}",
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
             targets=tuple(dict.fromkeys(options.targets)),
             max_objects=options.max_objects,
             max_points=options.max_points,
-            max_side=options.max_side,
+            max_batch=options.max_batch,
             workspace=None if options.workspace is None else options.workspace << 20,
             device=options.device,
         ),

@@ -10,10 +10,10 @@ from typing import Any
 from ..accuracy.select import select
 from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError, VerificationError
-from .base import Backend, Offer
+from .base import Backend, GpuOptions, Offer
 from .table import TABLE, entry, nothing_installed
 
-__all__ = ["BACKENDS", "Backend", "Offer", "create_backend"]
+__all__ = ["BACKENDS", "Backend", "GpuOptions", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def create_backend(
     threads: int | None = None,
     precision: str = "auto",
     map_weights: bool = False,
+    gpu: GpuOptions | None = None,
 ) -> Backend:
     """Create the named backend, or the best one that works here for ``"auto"``.
 
@@ -47,6 +48,7 @@ def create_backend(
         threads: CPU threads per operator; ``None`` leaves it to the backend.
         precision: ``"auto"``, or what the backend must compute in; see the backends.
         map_weights: see :func:`sam3rt.load_model`.
+        gpu: for the TensorRT backends; others pay no heed to it.
 
     Raises:
         InvalidInputError: there is no backend of that name, or an option makes no sense.
@@ -68,6 +70,7 @@ def create_backend(
         "threads": threads,
         "precision": precision,
         "map_weights": map_weights,
+        "gpu": gpu,
     }
     if name != "auto":
         return _create(name, bundle, device=device, **options)
@@ -106,6 +109,8 @@ def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
         raise BackendError(
             f"the {name} backend cannot be imported ({error}): {found.hint}"
         ) from error
+    if not found.takes_gpu_options:
+        del options["gpu"]
     offer: Offer = factory(bundle, **options)
 
     def say(line: str) -> None:

@@ -18,7 +18,7 @@ from .. import masks
 from ..accuracy.select import Recipe
 from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
-from ..errors import EmbeddingError, StateError
+from ..errors import EmbeddingError, InvalidInputError, StateError
 from ..features import Features
 from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
@@ -74,6 +74,7 @@ class Backend(abc.ABC):
         self._encoder_turn = threading.BoundedSemaphore(1)
         self._decoder_turn = threading.BoundedSemaphore(max(2, usable_cores()))
         self._process = os.getpid()
+        self._is_closed = False
         _loaded.add(self)
 
     @abc.abstractmethod
@@ -195,13 +196,38 @@ class Backend(abc.ABC):
                 results[0][0], geometry, manifest.image, manifest.masks, options
             )
 
-    def check_process(self) -> None:
-        """Refuse to work in a process that inherited the model.
+    def encode_images(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        geometries: Sequence[ImageGeometry],
+        on_stage: StageListener | None = None,
+    ) -> list[Features]:
+        """:meth:`encode_image` for several images, one after another unless the backend gains.
 
         Raises:
-            StateError: the process was forked after the model was loaded. Threads and locks of the
-                libraries below do not survive a fork.
+            BackendError, StateError: see :meth:`encode`.
         """
+        return [
+            self.encode_image(image, where, on_stage)
+            for image, where in zip(images, geometries, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Give back what the backend holds, once the calls under way are done.
+
+        Features stay as they are; every call from now on raises :class:`StateError`.
+        """
+        self._is_closed = True
+
+    def check_process(self) -> None:
+        """Refuse to work once closed, and in a process that inherited the model.
+
+        Raises:
+            StateError: the model is closed, or the process was forked after it was loaded. Threads
+                and locks of the libraries below do not survive a fork.
+        """
+        if self._is_closed:
+            raise StateError("the model is closed: load it again")
         if os.getpid() != self._process:
             raise StateError(
                 f"the model was loaded in process {self._process} and inherited by a fork: load it "
@@ -226,6 +252,33 @@ class Backend(abc.ABC):
         """An output for no objects at all, float32 [1, 0, ...]."""
         (spec,) = (s for s in self.bundle.manifest.decoder.outputs if s.name == output)
         return np.empty([side if isinstance(side, int) else 0 for side in spec.shape], np.float32)
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """How the TensorRT backends use a GPU.
+
+    Attributes:
+        lanes: calls at a time, at most; each takes memory of its own.
+        memory: bytes of device memory for embeddings and calls, at most; ``None`` for what there
+            is. The engines' weights come on top.
+        blocking: let threads sleep while they wait for the GPU, instead of keeping a core busy
+            each; it holds for the whole process. For boards with few cores.
+
+    Raises:
+        InvalidInputError: a number is not positive.
+    """
+
+    lanes: int = 4
+    memory: int | None = None
+    blocking: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "memory"):
+            value = getattr(self, name)
+            if (value is None and name == "memory") or (type(value) is int and value > 0):
+                continue
+            raise InvalidInputError(f"gpu.{name}", repr(value), "a positive whole number")
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,13 @@ class OnnxRuntimeBackend(Backend):
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
 
+    def close(self) -> None:
+        """Let go of both sessions; calls under way keep theirs to their end."""
+        super().close()
+        with self._lock:
+            for name in ("_encoder_session", "_decoder_session"):
+                self.__dict__.pop(name, None)
+
     def prepare(self) -> None:
         """Load both graphs now."""
         self.check_process()
@@ -293,7 +300,7 @@ def _gpu(number: int) -> str | None:
 
     A verdict on an unknown GPU could not be remembered, so none is asked for.
     """
-    from .tensorrt.cuda import probe
+    from .tensorrt.driver import probe
 
     try:
         device = probe(number)

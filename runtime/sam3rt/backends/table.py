@@ -27,6 +27,11 @@ class BackendEntry(NamedTuple):
     note: str = ""
 
     @property
+    def takes_gpu_options(self) -> bool:
+        """Whether it is one of those that :class:`sam3rt.GpuOptions` are for."""
+        return self.name.startswith("tensorrt")
+
+    @property
     def hint(self) -> str:
         """How to install it."""
         return f"pip install 'sam3rt[{self.extra}]'" + (f", {self.note}" if self.note else "")

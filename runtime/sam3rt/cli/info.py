@@ -12,7 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..backends.table import TABLE
-from ..backends.tensorrt.cuda import probe_all
+from ..backends.tensorrt.driver import probe_all
 from ..backends.tensorrt.engines import find_engines
 from ..bundle import Bundle, Manifest, open_bundle
 from ..bundle.default import default_bundle_path

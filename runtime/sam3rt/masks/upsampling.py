@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +43,13 @@ class Resampling(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """A banded matrix [outputs, inputs]: output i takes ``weights[i]`` of ``start[i]`` onwards.
+    """A banded matrix: output i takes ``weights[i]`` of ``start[i]`` onwards.
 
     Attributes:
-        inputs: how many inputs there are.
         start: int64 [outputs].
         weights: float64 [outputs, width].
     """
 
-    inputs: int
     start: NDArray[np.int64]
     weights: NDArray[np.float64]
 
@@ -59,12 +57,6 @@ class _Band(NamedTuple):
         """The inputs that each output mixes, int64 [outputs, width]."""
         columns: NDArray[np.int64] = self.start[:, None] + np.arange(self.weights.shape[1])
         return columns
-
-    def dense(self) -> NDArray[np.float32]:
-        """The whole matrix, float32 [outputs, inputs]."""
-        matrix = np.zeros((len(self.start), self.inputs), np.float32)
-        np.put_along_axis(matrix, self.columns(), self.weights.astype(np.float32), axis=1)
-        return matrix
 
 
 @lru_cache(maxsize=8)
@@ -78,34 +70,10 @@ def unpadded(
     source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
 ) -> Resampling:
     """Resize to ``padded``, crop to ``kept`` from the top left, resize to ``target``."""
-    return _resampling(*_unpadding(source, padded, kept, target))
-
-
-def upsampling_matrices(
-    source: tuple[int, int],
-    padded: tuple[int, int],
-    kept: tuple[int, int],
-    target: tuple[int, int],
-    upsampling: Literal["direct", "unpad"],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """:func:`direct` or :func:`unpadded` as one matrix for either axis.
-
-    Args:
-        source: (height, width) of the logits.
-        padded: (height, width) of the encoder's input.
-        kept: (height, width) of the part of it that the image fills.
-        target: (height, width) of the image.
-        upsampling: see :class:`sam3rt.bundle.MaskSpec`.
-
-    Returns:
-        Float32 [height of the image, height of the logits] and [width of the logits, width of
-        the image].
-    """
-    if upsampling == "direct":
-        rows, columns = _bilinear(source[0], target[0]), _bilinear(source[1], target[1])
-    else:
-        rows, columns = _unpadding(source, padded, kept, target)
-    return rows.dense(), np.ascontiguousarray(columns.dense().T)
+    rows, columns = (
+        _unpadded_axis(*sides) for sides in zip(source, padded, kept, target, strict=True)
+    )
+    return _resampling(rows, columns)
 
 
 def resize(
@@ -155,15 +123,6 @@ def _mix_columns(source: NDArray[np.float32], resampling: Resampling) -> NDArray
     return wide
 
 
-def _unpadding(
-    source: tuple[int, int], padded: tuple[int, int], kept: tuple[int, int], target: tuple[int, int]
-) -> tuple[_Band, _Band]:
-    rows, columns = (
-        _unpadded_axis(*sides) for sides in zip(source, padded, kept, target, strict=True)
-    )
-    return rows, columns
-
-
 def _unpadded_axis(source: int, padded: int, kept: int, target: int) -> _Band:
     """Resize one axis to ``padded``, keep its first ``kept``, resize these to ``target``."""
     first, second = _bilinear(source, padded), _bilinear(kept, target)
@@ -205,7 +164,7 @@ def _trimmed(inputs: int, start: NDArray[np.int64], weights: NDArray[np.float64]
     excess = np.maximum(start + width - inputs, 0)
     source = np.arange(width) - excess[:, None]
     shifted = np.take_along_axis(weights, np.maximum(source, 0), axis=1)
-    return _Band(inputs, start - excess, np.where(source >= 0, shifted, 0.0))
+    return _Band(start - excess, np.where(source >= 0, shifted, 0.0))
 
 
 def _resampling(rows: _Band, columns: _Band) -> Resampling:

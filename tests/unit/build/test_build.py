@@ -32,7 +32,7 @@ from tests.support.stand_in_builds import (
 
 from sam3rt.accuracy.gate import Verdict
 from sam3rt.accuracy.verdicts import load_verdict
-from sam3rt.backends.tensorrt.cuda import Device, Gpu
+from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.backends.tensorrt.engines import (
     ENGINES,
     EngineFile,
@@ -94,8 +94,8 @@ def everything_is_consistent(toy: Bundle) -> Iterator[None]:
 
 def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> None:
     make, prove = Maker(), Prover()
-    encoder, decoder, *around = run(toy, make, prove)
-    assert make.made == ["encoder fp16", "decoder fp16", "preprocess", "postprocess"]
+    encoder, decoder = run(toy, make, prove)
+    assert make.made == ["encoder fp16", "decoder fp16"]
     assert prove.seen == [("fp16", "fp16")]
     for engine, role in ((encoder, "encoder"), (decoder, "decoder")):
         sidecar = engine.sidecar
@@ -109,8 +109,7 @@ def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> 
         assert msgspec.structs.astuple(sidecar.shapes) == (
             BuildOptions.max_objects,
             BuildOptions.max_points,
-            1,
-            BuildOptions.max_side,
+            BuildOptions.max_batch,
         )
         assert sidecar.build_seconds >= 0
         assert sidecar.engine.file == f"{role}.engine"
@@ -118,11 +117,7 @@ def test_the_fastest_recipe_that_passes_is_proven_and_on_record(toy: Bundle) -> 
         assert engine.path.parent.name.startswith("nvidia-test-4090-sm89-tensorrt-rtx-")
     assert encoder.sidecar.paired_with is None
     assert decoder.sidecar.paired_with == encoder.sidecar.engine.sha256
-    assert [(e.sidecar.role, e.sidecar.state, e.sidecar.recipe) for e in around] == [
-        ("preprocess", "unproven", "fp32"),
-        ("postprocess", "unproven", "fp32"),
-    ]
-    assert list(find_engines(toy)) == by_path([encoder, decoder, *around])
+    assert list(find_engines(toy)) == by_path([encoder, decoder])
     target = EngineTarget(GPU, RTX, encoder.sidecar.tensorrt_version, "580.65")
     (fitting,) = candidates(toy, target)
     assert (fitting.encoder, fitting.decoder) == (encoder, decoder)
@@ -213,7 +208,6 @@ def test_none_passes(toy: Bundle) -> None:
     assert "masks: cosine nan, at least 0.999 allowed" in message
     assert not list((toy.path / ENGINES).rglob("*.engine"))
     assert find_engines(toy) == ()
-    assert not any(made in ("preprocess", "postprocess") for made in make.made)
 
 
 def test_what_cannot_be_built_is_passed_over(toy: Bundle) -> None:
@@ -265,7 +259,7 @@ def test_a_builder_that_leaves_nothing_has_failed(toy: Bundle) -> None:
     assert find_engines(toy) == ()
 
 
-@pytest.mark.parametrize("when", ["encoder fp16", "decoder fp16", "preprocess"])
+@pytest.mark.parametrize("when", ["encoder fp16", "decoder fp16"])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(28, "No space left"), MemoryError()]
 )
@@ -276,8 +270,7 @@ def test_an_interrupted_build_leaves_nothing_half_done(
     make.fails = lambda what: error if what == when else None
     with pytest.raises(type(error)):
         run(toy, make)
-    left = [engine.sidecar.role for engine in find_engines(toy)]
-    assert left == (["decoder", "encoder"] if when == "preprocess" else [])
+    assert find_engines(toy) == ()
 
 
 def test_a_gate_that_breaks_leaves_nothing(toy: Bundle) -> None:
@@ -405,8 +398,6 @@ def test_ahead_of_time_everything_is_unproven(toy: Bundle) -> None:
         ("encoder", "tf32"),
         ("decoder", "fp16"),
         ("decoder", "tf32"),
-        ("preprocess", "fp32"),
-        ("postprocess", "fp32"),
     ]
     assert list(find_engines(toy)) == by_path(engines)
     for engine in engines:
@@ -478,7 +469,7 @@ def test_engines_are_not_built_behind_a_link_that_leaves_the_bundle(
         ({"max_points": -3}, "max_points: got -3, expected a whole number of at least 1"),
         ({"max_points": 1.0}, r"max_points: got 1\.0, expected a whole number of at least 1"),
         ({"max_objects": True}, "max_objects: got True, expected a whole number"),
-        ({"max_side": 32}, "max_side: got 32, expected a whole number of at least 64"),
+        ({"max_batch": 0}, "max_batch: got 0, expected a whole number of at least 1"),
         ({"workspace": 0}, "workspace: got 0, expected a positive number of bytes"),
         ({"device": -1}, "device: got -1, expected a whole number of at least 0"),
         (

@@ -16,9 +16,6 @@ import pytest
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
-from sam3rt.bundle import open_bundle
-from sam3rt_build import imaging_graphs as imaging
-
 # Least, typical and greatest size of every dynamic axis.
 AXES = {
     "batch": (1, 1, 4),
@@ -103,31 +100,3 @@ def test_weights_stored_as_fp16_are_cast_before_they_are_used(bundle: Path) -> N
     assert users <= {"Cast"}
     weights = json.loads((bundle / "bundle.json").read_text())["weights"]
     assert bool(halved) == (weights == "float16")
-
-
-@pytest.mark.parametrize("kind", ["preprocess", "postprocess"])
-def test_imaging_graph_parses_and_builds(kind: str, bundle: Path, tmp_path: Path) -> None:
-    manifest = open_bundle(bundle, check_files=False).manifest
-    path = tmp_path / f"{kind}.onnx"
-    onnx.save(getattr(imaging, f"{kind}_graph")(manifest), path)
-    builder = trt.Builder(LOGGER)
-    network, errors = parse(builder, path)
-    assert errors == []
-    types = {t.name: t.dtype for t in (network.get_input(i) for i in range(network.num_inputs))}
-    if kind == "preprocess":
-        assert types["image"] == trt.uint8
-        output = network.get_output(0)
-        assert (output.name, output.dtype) == (manifest.encoder.inputs[0].name, trt.float32)
-    else:
-        assert network.get_output(0).dtype == trt.uint8
-
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    for name, shapes in getattr(imaging, f"{kind}_shapes")(manifest, 4096).items():
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None
-    assert engine.nbytes > 10_000

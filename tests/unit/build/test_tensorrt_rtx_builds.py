@@ -15,7 +15,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from sam3rt.backends.tensorrt.engines import find_engines
-from sam3rt.backends.tensorrt.sidecar import EngineSidecar
+from sam3rt.backends.tensorrt.sidecar import EngineShapes, EngineSidecar
 from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.files import sha256_file
@@ -165,8 +165,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "2",
         "--max-points",
         "8",
-        "--max-side",
-        "512",
+        "--max-batch",
+        "2",
     ]
     builds = [
         subprocess.Popen(
@@ -193,7 +193,7 @@ def sidecars(path: Path) -> dict[str, EngineSidecar]:
 def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, str]) -> None:
     path, printed = built
     found = sidecars(path)
-    assert set(found) == {"encoder", "decoder", "preprocess", "postprocess"}
+    assert set(found) == {"encoder", "decoder"}
     manifest = open_bundle(path).manifest
     for role, sidecar in found.items():
         assert sidecar.state == "unproven"
@@ -204,8 +204,8 @@ def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, st
         assert sidecar.tensorrt_version == trt.__version__
         assert sidecar.bundle_fingerprint == manifest.fingerprint
         assert sidecar.build_seconds > 0
-        assert (sidecar.shapes.max_objects, sidecar.shapes.max_points) == (2, 8)
-        assert sidecar.recipe == ("fp16" if role in ("encoder", "decoder") else "fp32")
+        assert sidecar.shapes == EngineShapes(2, 8, 2)
+        assert sidecar.recipe == "fp16"
         (engine,) = path.glob(f"engines/*/{role}.engine")
         assert sidecar.engine.sha256 == sha256_file(engine)
         assert f"{engine}: unproven" in printed
@@ -238,7 +238,7 @@ def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
 def test_nothing_else_is_left_beside_the_engines(built: tuple[Path, str]) -> None:
     path, _ = built
     names = sorted(entry.name for entry in path.glob("engines/*/*"))
-    roles = ("encoder", "decoder", "preprocess", "postprocess")
+    roles = ("encoder", "decoder")
     engines = [f"{role}.engine{end}" for role in roles for end in ("", ".json", ".plan.json")]
     assert names == sorted([*engines, "encoder_ctx.onnx", "decoder_ctx.onnx"])
     assert [p.name for p in (path / "engines").iterdir() if p.is_file()] == [".lock"]
@@ -303,14 +303,14 @@ def test_options_reach_the_build(asked: list[Any]) -> None:
     bundle = str(default_bundle_path())
     several = ["--target", "8.9", "--target", "sm89", "--target", "12.0"]
     recipes = ["--precision", "tf32", "--precision", "fp16"]
-    sizes = ["--max-objects", "3", "--max-points", "5", "--max-side", "640"]
+    sizes = ["--max-objects", "3", "--max-points", "5", "--max-batch", "4"]
     others = ["--workspace", "2", "--device", "1", "--backend", "tensorrt-rtx"]
     assert main(["build", bundle, *several, *recipes, *sizes, *others]) == 0
     (options,) = asked
     assert options.targets == ("8.9", "12.0")
     assert options.precision == ("tf32", "fp16")
     assert (options.max_objects, options.max_points) == (3, 5)
-    assert options.max_side == 640
+    assert options.max_batch == 4
     assert (options.workspace, options.device) == (2 << 20, 1)
     assert main(["build", bundle, "--precision", "fp16", "--precision", "auto"]) == 0
     assert asked[1].precision == "auto"

@@ -205,6 +205,13 @@ class OpenVinoBackend(Backend):
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._lock = threading.Lock()
 
+    def close(self) -> None:
+        """Let go of both compiled graphs; calls under way keep theirs to their end."""
+        super().close()
+        with self._lock:
+            for name in ("_compiled_encoder", "_compiled_decoder"):
+                self.__dict__.pop(name, None)
+
     def prepare(self) -> None:
         """Compile both graphs now."""
         self.check_process()

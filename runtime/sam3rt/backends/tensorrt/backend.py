@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, EmbeddingError
 from ...features import Features
-from ...geometry import ImageGeometry
-from ...masks import MaskOptions, clean_all
+from ...geometry import ImageGeometry, preprocess
+from ...masks import MaskOptions
 from ...prompts import PackedPrompts
 from ...timer import StageListener, timed
-from ..base import Backend
-from .cuda import Cuda, Device
+from ..base import Backend, GpuOptions
+from .cuda import Cuda
+from .driver import Device
 from .engines import EngineFile, EngineSet, EngineTarget
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
@@ -27,14 +28,14 @@ from .lane import Lane
 from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool
+from .shapes import usual_classes
 from .sidecar import BackendName
-from .trt import Engine, Library
+from .trt import Engine, KernelCache, Library
 
 _LOG = logging.getLogger(__name__)
 
-# Calls at a time. One thread's decoding leaves the GPU idle while it copies masks; more than a
-# few take turns on it anyway.
-_LANES = 4
+# Of an engine file, bytes at a time while it is hashed.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,21 @@ class Platform:
         )
 
 
-def open_platform(flavour: BackendName, device: Device) -> Platform:
+def open_platform(flavour: BackendName, device: Device, *, blocking: bool = False) -> Platform:
     """Load the libraries for a GPU.
 
-    Ask the driver first, with :func:`.cuda.probe`: TensorRT ends the process where it finds none.
+    Ask the driver first, with :func:`.driver.probe`: TensorRT ends the process where it finds none.
 
     Args:
         flavour: which TensorRT.
         device: what the driver said.
+        blocking: see :class:`sam3rt.GpuOptions`.
 
     Raises:
         BackendError: cuda-python or TensorRT is missing, or does not fit the driver; the message
             says what to do.
     """
-    cuda = Cuda(device.index)
+    cuda = Cuda(device.index, blocking=blocking)
     with cuda.active():
         return Platform(device, cuda, Library(flavour))
 
@@ -85,18 +87,17 @@ class TensorRtBackend(Backend):
 
     Engines are loaded, and memory for one call is taken, at once. A call queues its work on a
     stream of its own and waits for it, so that several threads can be served at a time. Images and
-    masks of sizes that the device can resize are resized there, once that is allowed; see
-    :class:`.imaging.DeviceImaging`.
+    masks are resized on the device, once that is allowed; see :class:`.imaging.DeviceImaging`.
 
     Args:
         bundle: the bundle the engines were built from.
         engines: the set, as chosen for this machine.
         platform: the GPU and the libraries.
-        lanes: calls at a time, at most.
+        gpu: how to use the GPU.
 
     Attributes:
         engines: the set.
-        imaging: pre- and postprocessing on the device, as far as there are engines for it.
+        imaging: pre- and postprocessing on the device.
 
     Raises:
         BundleError: an engine file is missing or was changed.
@@ -105,24 +106,31 @@ class TensorRtBackend(Backend):
     """
 
     def __init__(
-        self, bundle: Bundle, engines: EngineSet, platform: Platform, lanes: int = _LANES
+        self,
+        bundle: Bundle,
+        engines: EngineSet,
+        platform: Platform,
+        gpu: GpuOptions | None = None,
     ) -> None:
+        gpu = gpu or GpuOptions()
         self.name = platform.library.flavour
         self.engines = engines
         self._platform = platform
-        cuda = platform.cuda
-        memory = Memory(cuda)
+        cuda, capability = platform.cuda, platform.device.gpu.compute_capability
+        self._kernels: KernelCache | None = None
+        if self.name == "tensorrt-rtx":
+            file = f"kernels-sm{capability.replace('.', '')}.cache"
+            self._kernels = KernelCache(engines.encoder.path.with_name(file))
+        memory = Memory(cuda, gpu.memory)
         with cuda.active():
-            network = Network(bundle, self._load(engines.encoder), self._load(engines.decoder))
-            imaging = DeviceImaging(
-                bundle.manifest,
-                self._load_optional(engines.preprocess),
-                self._load_optional(engines.postprocess),
+            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
+            network = Network(bundle, encoder, decoder, self._kernels)
+            imaging = DeviceImaging(bundle.manifest, cuda, capability)
+            self._pool = LanePool(
+                lambda encodes: Lane(network, cuda, memory, imaging, encodes),
+                gpu.lanes,
                 cuda,
                 memory,
-            )
-            self._pool = LanePool(
-                lambda encodes: Lane(network, cuda, memory, imaging, encodes), lanes, cuda, memory
             )
         self._network = network
         self.imaging = imaging
@@ -135,14 +143,17 @@ class TensorRtBackend(Backend):
         _LOG.info("%s on %s: %s", self.versions(), platform.device.gpu, self.precision)
 
     def prepare(self) -> None:
-        """Run the decoder once for one object, so that the first prompt meets a recorded graph."""
-        maps = [np.zeros(s.shape, np.float32) for s in self._network.features.slots.values()]
-        features = self.upload(maps)
-        for points in sorted({min(points, self._network.limits.points) for points in (4, 8)}):
-            prompts = PackedPrompts(
-                np.zeros((1, points, 2), np.float32), np.zeros((1, points), np.int64), None
-            )
-            self.decode(features, prompts, self._network.output_names)
+        """Make every lane, and record the decoder for the usual shape classes on each."""
+        self.check_process()
+        shapes = usual_classes(self._network.limits)
+        self._pool.each(lambda lane: lane.warm_up(shapes, self._network.output_names))
+
+    def close(self) -> None:
+        """Give back lanes and engines, once the calls under way are done."""
+        super().close()
+        self._pool.close()
+        if self._kernels is not None:
+            self._kernels.save()
 
     def versions(self) -> dict[str, str]:
         """Versions of TensorRT and the driver."""
@@ -152,20 +163,18 @@ class TensorRtBackend(Backend):
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
         self.check_process()
-        with self._pool.lane() as lane:
-            return self._features(lane.upload(maps))
+        return self._features(self._pool.run(lambda lane: lane.upload(maps)))
 
     def _encode(self, pixels: NDArray[np.float32]) -> DeviceFeatures:
-        with self._pool.lane(encode=True) as lane:
-            return self._features(lane.encode(pixels))
+        (block,) = self._pool.run(lambda lane: lane.encode(pixels), encode=True)
+        return self._features(block)
 
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         self._check_points(prompts)
         block = self._block(features)
-        with self._pool.lane(holding=block) as lane:
-            return lane.decode(block, prompts, outputs)
+        return self._pool.run(lambda lane: lane.decode(block, prompts, outputs)[0], holding=block)
 
     def encode_image(
         self,
@@ -174,11 +183,41 @@ class TensorRtBackend(Backend):
         on_stage: StageListener | None = None,
     ) -> Features:
         """Preprocess an image, on the device where it may and can, and run the encoder."""
-        if not (self.imaging.preprocess_allowed and self.imaging.preprocess_fits(geometry)):
-            return super().encode_image(image, geometry, on_stage)
+        return self.encode_images([image], [geometry], on_stage)[0]
+
+    def encode_images(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        geometries: Sequence[ImageGeometry],
+        on_stage: StageListener | None = None,
+    ) -> list[Features]:
+        """As many images in one run as the encoder was built for."""
+        found: list[Features] = []
+        most = self._network.max_images
+        for first in range(0, len(images), most):
+            part, places = images[first : first + most], geometries[first : first + most]
+            found += self._encode_part(part, places, on_stage)
+        return found
+
+    def _encode_part(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        places: Sequence[ImageGeometry],
+        on_stage: StageListener | None,
+    ) -> list[DeviceFeatures]:
         self.check_process()
-        with timed("encode", on_stage), self._pool.lane(encode=True) as lane:
-            return self._features(lane.encode_image(image, geometry))
+        if self.imaging.preprocess_allowed and all(map(self.imaging.preprocess_fits, places)):
+            with timed("encode", on_stage):
+                # Any lane uploads, so that this goes on while another image is being encoded.
+                uploaded = [(self._upload_image(i), p) for i, p in zip(images, places, strict=True)]
+                blocks = self._pool.run(lambda lane: lane.encode_images(uploaded), encode=True)
+        else:
+            with timed("preprocess", on_stage):
+                spec = self.bundle.manifest.image
+                pixels = np.concatenate([preprocess(spec, image)[0] for image in images])
+            with timed("encode", on_stage):
+                blocks = self._pool.run(lambda lane: lane.encode(pixels), encode=True)
+        return [self._features(block) for block in blocks]
 
     def decode_masks(
         self,
@@ -191,43 +230,36 @@ class TensorRtBackend(Backend):
     ) -> tuple[list[NDArray[np.float32]], NDArray[Any]]:
         """Run the decoder and make masks, on the device where it may and can.
 
-        Masks cross the bus as one byte per pixel. Holes are found on the host either way.
+        Masks cross the bus as one byte per pixel, whatever type they are asked for in.
         """
-        on_device = self.imaging.postprocess_allowed and self.imaging.postprocess_fits(geometry)
-        if not on_device or options.return_logits or not len(prompts.labels):
+        if not self.imaging.postprocess_allowed or options.return_logits or not len(prompts.labels):
             return super().decode_masks(features, prompts, outputs, geometry, options, on_stage)
-        threshold = options.threshold
-        if options.max_hole_area > 0 or options.max_sprinkle_area > 0:
-            with timed("decode", on_stage):
-                results = self.decode(features, prompts, outputs)
-            with timed("postprocess", on_stage):
-                cleaned = clean_all(
-                    results[0][0], threshold, options.max_hole_area, options.max_sprinkle_area
-                )
-                masks = self.upsample(cleaned, geometry, threshold)
-        else:
-            self.check_process()
-            self._check_points(prompts)
-            block = self._block(features)
-            with timed("decode", on_stage), self._pool.lane(holding=block) as lane:
-                runs = [
-                    lane.decode_masks(block, part, outputs, geometry, threshold)
-                    for part in prompts.split(self._network.limits.objects)
-                ]
-            found = zip(*(arrays for arrays, _ in runs), strict=True)
-            results = [_joined(parts, axis=1) for parts in found]
-            masks = _joined([part for _, part in runs], axis=0)
-        return results, masks.astype(options.dtype, copy=False)
+        self.check_process()
+        self._check_points(prompts)
+        block = self._block(features)
+        at_once = self.imaging.objects_at_once(geometry, self._network.limits.objects)
 
-    def upsample(
-        self, logits: NDArray[np.float32], geometry: ImageGeometry, threshold: float
+        def decode(lane: Lane) -> list[tuple[list[NDArray[np.float32]], NDArray[Any] | None]]:
+            return [
+                lane.decode(block, part, outputs, (geometry, options), options.dtype)
+                for part in prompts.split(at_once)
+            ]
+
+        with timed("decode", on_stage):
+            runs = self._pool.run(decode, holding=block)
+        found = zip(*(arrays for arrays, _ in runs), strict=True)
+        masks = [part for _, part in runs if part is not None]
+        return [_joined(parts, axis=1) for parts in found], _joined(masks, axis=0)
+
+    def make_masks(
+        self, logits: NDArray[np.float32], geometry: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
-        """Upsample and threshold on the device, allowed or not.
+        """Clean, upsample and threshold on the device, allowed or not.
 
         Args:
             logits: float32 [P, C, h, w].
-            geometry: of the image; its size must fit the engine.
-            threshold: logits above it are foreground.
+            geometry: of the image.
+            options: how logits become masks.
 
         Returns:
             Masks, uint8 [P, C, H, W] of 0 and 1.
@@ -235,13 +267,7 @@ class TensorRtBackend(Backend):
         Raises:
             BackendError: the GPU failed.
         """
-        step = self._network.limits.objects
-        with self._pool.lane() as lane:
-            masks = [
-                lane.upsample(logits[first : first + step], geometry, threshold)
-                for first in range(0, len(logits), step)
-            ]
-        return _joined(masks, axis=0)
+        return self._pool.run(lambda lane: lane.make_masks(logits, geometry, options))
 
     def pixels(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> NDArray[np.float32]:
         """The device's preprocessing of uint8 [H, W, 3] alone, allowed or not.
@@ -252,8 +278,16 @@ class TensorRtBackend(Backend):
         Raises:
             BackendError: the GPU failed.
         """
-        with self._pool.lane(encode=True) as lane:
-            return lane.pixels(image, geometry)
+        block = self._upload_image(image)
+        return self._pool.run(lambda lane: lane.pixels(block, geometry), encode=True)
+
+    @property
+    def imaging_fits(self) -> bool:
+        """Whether the kernels could be compiled and the engines are of types that they take."""
+        return self.imaging.available and self._network.makes_plain_logits
+
+    def _upload_image(self, image: NDArray[np.uint8]) -> Block:
+        return self._pool.run(lambda lane: lane.upload_image(image))
 
     def _check_points(self, prompts: PackedPrompts) -> None:
         points, most = prompts.labels.shape[1], self._network.limits.points
@@ -277,24 +311,25 @@ class TensorRtBackend(Backend):
             )
         return features.block
 
-    def _load_optional(self, engine: EngineFile | None) -> Engine | None:
-        return None if engine is None else self._load(engine)
-
     def _load(self, engine: EngineFile) -> Engine:
-        """Load an engine: what is loaded is what was hashed."""
+        """Load an engine from the file whose content was hashed."""
         name = f"{engine.path.parent.name}/{engine.path.name}"
         try:
-            content = engine.path.read_bytes()
+            with engine.path.open("rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                found = digest.hexdigest()
+                if found == engine.sidecar.engine.sha256:
+                    file.seek(0)
+                    return self._platform.library.load(file, name, self._kernels)
         except OSError as error:
             raise BundleError(f"cannot be read: {error}", name) from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != engine.sidecar.engine.sha256:
-            raise BundleError(
-                f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
-                f"file has {found[:16]}...: it was changed; build it again",
-                name,
-            )
-        return self._platform.library.load(content, name)
+        raise BundleError(
+            f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
+            f"file has {found[:16]}...: it was changed; build it again",
+            name,
+        )
 
 
 def _joined(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:

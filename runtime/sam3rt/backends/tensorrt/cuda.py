@@ -1,177 +1,33 @@
-"""CUDA, as little of it as this backend needs: is there a GPU, and its memory, streams and graphs.
+"""CUDA, as little of it as this backend needs: memory, streams, graphs and kernels of one GPU.
 
-The driver is asked first, through its C API, which reports and does not crash: deserializing a
-TensorRT engine without a driver ends the process. The rest goes through NVIDIA's ``cuda-python``,
-which is imported when a :class:`Cuda` is made. Handles and device addresses are plain integers, as
-TensorRT takes them.
+It goes through NVIDIA's ``cuda-python``, which is imported when a :class:`Cuda` is made. Handles
+and device addresses are plain integers, as TensorRT takes them. Ask the driver first: see
+:func:`.driver.probe`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
-from ...errors import BackendError
+from ...errors import BackendError, DeviceLostError
 
-# The oldest CUDA that TensorRT 10 runs on.
-_OLDEST_CUDA = 12000
-# CUdevice_attribute of cuda.h.
-_MAJOR, _MINOR = 75, 76
-# CUresult of cuda.h.
-_NO_DEVICE = 100
-_ADVICE = {
-    3: "the process is shutting down, or was forked after CUDA was used: use spawn",
-    35: "the driver is older than this CUDA: update the NVIDIA driver",
-    _NO_DEVICE: "no GPU is visible: check nvidia-smi, CUDA_VISIBLE_DEVICES and, in a container, "
-    "--gpus or --runtime nvidia",
-    802: "the system is not ready: on machines with NVSwitch, start nvidia-fabricmanager",
-    803: "the driver's kernel module and library differ: reboot after the update",
-    804: "the driver is too old for this GPU in a container: update the host's driver",
-}
 _GIB = 1 << 30
+# cudaError_t after which nothing works any more in this process: what a kernel did wrong, or what
+# broke in the GPU.
+_STICKY = frozenset([214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721])
 
 HostArray = NDArray[Any]
-Loader = Callable[[str], Any]
 
 
-class Gpu(Struct, frozen=True, forbid_unknown_fields=True):
-    """A kind of GPU.
-
-    Attributes:
-        name: as the driver gives it, such as ``"NVIDIA GeForce RTX 4090"``.
-        compute_capability: such as ``"8.9"``.
-    """
-
-    name: str
-    compute_capability: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU and its driver.
-
-    Attributes:
-        index: its number among the visible GPUs.
-        gpu: name and compute capability.
-        total_memory: bytes.
-        driver_version: such as ``"550.54.15"``, or the CUDA version, as ``"CUDA 12.6"``, where
-            the driver does not say.
-        cuda_version: the newest CUDA version the driver knows, (major, minor).
-    """
-
-    index: int
-    gpu: Gpu
-    total_memory: int
-    driver_version: str
-    cuda_version: tuple[int, int]
-
-
-def probe(index: int = 0, load: Loader = ctypes.CDLL) -> Device:
-    """Ask the driver about one GPU.
-
-    Args:
-        index: the GPU's number among the visible ones.
-        load: loads a shared library by name.
-
-    Raises:
-        BackendError: there is no driver, it is too old or does not work, or it drives no such
-            GPU; the message says what to do.
-    """
-    devices = probe_all(load)
-    if index >= len(devices):
-        raise BackendError(
-            f"device cuda:{index} was asked for, but {len(devices)} GPUs are visible "
-            f"(cuda:0 to cuda:{len(devices) - 1})"
-        )
-    return devices[index]
-
-
-def probe_all(load: Loader = ctypes.CDLL) -> tuple[Device, ...]:
-    """Every visible GPU; at least one.
-
-    Raises:
-        BackendError: see :func:`probe`.
-    """
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        library = load(name)
-    except OSError as error:
-        raise BackendError(
-            f"there is no NVIDIA driver here ({name} cannot be loaded: {error}); install one, or "
-            "in a container pass --gpus all, or --runtime nvidia on a Jetson"
-        ) from error
-    _check_driver(library.cuInit(0), "cuInit")
-    version = _integer(library.cuDriverGetVersion)
-    cuda_version = (version // 1000, version % 1000 // 10)
-    if version < _OLDEST_CUDA:
-        raise BackendError(
-            f"the NVIDIA driver knows CUDA up to {cuda_version[0]}.{cuda_version[1]}, TensorRT "
-            f"needs {_OLDEST_CUDA // 1000}.0 or newer: update the driver"
-        )
-    count = _integer(library.cuDeviceGetCount)
-    if count < 1:
-        raise BackendError(_ADVICE[_NO_DEVICE])
-    driver_version = _driver_version(load) or f"CUDA {cuda_version[0]}.{cuda_version[1]}"
-    return tuple(_describe(library, index, driver_version, cuda_version) for index in range(count))
-
-
-def _describe(
-    library: Any, index: int, driver_version: str, cuda_version: tuple[int, int]
-) -> Device:
-    handle = ctypes.c_int()
-    _check_driver(library.cuDeviceGet(ctypes.byref(handle), index), "cuDeviceGet")
-    name = ctypes.create_string_buffer(256)
-    _check_driver(library.cuDeviceGetName(name, len(name), handle), "cuDeviceGetName")
-    capability = []
-    for attribute in (_MAJOR, _MINOR):
-        value = ctypes.c_int()
-        _check_driver(
-            library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle),
-            "cuDeviceGetAttribute",
-        )
-        capability.append(str(value.value))
-    memory = ctypes.c_size_t()
-    _check_driver(library.cuDeviceTotalMem_v2(ctypes.byref(memory), handle), "cuDeviceTotalMem")
-    gpu = Gpu(name.value.decode("utf-8", "replace"), ".".join(capability))
-    return Device(index, gpu, memory.value, driver_version, cuda_version)
-
-
-def _driver_version(load: Loader) -> str | None:
-    """What NVML calls the driver's version. A Jetson may have no NVML."""
-    try:
-        library = load("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if library.nvmlInit_v2() != 0:
-        return None
-    try:
-        text = ctypes.create_string_buffer(96)
-        if library.nvmlSystemGetDriverVersion(text, len(text)) != 0:
-            return None
-        return text.value.decode("ascii", "replace")
-    finally:
-        library.nvmlShutdown()
-
-
-def _integer(function: Any) -> int:
-    value = ctypes.c_int()
-    _check_driver(function(ctypes.byref(value)), function.__name__)
-    return value.value
-
-
-def _check_driver(status: int, call: str) -> None:
-    if status != 0:
-        advice = _ADVICE.get(status, "check the driver with nvidia-smi")
-        raise BackendError(f"the NVIDIA driver failed in {call} with error {status}: {advice}")
+class OutOfDeviceMemoryError(BackendError):
+    """There is not as much device memory as was asked for."""
 
 
 class Cuda:
@@ -181,20 +37,24 @@ class Cuda:
     current one: see :meth:`active`. Work is queued on streams and runs in their order; host memory
     that a copy reads or writes must neither change nor go away before the stream is synchronized.
 
-    Ask the driver first, with :func:`probe`: it says what to do where there is none.
+    Ask the driver first, with :func:`.driver.probe`: it says what to do where there is none.
 
     Args:
         index: the GPU's number among the visible ones.
+        blocking: let threads sleep while they wait for the GPU, instead of keeping a core busy.
+            It holds for the whole process, and costs some tens of microseconds a call.
 
     Attributes:
-        index: the same.
+        index: the GPU's number.
+        lost: the error after which the GPU cannot be used in this process any more, or ``None``.
         dlpack_device: what DLPack calls memory of this device: (device type, number).
 
     Raises:
         BackendError: cuda-python is not installed or does not fit the driver.
     """
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, blocking: bool = False) -> None:
+        self.lost: str | None = None
         try:
             from cuda.bindings import runtime
         except ImportError as error:
@@ -206,7 +66,8 @@ class Cuda:
         self.index = index
         self.dlpack_device = (2, index)
         with self.active():
-            pass
+            if blocking:
+                self._call(runtime.cudaSetDeviceFlags, int(runtime.cudaDeviceScheduleBlockingSync))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -310,6 +171,43 @@ class Cuda:
         """Give a graph back."""
         self._call(self._runtime.cudaGraphExecDestroy, graph)
 
+    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> Mapping[str, Any]:
+        """Compile kernels for the GPU, and load them for as long as the process lives.
+
+        Args:
+            source: CUDA C++.
+            names: of the kernels.
+            capability: the GPU's compute capability, such as ``"8.9"``.
+
+        Raises:
+            BackendError: NVRTC is not there, or refuses the source.
+        """
+        try:
+            from cuda.bindings import driver, nvrtc
+        except ImportError as error:
+            raise BackendError(f"cuda-python has no NVRTC: {error}") from error
+        (program,) = self._call(nvrtc.nvrtcCreateProgram, source.encode(), b"sam3rt.cu", 0, [], [])
+        # No contraction: a result is the same as on the CPU, which tests hold to the host's.
+        options = [
+            b"--gpu-architecture=sm_" + capability.replace(".", "").encode(),
+            b"--fmad=false",
+        ]
+        self._call(nvrtc.nvrtcCompileProgram, program, len(options), options)
+        (size,) = self._call(nvrtc.nvrtcGetCUBINSize, program)
+        image = b" " * size
+        self._call(nvrtc.nvrtcGetCUBIN, program, image)
+        self._driver = driver
+        (module,) = self._call(driver.cuModuleLoadData, image)
+        return {
+            name: self._call(driver.cuModuleGetFunction, module, name.encode())[0] for name in names
+        }
+
+    def launch_kernel(self, kernel: Any, blocks: int, threads: int, job: int, stream: int) -> None:
+        """Queue a kernel whose one argument is a device address."""
+        arguments = ((job,), (ctypes.c_void_p,))
+        shape = (blocks, 1, 1, threads, 1, 1)
+        self._call(self._driver.cuLaunchKernel, kernel, *shape, 0, stream, arguments, 0)
+
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: int) -> None:
         direction = getattr(self._runtime.cudaMemcpyKind, kind)
         self._call(self._runtime.cudaMemcpyAsync, target, source, nbytes, direction, stream)
@@ -326,23 +224,43 @@ class Cuda:
     def _check(self, status: Any, call: str) -> None:
         if int(status) == 0:
             return
+        if not call.startswith("cuda"):  # of the driver's API and of NVRTC, which name their own
+            raise BackendError(f"{call} failed: {getattr(status, 'name', int(status))}")
         _, name = self._runtime.cudaGetErrorName(status)
         _, text = self._runtime.cudaGetErrorString(status)
-        advice = ""
+        message = f"{call} failed: {_text(name)}, {_text(text)}"
+        if int(status) in _STICKY:
+            self.lost = message
+            raise self.lost_error()
         if int(status) == int(self._runtime.cudaError_t.cudaErrorInsufficientDriver):
-            advice = (
+            message += (
                 "; the driver is older than this cuda-python: update the driver, or install the "
                 "cuda-python of the driver's CUDA version (nvidia-smi shows it)"
             )
-        raise BackendError(f"{call} failed: {_text(name)}, {_text(text)}{advice}")
+        raise BackendError(message)
+
+    def lost_error(self) -> DeviceLostError:
+        """What to raise once :attr:`lost` is set."""
+        return DeviceLostError(
+            f"cuda:{self.index} cannot be used in this process any more: {self.lost}. Start the "
+            "process again; where that does not help, look into the system's log for Xid errors"
+        )
 
 
-def out_of_memory(nbytes: int, free: int, total: int) -> BackendError:
-    """What to say where device memory does not suffice."""
-    return BackendError(
+def out_of_memory(nbytes: int, free: int, total: int, whose: str = "") -> OutOfDeviceMemoryError:
+    """What to say where device memory does not suffice.
+
+    Args:
+        nbytes: asked for.
+        free: there are.
+        total: of the GPU, or of what limits it.
+        whose: what the total is, where that is not the GPU's memory.
+    """
+    return OutOfDeviceMemoryError(
         f"out of device memory: {nbytes / _GIB:.2f} GiB were asked for, {free / _GIB:.2f} of "
-        f"{total / _GIB:.2f} GiB are free; keep fewer embeddings or models at a time, close what "
-        "else uses the GPU, or build engines with fewer objects at once (--max-objects)"
+        f"{total / _GIB:.2f} GiB are free{f' of {whose}' if whose else ''}; keep fewer embeddings "
+        "or models at a time, close what else uses the GPU, or build engines with fewer objects "
+        "at once (--max-objects)"
     )
 
 

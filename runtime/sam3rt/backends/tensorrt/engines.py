@@ -25,7 +25,7 @@ from ...accuracy.select import Recipe
 from ...accuracy.verdicts import StoredVerdict, Subject
 from ...bundle import Bundle, is_inside
 from ...errors import BackendError, BundleError
-from .cuda import Gpu
+from .driver import Gpu
 from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
 
 _LOG = logging.getLogger(__name__)
@@ -78,14 +78,10 @@ class EngineSet:
     Attributes:
         encoder: image encoder.
         decoder: prompt decoder.
-        preprocess: resize and normalization on the device, or ``None`` where none fits.
-        postprocess: upsampling and threshold on the device, or ``None`` where none fits.
     """
 
     encoder: EngineFile
     decoder: EngineFile
-    preprocess: EngineFile | None = None
-    postprocess: EngineFile | None = None
 
     @property
     def precision(self) -> str:
@@ -242,22 +238,16 @@ def candidates(
     if "+" in precision:
         recipes["encoder"], _, recipes["decoder"] = precision.partition("+")
     fitting: dict[str, list[EngineFile]] = {}
-    for role in ("encoder", "decoder", "preprocess", "postprocess"):
+    for role, wanted in recipes.items():
         of_role = [engine for engine in found if engine.sidecar.role == role]
-        wanted = recipes.get(role, "auto")
         fitting[role] = sorted(
             (e for e in of_role if not _differences(e, fingerprint, target, wanted)),
             key=lambda e: (_rank(e.sidecar.recipe), e.path),
         )
-        if not fitting[role] and role in recipes:
+        if not fitting[role]:
             raise BackendError(_explain(role, of_role, bundle, target, wanted))
     sets = [
-        EngineSet(
-            encoder,
-            decoder,
-            next(iter(fitting["preprocess"]), None),
-            next(iter(fitting["postprocess"]), None),
-        )
+        EngineSet(encoder, decoder)
         for encoder in fitting["encoder"]
         for decoder in fitting["decoder"]
         if encoder.sidecar.features_dtype == decoder.sidecar.features_dtype

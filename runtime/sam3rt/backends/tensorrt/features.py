@@ -49,8 +49,7 @@ class DeviceFeatures(Features):
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
         host = np.empty(self.layout.nbytes, np.uint8)
-        with self.pool.lane() as lane:
-            lane.download(host, self.block)
+        self.pool.run(lambda lane: lane.download(host, self.block))
         return tuple(slot.view(host).astype(np.float32) for slot in self.layout.slots.values())
 
     def arrays(self) -> tuple[DeviceArray, ...]:

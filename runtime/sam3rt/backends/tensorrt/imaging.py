@@ -1,305 +1,169 @@
-"""Preprocessing and postprocessing on the device, where engines for them are there.
-
-Each graph is two matrix multiplications. The matrices depend on the image's size alone; those of
-the sizes used last stay on the device. The names below are the tensors of the two graphs, for
-whoever builds them.
-"""
+"""Preprocessing and postprocessing on the GPU: what ``kernels.cu`` is given to do."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...bundle import Manifest
+from ...bundle import ImageSpec, Manifest
 from ...errors import BackendError
-from ...geometry import ImageGeometry, resize_matrices, rows_first
-from ...masks.upsampling import upsampling_matrices
+from ...geometry import ImageGeometry, rows_first
+from ...masks import MaskOptions
 from .cuda import Cuda
-from .memory import ALIGNMENT, Block, GrowingBuffer, Layout, Memory, aligned
-from .trt import Context, Engine
 
-# Preprocessing: image, rows and columns to pixels.
-IMAGE, PIXELS = "image", "pixel_values"
-# Postprocessing: logits, rows, columns and threshold to masks.
-LOGITS, THRESHOLD, MASKS = "logits", "threshold", "masks"
-# The matrices that resize along either axis.
-ROWS, COLUMNS = "rows", "columns"
+_LOG = logging.getLogger(__name__)
 
-_KEPT_SIZES = 8
-
-
-class DeviceMatrices(NamedTuple):
-    """The two matrices of a resize, on the device.
-
-    Attributes:
-        block: where they lie.
-        layout: how.
-    """
-
-    block: Block
-    layout: Layout
-
-    def bind(self, context: Context) -> None:
-        """Set both as inputs of a context."""
-        for name, slot in self.layout.slots.items():
-            context.set_shape(name, slot.shape)
-            context.set_address(name, self.block.address + slot.offset)
-
-
-_Matrices = tuple[NDArray[np.float32], NDArray[np.float32]]
+# The structs of kernels.cu.
+RESIZE_JOB = np.dtype(
+    [
+        *((name, np.uint64) for name in ("image", "pixels", "spans", "weights")),
+        *((name, np.int32, 2) for name in ("source", "filled", "side", "taps")),
+        ("rounds", np.int32),
+        ("pad", np.float32),
+        ("mean", np.float32, 3),
+        ("std", np.float32, 3),
+    ],
+    align=True,
+)
+MASK_JOB = np.dtype(
+    [
+        *((name, np.uint64) for name in ("logits", "cleaned", "parents", "areas", "masks")),
+        ("planes", np.int32),
+        *((name, np.int32, 2) for name in ("size", "kept", "target", "padded")),
+        *((name, np.float32, 2) for name in ("first_step", "step")),
+        ("max_hole", np.int32),
+        ("max_sprinkle", np.int32),
+        ("threshold", np.float32),
+    ],
+    align=True,
+)
+RESIZING = ("resize_weights", "resize_image")
+MASKING = ("find_runs", "join_runs", "count_areas", "clean_logits", "make_masks")
+# Each kernel loops over what there is to do, so that one launch serves every size. These fill any
+# GPU, and cost little where there is nothing to do.
+_BLOCKS, _THREADS = 1024, 128
+# Bytes of masks that are made at once; more objects take several turns.
+_MOST_MASKS = 128 << 20
 
 
 class DeviceImaging:
-    """The engines around the network, and the matrices they take.
+    """The kernels around the network, compiled for one GPU.
 
-    Neither is used before it is allowed: its outputs must have been compared first.
+    They are not used before they are allowed: their results must have been compared first.
 
     Args:
         manifest: of the bundle.
-        preprocess: the preprocessing engine, or ``None``.
-        postprocess: the postprocessing engine, or ``None``.
         cuda: the GPU.
-        memory: its memory.
+        capability: its compute capability.
 
     Attributes:
-        cuda: the GPU.
-        memory: its memory.
-        low_res_size: (height, width) of the logits that are upsampled.
-        preprocess_allowed: whether the preprocessing may be used.
-        postprocess_allowed: whether the postprocessing may be used.
+        available: whether they could be compiled.
+        preprocess_allowed: whether images may be resized with them.
+        postprocess_allowed: whether masks may be made with them.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        preprocess: Engine | None,
-        postprocess: Engine | None,
-        cuda: Cuda,
-        memory: Memory,
-    ) -> None:
+    def __init__(self, manifest: Manifest, cuda: Cuda, capability: str) -> None:
         self._manifest = manifest
-        self.cuda = cuda
-        self.memory = memory
-        self._preprocess = preprocess
-        self._postprocess = postprocess
+        self._cuda = cuda
+        self._kernels: Mapping[str, Any] = {}
         self.preprocess_allowed = False
         self.postprocess_allowed = False
-        self.low_res_size = manifest.masks.low_res_size
-        self._lock = threading.Lock()
-        self._matrices: OrderedDict[tuple[str, ImageGeometry], DeviceMatrices] = OrderedDict()
+        source = Path(__file__).with_name("kernels.cu")
+        try:
+            text = source.read_text()
+            self._kernels = cuda.load_kernels(text, (*RESIZING, *MASKING), capability)
+        except (BackendError, OSError) as error:
+            _LOG.warning("images and masks are resized on the host: %s", str(error))
+        self.available = bool(self._kernels)
 
-    def engines(self, encodes: bool) -> list[Engine]:
-        """The engines that a lane may run."""
-        engines = [self._postprocess, self._preprocess if encodes else None]
-        return [engine for engine in engines if engine is not None]
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of one low-resolution mask."""
+        height, width = self._manifest.masks.low_res_size
+        return 4 * height * width
 
-    def preprocess_fits(self, geometry: ImageGeometry) -> bool:
-        """Whether the engine takes images of that size, and makes of them what the host does."""
-        return not (
-            self._manifest.image.resize_dtype == "uint8" and rows_first(geometry)
-        ) and _fits(self._preprocess, IMAGE, (*geometry.original_size, 3))
+    def preprocess_fits(self, where: ImageGeometry) -> bool:
+        """Whether the kernels resize such an image as the host does."""
+        rounds = self._manifest.image.resize_dtype == "uint8"
+        return self.available and not (rounds and rows_first(where))
 
-    def postprocess_fits(self, geometry: ImageGeometry) -> bool:
-        """Whether the engine makes masks of that size, from logits as the decoder leaves them."""
-        height, width = self.low_res_size
-        return (
-            # Each object's logits are read where they lie.
-            height * width * 4 % ALIGNMENT == 0
-            and _fits(self._postprocess, ROWS, (geometry.original_size[0], height))
-            and _fits(self._postprocess, COLUMNS, (width, geometry.original_size[1]))
-        )
+    def objects_at_once(self, where: ImageGeometry, most: int) -> int:
+        """Of how many objects masks are made at once."""
+        height, width = where.original_size
+        return max(1, min(most, _MOST_MASKS // (self._manifest.masks.multimask * height * width)))
 
-    def resize_matrices(self, geometry: ImageGeometry, stream: int) -> DeviceMatrices:
-        """The matrices of the preprocessing of an image. Keep them until they have been used."""
-        spec = self._manifest.image
-        return self._cached(("resize", geometry), lambda: resize_matrices(spec, geometry), stream)
+    def table_sizes(self, where: ImageGeometry) -> tuple[int, int]:
+        """Bytes of a resize's spans and of its weights."""
+        taps = _taps(where)
+        spans = 2 * sum(where.input_size)
+        weights = sum(n * t for n, t in zip(where.input_size, taps, strict=True))
+        return 4 * spans, 4 * weights
 
-    def upsampling_matrices(self, geometry: ImageGeometry, stream: int) -> DeviceMatrices:
-        """The matrices of the upsampling to an image's size. Keep them until they are used."""
+    def resize_job(self, where: ImageGeometry, **addresses: int) -> NDArray[Any]:
+        """What resizes an image; see ``ResizeJob`` for the addresses."""
+        return resize_job(self._manifest.image, where, **addresses)
 
-        def make() -> _Matrices:
-            manifest = self._manifest
-            return upsampling_matrices(
-                self.low_res_size,
-                manifest.image.size,
-                geometry.input_size,
-                geometry.original_size,
-                manifest.masks.upsampling,
-            )
+    def mask_job(
+        self, planes: int, where: ImageGeometry, options: MaskOptions, **addresses: int
+    ) -> NDArray[Any]:
+        """What makes masks of so many low-resolution ones; see ``MaskJob`` for the addresses."""
+        return mask_job(self._manifest, planes, where, options, **addresses)
 
-        return self._cached(("upsample", geometry), make, stream)
-
-    def preprocess_context(self) -> Context:
-        """A context of the preprocessing engine, for one lane."""
-        return _context(self._preprocess)
-
-    def postprocess_context(self) -> Context:
-        """A context of the postprocessing engine, for one lane."""
-        return _context(self._postprocess)
-
-    def _cached(
-        self,
-        key: tuple[str, ImageGeometry],
-        make: Callable[[], _Matrices],
-        stream: int,
-    ) -> DeviceMatrices:
-        with self._lock:
-            found = self._matrices.get(key)
-            if found is not None:
-                self._matrices.move_to_end(key)
-                return found
-        # Two threads may both get here; the second result replaces the first.
-        rows, columns = make()
-        layout = Layout([(ROWS, rows.shape, rows.dtype), (COLUMNS, columns.shape, columns.dtype)])
-        host = np.zeros(layout.nbytes, np.uint8)
-        layout.slots[ROWS].view(host)[...] = rows
-        layout.slots[COLUMNS].view(host)[...] = columns
-        matrices = DeviceMatrices(self.memory.allocate(layout.nbytes), layout)
-        self.cuda.upload(matrices.block.address, host, stream)
-        self.cuda.synchronize(stream)
-        with self._lock:
-            self._matrices[key] = matrices
-            while len(self._matrices) > _KEPT_SIZES:
-                self._matrices.popitem(last=False)
-        return matrices
+    def queue(self, kernels: tuple[str, ...], job: int, stream: int) -> None:
+        """Queue :data:`RESIZING` or :data:`MASKING` for a job on the device."""
+        for name in kernels:
+            self._cuda.launch_kernel(self._kernels[name], _BLOCKS, _THREADS, job, stream)
 
 
-class LaneImaging:
-    """Contexts and buffers of one lane for the engines around the network.
-
-    What is queued is done when the lane's stream is idle.
-
-    Args:
-        imaging: the engines and matrices that all lanes share.
-        scratch: working memory, large enough for both engines.
-        stream: the lane's stream.
-    """
-
-    def __init__(self, imaging: DeviceImaging, scratch: Block, stream: int) -> None:
-        self._imaging = imaging
-        self._scratch = scratch
-        self._stream = stream
-        self._cuda = imaging.cuda
-        self._uploads = GrowingBuffer(imaging.memory)
-        self._masks = GrowingBuffer(imaging.memory)
-        self._preprocess: Context | None = None
-        self._postprocess: Context | None = None
-        # Those queued last: the cache must not be their only owner while they are in use.
-        self._matrices: DeviceMatrices | None = None
-
-    def queue_preprocess(
-        self, image: NDArray[np.uint8], geometry: ImageGeometry, pixels: int
-    ) -> None:
-        """Queue the upload and the preprocessing of uint8 [H, W, 3] to an address."""
-        if self._preprocess is None:
-            self._preprocess = self._imaging.preprocess_context()
-            self._preprocess.set_scratch(self._scratch.address, self._scratch.nbytes)
-        self._matrices = self._imaging.resize_matrices(geometry, self._stream)
-        image = np.ascontiguousarray(image)
-        block = self._uploads.block(image.nbytes)
-        self._cuda.upload(block.address, image, self._stream)
-        self._preprocess.set_shape(IMAGE, image.shape)
-        self._preprocess.set_address(IMAGE, block.address)
-        self._matrices.bind(self._preprocess)
-        self._preprocess.set_address(PIXELS, pixels)
-        self._preprocess.enqueue(self._stream)
-
-    def queue_upsampling(
-        self,
-        logits: int,
-        objects: int,
-        count: int,
-        geometry: ImageGeometry,
-        threshold: int,
-        stride: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Queue the upsampling of each object's masks and the download of all of them.
-
-        Args:
-            logits: address of the first object's.
-            objects: P.
-            count: masks per object, C.
-            geometry: of the image.
-            threshold: its address.
-            stride: bytes from one object's logits to the next; by default they adjoin.
-
-        Returns:
-            Pinned memory, uint8 [P, each object's masks and padding]; see :func:`unpacked`.
-        """
-        if self._postprocess is None:
-            self._postprocess = self._imaging.postprocess_context()
-            self._postprocess.set_scratch(self._scratch.address, self._scratch.nbytes)
-        context = self._postprocess
-        self._matrices = self._imaging.upsampling_matrices(geometry, self._stream)
-        height, width = self._imaging.low_res_size
-        in_stride = count * height * width * 4 if stride is None else stride
-        out_stride = aligned(count * _pixels(geometry))
-        block = self._masks.block(objects * out_stride)
-        context.set_shape(LOGITS, (count, height, width))
-        context.set_address(THRESHOLD, threshold)
-        self._matrices.bind(context)
-        for index in range(objects):
-            context.set_address(LOGITS, logits + index * in_stride)
-            context.set_address(MASKS, block.address + index * out_stride)
-            context.enqueue(self._stream)
-        host = self._masks.pinned(objects * out_stride)
-        self._cuda.download(host, block.address, self._stream)
-        return host.reshape(objects, out_stride)
-
-    def queue_host_upsampling(
-        self, logits: NDArray[np.float32], geometry: ImageGeometry, threshold: float
-    ) -> NDArray[np.uint8]:
-        """:meth:`queue_upsampling` for logits on the host, float32 [P, C, h, w]."""
-        objects, count = logits.shape[:2]
-        stride = aligned(logits[0].nbytes)
-        layout = Layout(
-            [
-                (THRESHOLD, (1,), np.dtype(np.float32)),
-                (LOGITS, (objects, stride // 4), np.dtype(np.float32)),
-            ]
-        )
-        host = self._uploads.pinned(layout.nbytes)
-        layout.slots[THRESHOLD].view(host)[:] = threshold
-        layout.slots[LOGITS].view(host)[:, : logits[0].size] = logits.reshape(objects, -1)
-        block = self._uploads.block(layout.nbytes)
-        self._cuda.upload(block.address, host, self._stream)
-        return self.queue_upsampling(
-            block.address + layout.slots[LOGITS].offset,
-            objects,
-            count,
-            geometry,
-            block.address + layout.slots[THRESHOLD].offset,
-            stride,
-        )
+def resize_job(spec: ImageSpec, where: ImageGeometry, **addresses: int) -> NDArray[Any]:
+    """A ``ResizeJob``, one element of :data:`RESIZE_JOB`."""
+    job = np.zeros(1, RESIZE_JOB)
+    for name, value in addresses.items():
+        job[name] = value
+    job["source"], job["filled"] = where.original_size, where.input_size
+    job["side"], job["taps"] = spec.size, _taps(where)
+    job["rounds"], job["pad"] = spec.resize_dtype == "uint8", spec.pad_value
+    job["mean"], job["std"] = spec.mean, spec.std
+    return job
 
 
-def unpacked(packed: NDArray[np.uint8], count: int, geometry: ImageGeometry) -> NDArray[np.uint8]:
-    """A copy of masks without the padding between objects, uint8 [P, C, H, W]."""
-    each = count * _pixels(geometry)
-    return np.array(packed[:, :each]).reshape(len(packed), count, *geometry.original_size)
+def mask_job(
+    manifest: Manifest, planes: int, where: ImageGeometry, options: MaskOptions, **addresses: int
+) -> NDArray[Any]:
+    """A ``MaskJob``, one element of :data:`MASK_JOB`."""
+    job = np.zeros(1, MASK_JOB)
+    for name, value in addresses.items():
+        job[name] = value
+    size, padded = manifest.masks.low_res_size, manifest.image.size
+    kept, target = where.input_size, where.original_size
+    job["planes"], job["size"], job["kept"], job["target"] = planes, size, kept, target
+    if manifest.masks.upsampling == "unpad":
+        job["padded"] = padded
+        job["first_step"] = np.divide(size, padded)
+        job["step"] = np.divide(kept, target)
+    else:
+        job["step"] = np.divide(size, target)
+    job["max_hole"] = _whole(options.max_hole_area)
+    job["max_sprinkle"] = _whole(options.max_sprinkle_area)
+    job["threshold"] = options.threshold
+    return job
 
 
-def _pixels(geometry: ImageGeometry) -> int:
-    height, width = geometry.original_size
-    return height * width
-
-
-def _fits(engine: Engine | None, name: str, shape: tuple[int, ...]) -> bool:
-    if engine is None:
-        return False
-    tensor = engine.tensors[name]
-    return all(
-        low <= side <= high
-        for low, side, high in zip(tensor.least, shape, tensor.most, strict=True)
+def _taps(where: ImageGeometry) -> tuple[int, int]:
+    """The most inputs that an output of a resize takes, along either axis."""
+    height, width = (
+        2 * math.ceil(max(1.0, source / filled)) + 1
+        for source, filled in zip(where.original_size, where.input_size, strict=True)
     )
+    return height, width
 
 
-def _context(engine: Engine | None) -> Context:
-    if engine is None:
-        raise BackendError("there is no engine for it")
-    return engine.context()
+def _whole(area: float) -> int:
+    """The largest whole number of pixels that an area allows."""
+    return math.floor(min(max(area, 0.0), 2.0**31 - 1))

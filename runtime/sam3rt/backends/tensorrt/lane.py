@@ -3,84 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ...bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
 from ...errors import BackendError
 from ...geometry import ImageGeometry
+from ...masks import MaskOptions
 from ...prompts import PackedPrompts
 from .cuda import Cuda
-from .imaging import DeviceImaging, LaneImaging, unpacked
-from .memory import Block, GrowingBuffer, Layout, Memory, PinnedBuffer
-from .network import THRESHOLD, Network
+from .encoding import Encoding
+from .imaging import MASK_JOB, MASKING, DeviceImaging
+from .memory import Block, GrowingBuffer, Layout, Memory, Workspace, aligned
+from .network import JOB, Network
+from .replay import Replay
 from .shapes import ShapeClass, classify
-from .trt import Context, contiguous
 
-_LOG = logging.getLogger(__name__)
+# Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
+# A warm-up makes nine; another nine are for calls in which each object has a mask prompt.
+_KEPT_CLASSES = 18
 
-# Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own;
-# an interactive service uses three or four.
-_KEPT_CLASSES = 12
-
-
-class Replay:
-    """A context with shapes and addresses set for good, recorded as a CUDA graph when it has run.
-
-    TensorRT wants a run before the recording, and a context of its own for each recording.
-
-    Args:
-        context: the context.
-        cuda: the GPU.
-        memory: gives the graph back.
-        stream: the lane's stream.
-    """
-
-    def __init__(self, context: Context, cuda: Cuda, memory: Memory, stream: int) -> None:
-        self._context = context
-        self._cuda = cuda
-        self._memory = memory
-        self._stream = stream
-        self._graph: int | None = None
-        self._tried = False
-
-    def queue(self) -> None:
-        """Queue one run."""
-        if self._graph is None:
-            self._context.enqueue(self._stream)
-        else:
-            self._cuda.launch(self._graph, self._stream)
-
-    def record(self) -> None:
-        """Make the graph, once. The stream must be idle and a run behind it."""
-        if self._tried:
-            return
-        self._tried = True
-        try:
-            self._graph = self._capture()
-        except BackendError as error:
-            _LOG.info("runs without a CUDA graph: %s", str(error))
-            return
-        self._memory.give_back_after(self, self._cuda.destroy_graph, self._graph)
-
-    def _capture(self) -> int:
-        self._cuda.begin_capture(self._stream)
-        try:
-            self._context.enqueue(self._stream)
-        except BackendError:
-            with contextlib.suppress(BackendError):
-                self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
-            raise
-        return self._cuda.end_capture(self._stream)
+Pictures = tuple[ImageGeometry, MaskOptions]
 
 
-class DecoderRun:
+class DecoderRun(NamedTuple):
     """The decoder for one shape class on one lane.
 
     Attributes:
@@ -89,30 +41,21 @@ class DecoderRun:
         prompt: the prompt block's tensors in the lane's pinned memory.
         masks: layout of the mask prompt block.
         outputs: layout of the output block.
-        replay: what runs it.
+        replay: uploads the prompt, runs the decoder and makes masks as the prompt block says.
     """
 
-    def __init__(
-        self,
-        shape: ShapeClass,
-        inputs: Layout,
-        pinned: PinnedBuffer,
-        masks: Layout,
-        outputs: Layout,
-        replay: Replay,
-    ) -> None:
-        self.shape = shape
-        self.inputs = inputs
-        self.prompt = {name: slot.view(pinned.array) for name, slot in inputs.slots.items()}
-        self.masks = masks
-        self.outputs = outputs
-        self.replay = replay
+    shape: ShapeClass
+    inputs: Layout
+    prompt: dict[str, NDArray[Any]]
+    masks: Layout
+    outputs: Layout
+    replay: Replay
 
 
 class Lane:
-    """A stream, contexts and fixed buffers. Serves one call at a time, to its end.
+    """A stream, contexts and buffers. Serves one call at a time, to its end.
 
-    Every method returns, or raises, with the stream idle.
+    Every method returns, or raises, with the stream idle. Memory is taken for the shapes in use.
 
     Args:
         network: the engines.
@@ -123,6 +66,7 @@ class Lane:
 
     Attributes:
         encodes: whether it can encode.
+        is_given_up: whether its pool has no more use for it.
 
     Raises:
         BackendError: there is not enough device memory.
@@ -137,263 +81,292 @@ class Lane:
         encodes: bool,
     ) -> None:
         self.encodes = encodes
+        self.is_given_up = False
         self._held: weakref.ref[Block] | None = None
         self._network = network
         self._cuda = cuda
         self._memory = memory
+        self._imaging = imaging
         self._stream = cuda.create_stream()
         memory.give_back_after(self, cuda.destroy_stream, self._stream)
-        engines = [network.decoder, *imaging.engines(encodes)]
-        if encodes:
-            engines.append(network.encoder)
         # One after the other on one stream: the engines of a lane share working memory.
-        self._scratch = memory.allocate(max(1, *(engine.scratch_bytes for engine in engines)))
-        self._imaging = LaneImaging(imaging, self._scratch, self._stream)
-        largest = network.largest
+        self._workspace = Workspace(memory)
         self._features = memory.allocate(network.features.nbytes)
-        self._inputs = memory.allocate(network.inputs(largest).nbytes)
-        self._pinned_inputs = memory.allocate_pinned(network.inputs(largest).nbytes)
-        self._masks = memory.allocate(network.masks(largest).nbytes)
-        self._pinned_masks = GrowingBuffer(memory)
-        self._outputs = memory.allocate(network.outputs(largest).nbytes)
-        self._pinned_outputs = GrowingBuffer(memory)
+        self._inputs = memory.allocate(network.inputs(network.largest).nbytes)
+        self._pinned_inputs = memory.allocate_pinned(self._inputs.nbytes)
+        self._staging = GrowingBuffer(memory)
+        self._results = GrowingBuffer(memory)
+        self._pictures = GrowingBuffer(memory)
+        self._search = GrowingBuffer(memory)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
         if encodes:
-            pixels = network.pixels.nbytes(network.pixels_shape)
-            self._pixels = memory.allocate(pixels)
-            self._encoder = self._make_encoder()
-
-    def encode(self, pixels: NDArray[np.float32]) -> Block:
-        """Run the encoder on float32 [1, 3, H, W] of the encoder's size."""
-        host = contiguous(pixels, self._network.pixels.dtype)
-        if host.shape != self._network.pixels_shape:
-            raise BackendError(
-                f"the encoder takes pixels of shape {self._network.pixels_shape}, got {host.shape}"
+            self._encoding = Encoding(
+                network, cuda, memory, imaging, self._workspace, self._features, self._stream
             )
-        with self._idle_on_error():
-            self._cuda.upload(self._pixels.address, host, self._stream)
-            return self._encode()
 
-    def encode_image(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> Block:
-        """Resize and normalize uint8 [H, W, 3] on the device, then run the encoder."""
+    def encode(self, pixels: NDArray[np.float32]) -> list[Block]:
+        """Run the encoder on float32 [N, 3, H, W] of the encoder's size."""
         with self._idle_on_error():
-            self._imaging.queue_preprocess(image, geometry, self._pixels.address)
-            return self._encode()
+            self._encoding.queue_pixels(pixels)
+            return self._encode(len(pixels))
 
-    def pixels(self, image: NDArray[np.uint8], geometry: ImageGeometry) -> NDArray[np.float32]:
-        """What :meth:`encode_image` would encode, float32 [1, 3, H, W]."""
-        result = np.empty(self._network.pixels_shape, self._network.pixels.dtype)
+    def encode_images(self, images: Sequence[tuple[Block, ImageGeometry]]) -> list[Block]:
+        """Resize and normalize images, from :meth:`upload_image`, and run the encoder on them."""
         with self._idle_on_error():
-            self._imaging.queue_preprocess(image, geometry, self._pixels.address)
-            self._cuda.download(result, self._pixels.address, self._stream)
+            self._encoding.queue_images(images)
+            return self._encode(len(images))
+
+    def pixels(self, image: Block, where: ImageGeometry) -> NDArray[np.float32]:
+        """What :meth:`encode_images` would encode of one image, float32 [1, 3, H, W]."""
+        shape = self._network.pixels_shape(1)
+        with self._idle_on_error():
+            self._encoding.queue_images([(image, where)])
+            host = self._results.pinned(self._network.pixels.nbytes(shape))
+            self._cuda.download(host, self._encoding.pixels, self._stream)
             self._cuda.synchronize(self._stream)
-        return result.astype(np.float32)
+        return host.view(np.float32).reshape(shape).copy()
 
     def decode(
         self,
         features: Block,
         prompts: PackedPrompts,
         names: Sequence[str],
-    ) -> list[NDArray[np.float32]]:
-        """Run the decoder.
+        pictures: Pictures | None = None,
+        dtype: DTypeLike = np.uint8,
+    ) -> tuple[list[NDArray[np.float32]], NDArray[Any] | None]:
+        """Run the decoder, and make masks of its first output where it is said how.
 
         Args:
             features: the feature maps' block, from any lane.
             prompts: at most as many objects and points as the engine takes.
-            names: the outputs wanted.
+            names: the outputs wanted; the first is the mask logits.
+            pictures: where the image lies, and how logits become masks.
+            dtype: of the masks.
 
         Returns:
-            The outputs, float32, in the order of the names.
-        """
-        return self._decode(features, prompts, names, None, 0.0)[0]
-
-    def decode_masks(
-        self,
-        features: Block,
-        prompts: PackedPrompts,
-        names: Sequence[str],
-        geometry: ImageGeometry,
-        threshold: float,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
-        """Run the decoder, and upsample and threshold its first output, the mask logits.
-
-        Returns:
-            What :meth:`decode` returns, and masks, uint8 [P, C, H, W] of 0 and 1.
-        """
-        outputs, packed = self._decode(features, prompts, names, geometry, threshold)
-        return outputs, unpacked(packed, outputs[0].shape[2], geometry)
-
-    def _decode(
-        self,
-        features: Block,
-        prompts: PackedPrompts,
-        names: Sequence[str],
-        geometry: ImageGeometry | None,
-        threshold: float,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[np.uint8]]:
-        """Run the decoder, and the upsampling where the image's geometry is given.
-
-        Returns:
-            The outputs, and pinned memory with the masks; see :meth:`LaneImaging.queue_upsampling`.
+            The outputs, float32, in the order of the names, and masks [P, C, H, W] of 0 and 1.
         """
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
         shape = classify(objects, points, own_masks, self._network.limits)
         with self._idle_on_error():
             run = self._run(shape)
-            self._bring(features)
-            self._send(run, prompts, threshold)
-            run.replay.queue()
             start, end = run.outputs.span(names)
-            host = self._pinned_outputs.pinned(end - start)
-            self._cuda.download(host, self._outputs.address + start, self._stream)
-            packed = np.empty((0, 0), np.uint8)
-            if geometry is not None:
-                slot = run.outputs.slots[names[0]]
-                packed = self._imaging.queue_upsampling(
-                    self._outputs.address + slot.offset,
-                    objects,
-                    slot.shape[2],
-                    geometry,
-                    self._inputs.address + run.inputs.slots[THRESHOLD].offset,
-                )
+            logits = run.outputs.slots[names[0]]
+            outputs_at = self._workspace["outputs"].address
+            run.prompt[JOB][...] = 0
+            made: tuple[int, int] | None = None
+            if pictures is not None:
+                planes = objects * logits.shape[2]
+                made = self._give_job(run.prompt[JOB], outputs_at + logits.offset, planes, pictures)
+            self._bring(features)
+            self._send(run, prompts)
+            run.replay.queue()
+            host = self._results.pinned(end - start)
+            self._cuda.download(host, outputs_at + start, self._stream)
+            masks = None if made is None else self._queue_download(*made)
             self._cuda.synchronize(self._stream)
-            run.replay.record()
+            if run.replay.record():
+                self._network.keep_kernels(shape)
         slots = [run.outputs.slots[name] for name in names]
-        # The pinned buffer is the next call's: what leaves is a copy.
+        # The pinned buffers are the next call's: what leaves is a copy.
         outputs = [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
-        return outputs, packed
+        if masks is None or pictures is None:
+            return outputs, None
+        return outputs, _as_masks(masks, (objects, logits.shape[2]), pictures[0], dtype)
 
-    def upsample(
-        self, logits: NDArray[np.float32], geometry: ImageGeometry, threshold: float
+    def make_masks(
+        self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
-        """Upsample and threshold float32 [P, C, h, w] to uint8 [P, C, H, W] of 0 and 1."""
+        """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
+        at = aligned(MASK_JOB.itemsize)
         with self._idle_on_error():
-            packed = self._imaging.queue_host_upsampling(logits, geometry, threshold)
+            host = self._staging.pinned(at + logits.nbytes)
+            block = self._staging.block(len(host))
+            job = host[: MASK_JOB.itemsize].view(MASK_JOB)
+            planes = logits.shape[0] * logits.shape[1]
+            made = self._give_job(job, block.address + at, planes, (where, options))
+            host[at:].view(np.float32)[...] = logits.ravel()
+            self._cuda.upload(block.address, host, self._stream)
+            self._imaging.queue(MASKING, block.address, self._stream)
+            masks = self._queue_download(*made)
             self._cuda.synchronize(self._stream)
-        return unpacked(packed, logits.shape[1], geometry)
+        return _as_masks(masks, logits.shape[:2], where, np.uint8)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
         layout = self._network.features
-        host = np.zeros(layout.nbytes, np.uint8)
-        for slot, array in zip(layout.slots.values(), maps, strict=True):
-            slot.view(host)[...] = array
-        block = self._memory.allocate_reusable(layout.nbytes)
         with self._idle_on_error():
-            self._cuda.upload(block.address, host, self._stream)
-            self._cuda.synchronize(self._stream)
-        return block
+            host = self._staging.pinned(layout.nbytes)
+            for slot, array in zip(layout.slots.values(), maps, strict=True):
+                slot.view(host)[...] = array
+            return self._upload(host)
+
+    def upload_image(self, image: NDArray[np.uint8]) -> Block:
+        """Bring uint8 [H, W, 3] to a block of its own."""
+        with self._idle_on_error():
+            # In steps of a megabyte, so that images of similar sizes share spare blocks.
+            host = self._staging.pinned(-(-image.nbytes >> 20) << 20)
+            host[: image.nbytes].reshape(image.shape)[...] = image
+            return self._upload(host)
 
     def download(self, host: NDArray[np.uint8], block: Block) -> None:
         """Fill host memory with the beginning of a block."""
         with self._idle_on_error():
-            self._cuda.download(host, block.address, self._stream)
+            pinned = self._results.pinned(host.nbytes)
+            self._cuda.download(pinned, block.address, self._stream)
             self._cuda.synchronize(self._stream)
+            host[...] = pinned
 
-    @contextmanager
-    def _idle_on_error(self) -> Iterator[None]:
-        """On any error, wait for the stream, so that nothing still uses the caller's memory."""
-        try:
-            yield
-        except BaseException:
-            self._held = None
-            with contextlib.suppress(BackendError):
-                self._cuda.synchronize(self._stream)
-            raise
-
-    def _encode(self) -> Block:
-        nbytes = self._network.features.nbytes
-        block = self._memory.allocate_reusable(nbytes)
-        self._encoder.queue()
-        self._cuda.copy(block.address, self._features.address, nbytes, self._stream)
-        self._cuda.synchronize(self._stream)
-        self._held = weakref.ref(block)
-        self._encoder.record()
-        return block
+    def warm_up(self, shapes: Sequence[ShapeClass], names: Sequence[str]) -> None:
+        """Run the decoder for each class and record it, the largest class first."""
+        self._held = None
+        for shape in sorted(shapes, reverse=True):
+            prompts = PackedPrompts(
+                np.zeros((shape.objects, shape.points, 2), np.float32),
+                np.full((shape.objects, shape.points), PADDING_LABEL, np.int64),
+                None,
+            )
+            self.decode(self._features, prompts, names)
 
     def holds(self, features: Block) -> bool:
         """Whether its fixed buffers hold these feature maps."""
         return self._held is not None and self._held() is features
 
+    @contextmanager
+    def _idle_on_error(self) -> Iterator[None]:
+        """On any error, wait for the stream, so that nothing still uses a buffer.
+
+        Raises:
+            DeviceLostError: the GPU is gone for good, whatever the error was.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._held = None
+            with contextlib.suppress(BackendError):
+                self._cuda.synchronize(self._stream)
+            if self._cuda.lost is not None and isinstance(error, BackendError):
+                raise self._cuda.lost_error() from error
+            raise
+
+    def _encode(self, count: int) -> list[Block]:
+        blocks = self._encoding.queue_encoder(count)
+        self._cuda.synchronize(self._stream)
+        if count == 1:
+            self._held = weakref.ref(blocks[0])
+        self._encoding.record(count)
+        return blocks
+
+    def _upload(self, host: NDArray[np.uint8]) -> Block:
+        block = self._memory.allocate_reusable(len(host))
+        self._cuda.upload(block.address, host, self._stream)
+        self._cuda.synchronize(self._stream)
+        return block
+
+    def _give_job(
+        self, job: NDArray[Any], logits: int, planes: int, pictures: Pictures
+    ) -> tuple[int, int]:
+        """Fill in the job of making masks.
+
+        Returns:
+            Where the masks will be, and how many bytes they take.
+        """
+        where, options = pictures
+        height, width = where.original_size
+        nbytes = planes * height * width
+        masks = self._pictures.block(nbytes).address
+        addresses = {"logits": logits, "masks": masks}
+        if options.max_hole_area > 0 or options.max_sprinkle_area > 0:
+            each = aligned(planes * self._imaging.plane_bytes)
+            search = self._search.block(3 * each).address
+            names = ("cleaned", "parents", "areas")
+            addresses |= {name: search + i * each for i, name in enumerate(names)}
+        job[...] = self._imaging.mask_job(planes, where, options, **addresses)
+        return masks, nbytes
+
+    def _queue_download(self, masks: int, nbytes: int) -> NDArray[np.uint8]:
+        host = self._pictures.pinned(nbytes)
+        self._cuda.download(host, masks, self._stream)
+        return host
+
     def _bring(self, features: Block) -> None:
         """Copy feature maps to the fixed buffers, unless they are there."""
-        if self.holds(features):
+        if self.holds(features) or features is self._features:
             return
         self._cuda.copy(
             self._features.address, features.address, self._network.features.nbytes, self._stream
         )
         self._held = weakref.ref(features)
 
-    def _send(self, run: DecoderRun, prompts: PackedPrompts, threshold: float) -> None:
-        """Upload prompts, padded to their class."""
+    def _send(self, run: DecoderRun, prompts: PackedPrompts) -> None:
+        """Fill in prompts, padded to their class, and queue the upload of their masks."""
         objects, points = prompts.labels.shape
-        packed = self._pinned_inputs.array[: run.inputs.nbytes]
         views = run.prompt
         views[POINTS][...] = 0
         views[POINTS][0, :objects, :points] = prompts.points
         views[LABELS][...] = PADDING_LABEL
         views[LABELS][0, :objects, :points] = prompts.labels
         views[HAS_MASKS][...] = prompts.masks is not None
-        views[THRESHOLD][...] = threshold
-        self._cuda.upload(self._inputs.address, packed, self._stream)
         if prompts.masks is not None:
-            host = self._pinned_masks.pinned(run.masks.nbytes)
+            host = self._staging.pinned(run.masks.nbytes)
             view = run.masks.slots[MASKS].view(host)
             view[0, : len(prompts.masks)] = prompts.masks
             view[0, len(prompts.masks) :] = 0
-            self._cuda.upload(self._masks.address, host, self._stream)
+            self._cuda.upload(self._workspace["masks"].address, host, self._stream)
 
     def _run(self, shape: ShapeClass) -> DecoderRun:
-        run = self._runs.get(shape)
-        if run is None:
+        run = self._runs.pop(shape, None)
+        if run is None or run.replay.generation != self._workspace.generation:
             while len(self._runs) >= _KEPT_CLASSES:
                 self._runs.popitem(last=False)
-            run = self._runs[shape] = self._make_run(shape)
-        self._runs.move_to_end(shape)
+            run = self._make_run(shape)
+        # The one used last stands last.
+        self._runs[shape] = run
         return run
 
     def _make_run(self, shape: ShapeClass) -> DecoderRun:
-        network = self._network
-        inputs, masks, outputs = (
-            network.inputs(shape),
-            network.masks(shape),
-            network.outputs(shape),
-        )
+        network, workspace, stream = self._network, self._workspace, self._stream
+        inputs, masks, outputs = network.inputs(shape), network.masks(shape), network.outputs(shape)
         context = network.decoder.context()
-        context.set_scratch(self._scratch.address, self._scratch.nbytes)
+        for layout in (network.features, inputs, masks):
+            for name, slot in layout.slots.items():
+                if name != JOB:
+                    context.set_shape(name, slot.shape)
+        workspace.fit(scratch=context.scratch_bytes(), masks=masks.nbytes, outputs=outputs.nbytes)
+        context.set_scratch(workspace["scratch"].address, workspace["scratch"].nbytes)
         for layout, block in (
             (network.features, self._features),
             (inputs, self._inputs),
-            (masks, self._masks),
-            (outputs, self._outputs),
+            (masks, workspace["masks"]),
+            (outputs, workspace["outputs"]),
         ):
             for name, slot in layout.slots.items():
-                if name == THRESHOLD:
-                    continue
-                if network.decoder.tensors[name].is_input:
-                    context.set_shape(name, slot.shape)
-                context.set_address(name, block.address + slot.offset)
+                if name != JOB:
+                    context.set_address(name, block.address + slot.offset)
         for name, slot in outputs.slots.items():
             if context.shape(name) != slot.shape:
                 raise BackendError(
                     f"the decoder engine makes {name} of shape {context.shape(name)}, expected "
                     f"{slot.shape}: build it again"
                 )
-        replay = Replay(context, self._cuda, self._memory, self._stream)
-        return DecoderRun(shape, inputs, self._pinned_inputs, masks, outputs, replay)
+        cuda, imaging, target = self._cuda, self._imaging, self._inputs.address
+        packed = self._pinned_inputs.array[: inputs.nbytes]
+        prompt = {name: slot.view(packed) for name, slot in inputs.slots.items()}
+        job = target + inputs.slots[JOB].offset
 
-    def _make_encoder(self) -> Replay:
-        network = self._network
-        context = network.encoder.context()
-        context.set_scratch(self._scratch.address, self._scratch.nbytes)
-        context.set_shape(network.pixels.name, network.pixels_shape)
-        context.set_address(network.pixels.name, self._pixels.address)
-        for name, slot in network.features.slots.items():
-            context.set_address(name, self._features.address + slot.offset)
-            if context.shape(name) != slot.shape:
-                raise BackendError(
-                    f"the encoder engine makes {name} of shape {context.shape(name)}, expected "
-                    f"{slot.shape}: build it again"
-                )
-        return Replay(context, self._cuda, self._memory, self._stream)
+        def work() -> None:
+            cuda.upload(target, packed, stream)
+            context.enqueue(stream)
+            if imaging.available:
+                imaging.queue(MASKING, job, stream)
+
+        replay = Replay(work, context, cuda, self._memory, stream, workspace.generation)
+        return DecoderRun(shape, inputs, prompt, masks, outputs, replay)
+
+
+def _as_masks(
+    host: NDArray[np.uint8], planes: tuple[int, ...], where: ImageGeometry, dtype: DTypeLike
+) -> NDArray[Any]:
+    """A copy of masks in pinned memory, [P, C, H, W] in the caller's type."""
+    return host.reshape(*planes, *where.original_size).astype(dtype)

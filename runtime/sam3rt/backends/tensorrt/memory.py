@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BackendError
-from .cuda import Cuda
+from .cuda import Cuda, out_of_memory
 
 ALIGNMENT = 256
 # Feature maps of one model are all of one size: a few spare blocks save cudaMalloc and cudaFree,
 # which halt the device, at every image.
 _SPARE_BLOCKS = 4
+# Images are of many sizes: spare blocks are kept for the sizes used last.
+_SPARE_SIZES = 3
+# Calls after which a buffer is replaced by a smaller one, if none of them needed half of it.
+_CALLS_BEFORE_SHRINKING = 64
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,44 @@ class PinnedBuffer:
         self.array = array
 
 
+class _Heap:
+    """The GPU's memory, of which no more than a limit is taken."""
+
+    def __init__(self, cuda: Cuda, limit: int | None) -> None:
+        self._cuda = cuda
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._sizes: dict[int, int] = {}
+        self._used = 0
+
+    def allocate(self, nbytes: int) -> int:
+        with self._lock:
+            if self._limit is not None and self._used + nbytes > self._limit:
+                raise out_of_memory(nbytes, self._limit - self._used, self._limit, "its limit")
+            self._used += nbytes
+        try:
+            address = self._cuda.allocate(nbytes)
+        except BaseException:
+            with self._lock:
+                self._used -= nbytes
+            raise
+        self._sizes[address] = nbytes
+        return address
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            self._used -= self._sizes.pop(address)
+        self._cuda.free(address)
+
+
 class _SpareBlocks:
     """Freed blocks that are kept for the next ones of their size."""
 
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
+    def __init__(self, heap: _Heap) -> None:
+        self._heap = heap
         self._lock = threading.Lock()
-        self._blocks: dict[int, list[_Allocation]] = {}
+        # The size used last stands last.
+        self._blocks: OrderedDict[int, list[_Allocation]] = OrderedDict()
 
     def take(self, nbytes: int) -> _Allocation | None:
         with self._lock:
@@ -146,20 +181,24 @@ class _SpareBlocks:
 
         Memory that was exported is always given back: that waits until the device is idle.
         """
+        surplus = [allocation]
         if not allocation.exported:
             with self._lock:
                 blocks = self._blocks.setdefault(allocation.nbytes, [])
+                self._blocks.move_to_end(allocation.nbytes)
                 if len(blocks) < _SPARE_BLOCKS:
-                    blocks.append(allocation)
-                    return
-        self._cuda.free(allocation.address)
+                    blocks.append(surplus.pop())
+                if len(self._blocks) > _SPARE_SIZES:
+                    surplus += self._blocks.popitem(last=False)[1]
+        for unneeded in surplus:
+            self._heap.free(unneeded.address)
 
     def free_all(self) -> None:
         with self._lock:
             spare = [allocation for blocks in self._blocks.values() for allocation in blocks]
             self._blocks.clear()
         for allocation in spare:
-            self._cuda.free(allocation.address)
+            self._heap.free(allocation.address)
 
 
 class _Returns:
@@ -169,8 +208,8 @@ class _Returns:
         spare: blocks that are kept for the next ones.
     """
 
-    def __init__(self, cuda: Cuda) -> None:
-        self.spare = _SpareBlocks(cuda)
+    def __init__(self, cuda: Cuda, heap: _Heap) -> None:
+        self.spare = _SpareBlocks(heap)
         self._cuda = cuda
         # A deque's append needs no lock, so it can be called wherever an object dies.
         self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -207,11 +246,13 @@ class Memory:
 
     Args:
         cuda: the GPU.
+        limit: bytes of device memory that are taken at most; ``None`` for what there is.
     """
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: Cuda, limit: int | None = None) -> None:
         self._cuda = cuda
-        self._returns = _Returns(cuda)
+        self._heap = _Heap(cuda, limit)
+        self._returns = _Returns(cuda, self._heap)
         weakref.finalize(self, self._returns.close).atexit = False
 
     def allocate(self, nbytes: int) -> Block:
@@ -221,7 +262,7 @@ class Memory:
             BackendError: there is not enough; spare blocks have been given back by then.
         """
         block = Block(self, _Allocation(self._obtain(nbytes), nbytes))
-        self.give_back_after(block, self._cuda.free, block.address)
+        self.give_back_after(block, self._heap.free, block.address)
         return block
 
     def allocate_reusable(self, nbytes: int) -> Block:
@@ -254,14 +295,45 @@ class Memory:
     def _obtain(self, nbytes: int) -> int:
         self.collect()
         try:
-            return self._cuda.allocate(nbytes)
+            return self._heap.allocate(nbytes)
         except BackendError:
-            self._returns.spare.free_all()
-            return self._cuda.allocate(nbytes)
+            self.release_spare()
+            return self._heap.allocate(nbytes)
+
+    def release_spare(self) -> None:
+        """Give back the blocks that are kept for the next embeddings and images."""
+        self.collect()
+        self._returns.spare.free_all()
+
+
+class _Sized:
+    """How large a buffer should be: as large as it has lately had to be.
+
+    Attributes:
+        nbytes: its size.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._peak = 0
+        self._calls = 0
+
+    def change(self, nbytes: int) -> bool:
+        """Note what is needed; whether the buffer's size has changed."""
+        self._peak = max(self._peak, nbytes)
+        self._calls += 1
+        wanted = max(self.nbytes, nbytes)
+        if self._calls == _CALLS_BEFORE_SHRINKING:
+            if self._peak <= self.nbytes // 2:
+                wanted = self._peak
+            self._peak = self._calls = 0
+        changed = wanted != self.nbytes
+        self.nbytes = wanted
+        return changed
 
 
 class GrowingBuffer:
-    """Device and pinned memory that is replaced when more is needed.
+    """Device and pinned memory that is replaced when more is needed, or lately much less was.
 
     Args:
         memory: gives it.
@@ -270,21 +342,56 @@ class GrowingBuffer:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._block: Block | None = None
+        self._block_size = _Sized()
         self._pinned: PinnedBuffer | None = None
+        self._pinned_size = _Sized()
 
     def block(self, nbytes: int) -> Block:
-        """Device memory of at least that size. The stream must be idle if it is larger."""
-        if self._block is None or self._block.nbytes < nbytes:
+        """Device memory of at least that size. Nothing may be queued that uses the last one."""
+        if self._block_size.change(nbytes) or self._block is None:
             self._block = None
-            self._block = self._memory.allocate(nbytes)
+            self._block = self._memory.allocate(self._block_size.nbytes)
         return self._block
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory of that size."""
-        if self._pinned is None or len(self._pinned.array) < nbytes:
+        if self._pinned_size.change(nbytes) or self._pinned is None:
             self._pinned = None
-            self._pinned = self._memory.allocate_pinned(nbytes)
+            self._pinned = self._memory.allocate_pinned(self._pinned_size.nbytes)
         return self._pinned.array[:nbytes]
+
+
+class Workspace:
+    """Device memory by name, whose addresses recorded runs keep.
+
+    Args:
+        memory: gives it.
+
+    Attributes:
+        generation: rises whenever something moves, which makes runs recorded before worthless.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._blocks: dict[str, Block] = {}
+        self.generation = 0
+
+    def fit(self, **sizes: int) -> None:
+        """Have room for so many bytes under each name. The stream must be idle.
+
+        Raises:
+            BackendError: there is not enough device memory.
+        """
+        for name, nbytes in sizes.items():
+            block = self._blocks.get(name)
+            if block is None or block.nbytes < nbytes:
+                self.generation += 1
+                self._blocks.pop(name, None)
+                del block
+                self._blocks[name] = self._memory.allocate(max(1, nbytes))
+
+    def __getitem__(self, name: str) -> Block:
+        return self._blocks[name]
 
 
 def aligned(nbytes: int) -> int:

@@ -17,12 +17,13 @@ from ...bundle.contract import (
     signature_mismatch,
 )
 from ...errors import BackendError
+from .imaging import MASK_JOB
 from .memory import Layout
 from .shapes import Limits, ShapeClass
-from .trt import Engine
+from .trt import Engine, KernelCache
 
-# Not the decoder's: the threshold travels in the same block as the prompts.
-THRESHOLD = "threshold"
+# Not the decoder's: what masks to make travels in the same block as the prompts.
+JOB = "job"
 _FLOATS = (np.float32, np.float16)
 
 
@@ -33,10 +34,14 @@ class Network:
         bundle: the bundle they were built from.
         encoder: the loaded encoder.
         decoder: the loaded decoder.
+        kernels: where TensorRT for RTX keeps what it compiles.
 
     Attributes:
         pixels: the encoder's input.
+        max_images: images in one run of the encoder, at most.
         features: layout of one image's feature maps.
+        makes_plain_logits: whether masks and pixels are FP32, as the kernels around the network
+            want them.
         limits: the greatest sizes of a decoder call.
         output_names: all decoder outputs, in the order of their layout.
 
@@ -45,16 +50,20 @@ class Network:
             the feature maps between them.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Engine, decoder: Engine) -> None:
+    def __init__(
+        self, bundle: Bundle, encoder: Engine, decoder: Engine, kernels: KernelCache | None = None
+    ) -> None:
         manifest = bundle.manifest
         self.encoder = encoder
         self.decoder = decoder
+        self._kernels = kernels
+        self._compiled: set[ShapeClass | int] = set()
         self.mask_size = manifest.prompts.mask_size
         _check("encoder", encoder, manifest.encoder)
         _check("decoder", decoder, manifest.decoder)
         self.pixels = encoder.tensors[manifest.encoder.inputs[0].name]
-        self.pixels_shape = (1, 3, *manifest.image.size)
-        self.feature_names = tuple(spec.name for spec in manifest.encoder.outputs)
+        self._size = manifest.image.size
+        self.max_images = self.pixels.most[0]
         maps = []
         for spec in manifest.encoder.outputs:
             made, read = encoder.tensors[spec.name], decoder.tensors[spec.name]
@@ -72,6 +81,9 @@ class Network:
         # What both kinds of call want stands in the middle, so that either is one copy to the host.
         order = (*MULTIMASK_OUTPUTS, OBJECT_SCORE, *SINGLE_MASK_OUTPUTS)
         self.output_names = tuple(name for name in order if name in self._outputs)
+        logits = (MULTIMASK_OUTPUTS[0], SINGLE_MASK_OUTPUTS[0])
+        types = {self.pixels.dtype, *(self._outputs[name][1] for name in logits)}
+        self.makes_plain_logits = types == {np.dtype(np.float32)}
         points = decoder.tensors[POINTS].most
         self.limits = Limits(points[1], points[2])
         own_masks = decoder.tensors[MASKS].most[1]
@@ -81,15 +93,34 @@ class Network:
                 "prompts: build it again"
             )
 
+    def keep_kernels(self, shape: ShapeClass | int) -> None:
+        """After a first run, keep what was compiled for it.
+
+        Args:
+            shape: of the decoder's call, or the number of the encoder's images.
+        """
+        if self._kernels is not None and shape not in self._compiled:
+            self._compiled.add(shape)
+            self._kernels.save()
+
+    def pixels_shape(self, count: int) -> tuple[int, ...]:
+        """Shape of the encoder's input for so many images."""
+        return (count, 3, *self._size)
+
+    def batch(self, count: int) -> Layout:
+        """The block with the feature maps of several images."""
+        slots = self.features.slots.items()
+        return Layout((name, (count, *slot.shape[1:]), slot.dtype) for name, slot in slots)
+
     def inputs(self, shape: ShapeClass) -> Layout:
-        """The block with everything of a prompt but its mask."""
+        """The block with everything of a prompt but its mask, and the job of making masks."""
         sizes = {
             POINTS: (1, shape.objects, shape.points, 2),
             LABELS: (1, shape.objects, shape.points),
             HAS_MASKS: (1,),
         }
         tensors = [(name, size, self.decoder.tensors[name].dtype) for name, size in sizes.items()]
-        return Layout([*tensors, (THRESHOLD, (1,), np.dtype(np.float32))])
+        return Layout([*tensors, (JOB, (1,), MASK_JOB)])
 
     def masks(self, shape: ShapeClass) -> Layout:
         """The block with a prompt's mask."""

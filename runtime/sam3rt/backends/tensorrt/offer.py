@@ -21,9 +21,9 @@ from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
-from ..base import Offer
+from ..base import GpuOptions, Offer
 from .backend import Platform, TensorRtBackend, open_platform
-from .cuda import probe
+from .driver import probe
 from .engines import (
     EngineSet,
     candidates,
@@ -50,6 +50,7 @@ def offer_tensorrt(
     threads: int | None = None,
     precision: str = "auto",
     map_weights: bool = False,
+    gpu: GpuOptions | None = None,
 ) -> Offer:
     """What the module ``tensorrt`` can run.
 
@@ -59,13 +60,14 @@ def offer_tensorrt(
         threads: means nothing to a GPU.
         map_weights: means nothing to engines, which are copied to the GPU.
         precision: ``"auto"``, a recipe for both engines, or ``"ENCODER+DECODER"``.
+        gpu: how to use the GPU.
 
     Raises:
         InvalidInputError: the device is not a GPU.
         BackendError: the driver, a library or a fitting engine is missing; the message says what
             to do.
     """
-    return _offer("tensorrt", bundle, device, precision)
+    return _offer("tensorrt", bundle, device, precision, gpu)
 
 
 def offer_tensorrt_rtx(
@@ -75,12 +77,15 @@ def offer_tensorrt_rtx(
     threads: int | None = None,
     precision: str = "auto",
     map_weights: bool = False,
+    gpu: GpuOptions | None = None,
 ) -> Offer:
     """What the module ``tensorrt_rtx`` can run; see :func:`offer_tensorrt`."""
-    return _offer("tensorrt-rtx", bundle, device, precision)
+    return _offer("tensorrt-rtx", bundle, device, precision, gpu)
 
 
-def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) -> Offer:
+def _offer(
+    flavour: BackendName, bundle: Bundle, device: str, precision: str, options: GpuOptions | None
+) -> Offer:
     if device == "cpu":
         raise InvalidInputError("device", "'cpu'", f'"auto", "cuda" or "cuda:N" with {flavour}')
     gpu = probe(int(device.partition(":")[2] or 0))
@@ -90,7 +95,7 @@ def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) ->
             f"{bundle.path} has no {flavour} engines; build them on this machine: "
             f"sam3rt build {bundle.path} --backend {flavour}"
         )
-    platform = open_platform(flavour, gpu)
+    platform = open_platform(flavour, gpu, blocking=options is not None and options.blocking)
     target = platform.target
     sets = {
         recipe_of(engines, target): engines
@@ -106,7 +111,7 @@ def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) ->
     def open_recipe(recipe: Recipe) -> TensorRtBackend:
         engines = sets[recipe]
         try:
-            backend = open_engines(bundle, engines, platform)
+            backend = open_engines(bundle, engines, platform, options)
         except BundleError as error:
             raise BackendError(f"an engine cannot be used: {error}") from error
         verdict = load_verdict(bundle, subject_of(engines, target))
@@ -118,14 +123,16 @@ def _offer(flavour: BackendName, bundle: Bundle, device: str, precision: str) ->
     return Offer(tuple(sets), open_recipe, on_verdict, advice)
 
 
-def open_engines(bundle: Bundle, engines: EngineSet, platform: Platform) -> TensorRtBackend:
+def open_engines(
+    bundle: Bundle, engines: EngineSet, platform: Platform, gpu: GpuOptions | None = None
+) -> TensorRtBackend:
     """Load a set of engines, whatever it computes, and compare what stands around the network.
 
     Raises:
         BundleError: an engine file is missing or was changed, or the parity record is damaged.
         BackendError: an engine cannot be loaded.
     """
-    backend = TensorRtBackend(bundle, engines, platform)
+    backend = TensorRtBackend(bundle, engines, platform, gpu)
     allow_imaging(backend)
     return backend
 
@@ -138,27 +145,24 @@ def allow_imaging(backend: TensorRtBackend) -> None:
     Raises:
         BundleError: the parity record, whose images are compared, is damaged.
     """
-    imaging, engines = backend.imaging, backend.engines
-    if engines.preprocess is None and engines.postprocess is None:
+    if not backend.imaging_fits:
         return
     record = load_record(backend.bundle)
-    for engine, compare, attribute in (
-        (engines.preprocess, _compare_preprocess, "preprocess_allowed"),
-        (engines.postprocess, _compare_postprocess, "postprocess_allowed"),
+    for what, compare, attribute in (
+        ("resizing images", _compare_pixels, "preprocess_allowed"),
+        ("making masks", _compare_masks, "postprocess_allowed"),
     ):
-        if engine is None:
-            continue
         try:
             verdict = judge(compare(backend, record))
         except BackendError as error:
-            _LOG.warning("%s is not used: %s", engine.path, str(error))
+            _LOG.warning("%s is left to the host: %s", what, str(error))
             continue
         if not verdict.passed:
-            _LOG.warning("%s is not used: %s", engine.path, verdict.explain())
-        setattr(imaging, attribute, verdict.passed)
+            _LOG.warning("%s is left to the host: %s", what, verdict.explain())
+        setattr(backend.imaging, attribute, verdict.passed)
 
 
-def _compare_preprocess(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
+def _compare_pixels(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
     """The device's preprocessing of the record's images against the host's."""
     for index, image, where in _images(backend, record):
         if backend.imaging.preprocess_fits(where):
@@ -167,23 +171,22 @@ def _compare_preprocess(backend: TensorRtBackend, record: ParityRecord) -> Itera
             yield Measurement(f"image {index}", "pixels", "error", error, _PIXEL_ERROR)
 
 
-def _compare_postprocess(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
-    """The device's upsampling of made-up logits to the record's image sizes against the host's."""
+def _compare_masks(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
+    """The device's masks of made-up logits, of the record's image sizes, against the host's."""
     manifest = backend.bundle.manifest
     height, width = manifest.masks.low_res_size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     waves = [
-        np.sin(x / (5 + 7 * k)) * np.cos(y / (9 + 4 * k)) * 20 + k
+        np.sin(x / (2 + 3 * k)) * np.cos(y / (3 + 2 * k)) * 20 + k
         for k in range(manifest.masks.multimask)
     ]
     logits = np.stack(waves).astype(np.float32)[None]
     for index, _, where in _images(backend, record):
-        if not backend.imaging.postprocess_fits(where):
-            continue
-        for threshold in (0.0, 1.5):
-            options = MaskOptions(threshold, dtype=np.uint8)
+        for threshold, holes, islands in ((0.0, 0.0, 0.0), (1.5, 30.0, 20.0)):
+            options = MaskOptions(threshold, holes, islands, dtype=np.uint8)
             expected = finish(logits, where, manifest.image, manifest.masks, options)
-            differing = float((backend.upsample(logits, where, threshold) != expected).mean())
+            found = backend.make_masks(logits, where, options)
+            differing = float((found != expected).mean())
             case = f"image {index} above {threshold}"
             yield Measurement(case, "masks", "differing", differing, _MASK_PIXELS)
 

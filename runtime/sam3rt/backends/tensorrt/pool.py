@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from ...errors import BackendError
-from .cuda import Cuda
+from ...errors import BackendError, StateError
+from .cuda import Cuda, OutOfDeviceMemoryError
 from .lane import Lane
 from .memory import Block, Memory
 
 _LOG = logging.getLogger(__name__)
 
-# After another lane could not be made, for lack of memory, callers share those there are for this
-# long before the next try.
+T = TypeVar("T")
+
+# After memory was too short for a lane, callers share those there are for this long before the
+# next try.
 _RETRY_SECONDS = 10.0
 
 
@@ -45,6 +48,31 @@ class LanePool:
         self._free = [make(True)]
         self._count = 1
         self._retry_at = 0.0
+        self._is_closed = False
+
+    def run(
+        self, use: Callable[[Lane], T], *, encode: bool = False, holding: Block | None = None
+    ) -> T:
+        """Use a lane, and return what that returns.
+
+        Where memory is short, a lane that is not needed is given up, and the call made again.
+
+        Args:
+            use: what to do with it.
+            encode: see :meth:`lane`.
+            holding: see :meth:`lane`.
+
+        Raises:
+            BackendError: what ``use`` raised.
+            StateError: the pool is closed.
+        """
+        while True:
+            with self.lane(encode=encode, holding=holding) as lane:
+                try:
+                    return use(lane)
+                except OutOfDeviceMemoryError as error:
+                    if not self._give_up_one(lane, error):
+                        raise
 
     @contextmanager
     def lane(self, *, encode: bool = False, holding: Block | None = None) -> Iterator[Lane]:
@@ -62,33 +90,128 @@ class LanePool:
             try:
                 yield lane
             finally:
-                with self._changed:
-                    self._free.append(lane)
-                    self._changed.notify_all()
+                self._put_back(lane)
+
+    def each(self, use: Callable[[Lane], None]) -> None:
+        """Use every lane once, and make as many as there may be. With little memory, fewer.
+
+        Raises:
+            BackendError: there is not even enough for one.
+        """
+        done: list[Lane] = []
+        while len(done) < self._limit:
+            with self._cuda.active():
+                self._memory.collect()
+                lane = self._next_of(done)
+                if lane is None:
+                    return
+                try:
+                    use(lane)
+                except OutOfDeviceMemoryError as error:
+                    if lane.encodes:
+                        raise
+                    self._give_up(lane, error)
+                    return
+                finally:
+                    done.append(lane)
+                    self._put_back(lane)
+
+    def close(self) -> None:
+        """Wait for the calls that are under way, and give all lanes back. There are none then.
+
+        Embeddings keep their memory.
+        """
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            while len(self._free) < self._count:
+                self._changed.wait()
+            self._free.clear()
+            self._count = 0
+        with self._cuda.active():
+            self._memory.release_spare()
 
     def _take(self, encode: bool, holding: Block | None) -> Lane:
         while True:
             with self._changed:
-                lane = self._best(encode, holding)
-                while lane is None and (encode or not self._may_grow()):
-                    self._changed.wait()
+                while True:
+                    self._check_open()
                     lane = self._best(encode, holding)
-                if lane is not None:
+                    if lane is not None:
+                        self._free.remove(lane)
+                        return lane
+                    if not encode and self._reserve():
+                        break
+                    self._changed.wait()
+            lane = self._grow()
+            if lane is not None:
+                return lane
+
+    def _next_of(self, done: list[Lane]) -> Lane | None:
+        """A lane that is not done yet, the encoder's first; ``None`` where there can be no more."""
+        with self._changed:
+            while True:
+                self._check_open()
+                left = [lane for lane in self._free if lane not in done]
+                if left:
+                    lane = max(left, key=lambda lane: lane.encodes)
                     self._free.remove(lane)
                     return lane
-                self._count += 1
-            try:
-                return self._make(False)
-            except BackendError as error:
-                with self._changed:
-                    self._count -= 1
-                    self._retry_at = time.monotonic() + _RETRY_SECONDS
-                    self._changed.notify_all()
-                # As text: a kept traceback would keep alive what was allocated.
-                _LOG.warning("no more than %d calls at a time: %s", self._count, str(error))
+                if self._count <= len(done):
+                    break
+                self._changed.wait()
+            if not self._reserve():
+                return None
+        return self._grow()
 
-    def _may_grow(self) -> bool:
-        return self._count < self._limit and time.monotonic() >= self._retry_at
+    def _put_back(self, lane: Lane) -> None:
+        with self._changed:
+            if not lane.is_given_up:
+                self._free.append(lane)
+            self._changed.notify_all()
+
+    def _reserve(self) -> bool:
+        """Count one lane more, if there may be one."""
+        with self._changed:
+            if self._count >= self._limit or time.monotonic() < self._retry_at:
+                return False
+            self._count += 1
+            return True
+
+    def _grow(self) -> Lane | None:
+        """Make the lane that was counted, or ``None`` where memory is short."""
+        try:
+            return self._make(False)
+        except BackendError as error:
+            self._count_one_less(error)
+            return None
+
+    def _give_up_one(self, own: Lane, error: BackendError) -> bool:
+        """Give up a lane that nobody uses, or else the caller's own; whether there was one."""
+        with self._changed:
+            spare = [lane for lane in (*self._free, own) if not lane.encodes]
+            if not spare:
+                return False
+            if spare[0] is not own:
+                self._free.remove(spare[0])
+            self._give_up(spare[0], error)
+            return True
+
+    def _give_up(self, lane: Lane, error: BackendError) -> None:
+        lane.is_given_up = True
+        self._count_one_less(error)
+
+    def _count_one_less(self, error: BackendError) -> None:
+        with self._changed:
+            self._count -= 1
+            self._retry_at = time.monotonic() + _RETRY_SECONDS
+            self._changed.notify_all()
+            # As text: a kept traceback would keep alive what was allocated.
+            _LOG.warning("no more than %d calls at a time: %s", self._count, str(error))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StateError("the model is closed")
 
     def _best(self, encode: bool, holding: Block | None) -> Lane | None:
         """A free lane: the one that holds the maps, else the decoder lane unused for longest."""

@@ -1,15 +1,18 @@
 """Shape classes: the few sizes that decoder calls are padded to.
 
 A CUDA graph is recorded for one size, and TensorRT spends time whenever sizes change. So calls
-are padded to powers of two. Padding points carry a label that the decoder excludes from every
-attention, and padding objects are independent of the others: neither changes a result.
+are padded to few sizes, which a warm-up records. Padding points carry a label that the decoder
+excludes from every attention, and padding objects are independent of the others: neither changes a
+result.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_FEWEST_POINTS = 4
+# And four times the last for more.
+OBJECTS = (1, 4, 16)
+POINTS = (4, 8, 32)
 
 
 class ShapeClass(NamedTuple):
@@ -47,13 +50,22 @@ def classify(objects: int, points: int, own_masks: bool, limits: Limits) -> Shap
         own_masks: whether each object has a mask prompt of its own.
         limits: of the engine.
     """
-    padded = min(_power_of_two(objects), limits.objects)
-    return ShapeClass(
-        padded,
-        min(_power_of_two(max(points, _FEWEST_POINTS)), limits.points),
-        padded if own_masks else 1,
-    )
+    padded = _padded(objects, OBJECTS, limits.objects)
+    return ShapeClass(padded, _padded(points, POINTS, limits.points), padded if own_masks else 1)
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def usual_classes(limits: Limits) -> tuple[ShapeClass, ...]:
+    """The classes of all calls without mask prompts, up to 16 objects and 32 points."""
+    objects = sorted({min(count, limits.objects) for count in OBJECTS})
+    points = sorted({min(count, limits.points) for count in POINTS})
+    return tuple(ShapeClass(p, n, 1) for p in objects for n in points)
+
+
+def _padded(count: int, sizes: tuple[int, ...], limit: int) -> int:
+    for size in sizes:
+        if count <= size:
+            return min(size, limit)
+    size = sizes[-1]
+    while size < count:
+        size *= 4
+    return min(size, limit)

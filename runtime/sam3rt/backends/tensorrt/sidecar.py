@@ -20,12 +20,12 @@ from ...bundle import FileEntry
 from ...bundle.documents import DocumentError, Number, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
-from .cuda import Gpu
+from .driver import Gpu
 
 FORMAT = "sam3rt-engine"
 FORMAT_VERSION = 1
 
-Role = Literal["encoder", "decoder", "preprocess", "postprocess"]
+Role = Literal["encoder", "decoder"]
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 State = Literal["proven", "unproven", "refused"]
 
@@ -42,15 +42,12 @@ class EngineShapes(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         max_objects: objects in one decoder call.
         max_points: points per object, padding included.
-        max_images: images in one encoder call; always 1 today.
-        max_side: height and width of an image before the preprocessing and after the
-            postprocessing, pixels.
+        max_images: images in one encoder call.
     """
 
     max_objects: int
     max_points: int
     max_images: int
-    max_side: int
 
 
 class EngineSidecar(Struct, frozen=True, forbid_unknown_fields=True):

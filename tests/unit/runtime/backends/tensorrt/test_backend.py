@@ -25,6 +25,7 @@ from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_ri
 
 from sam3rt import (
     BackendError,
+    DeviceLostError,
     EmbeddingError,
     ImageEmbedding,
     Prompts,
@@ -59,8 +60,6 @@ def sam3_rig(
 def mobile_rig(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Rig:
     rig = make_rig(default_bundle_path(), tmp_path_factory.mktemp("mobile"), patch, seed=1)
     rig.build()
-    rig.engine("preprocess")
-    rig.engine("postprocess")
     return rig
 
 
@@ -198,8 +197,11 @@ def test_encoding_with_preprocessing_on_the_device(
         atol=TOLERANCE,
         rtol=0,
     )
-    # One byte per pixel and channel goes up; the matrices are there from the first time.
-    assert [entry for entry in cuda.log if entry[0] == "upload"] == [("upload", chelsea.nbytes)]
+    # One byte per pixel and channel goes up, from pinned memory, and what is to be done with it.
+    uploads = [nbytes for kind, nbytes in cuda.log if kind == "upload"]
+    assert chelsea.nbytes <= uploads[0] < chelsea.nbytes + (1 << 20)
+    assert sum(uploads[1:]) < 1024
+    assert cuda.count("kernel") == 2
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,9 @@ def test_only_bytes_come_down_where_the_device_makes_the_masks(
             masks = len(boxes) * 3 * chelsea.shape[0] * chelsea.shape[1]
             low_res = len(boxes) * 3 * 256 * 256 * 4
             assert sum(downloads) <= masks + low_res * MAX_OBJECTS / len(boxes) + 10_000
-            uploads = [nbytes for kind, nbytes in cuda.log if kind == "upload"]
-            assert sum(uploads) < 2_000 or max_hole_area
+            # All that goes up is the prompt, within the graph, holes or not.
+            kinds = [kind for kind, _ in cuda.log]
+            assert kinds == ["launch", "download", "download"]
     equal(*results)
 
 
@@ -258,7 +261,7 @@ def test_masks_of_more_objects_than_the_engine_takes(
     equal(*results)
 
 
-def test_a_prompt_is_one_small_upload_one_launch_and_one_download(
+def test_a_prompt_is_one_launch_and_one_download(
     sam3_rig: Rig, sam3: SegmentationModel, sam3_embeddings: dict[int, ImageEmbedding]
 ) -> None:
     embedding = moved(sam3_embeddings[0], sam3)
@@ -269,9 +272,8 @@ def test_a_prompt_is_one_small_upload_one_launch_and_one_download(
         with sam3_rig.cuda.no_allocation():
             sam3.decode(embedding, prompts)
         kinds = [kind for kind, _ in sam3_rig.cuda.log]
-        assert kinds == ["upload", "launch", "download"]
+        assert kinds == ["launch", "download"]
         sizes = dict(sam3_rig.cuda.log)
-        assert sizes["upload"] < 1024
         # Three masks and their scores, and nothing of the single mask.
         low_res = 3 * 288 * 288 * 4
         assert low_res < sizes["download"] < low_res + 1024
@@ -481,8 +483,6 @@ def test_the_callers_gpu_is_the_current_one_again_after_each_call(
     """The stand-in refuses every call for which ours is not the current one."""
     rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
     rig.build()
-    rig.engine("preprocess")
-    rig.engine("postprocess")
 
     def current() -> int:
         assert rig.cuda.index != CALLERS_GPU
@@ -512,8 +512,6 @@ def test_everything_is_given_back(
 ) -> None:
     rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
     rig.build()
-    rig.engine("preprocess")
-    rig.engine("postprocess")
     model = with_imaging(rig)
     before = rig.cuda.used
     maps = list(model.encode(chelsea).numpy().values())
@@ -647,6 +645,37 @@ def test_a_failed_call_leaves_the_lane_usable(
     np.testing.assert_array_equal(model.decode(embedding, prompts).low_res_masks, expected)
 
 
+def test_a_gpu_that_is_lost_says_so(
+    tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
+) -> None:
+    """A kernel's fault shows at the next call that waits, and at every one after it."""
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig.build()
+    model = rig.model(lanes=1)
+    embedding = model.encode(chelsea)
+    prompts = Prompts([[225, 150]], [1])
+    model.decode(embedding, prompts)
+
+    def lost(stream: int) -> None:
+        rig.cuda.lost = "cudaStreamSynchronize failed: cudaErrorIllegalAddress"
+        raise rig.cuda.lost_error()
+
+    def refused(graph: int, stream: int) -> None:
+        raise BackendError("TensorRT refuses to run")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.cuda, "synchronize", lost)
+        broken.setattr(rig.cuda, "launch", refused)
+        for call in (model.decode, model.segment):
+            with pytest.raises(DeviceLostError, match=r"cuda:0 cannot be used .*IllegalAddress"):
+                call(embedding, prompts)
+        health = model.health()
+        assert not health.healthy
+        assert "DeviceLostError: cuda:0 cannot be used in this process any more" in health.problem
+    for stream in rig.cuda._streams.values():
+        stream.pending.clear()
+
+
 def test_embeddings_of_another_model_are_refused(
     mobile_rig: Rig, mobile: SegmentationModel, default_model: SegmentationModel
 ) -> None:
@@ -655,17 +684,6 @@ def test_embeddings_of_another_model_are_refused(
     for foreign in (default_model.encode(image), mobile_rig.model(lanes=1).encode(image)):
         with pytest.raises(EmbeddingError, match="another model or backend"):
             mobile.decode(foreign, prompts)
-
-
-def test_prepare_records_the_usual_classes(mobile_rig: Rig) -> None:
-    model = mobile_rig.model()
-    model.backend.prepare()
-    embedding = model.encode(np.zeros((20, 30, 3), np.uint8))
-    with mobile_rig.cuda.no_allocation():
-        mobile_rig.cuda.log.clear()
-        model.decode(embedding, Prompts([[1, 1]], [1]))
-        assert mobile_rig.cuda.count("launch") == 1
-    assert set(model.backend.versions()) == {"tensorrt", "driver"}
 
 
 def test_the_fake_notices_what_it_is_for(mobile_rig: Rig) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sam3rt.backends.tensorrt.cuda import Cuda, Gpu, probe, probe_all
-from sam3rt.errors import BackendError
+from sam3rt.backends.tensorrt.cuda import Cuda
+from sam3rt.backends.tensorrt.driver import Gpu, probe, probe_all
+from sam3rt.errors import BackendError, DeviceLostError
 
 # A driver with two GPUs, in C: the probe's calls go through the real calling convention.
 SOURCE = """
@@ -161,11 +162,98 @@ def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_names_the_call_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_python(monkeypatch, cudaStreamSynchronize=lambda stream: (Status(700),))
+    cuda_python(monkeypatch, cudaStreamSynchronize=lambda stream: (Status(1),))
     with pytest.raises(
         BackendError, match=r"cudaStreamSynchronize failed: cudaErrorName, the reason"
     ):
         Cuda(0).synchronize(1)
+
+
+def test_a_sticky_error_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch, cudaStreamSynchronize=lambda stream: (Status(700),))
+    cuda = Cuda(3)
+    assert cuda.lost is None
+    with pytest.raises(DeviceLostError, match=r"cuda:3 .* the reason\. Start the process again"):
+        cuda.synchronize(1)
+    assert cuda.lost == "cudaStreamSynchronize failed: cudaErrorName, the reason"
+
+
+def test_threads_may_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = []
+    runtime = cuda_python(
+        monkeypatch, cudaSetDeviceFlags=lambda value: (flags.append(value), (Status(0),))[1]
+    )
+    runtime.cudaDeviceScheduleBlockingSync = 4
+    Cuda(0)
+    assert flags == []
+    Cuda(0, blocking=True)
+    assert flags == [4]
+
+
+def compiler(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> list[Any]:
+    """Modules in the place of cuda-python's NVRTC and driver, and what they were called with."""
+    calls: list[Any] = []
+
+    def answer(name: str, *results: Any) -> Any:
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            calls.append((name, *arguments))
+            return (Status(0), *results)
+
+        function.__name__ = name
+        return function
+
+    cuda_python(monkeypatch)
+    package = sys.modules["cuda.bindings"]
+    parts: dict[str, dict[str, tuple[Any, ...]]] = {
+        "nvrtc": {
+            "nvrtcCreateProgram": ("program",),
+            "nvrtcCompileProgram": (),
+            "nvrtcGetCUBINSize": (5,),
+            "nvrtcGetCUBIN": (),
+        },
+        "driver": {
+            "cuModuleLoadData": ("module",),
+            "cuModuleGetFunction": ("kernel",),
+            "cuLaunchKernel": (),
+        },
+    }
+    for part, known in parts.items():
+        module = types.ModuleType(f"cuda.bindings.{part}")
+        for name, results in known.items():
+            setattr(module, name, functions.get(name) or answer(name, *results))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        setattr(package, part, module)
+    return calls
+
+
+def test_kernels_are_compiled_for_the_gpu_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiler(monkeypatch)
+    cuda = Cuda(0)
+    kernels = cuda.load_kernels("source", ["one", "two"], "12.0")
+    assert kernels == {"one": "kernel", "two": "kernel"}
+    options = [b"--gpu-architecture=sm_120", b"--fmad=false"]
+    assert ("nvrtcCompileProgram", "program", 2, options) in calls
+    cuda.launch_kernel("kernel", 7, 128, 0xABC, 5)
+    arguments = ((0xABC,), (ctypes.c_void_p,))
+    assert calls[-1] == ("cuLaunchKernel", "kernel", 7, 1, 1, 128, 1, 1, 0, 5, arguments, 0)
+
+
+def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> tuple[Status]:
+        return (Status(6),)
+
+    refuse.__name__ = "nvrtcCompileProgram"
+    compiler(monkeypatch, nvrtcCompileProgram=refuse)
+    with pytest.raises(BackendError, match="nvrtcCompileProgram failed: 6"):
+        Cuda(0).load_kernels("source", ["one"], "8.9")
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(monkeypatch)
+    monkeypatch.delitem(sys.modules, "cuda.bindings.nvrtc")
+    monkeypatch.delattr(sys.modules["cuda.bindings"], "nvrtc")
+    with pytest.raises(BackendError, match="cuda-python has no NVRTC"):
+        Cuda(0).load_kernels("source", ["one"], "8.9")
 
 
 def test_a_driver_older_than_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:

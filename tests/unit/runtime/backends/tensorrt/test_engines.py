@@ -12,7 +12,7 @@ import pytest
 from tests.support.helpers import tiny_bundle
 from tests.support.tensorrt_helpers import SIDECAR
 
-from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.engines import (
     RECIPE_ORDER,
     EngineFile,
@@ -148,16 +148,6 @@ def test_encoder_and_decoder_must_agree_on_the_features(bundle: Bundle) -> None:
         candidates(bundle, TARGET)
     add(bundle, "decoder", "fp16", features_dtype="float16")
     assert [c.precision for c in candidates(bundle, TARGET)] == ["fp16"]
-
-
-def test_imaging_engines_come_along(bundle: Bundle) -> None:
-    add_pair(bundle, "fp16")
-    assert candidates(bundle, TARGET)[0].preprocess is None
-    add(bundle, "preprocess", gpu=Gpu("NVIDIA A2", "8.6"))
-    post = add(bundle, "postprocess")
-    chosen = candidates(bundle, TARGET)[0]
-    assert chosen.preprocess is None
-    assert chosen.postprocess == post
 
 
 @pytest.mark.parametrize(

@@ -54,16 +54,27 @@ TENSORRT_USES = {
     for owner, name in used(ENGINE, "trt")
     if not name.startswith("__")
 }
+RTX_USES = used(ENGINE, "rtx")
+RTX_CLASSES = {
+    "rtx_engine": "ICudaEngine",
+    "rtx_context": "IExecutionContext",
+    "rtx_config": "IRuntimeConfig",
+    "rtx_cache": "IRuntimeCache",
+}
 # TensorRT goes on using the first logger it was given.
 LOGGERS: list[object] = []
 ENUMS = {"TensorIOMode": {"INPUT"}, "ExecutionContextAllocationStrategy": {"USER_MANAGED"}}
+RTX_ENUMS = {
+    "DynamicShapesKernelSpecializationStrategy": {"EAGER"},
+    "SeekPosition": {"SET", "CUR", "END"},
+}
 DATA_TYPES = {"FLOAT", "HALF", "INT32", "INT64", "INT8", "UINT8", "BOOL"}
 SEVERITIES = {"INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"}
 
 
 def test_the_collection_finds_what_is_used() -> None:
     assert ("trt_context", "execute_async_v3") in TENSORRT_USES
-    assert ("trt_engine", "device_memory_size_v2") in TENSORRT_USES
+    assert ("trt_context", "update_device_memory_size_for_shapes") in TENSORRT_USES
     assert ("trt", "ExecutionContextAllocationStrategy") in TENSORRT_USES
     assert len(TENSORRT_USES) >= 15
 
@@ -71,7 +82,7 @@ def test_the_collection_finds_what_is_used() -> None:
 def test_other_modules_do_not_touch_tensorrt() -> None:
     for path in PACKAGE.glob("*.py"):
         if path != ENGINE:
-            assert used(path, "trt") == set(), path
+            assert used(path, "trt") | used(path, "rtx") == set(), path
 
 
 @pytest.mark.parametrize("version", [name for name in NAMES if name.startswith("tensorrt")])
@@ -93,10 +104,24 @@ def test_tensorrt_for_rtx_has_every_name_in_its_class() -> None:
             assert hasattr(getattr(tensorrt_rtx, CLASSES[owner]), name), (owner, name)
         elif owner == "trt":
             assert hasattr(tensorrt_rtx, name), name
-    for enum, members in ENUMS.items():
+    assert {name for _, name in RTX_USES} >= {"is_stream_capturable", "set_runtime_cache"}
+    for owner, name in RTX_USES:
+        if owner == "rtx":
+            assert hasattr(tensorrt_rtx, name), name
+        else:
+            assert hasattr(getattr(tensorrt_rtx, RTX_CLASSES[owner]), name), (owner, name)
+    for enum, members in (ENUMS | RTX_ENUMS).items():
         assert members <= set(getattr(tensorrt_rtx, enum).__members__)
     assert set(tensorrt_rtx.DataType.__members__) >= DATA_TYPES
     assert set(tensorrt_rtx.ILogger.Severity.__members__) >= SEVERITIES
+
+
+def test_where_a_stream_can_be_read_from_all_of_its_names_are_known() -> None:
+    reading = {"IStreamReaderV2", "SeekPosition", "SET", "CUR", "END"}
+    for version, names in NAMES.items():
+        if version.startswith("tensorrt") and "IStreamReaderV2" in names:
+            assert reading <= set(names), version
+    assert {"read", "seek"} <= set(dir(tensorrt_rtx.IStreamReaderV2))
 
 
 def test_types_are_read_by_their_names() -> None:
@@ -140,5 +165,7 @@ def test_every_cuda_python_has_every_name(version: str) -> None:
     kinds = {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost", "cudaMemcpyDeviceToDevice"}
     assert {"cudaMalloc", "cudaGraphLaunch", "cudaMemcpyKind"} <= names
     assert "cudaStreamCaptureModeThreadLocal" in members
-    wanted = (names - {"cudaError_t"}) | members | kinds
+    compiling = {name for owner, name in used(source, "nvrtc") | used(source, "driver")}
+    assert {"nvrtcCompileProgram", "cuModuleLoadData", "cuLaunchKernel"} <= compiling
+    wanted = (names - {"cudaError_t"}) | members | kinds | compiling
     assert wanted - set(NAMES[version]) == set()

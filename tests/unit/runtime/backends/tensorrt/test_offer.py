@@ -13,13 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.support import cpu_kernels
 from tests.support.fake_tensorrt import Perturbation
 from tests.support.tensorrt_helpers import GPU, Rig, make_rig
 
 import sam3rt
 from sam3rt.backends import create_backend
 from sam3rt.backends.tensorrt import Platform, TensorRtBackend, engines
-from sam3rt.backends.tensorrt.cuda import Gpu, probe
+from sam3rt.backends.tensorrt.driver import Gpu, probe
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
 from sam3rt.bundle import Bundle, file_entry
@@ -328,30 +329,69 @@ def test_precision_insists(rig: Rig) -> None:
         opened(rig.bundle, precision="tf32")
 
 
-@pytest.mark.parametrize("role", ["preprocess", "postprocess"])
-def test_wrong_imaging_is_left_to_the_host(
-    role: str, rig: Rig, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("kernel", "message", "left"),
+    [
+        (
+            "resize_image",
+            "resizing images is left to the host: image 0 pixels: error",
+            (False, True),
+        ),
+        (
+            "make_masks",
+            "making masks is left to the host: image 0 above 0.0",
+            (True, False),
+        ),
+        (
+            "clean_logits",
+            "making masks is left to the host: image 0 above 1.5",
+            (True, False),
+        ),
+    ],
+)
+def test_wrong_kernels_are_left_to_the_host(
+    kernel: str,
+    message: str,
+    left: tuple[bool, bool],
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def shifted(outputs: Outputs) -> None:
-        for name in outputs:
-            outputs[name] = np.roll(outputs[name], 1, axis=-1)
-
     rig.build()
-    rig.perturbations["shifted"] = shifted
-    wrong = rig.engine(role, "fp32", state="unproven", perturbation="shifted")
+    right = cpu_kernels.run
+
+    def wrong(name: str, job: int) -> None:
+        if name != kernel:
+            right(name, job)
+
+    monkeypatch.setattr(cpu_kernels, "run", wrong)
+    imaging = opened(rig.bundle).imaging
+    assert (imaging.preprocess_allowed, imaging.postprocess_allowed) == left
+    assert message in caplog.text
+
+
+def test_without_a_compiler_the_host_does_what_surrounds_the_network(
+    rig: Rig, caplog: pytest.LogCaptureFixture, chelsea: NDArray[np.uint8]
+) -> None:
+    rig.build()
+    rig.cuda.compiles = False
     backend = opened(rig.bundle)
     assert not backend.imaging.preprocess_allowed
     assert not backend.imaging.postprocess_allowed
-    assert f"{wrong.path} is not used" in caplog.text
+    assert "resized on the host: cuda-python has no NVRTC" in caplog.text
+    model = sam3rt.SegmentationModel(rig.bundle, backend)
+    prompts = sam3rt.Prompts([[225, 150]], [1])
+    for _ in range(2):
+        _, masks = model.segment(model.encode(chelsea), prompts, max_hole_area=8)
+        assert masks.shape == (1, 3, *chelsea.shape[:2])
+    assert rig.cuda.count("kernel") == 0
 
 
-def test_right_imaging_is_compared_and_used(rig: Rig) -> None:
+def test_right_kernels_are_compared_and_used(rig: Rig) -> None:
     rig.build()
-    for role in ("preprocess", "postprocess"):
-        rig.engine(role, state="unproven")
-    backend = opened(rig.bundle)
-    assert backend.imaging.preprocess_allowed
-    assert backend.imaging.postprocess_allowed
+    imaging = opened(rig.bundle).imaging
+    assert imaging.preprocess_allowed
+    assert imaging.postprocess_allowed
 
 
 @pytest.mark.parametrize(("role", "other"), [("encoder", "decoder"), ("decoder", "encoder")])

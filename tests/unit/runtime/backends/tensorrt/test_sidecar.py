@@ -16,7 +16,7 @@ from tests.support.helpers import examples, flip
 from tests.support.tensorrt_helpers import SIDECAR
 
 from sam3rt import BundleError
-from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.sidecar import (
     EngineShapes,
     EngineSidecar,
@@ -113,7 +113,7 @@ def test_ahead_of_time_engines_have_targets_in_place_of_a_gpu(tmp_path: Path) ->
         ({"parity": [1]}, "Expected `object`, got `array` - at `$.parity`"),
         ({"build_seconds": -1}, "is not a duration"),
         (
-            {"shapes": {"max_objects": 0, "max_points": 1, "max_images": 1, "max_side": 1}},
+            {"shapes": {"max_objects": 0, "max_points": 1, "max_images": 1}},
             '"shapes" is not positive',
         ),
     ],
@@ -163,6 +163,6 @@ def test_a_sidecar_that_breaks_a_rule_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="another file"):
         write_sidecar(tmp_path / "other.engine", SIDECAR)
     with pytest.raises(BundleError, match="not positive"):
-        write_sidecar(engine, msgspec.structs.replace(SIDECAR, shapes=EngineShapes(1, 0, 1, 1)))
+        write_sidecar(engine, msgspec.structs.replace(SIDECAR, shapes=EngineShapes(1, 0, 1)))
     assert sidecar_path(engine).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["decoder.engine.json"]

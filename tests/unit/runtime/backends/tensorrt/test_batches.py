@@ -1,0 +1,96 @@
+"""Several images in one run of the encoder, and uploads while another image is encoded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.support.helpers import noise
+from tests.support.tensorrt_helpers import Rig, make_rig
+
+from sam3rt import SAM3InteractiveImagePredictor, load_model
+from sam3rt.backends.tensorrt.lane import Lane
+from sam3rt.backends.tensorrt.offer import allow_imaging
+
+SIZES = [(60, 90), (300, 451), (45, 8), (8, 8), (100, 100)]
+
+
+@pytest.fixture
+def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig.build(max_batch=2)
+    return rig
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_batch_is_encoded_together(on_device: bool, rig: Rig) -> None:
+    images = [noise(*size) for size in SIZES]
+    model = rig.model(lanes=1)
+    if on_device:
+        allow_imaging(model.backend)
+        assert model.backend.imaging.preprocess_allowed
+    reference = load_model(rig.source, backend="onnxruntime", device="cpu")
+    for _ in range(2):
+        rig.cuda.log.clear()
+        found = model.encode_batch(images)
+        # Two, two and one.
+        assert rig.cuda.count("enqueue") + rig.cuda.count("launch") == 3
+        for embedding, image in zip(found, images, strict=True):
+            expected = reference.encode(image).numpy()
+            for name, array in embedding.numpy().items():
+                np.testing.assert_allclose(array, expected[name], atol=1e-4, rtol=0)
+    predictor = SAM3InteractiveImagePredictor(model)
+    predictor.set_image_batch(images)
+    masks, _, _ = predictor.predict_batch([[[4.0, 4.0]]] * 5, [[1]] * 5)
+    assert [mask.shape[-2:] for mask in masks] == SIZES
+
+
+def test_single_images_and_batches_take_turns(rig: Rig) -> None:
+    images = [noise(*size) for size in SIZES]
+    model = rig.model(lanes=1)
+    expected = [model.encode(image).numpy() for image in images]
+    model.encode_batch(images)
+    for image, maps in zip(images, expected, strict=True):
+        for name, array in model.encode(image).numpy().items():
+            np.testing.assert_array_equal(array, maps[name])
+
+
+def test_an_image_is_uploaded_while_another_is_encoded(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rig.model(lanes=2)
+    allow_imaging(model.backend)
+    uploaded, encodes = threading.Event(), threading.Lock()
+    real: Callable[..., Any] = Lane.encode_images
+    upload: Callable[..., Any] = Lane.upload_image
+
+    def slowly(lane: Lane, images: Any) -> Any:
+        if encodes.acquire(blocking=False):
+            # The second image arrives meanwhile.
+            assert uploaded.wait(60)
+        return real(lane, images)
+
+    def noted(lane: Lane, image: NDArray[np.uint8]) -> Any:
+        block = upload(lane, image)
+        if encodes.locked():
+            uploaded.set()
+        return block
+
+    monkeypatch.setattr(Lane, "encode_images", slowly)
+    monkeypatch.setattr(Lane, "upload_image", noted)
+
+    def second() -> None:
+        while not encodes.locked():
+            pass
+        model.encode(noise(60, 90))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(model.encode, noise(300, 451))
+        pool.submit(second).result()
+        first.result()

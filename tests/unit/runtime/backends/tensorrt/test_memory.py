@@ -1,0 +1,238 @@
+"""Device memory: what calls take, what they give back, limits, and the end of a model."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.support.fake_cuda import FakeCuda
+from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
+
+from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateError, load_model
+from sam3rt.backends.tensorrt.memory import GrowingBuffer, Memory
+from sam3rt.backends.tensorrt.offer import allow_imaging
+
+PROMPTS = Prompts([[225, 150]], [1])
+
+
+@pytest.fixture
+def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig.build()
+    return rig
+
+
+def many(objects: int) -> Prompts:
+    rng = np.random.default_rng(objects)
+    return Prompts(rng.uniform(0, 300, (objects, 3, 2)), np.ones((objects, 3)))
+
+
+def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() -> None:
+    cuda = FakeCuda()
+    with cuda.active():
+        buffer = GrowingBuffer(Memory(cuda))
+        sizes = [buffer.block(n).nbytes for n in (100, 50, 300, 200)]
+        assert sizes == [100, 100, 300, 300]
+        sizes = [buffer.block(120).nbytes for _ in range(130)]
+        assert sizes[0] == 300
+        assert sizes[-1] == 120
+        # More than half of it is used now and then: it stays.
+        kept = {buffer.block(120 if i % 30 else 70).nbytes for i in range(200)}
+        assert kept == {120}
+        pinned = [len(buffer.pinned(n)) for n in (10, 500, *[20] * 130)]
+        assert pinned[1] == 500
+        assert cuda.live["pinned"] <= 3
+
+
+def test_spare_blocks_are_kept_for_few_sizes() -> None:
+    cuda = FakeCuda()
+    memory = Memory(cuda)
+    with cuda.active():
+        for size in range(1000, 1020):
+            memory.allocate_reusable(size)
+        memory.collect()
+        assert cuda.live["blocks"] == 3
+        memory.release_spare()
+    assert cuda.used == 0
+
+
+def test_scratch_is_for_the_shapes_in_use(rig: Rig, chelsea: NDArray[np.uint8]) -> None:
+    model = rig.model(lanes=1)
+    embedding = model.encode(chelsea)
+    expected = model.decode(embedding, many(2)).low_res_masks
+    before = rig.cuda.used
+    model.decode(embedding, PROMPTS)
+    assert rig.cuda.used == before
+    more = many(MAX_OBJECTS)
+    model.decode(embedding, Prompts(more.point_coords, more.point_labels, mask_input=None))
+    rng = np.random.default_rng(0)
+    size = model.manifest.prompts.mask_size
+    own = rng.normal(0, 8, (MAX_OBJECTS, 1, *size)).astype(np.float32)
+    model.decode(embedding, Prompts(more.point_coords, more.point_labels, mask_input=own))
+    # What was recorded before the memory moved is recorded anew, and right.
+    for _ in range(2):
+        np.testing.assert_array_equal(model.decode(embedding, many(2)).low_res_masks, expected)
+    model.encode(chelsea)
+
+
+def test_a_limit_on_memory_holds(rig: Rig, chelsea: NDArray[np.uint8]) -> None:
+    free = rig.model(lanes=1)
+    embedding = free.encode(chelsea)
+    free.decode(embedding, PROMPTS)
+    needed = rig.cuda.used
+    nbytes = embedding.nbytes
+    del free, embedding
+    gc.collect()
+    model = rig.model(lanes=1, memory=needed + nbytes)
+    kept = [model.encode(chelsea), model.encode(chelsea)]
+    model.decode(kept[0], PROMPTS)
+    with pytest.raises(BackendError, match=r"out of device memory: .* are free of its limit"):
+        model.encode(chelsea)
+    kept.pop()
+    kept.append(model.encode(chelsea))
+    assert rig.cuda.used <= needed + nbytes
+
+
+@pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": True}, {"memory": -1}, {"lanes": 1.5}])
+def test_numbers_that_make_no_sense(options: dict[str, int]) -> None:
+    (name,) = options
+    with pytest.raises(InvalidInputError, match=rf"gpu\.{name}: got .* a positive whole number"):
+        GpuOptions(**options)
+
+
+def test_options_reach_the_backend(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def opened(flavour: str, gpu: object, *, blocking: bool) -> object:
+        asked.append(blocking)
+        return rig.platform
+
+    monkeypatch.setattr("sam3rt.backends.tensorrt.offer.open_platform", opened)
+    options = GpuOptions(lanes=2, blocking=True)
+    model = load_model(rig.bundle.path, backend="tensorrt", gpu=options, check_files=False)
+    model.warm_up()
+    assert rig.cuda.live["streams"] == 2
+    assert asked == [True]
+    # Others pay no heed to them.
+    load_model(rig.bundle.path, backend="onnxruntime", gpu=options, check_files=False).close()
+
+
+def test_a_warm_up_records_the_usual_classes_on_every_lane(
+    rig: Rig, chelsea: NDArray[np.uint8]
+) -> None:
+    model = rig.model(lanes=3)
+    model.warm_up()
+    assert rig.cuda.live["streams"] == 3
+    # One or four objects, and 4, 8 or 16 points, on each lane, and the encoder on one.
+    assert rig.cuda.live["graphs"] == 3 * 2 * 3 + 1
+    embedding = model.encode(chelsea)
+    rig.cuda.log.clear()
+    with rig.cuda.no_allocation(), ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda n: model.decode(embedding, many(n)), [1, 2, 3, 4] * 3))
+    assert rig.cuda.count("enqueue") == 0
+    points = Prompts(np.zeros((MAX_POINTS - 1, 2)), np.ones(MAX_POINTS - 1))
+    model.decode(embedding, points)
+    assert rig.cuda.count("enqueue") == 0
+
+
+def test_a_warm_up_with_little_memory_makes_fewer_lanes(
+    rig: Rig, caplog: pytest.LogCaptureFixture, chelsea: NDArray[np.uint8]
+) -> None:
+    model = rig.model(lanes=4)
+    model.backend.prepare()
+    each = rig.cuda.used // 4
+    del model
+    gc.collect()
+    for lanes in (2, 1):
+        rig.cuda.total = 2 * each * lanes - each // 2
+        model = rig.model(lanes=4)
+        model.warm_up()
+        assert 1 <= rig.cuda.live["streams"] < 4
+        assert "calls at a time: out of device memory" in caplog.text
+        model.decode(model.encode(chelsea), many(MAX_OBJECTS))
+        del model
+        gc.collect()
+        assert rig.cuda.used == 0
+
+
+def test_where_memory_is_short_idle_lanes_are_given_up(
+    rig: Rig, chelsea: NDArray[np.uint8]
+) -> None:
+    model = rig.model(lanes=4)
+    model.backend.prepare()
+    assert rig.cuda.live["streams"] == 4
+    rig.cuda.total = rig.cuda.used + 1000
+    kept = [model.encode(chelsea) for _ in range(3)]
+    assert rig.cuda.live["streams"] < 4
+    expected = model.decode(kept[0], PROMPTS).low_res_masks
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: model.decode(kept[1], PROMPTS), range(8)):
+            np.testing.assert_array_equal(found.low_res_masks, expected)
+
+
+def test_a_closed_model_gives_everything_back(rig: Rig, chelsea: NDArray[np.uint8]) -> None:
+    model = rig.model()
+    allow_imaging(model.backend)
+    embedding = model.encode(chelsea)
+    expected = embedding.numpy()
+    model.segment(embedding, PROMPTS, max_hole_area=4)
+    model.close()
+    model.close()
+    calls = [
+        partial(model.encode, chelsea),
+        partial(model.segment, embedding, PROMPTS),
+        partial(model.decode, embedding, PROMPTS),
+        model.warm_up,
+    ]
+    for call in calls:
+        with pytest.raises(StateError, match="the model is closed"):
+            call()
+    assert not model.health().healthy
+    assert "StateError: the model is closed" in model.health().problem
+    gc.collect()
+    # What an embedding holds stays, and is given back with it.
+    assert rig.cuda.live == {"blocks": 1, "pinned": 0, "streams": 0, "graphs": 0}
+    assert len(expected) == 3
+    del embedding, model, calls, call
+    gc.collect()
+    assert rig.cuda.used == 0
+
+
+def test_closing_waits_for_the_calls_under_way(rig: Rig) -> None:
+    model = rig.model()
+    inside, order = threading.Event(), []
+
+    def call() -> None:
+        with model.backend._pool.lane():
+            inside.set()
+            time.sleep(0.2)
+            order.append("call")
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(call)
+        inside.wait()
+        model.close()
+        order.append("closed")
+        done.result()
+    assert order == ["call", "closed"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_models_of_other_backends_close_too(
+    backend: str, tiny_sam3: Path, chelsea: NDArray[np.uint8]
+) -> None:
+    model = load_model(tiny_sam3, backend=backend, device="cpu")
+    embedding = model.encode(chelsea)
+    model.close()
+    with pytest.raises(StateError, match="the model is closed"):
+        model.encode(chelsea)
+    with pytest.raises(StateError, match="the model is closed"):
+        model.decode(embedding, PROMPTS)
+    assert not any("session" in name or "compiled" in name for name in vars(model.backend))
