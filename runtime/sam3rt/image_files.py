@@ -59,6 +59,36 @@ def load_image(image: str | os.PathLike[str] | geometry.Image, bgr: bool) -> NDA
     return rgb[..., ::-1] if bgr else rgb
 
 
+def upright_rgb(image: PIL.Image.Image, argument: str = "image") -> NDArray[np.uint8]:
+    """A picture as people see it, uint8 [H, W, 3]: its EXIF orientation is applied.
+
+    Of the metadata, nothing but the orientation is read, and nothing is written back.
+
+    Args:
+        image: as opened; it is decoded here.
+        argument: what to call it in error messages.
+
+    Raises:
+        ImageError: see :func:`sam3rt.geometry.to_rgb`.
+    """
+    array = geometry.to_rgb(image, argument)
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata are no reason to refuse a picture
+        return array
+    turned = {
+        2: array[:, ::-1],
+        3: array[::-1, ::-1],
+        4: array[::-1],
+        5: array.transpose(1, 0, 2),
+        6: np.rot90(array, -1),
+        7: array[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(array),
+    }
+    upright = turned.get(orientation, array) if isinstance(orientation, int) else array
+    return np.ascontiguousarray(upright)
+
+
 def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
     pillows_limit = PIL.Image.MAX_IMAGE_PIXELS
     try:
@@ -69,8 +99,7 @@ def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
             PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
             formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
             with PIL.Image.open(source, formats=formats) as image:
-                array = geometry.to_rgb(image, f"image {path}")
-                return _upright(array, _orientation(image))
+                return upright_rgb(image, f"image {path}")
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError as error:
@@ -85,26 +114,3 @@ def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
         ) from error
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = pillows_limit
-
-
-def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, 1 for upright. Nothing else is read, and nothing is written back."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged metadata are no reason to refuse a picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _upright(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation; anything but 2 to 8 means upright."""
-    turned = {
-        2: array[:, ::-1],
-        3: array[::-1, ::-1],
-        4: array[::-1],
-        5: array.transpose(1, 0, 2),
-        6: np.rot90(array, -1),
-        7: array[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(array),
-    }
-    return np.ascontiguousarray(turned.get(orientation, array))

@@ -22,6 +22,7 @@ PACKAGES = {
     "sam3rt_export": ROOT / "export",
     "sam3rt_build": ROOT / "export",
     "sam3rt_bench": ROOT / "benchmarks",
+    "sam3rt_serve": ROOT / "runtime",
 }
 # Each package, and the others of this project that it may import.
 USES = {
@@ -29,6 +30,7 @@ USES = {
     "sam3rt_export": {"sam3rt"},
     "sam3rt_build": {"sam3rt"},
     "sam3rt_bench": {"sam3rt", "sam3rt_export", "sam3rt_build"},
+    "sam3rt_serve": {"sam3rt"},
 }
 # The runtime from the bottom up: a module imports from its own layer and from lower ones.
 LAYERS = (
@@ -37,7 +39,7 @@ LAYERS = (
     {"geometry", "image_files", "prompts", "object_prompts", "masks", "features", "overlay"},
     {"accuracy"},
     {"backends"},
-    {"embedding", "model", "results"},
+    {"embedding", "embedding_cache", "model", "results"},
     {"predictor"},
     {"cli", "__main__"},
 )

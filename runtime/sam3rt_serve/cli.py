@@ -1,0 +1,149 @@
+"""``sam3rt serve``: a model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sam3rt.cli.options import add_model_options, load_from_options, positive_int
+from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
+
+HELP = "serve a model over HTTP (needs the serve extra)"
+DESCRIPTION = """\
+Serve a model over HTTP: an image is encoded once, then clicks on it are answered with masks.
+
+/openapi.json describes the interface, /readyz asks the model whether it is well, /metrics is for
+Prometheus. Each request is logged to standard error as a line of JSON. SIGTERM ends the server
+once it has answered what it has accepted.
+"""
+_KEY = "SAM3RT_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    parser.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file with the key to ask for (default: the variable {_KEY}, else no key)",
+    )
+    parser.add_argument(
+        "--cache-folder",
+        type=Path,
+        metavar="DIR",
+        help="folder to keep embeddings in too; several servers may share it",
+    )
+    for name, default, what in (
+        ("--cache-mb", 1024, "memory for embeddings, on the device that decodes"),
+        ("--cache-folder-mb", 65536, "what the folder may hold"),
+        ("--max-image-mb", 32, "largest image file"),
+        ("--max-pixels", 1 << 26, "largest image"),
+        ("--max-objects", 64, "objects in a request"),
+        ("--max-points", 256, "points of an object"),
+        ("--max-waiting-images", 16, "images that may wait for the encoder"),
+        ("--max-waiting-clicks", 256, "requests for masks that may wait"),
+        ("--max-connections", 1000, "connections; further ones are answered 503"),
+        ("--deadline", 30, "seconds that a request has"),
+        ("--health-seconds", 300, "how long an answer of /readyz holds"),
+    ):
+        parser.add_argument(
+            name, type=positive_int, default=default, metavar="N", help=f"{what} ({default})"
+        )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="threads that answer clicks (default: one a core, from 2 to 8)",
+    )
+    add_model_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal ends it."""
+    try:
+        import uvicorn
+
+        from .core import Limits, Service
+        from .http import create_app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        raise BackendError(f"serving needs {missing}: pip install 'sam3rt[serve,cpu]'") from error
+    api_key = _api_key(options.api_key_file)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # Prompts far outside an image are the callers' affair.
+    warnings.filterwarnings("ignore", category=PromptWarning)
+    model = load_from_options(options)
+    model.warm_up()
+    limits = Limits(
+        image_bytes=options.max_image_mb << 20,
+        pixels=options.max_pixels,
+        objects=options.max_objects,
+        points=options.max_points,
+        waiting_images=options.max_waiting_images,
+        waiting_clicks=options.max_waiting_clicks,
+        seconds=float(options.deadline),
+    )
+    service = Service(
+        model,
+        limits,
+        cache_bytes=options.cache_mb << 20,
+        cache_folder=options.cache_folder,
+        max_folder_bytes=options.cache_folder_mb << 20,
+        threads=options.workers,
+    )
+    app = create_app(service, api_key=api_key, health_seconds=float(options.health_seconds))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=options.host,
+            port=options.port,
+            http="h11",  # which bounds the length of headers
+            limit_concurrency=options.max_connections,
+            timeout_graceful_shutdown=options.deadline,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+        )
+    )
+    server.run()
+    return 0 if server.started else 1
+
+
+def _api_key(path: Path | None) -> str | None:
+    """The key from a file or the environment; never from the command line, which others see."""
+    given = os.environ.get(_KEY) if path is None else path.read_text().strip()
+    if given is None:
+        return None
+    if not given or not given.isascii() or not given.isprintable():
+        source = f"in {path}" if path is not None else f"in the variable {_KEY}"
+        raise InvalidInputError("API key", f"nothing usable {source}", "printable ASCII")
+    return given
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, timezone.utc)
+        line = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)

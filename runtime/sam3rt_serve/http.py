@@ -1,0 +1,465 @@
+"""The service over HTTP: an ASGI application on Starlette.
+
+The core does the work on threads of its own; the event loop only reads, waits and writes. No path
+or address that a caller sends is ever opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sam3rt import __version__
+from sam3rt.accuracy.gate import Health
+from sam3rt.embedding_cache import CacheFullError
+from sam3rt.errors import InvalidInputError, Sam3rtError
+
+from .core import ObjectMasks, ObjectPrompt, Service, StoredImage
+from .errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
+from .metrics import Metrics
+from .wire import (
+    JSON_BYTES,
+    NAME,
+    ErrorAnswer,
+    HealthAnswer,
+    ImageAnswer,
+    MasksAnswer,
+    MasksQuestion,
+    ModelAnswer,
+    object_answer,
+    openapi,
+)
+
+T = TypeVar("T")
+
+REQUESTS = logging.getLogger("sam3rt_serve.requests")
+_LOG = logging.getLogger(__name__)
+# The first class that fits.
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (UnknownImageError, 404),
+    (TooLargeError, 413),
+    (BusyError, 429),
+    (CacheFullError, 429),
+    (DeadlineError, 504),
+    (InvalidInputError, 400),
+    (Exception, 500),
+)
+# Bodies that lie in memory at the same time, in bodies of the largest size.
+_BODIES = 8
+# Embedding files on their way at the same time.
+_DOWNLOADS = 4
+
+
+class _Gone(Exception):
+    """The caller hung up: nobody reads the answer."""
+
+
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    health_seconds: float = 300.0,
+    routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """The application. It closes the service when it shuts down.
+
+    Args:
+        service: what it offers.
+        api_key: asked for as ``Authorization: Bearer KEY`` by all but ``/livez``, ``/readyz`` and
+            the further routes; ``None`` asks for none.
+        health_seconds: how long a health check's answer holds; a check costs one encoder run.
+        routes: further ones, such as a page's, which need no key.
+    """
+    api = _Api(service, api_key, health_seconds)
+    private = [
+        Route("/v1/images", api.post_image, methods=["POST"]),
+        Route("/v1/images/{image_id}", api.get_image, methods=["GET"]),
+        Route("/v1/images/{image_id}", api.put_image, methods=["PUT"]),
+        Route("/v1/images/{image_id}", api.delete_image, methods=["DELETE"]),
+        Route("/v1/images/{image_id}/embedding", api.get_embedding, methods=["GET"]),
+        Route("/v1/images/{image_id}/masks", api.post_masks, methods=["POST"]),
+        Route("/v1/model", api.get_model, methods=["GET"]),
+        Route("/metrics", api.get_metrics, methods=["GET"]),
+        Route("/openapi.json", api.get_openapi, methods=["GET"]),
+    ]
+    for route in private:
+        route.app = _Keyed(route.app, api_key)
+    public = [
+        Route("/livez", api.get_livez, methods=["GET"]),
+        Route("/readyz", api.get_readyz, methods=["GET"]),
+    ]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = Starlette(
+        routes=[*private, *public, *routes],
+        exception_handlers={HTTPException: _on_http_error, ClientDisconnect: _on_gone},
+        lifespan=lifespan,
+    )
+    app.add_middleware(_Watched, metrics=api.metrics)
+    for kind in (Sam3rtError, msgspec.DecodeError, _Gone):
+        app.add_exception_handler(kind, api.on_error)
+    return app
+
+
+class _Api:
+    """The endpoints."""
+
+    def __init__(self, service: Service, api_key: str | None, health_seconds: float) -> None:
+        self._service = service
+        self._limits = service.limits
+        self._has_key = api_key is not None
+        self.metrics = Metrics(service)
+        self._body_bytes = 0
+        self._downloads = asyncio.Semaphore(_DOWNLOADS)
+        self._health_seconds = health_seconds
+        self._health: asyncio.Task[Health] | None = None
+        self._health_until = 0.0
+
+    # --- images -----------------------------------------------------------------------------------
+
+    async def post_image(self, request: Request) -> Response:
+        return await self._store(request, None)
+
+    async def put_image(self, request: Request) -> Response:
+        return await self._store(request, _image_id(request))
+
+    async def get_image(self, request: Request) -> Response:
+        start = time.perf_counter()
+        found = await asyncio.to_thread(self._service.find_image, _image_id(request))
+        return _image_answer(found, start)
+
+    async def delete_image(self, request: Request) -> Response:
+        await asyncio.to_thread(self._service.remove_image, _image_id(request))
+        return Response(status_code=204)
+
+    async def get_embedding(self, request: Request) -> Response:
+        image_id = _image_id(request)
+        if self._downloads.locked():
+            raise BusyError(f"{_DOWNLOADS} embeddings are on their way, the most that may be")
+        async with self._downloads:
+            content = await asyncio.to_thread(self._service.embedding_file, image_id)
+        return _Download(content, self._downloads, self._limits.seconds)
+
+    async def _store(self, request: Request, image_id: str | None) -> Response:
+        start, deadline = time.perf_counter(), time.monotonic() + self._limits.seconds
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not (kind.startswith("image/") or kind == "multipart/form-data"):
+            raise HTTPException(415, "image/jpeg, image/png or multipart/form-data is expected")
+        is_form = kind == "multipart/form-data"
+        # A form has a few lines round its file.
+        most = self._limits.image_bytes + (1 << 16 if is_form else 0)
+        async with self._body(request, most) as body:
+            content = await _form_image(request, body) if is_form else body
+            future = self._service.add_image(content, image_id, deadline=deadline)
+            stored = await self._wait(request, future, deadline)
+        return _image_answer(stored, start)
+
+    # --- masks ------------------------------------------------------------------------------------
+
+    async def post_masks(self, request: Request) -> Response:
+        start, deadline = time.perf_counter(), time.monotonic() + self._limits.seconds
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "application/json is expected")
+        async with self._body(request, JSON_BYTES) as body:
+            question = msgspec.json.decode(body, type=MasksQuestion)
+
+        def finish(found: list[ObjectMasks]) -> bytes:
+            objects = [object_answer(one, question.format) for one in found]
+            height, width = found[0].masks.shape[1:]
+            took = _milliseconds(start)
+            return msgspec.json.encode(MasksAnswer(objects, height, width, question.format, took))
+
+        future = self._service.segment(
+            _image_id(request),
+            [ObjectPrompt(one.points, one.labels, one.box) for one in question.objects],
+            question.multimask,
+            session=question.session,
+            finish=finish,
+            deadline=deadline,
+        )
+        content = await self._wait(request, future, deadline)
+        return Response(content, media_type="application/json")
+
+    # --- the service ------------------------------------------------------------------------------
+
+    async def get_model(self, request: Request) -> Response:
+        model = self._service.model
+        manifest, limits = model.manifest, self._limits
+        return _json(
+            ModelAnswer(
+                manifest.name,
+                manifest.model_type,
+                list(manifest.image.size),
+                list(manifest.masks.low_res_size),
+                manifest.fingerprint,
+                model.backend.name,
+                model.device,
+                model.backend.precision,
+                __version__,
+                {
+                    name: getattr(limits, name)
+                    for name in ("image_bytes", "pixels", "objects", "points", "mask_pixels")
+                },
+            )
+        )
+
+    async def get_livez(self, request: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def get_readyz(self, request: Request) -> Response:
+        """Ask the model, or repeat what it answered not long ago."""
+        if self._health is None or (self._health.done() and time.monotonic() >= self._health_until):
+            self._health = asyncio.create_task(self._ask_health())
+        done, _ = await asyncio.wait({self._health}, timeout=self._limits.seconds)
+        if not done:
+            return _json(HealthAnswer(False, "the model has not answered yet", 0.0, 0.0), 503)
+        health = self._health.result()
+        answer = HealthAnswer(
+            health.healthy, health.problem, health.encode_seconds, health.decode_seconds
+        )
+        return _json(answer, 200 if health.healthy else 503)
+
+    async def _ask_health(self) -> Health:
+        health = await asyncio.to_thread(self._service.model.health)
+        if not health.healthy:
+            _LOG.error("the model is not well: %s", health.problem)
+        # A model that is not well is asked again at once.
+        self._health_until = time.monotonic() + self._health_seconds * health.healthy
+        return health
+
+    async def get_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=1.0.0")
+
+    async def get_openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi(self._limits, self._has_key))
+
+    # --- what they share --------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request, most: int) -> AsyncIterator[bytes]:
+        """A request's body, counted for as long as the block lasts.
+
+        Raises:
+            TooLargeError: it is longer than ``most``.
+            BusyError: too much of other bodies is in memory.
+            HTTPException: it does not come within the time that a request has.
+        """
+        held = 0
+
+        async def read() -> bytes:
+            nonlocal held
+            parts = []
+            async for part in request.stream():
+                held += len(part)
+                self._body_bytes += len(part)
+                if held > most:
+                    raise TooLargeError(f"a body of more than {most} bytes")
+                if self._body_bytes > _BODIES * self._limits.image_bytes:
+                    raise BusyError("too many large bodies are being received")
+                parts.append(part)
+            return b"".join(parts)
+
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise TooLargeError(f"a body of {declared} bytes, at most {most} are taken")
+        try:
+            try:
+                body = await asyncio.wait_for(read(), self._limits.seconds)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, "the body came too slowly") from None
+            yield body
+        finally:
+            self._body_bytes -= held
+
+    async def _wait(self, request: Request, future: Future[T], deadline: float) -> T:
+        """What a future brings, unless the time is over or the caller hangs up before.
+
+        Raises:
+            DeadlineError: the time is over.
+            _Gone: the caller hung up.
+        """
+        answer = asyncio.wrap_future(future)
+        gone = asyncio.ensure_future(_hung_up(request))
+        try:
+            either: set[asyncio.Future[Any]] = {answer, gone}
+            await asyncio.wait(
+                either,
+                timeout=max(0.0, deadline - time.monotonic()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if answer.done():
+                return answer.result()
+            if gone.done():
+                raise _Gone
+            raise DeadlineError(f"no answer within {self._limits.seconds:g} s")
+        finally:
+            gone.cancel()
+            answer.cancel()  # takes what still waits out of its queue
+
+    def on_error(self, request: Request, error: Exception) -> Response:
+        """Say what is wrong in the form that every error has."""
+        if isinstance(error, _Gone):
+            return _on_gone(request, error)
+        if isinstance(error, msgspec.DecodeError):
+            status, kind = 400, "RequestError"
+        else:
+            status = next(status for kind_, status in _STATUS if isinstance(error, kind_))
+            kind = type(error).__name__
+        self.metrics.errors.labels(kind).inc()
+        if status == 500:
+            _LOG.error("%s: %s", kind, error)
+        headers = {"retry-after": "1"} if status == 429 else None
+        return _json(ErrorAnswer(str(error), kind), status, headers)
+
+
+class _Keyed:
+    """Lets nobody in without the key."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if self._expected is None or hmac.compare_digest(given, self._expected):
+            await self._app(scope, receive, send)
+        else:
+            headers = {"www-authenticate": "Bearer"}
+            answer = ErrorAnswer("the API key is missing or wrong", "UnauthorizedError")
+            await _json(answer, 401, headers)(scope, receive, send)
+
+
+class _Watched:
+    """Counts and logs every request, and gives it an id."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if re.fullmatch(NAME, given) else uuid.uuid4().hex
+        status = 500
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            seconds = time.perf_counter() - start
+            route = getattr(scope.get("route"), "path", "other")
+            # Any other word would be a label of its own.
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.requests.labels(route, method, status).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            fields = {
+                "request_id": request_id,
+                "client": (scope.get("client") or ("",))[0],
+                "method": method,
+                "path": scope["path"][:200],
+                "status": status,
+                "milliseconds": round(seconds * 1e3, 3),
+            }
+            REQUESTS.info("request", extra={"fields": fields})
+
+
+_METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+
+
+class _Download(Response):
+    """A large answer, of which few are on their way, each for a limited time."""
+
+    def __init__(self, content: bytes, turn: asyncio.Semaphore, seconds: float) -> None:
+        super().__init__(content, media_type="application/octet-stream")
+        self._turn = turn
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._turn:
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+
+
+def _image_id(request: Request) -> str:
+    image_id: str = request.path_params["image_id"]
+    if not re.fullmatch(NAME, image_id):
+        raise UnknownImageError("an image id is up to 128 letters, digits, dots, dashes or _")
+    return image_id
+
+
+async def _form_image(request: Request, body: bytes) -> bytes:
+    """The field ``image`` of a form. The file's name in it plays no part."""
+
+    async def replay() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    form = await Request(request.scope, replay).form(max_files=1, max_fields=8)
+    try:
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise HTTPException(400, "the form has no file in a field named image")
+        return await image.read()
+    finally:
+        await form.close()
+
+
+async def _hung_up(request: Request) -> None:
+    """Return when the caller has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _image_answer(stored: StoredImage, start: float) -> Response:
+    height, width = stored.size
+    took = _milliseconds(start)
+    return _json(ImageAnswer(stored.image_id, height, width, not stored.is_new, took))
+
+
+def _milliseconds(start: float) -> float:
+    return round((time.perf_counter() - start) * 1e3, 3)
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    content = msgspec.json.encode(value)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = ErrorAnswer(error.detail, "HTTPError")
+    return _json(answer, error.status_code, dict(error.headers or {}))
+
+
+def _on_gone(request: Request, error: Exception) -> Response:
+    """An answer that nobody reads; the number is nginx's, for the logs."""
+    return Response(status_code=499)
