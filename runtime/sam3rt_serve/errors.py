@@ -1,4 +1,4 @@
-"""What a service refuses, by class. None of it harms other requests."""
+"""What a service refuses, by class. No refusal harms another request."""
 
 from __future__ import annotations
 

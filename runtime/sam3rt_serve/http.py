@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -21,22 +19,25 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message
 
 from sam3rt import __version__
 from sam3rt.accuracy.gate import Health
 from sam3rt.embedding_cache import CacheFullError
 from sam3rt.errors import InvalidInputError, Sam3rtError
 
-from .core import ObjectMasks, ObjectPrompt, Service, StoredImage
+from .asgi import Download, Keyed, Watched, json_response
+from .core import ObjectMasks, Service, StoredImage
 from .errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
 from .metrics import Metrics
 from .wire import (
     JSON_BYTES,
     NAME,
+    OPERATIONS,
     ErrorAnswer,
     HealthAnswer,
     ImageAnswer,
@@ -49,7 +50,6 @@ from .wire import (
 
 T = TypeVar("T")
 
-REQUESTS = logging.getLogger("sam3rt_serve.requests")
 _LOG = logging.getLogger(__name__)
 # The first class that fits.
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -58,17 +58,16 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (BusyError, 429),
     (CacheFullError, 429),
     (DeadlineError, 504),
+    (msgspec.DecodeError, 400),
+    (ClientDisconnect, 499),  # nobody reads it; the number is nginx's, for the logs
     (InvalidInputError, 400),
     (Exception, 500),
 )
+_EXPECTED = (Sam3rtError, msgspec.DecodeError, HTTPException, ClientDisconnect)
 # Bodies that lie in memory at the same time, in bodies of the largest size.
 _BODIES = 8
 # Embedding files on their way at the same time.
 _DOWNLOADS = 4
-
-
-class _Gone(Exception):
-    """The caller hung up: nobody reads the answer."""
 
 
 def create_app(
@@ -87,48 +86,35 @@ def create_app(
         health_seconds: how long a health check's answer holds; a check costs one encoder run.
         routes: further ones, such as a page's, which need no key.
     """
-    api = _Api(service, api_key, health_seconds)
-    private = [
-        Route("/v1/images", api.post_image, methods=["POST"]),
-        Route("/v1/images/{image_id}", api.get_image, methods=["GET"]),
-        Route("/v1/images/{image_id}", api.put_image, methods=["PUT"]),
-        Route("/v1/images/{image_id}", api.delete_image, methods=["DELETE"]),
-        Route("/v1/images/{image_id}/embedding", api.get_embedding, methods=["GET"]),
-        Route("/v1/images/{image_id}/masks", api.post_masks, methods=["POST"]),
-        Route("/v1/model", api.get_model, methods=["GET"]),
-        Route("/metrics", api.get_metrics, methods=["GET"]),
-        Route("/openapi.json", api.get_openapi, methods=["GET"]),
+    api = _Api(service, api_key is not None, health_seconds)
+    own = [
+        Route(operation.path, getattr(api, operation.name), methods=[operation.method])
+        for operation in OPERATIONS
     ]
-    for route in private:
-        route.app = _Keyed(route.app, api_key)
-    public = [
-        Route("/livez", api.get_livez, methods=["GET"]),
-        Route("/readyz", api.get_readyz, methods=["GET"]),
-    ]
+    for route, operation in zip(own, OPERATIONS, strict=True):
+        if api_key is not None and not operation.is_public:
+            route.app = Keyed(route.app, api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
 
-    app = Starlette(
-        routes=[*private, *public, *routes],
-        exception_handlers={HTTPException: _on_http_error, ClientDisconnect: _on_gone},
+    return Starlette(
+        routes=[*own, *routes],
+        exception_handlers=dict.fromkeys(_EXPECTED, api.on_error),
+        middleware=[Middleware(Watched, metrics=api.metrics)],
         lifespan=lifespan,
     )
-    app.add_middleware(_Watched, metrics=api.metrics)
-    for kind in (Sam3rtError, msgspec.DecodeError, _Gone):
-        app.add_exception_handler(kind, api.on_error)
-    return app
 
 
 class _Api:
     """The endpoints."""
 
-    def __init__(self, service: Service, api_key: str | None, health_seconds: float) -> None:
+    def __init__(self, service: Service, has_key: bool, health_seconds: float) -> None:
         self._service = service
         self._limits = service.limits
-        self._has_key = api_key is not None
+        self._has_key = has_key
         self.metrics = Metrics(service)
         self._body_bytes = 0
         self._downloads = asyncio.Semaphore(_DOWNLOADS)
@@ -159,11 +145,11 @@ class _Api:
             raise BusyError(f"{_DOWNLOADS} embeddings are on their way, the most that may be")
         async with self._downloads:
             content = await asyncio.to_thread(self._service.embedding_file, image_id)
-        return _Download(content, self._downloads, self._limits.seconds)
+        return Download(content, self._downloads, self._limits.seconds)
 
     async def _store(self, request: Request, image_id: str | None) -> Response:
         start, deadline = time.perf_counter(), time.monotonic() + self._limits.seconds
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = _media_type(request)
         if not (kind.startswith("image/") or kind == "multipart/form-data"):
             raise HTTPException(415, "image/jpeg, image/png or multipart/form-data is expected")
         is_form = kind == "multipart/form-data"
@@ -179,21 +165,20 @@ class _Api:
 
     async def post_masks(self, request: Request) -> Response:
         start, deadline = time.perf_counter(), time.monotonic() + self._limits.seconds
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if _media_type(request) != "application/json":
             raise HTTPException(415, "application/json is expected")
         async with self._body(request, JSON_BYTES) as body:
             question = msgspec.json.decode(body, type=MasksQuestion)
 
         def finish(found: list[ObjectMasks]) -> bytes:
-            objects = [object_answer(one, question.format) for one in found]
+            objects = [object_answer(one, question) for one in found]
             height, width = found[0].masks.shape[1:]
             took = _milliseconds(start)
             return msgspec.json.encode(MasksAnswer(objects, height, width, question.format, took))
 
         future = self._service.segment(
             _image_id(request),
-            [ObjectPrompt(one.points, one.labels, one.box) for one in question.objects],
+            question.objects,
             question.multimask,
             session=question.session,
             finish=finish,
@@ -207,7 +192,7 @@ class _Api:
     async def get_model(self, request: Request) -> Response:
         model = self._service.model
         manifest, limits = model.manifest, self._limits
-        return _json(
+        return json_response(
             ModelAnswer(
                 manifest.name,
                 manifest.model_type,
@@ -234,12 +219,12 @@ class _Api:
             self._health = asyncio.create_task(self._ask_health())
         done, _ = await asyncio.wait({self._health}, timeout=self._limits.seconds)
         if not done:
-            return _json(HealthAnswer(False, "the model has not answered yet", 0.0, 0.0), 503)
+            return json_response(HealthAnswer(False, "the model has not answered yet"), 503)
         health = self._health.result()
         answer = HealthAnswer(
             health.healthy, health.problem, health.encode_seconds, health.decode_seconds
         )
-        return _json(answer, 200 if health.healthy else 503)
+        return json_response(answer, 200 if health.healthy else 503)
 
     async def _ask_health(self) -> Health:
         health = await asyncio.to_thread(self._service.model.health)
@@ -253,7 +238,7 @@ class _Api:
         return Response(self.metrics.text(), media_type="text/plain; version=1.0.0")
 
     async def get_openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(self._limits, self._has_key))
+        return JSONResponse(openapi(self._has_key))
 
     # --- what they share --------------------------------------------------------------------------
 
@@ -276,7 +261,7 @@ class _Api:
                 self._body_bytes += len(part)
                 if held > most:
                     raise TooLargeError(f"a body of more than {most} bytes")
-                if self._body_bytes > _BODIES * self._limits.image_bytes:
+                if self._body_bytes > _BODIES * max(self._limits.image_bytes, JSON_BYTES):
                     raise BusyError("too many large bodies are being received")
                 parts.append(part)
             return b"".join(parts)
@@ -298,7 +283,7 @@ class _Api:
 
         Raises:
             DeadlineError: the time is over.
-            _Gone: the caller hung up.
+            ClientDisconnect: the caller hung up.
         """
         answer = asyncio.wrap_future(future)
         gone = asyncio.ensure_future(_hung_up(request))
@@ -312,7 +297,7 @@ class _Api:
             if answer.done():
                 return answer.result()
             if gone.done():
-                raise _Gone
+                raise ClientDisconnect
             raise DeadlineError(f"no answer within {self._limits.seconds:g} s")
         finally:
             gone.cancel()
@@ -320,94 +305,17 @@ class _Api:
 
     def on_error(self, request: Request, error: Exception) -> Response:
         """Say what is wrong in the form that every error has."""
-        if isinstance(error, _Gone):
-            return _on_gone(request, error)
-        if isinstance(error, msgspec.DecodeError):
-            status, kind = 400, "RequestError"
+        kind, headers, text = type(error).__name__, {}, str(error)
+        if isinstance(error, HTTPException):
+            status, text, headers = error.status_code, error.detail, dict(error.headers or {})
         else:
-            status = next(status for kind_, status in _STATUS if isinstance(error, kind_))
-            kind = type(error).__name__
-        self.metrics.errors.labels(kind).inc()
+            status = next(status for known, status in _STATUS if isinstance(error, known))
+        if status == 429:
+            headers["retry-after"] = "1"
         if status == 500:
             _LOG.error("%s: %s", kind, error)
-        headers = {"retry-after": "1"} if status == 429 else None
-        return _json(ErrorAnswer(str(error), kind), status, headers)
-
-
-class _Keyed:
-    """Lets nobody in without the key."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if self._expected is None or hmac.compare_digest(given, self._expected):
-            await self._app(scope, receive, send)
-        else:
-            headers = {"www-authenticate": "Bearer"}
-            answer = ErrorAnswer("the API key is missing or wrong", "UnauthorizedError")
-            await _json(answer, 401, headers)(scope, receive, send)
-
-
-class _Watched:
-    """Counts and logs every request, and gives it an id."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if re.fullmatch(NAME, given) else uuid.uuid4().hex
-        status = 500
-
-        async def watched_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"].append((b"x-request-id", request_id.encode()))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched_send)
-        finally:
-            seconds = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "other")
-            # Any other word would be a label of its own.
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.requests.labels(route, method, status).inc()
-            self._metrics.seconds.labels(route).observe(seconds)
-            fields = {
-                "request_id": request_id,
-                "client": (scope.get("client") or ("",))[0],
-                "method": method,
-                "path": scope["path"][:200],
-                "status": status,
-                "milliseconds": round(seconds * 1e3, 3),
-            }
-            REQUESTS.info("request", extra={"fields": fields})
-
-
-_METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-
-
-class _Download(Response):
-    """A large answer, of which few are on their way, each for a limited time."""
-
-    def __init__(self, content: bytes, turn: asyncio.Semaphore, seconds: float) -> None:
-        super().__init__(content, media_type="application/octet-stream")
-        self._turn = turn
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._turn:
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+        self.metrics.errors.labels(kind).inc()
+        return json_response(ErrorAnswer(text, kind), status, headers)
 
 
 def _image_id(request: Request) -> str:
@@ -415,6 +323,10 @@ def _image_id(request: Request) -> str:
     if not re.fullmatch(NAME, image_id):
         raise UnknownImageError("an image id is up to 128 letters, digits, dots, dashes or _")
     return image_id
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _form_image(request: Request, body: bytes) -> bytes:
@@ -442,24 +354,8 @@ async def _hung_up(request: Request) -> None:
 def _image_answer(stored: StoredImage, start: float) -> Response:
     height, width = stored.size
     took = _milliseconds(start)
-    return _json(ImageAnswer(stored.image_id, height, width, not stored.is_new, took))
+    return json_response(ImageAnswer(stored.image_id, height, width, not stored.is_new, took))
 
 
 def _milliseconds(start: float) -> float:
     return round((time.perf_counter() - start) * 1e3, 3)
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    content = msgspec.json.encode(value)
-    return Response(content, status, headers, media_type="application/json")
-
-
-def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    answer = ErrorAnswer(error.detail, "HTTPError")
-    return _json(answer, error.status_code, dict(error.headers or {}))
-
-
-def _on_gone(request: Request, error: Exception) -> Response:
-    """An answer that nobody reads; the number is nginx's, for the logs."""
-    return Response(status_code=499)

@@ -1,11 +1,12 @@
-"""What crosses the wire: requests, answers, forms of masks, and their description as OpenAPI."""
+"""What crosses the wire: requests, answers, forms of masks, and the OpenAPI document."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,30 +15,25 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from sam3rt import __version__
+from sam3rt.masks.polygons import outlines, signed_area
+from sam3rt.masks.rle import box_around, compress, runs_of
 
-from .core import Limits, ObjectMasks
+from .core import ObjectMasks, ObjectPrompt
 
 # A caller's own image ids and session names.
 NAME = r"^[A-Za-z0-9._-]{1,128}$"
-MaskFormat = Literal["png", "rle", "polygons", "bits"]
-# What a JSON body of the largest allowed request may take, far from the limits of objects.
+# More than the largest request for masks that the default limits allow.
 JSON_BYTES = 4 << 20
-
-
-class ObjectQuestion(Struct, forbid_unknown_fields=True):
-    """One object's prompts, (x, y) in pixels of the upright image: points, a box, or both."""
-
-    points: list[tuple[float, float]] = []
-    labels: list[Annotated[int, Meta(ge=-1, le=3, description="1 object, 0 background")]] = []
-    box: tuple[float, float, float, float] | None = None
+_TOLERANCE = "how far polygons may leave the pixels' edges to have fewer points, pixels"
 
 
 class MasksQuestion(Struct, forbid_unknown_fields=True):
     """A request for masks of one image's objects."""
 
-    objects: Annotated[list[ObjectQuestion], Meta(min_length=1)]
+    objects: Annotated[list[ObjectPrompt], Meta(min_length=1)]
     multimask: bool = True
-    format: MaskFormat = "png"
+    format: Literal["png", "rle", "polygons", "bits"] = "png"
+    tolerance: Annotated[float, Meta(ge=0, le=100, description=_TOLERANCE)] = 0.0
     session: Annotated[str, Meta(pattern=NAME)] | None = None
 
 
@@ -59,27 +55,27 @@ class RleMask(Struct):
 
 
 class ObjectAnswer(Struct):
-    """Masks of one object.
+    """Masks of one object, their predicted IoUs and boxes.
 
     ``png``: base64 of a 1-bit PNG. ``bits``: base64 of height * width bits, row by row, the
-    highest bit of a byte first. ``rle``: COCO's compressed RLE. ``polygons``: lists of
-    [x0, y0, x1, y1, ...]. A box is [x0, y0, x1, y1], with x1 and y1 one pixel beyond the mask, and
-    null for an empty mask.
+    highest bit of a byte first. ``rle``: as COCO has them. ``polygons``: a list of outlines
+    [x, y, x, y, ...] without those of holes, the largest first. A box is [x0, y0, x1, y1], x1 and y1 just outside, or null for an
+    empty mask. ``refined``: the session's earlier mask of this object was a prompt too.
     """
 
-    masks: list[str | RleMask | list[list[float]]]
+    masks: list[str] | list[RleMask] | list[list[list[float]]]
     scores: list[float]
     boxes: list[list[int] | None]
     refined: bool
 
 
 class MasksAnswer(Struct):
-    """Masks of each object, in the order of the request."""
+    """Masks of each object, in the order of the request; height and width are the image's."""
 
     objects: list[ObjectAnswer]
     height: int
     width: int
-    format: MaskFormat
+    format: str
     milliseconds: float
 
 
@@ -103,8 +99,8 @@ class HealthAnswer(Struct):
 
     ready: bool
     problem: str
-    encode_seconds: float
-    decode_seconds: float
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class ErrorAnswer(Struct):
@@ -118,8 +114,7 @@ def _png(mask: NDArray[np.bool_]) -> str:
     height, width = mask.shape
     image = PIL.Image.frombytes("1", (width, height), np.packbits(mask, axis=1).tobytes())
     stream = io.BytesIO()
-    # Level 1: a 1-bit image of a megapixel takes under a millisecond.
-    image.save(stream, "PNG", compress_level=1)
+    image.save(stream, "PNG", compress_level=1)  # a fraction of the default's time
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -127,165 +122,156 @@ def _bits(mask: NDArray[np.bool_]) -> str:
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
-FORMS: dict[str, Callable[[NDArray[np.bool_]], Any]] = {"png": _png, "bits": _bits}
+def _rle(mask: NDArray[np.bool_]) -> RleMask:
+    return RleMask(list(mask.shape), compress(runs_of(mask)))
 
 
-def object_answer(found: ObjectMasks, form: str) -> ObjectAnswer:
+def _polygons(mask: NDArray[np.bool_], tolerance: float) -> list[list[float]]:
+    rings = outlines(mask, tolerance)
+    return [ring.ravel().tolist() for ring in rings if signed_area(ring) > 0]
+
+
+def object_answer(found: ObjectMasks, question: MasksQuestion) -> ObjectAnswer:
     """One object's masks as they are sent."""
+    forms: dict[str, Callable[[NDArray[np.bool_]], Any]] = {
+        "png": _png,
+        "rle": _rle,
+        "polygons": partial(_polygons, tolerance=question.tolerance),
+        "bits": _bits,
+    }
+    boxes = [list(box_around(mask)) for mask in found.masks]
     return ObjectAnswer(
-        [FORMS[form](mask) for mask in found.masks],
-        [float(score) for score in found.scores],
-        [box_of(mask) for mask in found.masks],
+        [forms[question.format](mask) for mask in found.masks],
+        found.scores.tolist(),
+        [box if any(box) else None for box in boxes],
         found.is_refined,
     )
 
 
-def box_of(mask: NDArray[np.bool_]) -> list[int] | None:
-    """[x0, y0, x1, y1] around a mask, the last two exclusive; ``None`` for an empty one."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+class Operation(NamedTuple):
+    """One endpoint: what routes requests to it, and what describes it.
 
-
-def openapi(limits: Limits, with_key: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 document.
-
-    Args:
-        limits: named in the descriptions.
-        with_key: whether an API key is asked for.
+    Attributes:
+        method: of HTTP.
+        path: with ``{image_id}`` where it names an image.
+        name: of the method that answers.
+        summary: for people.
+        answer: what comes with status 200: a type of JSON document or a media type; ``None``
+            where the status is 204 and nothing comes.
+        errors: statuses of errors.
+        takes: ``"image"``, ``"prompts"`` or nothing.
+        is_public: whether it is open without the API key.
     """
-    structs = (
-        MasksQuestion,
-        ImageAnswer,
-        MasksAnswer,
-        ModelAnswer,
-        HealthAnswer,
-        ErrorAnswer,
-    )
-    schemas, components = msgspec.json.schema_components(
-        structs, ref_template="#/components/schemas/{name}"
-    )
-    by_name = dict(zip((struct.__name__ for struct in structs), schemas, strict=True))
 
-    def answers(what: str, content: Any, *errors: int) -> dict[str, Any]:
-        failed = {"application/json": {"schema": by_name["ErrorAnswer"]}}
-        codes = (*((401,) if with_key else ()), *errors)
-        return {"200": {"description": what, "content": content}} | {
-            str(code): {"description": _ERRORS[code], "content": failed} for code in codes
-        }
-
-    def json(name: str) -> dict[str, Any]:
-        return {"application/json": {"schema": by_name[name]}}
-
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    text = {"text/plain": {"schema": {"type": "string"}}}
-    image_id = {
-        "name": "image_id",
-        "in": "path",
-        "required": True,
-        "schema": {"type": "string", "pattern": NAME},
-    }
-    picture = {
-        "required": True,
-        "content": {
-            "image/jpeg": binary,
-            "image/png": binary,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"image": binary["schema"]},
-                    "required": ["image"],
-                }
-            },
-        },
-        "description": f"at most {limits.image_bytes} bytes and {limits.pixels} pixels",
-    }
-    image = answers("the image", json("ImageAnswer"), 400, 408, 413, 415, 429, 500, 504)
-    one = answers("the image", json("ImageAnswer"), 404, 429)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "sam3rt", "version": __version__},
-        "paths": {
-            "/v1/images": {
-                "post": {
-                    "summary": "Encode an image; its id is a hash of the file",
-                    "requestBody": picture,
-                    "responses": image,
-                }
-            },
-            "/v1/images/{image_id}": {
-                "parameters": [image_id],
-                "get": {"summary": "Find an image", "responses": one},
-                "put": {
-                    "summary": "Encode an image under an id of the caller's",
-                    "requestBody": picture,
-                    "responses": image,
-                },
-                "delete": {
-                    "summary": "Forget an image and its sessions",
-                    "responses": {"204": {"description": "forgotten"}}
-                    | {k: v for k, v in one.items() if k != "200"},
-                },
-            },
-            "/v1/images/{image_id}/embedding": {
-                "parameters": [image_id],
-                "get": {
-                    "summary": "The embedding's file, for decoders elsewhere",
-                    "responses": answers(
-                        "a safetensors file", {"application/octet-stream": binary}, 404, 429, 500
-                    ),
-                },
-            },
-            "/v1/images/{image_id}/masks": {
-                "parameters": [image_id],
-                "post": {
-                    "summary": "Masks of objects from points and boxes",
-                    "requestBody": {"required": True, "content": json("MasksQuestion")},
-                    "responses": answers(
-                        "masks",
-                        json("MasksAnswer"),
-                        *(400, 404, 408, 413, 415, 429, 500, 504),
-                    ),
-                },
-            },
-            "/v1/model": {
-                "get": {"summary": "What is served", "responses": answers("", json("ModelAnswer"))}
-            },
-            "/livez": {"get": {"responses": {"200": {"description": "alive", "content": text}}}},
-            "/readyz": {
-                "get": {
-                    "summary": "Ask the model a question whose answer is known",
-                    "responses": {
-                        "200": {"description": "well", "content": json("HealthAnswer")},
-                        "503": {"description": "not well", "content": json("HealthAnswer")},
-                    },
-                }
-            },
-            "/metrics": {
-                "get": {"summary": "For Prometheus", "responses": answers("metrics", text)}
-            },
-        },
-        "components": {
-            "schemas": components,
-            **(
-                {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-                if with_key
-                else {}
-            ),
-        },
-        **({"security": [{"key": []}]} if with_key else {}),
-    }
+    method: str
+    path: str
+    name: str
+    summary: str
+    answer: type[Struct] | str | None
+    errors: tuple[int, ...] = ()
+    takes: str = ""
+    is_public: bool = False
 
 
-_ERRORS = {
+_IMAGE = "/v1/images/{image_id}"
+_WORK = (400, 408, 413, 415, 429, 500, 504)
+OPERATIONS = (
+    Operation(
+        *("POST", "/v1/images", "post_image", "Encode an image; its id is a hash of the file"),
+        *(ImageAnswer, _WORK, "image"),
+    ),
+    Operation(
+        *("PUT", _IMAGE, "put_image", "Encode an image under an id of the caller's"),
+        *(ImageAnswer, (404, *_WORK), "image"),
+    ),
+    Operation("GET", _IMAGE, "get_image", "Find an image", ImageAnswer, (404, 429)),
+    Operation("DELETE", _IMAGE, "delete_image", "Forget an image and its sessions", None, (404,)),
+    Operation(
+        *("GET", f"{_IMAGE}/embedding", "get_embedding", "The file of an embedding"),
+        *("application/octet-stream", (404, 429)),
+    ),
+    Operation(
+        *("POST", f"{_IMAGE}/masks", "post_masks", "Masks of objects from points and boxes"),
+        *(MasksAnswer, (404, *_WORK), "prompts"),
+    ),
+    Operation("GET", "/v1/model", "get_model", "What is served", ModelAnswer),
+    Operation("GET", "/metrics", "get_metrics", "For Prometheus", "text/plain"),
+    Operation("GET", "/openapi.json", "get_openapi", "This document", "application/json"),
+    Operation(
+        *("GET", "/livez", "get_livez", "Whether the server answers"),
+        *("text/plain", (), "", True),
+    ),
+    Operation(
+        *("GET", "/readyz", "get_readyz", "Whether the model answers rightly"),
+        *(HealthAnswer, (503,), "", True),
+    ),
+)
+_STATUSES = {
     400: "the request makes no sense",
     401: "the API key is missing or wrong",
     404: "no image under this id: send it (again)",
-    408: "the request's body came too slowly",
+    408: "the request came too slowly",
     413: "more than the limits allow",
     415: "another media type is expected",
-    429: "as much is waiting as may wait; try again later",
+    429: "as much is waiting as may wait: try again later",
     500: "the model failed",
+    503: "the model is not well",
     504: "no answer within the time that a request has",
 }
+
+
+def openapi(has_key: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 document.
+
+    Args:
+        has_key: whether an API key is asked for.
+    """
+    types = (MasksQuestion, ImageAnswer, MasksAnswer, ModelAnswer, HealthAnswer, ErrorAnswer)
+    references, components = msgspec.json.schema_components(
+        types, ref_template="#/components/schemas/{name}"
+    )
+    schema = dict(zip(types, references, strict=True))
+    binary = {"type": "string", "format": "binary"}
+    form = {"type": "object", "properties": {"image": binary}, "required": ["image"]}
+    bodies = {
+        "image": {
+            "image/jpeg": {"schema": binary},
+            "image/png": {"schema": binary},
+            "multipart/form-data": {"schema": form},
+        },
+        "prompts": {"application/json": {"schema": schema[MasksQuestion]}},
+    }
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        answer = operation.answer
+        if answer is None:
+            responses: dict[str, Any] = {"204": {"description": "done"}}
+        else:
+            content: dict[str, Any] = (
+                {answer: {}} if isinstance(answer, str) else _json(schema[answer])
+            )
+            responses = {"200": {"description": operation.summary, "content": content}}
+        keyed = has_key and not operation.is_public
+        for status in (*operation.errors, *([401] if keyed else [])):
+            body = schema[HealthAnswer if status == 503 else ErrorAnswer]
+            responses[str(status)] = {"description": _STATUSES[status], "content": _json(body)}
+        described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
+        if operation.takes:
+            described["requestBody"] = {"required": True, "content": bodies[operation.takes]}
+        if "{image_id}" in operation.path:
+            name = {"name": "image_id", "in": "path", "required": True}
+            described["parameters"] = [name | {"schema": {"type": "string", "pattern": NAME}}]
+        if keyed:
+            described["security"] = [{"key": []}]
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "sam3rt", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components} | (schemes if has_key else {}),
+    }
+
+
+def _json(schema: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

@@ -158,7 +158,7 @@ class WorkQueue(Generic[Q, A]):
 
 def _is_wanted(job: _Job[Q, A]) -> bool:
     """Whether a waiting request has neither been cancelled nor run out of time."""
-    if job.future.cancelled():
+    if job.future.done():
         return False
     if time.monotonic() < job.deadline:
         return True

@@ -1,0 +1,65 @@
+"""What the tests of serving share: image files, a small model, and what ``predict`` answers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from tests.support.runnable_bundle import runnable_bundle
+
+from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel, load_model
+from sam3rt_serve.core import ObjectPrompt
+
+CAT = Path(__file__).resolve().parents[1] / "photos" / "chelsea.png"
+
+
+def image_file(image: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
+    """An image as a file's content."""
+    stream = io.BytesIO()
+    PIL.Image.fromarray(image).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def toy_model(folder: Path) -> SegmentationModel:
+    """A model of 8 px images and a few nodes, in a new folder."""
+    return load_model(runnable_bundle(folder).path, backend="onnxruntime", device="cpu")
+
+
+def clicks(count: int, height: int, width: int, seed: int = 0) -> list[ObjectPrompt]:
+    """Objects with one to three points, and every other one with a box."""
+    rng = np.random.default_rng(seed)
+    objects = []
+    for number in range(count):
+        points = rng.uniform((0, 0), (width, height), (1 + number % 3, 2)).tolist()
+        corners = np.sort(rng.uniform(0, (width, height), (2, 2)), axis=0).ravel().tolist()
+        labels = [1] * (len(points) - 1) + [number % 2]
+        objects.append(ObjectPrompt(points, labels, corners if number % 2 else None))
+    return objects
+
+
+def predicted(
+    predictor: SAM3InteractiveImagePredictor,
+    one: ObjectPrompt,
+    multimask: bool = True,
+    mask: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """What the predictor says of one object by itself."""
+    masks, scores, low_res = predictor.predict(
+        one.points or None,
+        one.labels or None,
+        one.box,
+        None if mask is None else mask[None],
+        multimask,
+    )
+    return masks.astype(np.bool_), scores, low_res
+
+
+def check_equal(found: Sequence[Any], expected: Sequence[NDArray[Any]]) -> None:
+    """Masks, scores and low-resolution masks are the same, bit for bit."""
+    for array, other in zip(found[:3], expected, strict=True):
+        np.testing.assert_array_equal(array, other)

@@ -1,0 +1,355 @@
+"""The service without a network: what it answers is what ``predict`` answers, or a refusal."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from tests.support.helpers import noise, wrapped
+from tests.support.serving import check_equal, clicks, image_file, predicted, toy_model
+
+from sam3rt import (
+    BackendError,
+    ImageError,
+    PromptError,
+    SAM3InteractiveImagePredictor,
+    SegmentationModel,
+)
+from sam3rt_serve.core import Limits, ObjectPrompt, Service, read_image
+from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
+from sam3rt_serve.sessions import Sessions
+
+IMAGE = noise(24, 31)
+FILE = image_file(IMAGE)
+POINT = ObjectPrompt([(12.0, 9.0)], [1])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
+    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
+
+
+@pytest.fixture
+def serve(toy: SegmentationModel) -> Iterator[Callable[..., Service]]:
+    """Makes services of the small model, and closes them."""
+    made = []
+
+    def make(model: SegmentationModel = toy, **options: Any) -> Service:
+        limits = {name: options.pop(name) for name in list(options) if hasattr(Limits, name)}
+        made.append(Service(model, Limits(**limits), **options))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()
+
+
+@pytest.fixture
+def predictor(toy: SegmentationModel) -> SAM3InteractiveImagePredictor:
+    predictor = SAM3InteractiveImagePredictor(toy)
+    predictor.set_image(IMAGE)
+    return predictor
+
+
+def hold(service: Service, image_id: str) -> tuple[threading.Event, Future[Any]]:
+    """Keep a service's only thread for clicks busy with one until the event is set."""
+    gate = threading.Event()
+    answer = service.clicks._answer
+    service.clicks._answer = lambda requests: (gate.wait(10), answer(requests))[1]
+    future = service.segment(image_id, [POINT], deadline=1e9)
+    while service.clicks.waiting:
+        time.sleep(0.001)
+    return gate, future
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def test_an_image_is_encoded_once(toy: SegmentationModel, serve: Callable[..., Service]) -> None:
+    encoded = []
+    model = wrapped(toy, on_encode=lambda maps: (encoded.append(1), maps)[1])
+    service = serve(model)
+    stored = [future.result(5) for future in [service.add_image(FILE) for _ in range(4)]]
+    assert {one.image_id for one in stored} == {stored[0].image_id}
+    assert stored[0].size == (24, 31)
+    assert sorted(one.is_new for one in stored) == [False, False, False, True]
+    assert len(encoded) == 1
+    assert service.find_image(stored[0].image_id) == stored[0]._replace(is_new=False)
+
+
+def test_ids_of_the_callers(serve: Callable[..., Service]) -> None:
+    service = serve()
+    assert service.add_image(FILE, "mine").result(5).image_id == "mine"
+    # An id stays with its image.
+    again = service.add_image(image_file(noise(9, 9)), "mine").result(5)
+    assert (again.size, again.is_new) == ((24, 31), False)
+    service.remove_image("mine")
+    assert service.add_image(image_file(noise(9, 9)), "mine").result(5).size == (9, 9)
+    for call in (service.find_image, service.remove_image, service.embedding_file):
+        with pytest.raises(UnknownImageError, match="'other'"):
+            call("other")
+
+
+def test_an_exif_orientation_is_applied(serve: Callable[..., Service]) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    content = image_file(IMAGE, exif=exif)
+    assert serve().add_image(content).result(5).size == (31, 24)
+    np.testing.assert_array_equal(read_image(content, 1 << 20), np.rot90(IMAGE, -1))
+
+
+def claims(width: int, height: int) -> bytes:
+    """A small PNG whose header promises a huge image."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"", ImageError),
+        (b"neither", ImageError),
+        (FILE[:60], ImageError),
+        (image_file(IMAGE, "GIF"), ImageError),
+        (image_file(IMAGE, "TIFF"), ImageError),
+        (image_file(np.zeros((4, 4), np.uint16)), ImageError),
+        (claims(5000, 5000), TooLargeError),
+        (claims(60_000, 60_000), TooLargeError),
+        (bytes(3000), TooLargeError),
+    ],
+    ids=["empty", "text", "cut", "gif", "tiff", "16 bits", "large", "bomb", "long"],
+)
+def test_bad_images_are_refused(
+    content: bytes, error: type[Exception], serve: Callable[..., Service]
+) -> None:
+    service = serve(image_bytes=2800, pixels=1 << 20)
+    with pytest.raises(error):
+        service.add_image(content).result(5)
+    assert service.cache.statistics().entries == 0
+    assert service.add_image(FILE).result(5).is_new
+
+
+def test_a_failure_of_the_encoder_is_told_and_over(
+    toy: SegmentationModel, serve: Callable[..., Service]
+) -> None:
+    fails = [True]
+
+    def encode(maps: list[Any]) -> list[Any]:
+        if fails.pop() if fails else False:
+            raise BackendError("no memory")
+        return maps
+
+    service = serve(wrapped(toy, on_encode=encode))
+    with pytest.raises(BackendError, match="no memory"):
+        service.add_image(FILE).result(5)
+    assert service.add_image(FILE).result(5).is_new
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_masks_are_those_of_predict(
+    multimask: bool, serve: Callable[..., Service], predictor: SAM3InteractiveImagePredictor
+) -> None:
+    service = serve()
+    image_id = service.add_image(FILE).result(5).image_id
+    objects = clicks(12, 24, 31)
+    found = service.segment(image_id, objects, multimask).result(5)
+    for one, result in zip(objects, found, strict=True):
+        check_equal(result, predicted(predictor, one, multimask))
+        assert not result.is_refined
+
+
+def test_requests_that_wait_together_share_runs(
+    serve: Callable[..., Service], predictor: SAM3InteractiveImagePredictor
+) -> None:
+    service = serve(threads=1)
+    runs: list[int] = []
+    service.on_run = runs.append
+    image_id = service.add_image(FILE).result(5).image_id
+    other_id = service.add_image(image_file(noise(16, 16))).result(5).image_id
+    gate, busy = hold(service, image_id)
+    objects = clicks(7, 24, 31)
+    futures = [service.segment(image_id, [one]) for one in objects]
+    alone = service.segment(other_id, [POINT])
+    single = service.segment(image_id, [POINT], False)
+    gate.set()
+    for one, future in zip(objects, futures, strict=True):
+        check_equal(future.result(5)[0], predicted(predictor, one))
+    check_equal(single.result(5)[0], predicted(predictor, POINT, False))
+    assert alone.result(5)[0].masks.shape == (3, 16, 16)
+    assert busy.result(5)
+    # Objects with equally many points share a run: of the seven there are six kinds.
+    assert sorted(runs) == [1, 1, 1, 1, 1, 1, 1, 1, 2]
+
+
+def test_large_images_are_not_decoded_together(serve: Callable[..., Service]) -> None:
+    # Room for the masks of two objects.
+    service = serve(threads=1, mask_pixels=2 * 3 * 24 * 31)
+    runs: list[int] = []
+    service.on_run = runs.append
+    image_id = service.add_image(FILE).result(5).image_id
+    gate, busy = hold(service, image_id)
+    futures = [service.segment(image_id, [POINT, POINT]) for _ in range(3)]
+    gate.set()
+    assert busy.result(5)
+    assert [len(future.result(5)) for future in futures] == [2, 2, 2]
+    assert runs == [1, 2, 2, 2]
+    with pytest.raises(TooLargeError, match="at most 2"):
+        service.segment(image_id, [POINT] * 3).result(5)
+
+
+def test_the_prompts_of_one_fail_alone(serve: Callable[..., Service]) -> None:
+    service = serve(threads=1)
+    image_id = service.add_image(FILE).result(5).image_id
+    gate, busy = hold(service, image_id)
+    good = service.segment(image_id, [POINT])
+    bad = service.segment(image_id, [ObjectPrompt([(1e300, 1.0)], [1])])
+    gate.set()
+    assert busy.result(5)
+    assert good.result(5)
+    with pytest.raises(PromptError, match="point_coords"):
+        bad.result(5)
+
+
+@pytest.mark.parametrize(
+    ("objects", "error"),
+    [
+        ([], PromptError),
+        ([ObjectPrompt()], PromptError),
+        ([ObjectPrompt([(1.0, 2.0)], [])], PromptError),
+        ([ObjectPrompt([], [1])], PromptError),
+        ([ObjectPrompt(box=(9.0, 0.0, 1.0, 5.0))], PromptError),
+        ([ObjectPrompt([(1.0, 2.0)] * 5, [1] * 5)], TooLargeError),
+        ([POINT] * 4, TooLargeError),
+    ],
+    ids=["none", "empty", "no label", "no point", "a box turned", "points", "objects"],
+)
+def test_bad_prompts_are_refused(
+    objects: list[ObjectPrompt], error: type[Exception], serve: Callable[..., Service]
+) -> None:
+    service = serve(points=4, objects=3)
+    image_id = service.add_image(FILE).result(5).image_id
+    with pytest.raises(error):
+        service.segment(image_id, objects).result(5)
+
+
+def test_an_unknown_image(serve: Callable[..., Service]) -> None:
+    with pytest.raises(UnknownImageError, match="'nobody'"):
+        serve().segment("nobody", [POINT]).result(5)
+
+
+def test_a_click_finds_what_had_to_make_room(
+    toy: SegmentationModel, serve: Callable[..., Service], tmp_path: Path
+) -> None:
+    size = toy.encode(IMAGE).nbytes
+    forgetful = serve(cache_bytes=size)
+    remembering = serve(cache_bytes=size, cache_folder=tmp_path)
+    for service in (forgetful, remembering):
+        for name in ("a", "b"):
+            service.add_image(image_file(noise(24, 31, ord(name))), name).result(5)
+    with pytest.raises(UnknownImageError):
+        forgetful.segment("a", [POINT]).result(5)
+    predictor = SAM3InteractiveImagePredictor(toy)
+    predictor.set_image(noise(24, 31, ord("a")))
+    (found,) = remembering.segment("a", [POINT]).result(5)
+    check_equal(found, predicted(predictor, POINT))
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def test_a_session_refines(
+    serve: Callable[..., Service], predictor: SAM3InteractiveImagePredictor
+) -> None:
+    service = serve()
+    image_id = service.add_image(FILE).result(5).image_id
+    other = ObjectPrompt([(3.0, 3.0), (20.0, 9.0)], [1, 0])
+    first = service.segment(image_id, [POINT], session="s").result(5)
+    best = first[0].low_res_masks[np.argmax(first[0].scores)]
+    second = service.segment(image_id, [other, POINT], session="s").result(5)
+    assert [one.is_refined for one in second] == [True, False]
+    check_equal(second[0], predicted(predictor, other, mask=best))
+    check_equal(second[1], predicted(predictor, POINT))
+    assert not service.segment(image_id, [POINT], session="t").result(5)[0].is_refined
+    third = service.segment(image_id, [POINT, POINT], session="s").result(5)
+    assert [one.is_refined for one in third] == [True, True]
+    # Another image, and the same one after it was sent again, begin anew.
+    service.remove_image(image_id)
+    service.add_image(FILE).result(5)
+    assert not service.segment(image_id, [POINT], session="s").result(5)[0].is_refined
+
+
+def test_sessions_are_bounded() -> None:
+    mask = np.zeros((4, 4), np.float32)
+    sessions = Sessions(3 * mask.nbytes)
+    sessions.put("image", "a", [mask])
+    sessions.put("image", "b", [mask])
+    sessions.put("image", "a", [mask + 1, mask])
+    assert [m is not None for m in sessions.get("image", "a", 3)] == [True, True, False]
+    sessions.put("other", "c", [mask])  # b was used longest ago
+    assert sessions.get("image", "b", 1) == [None]
+    assert sessions.get("other", "c", 1)[0] is not None
+    sessions.discard("image")
+    assert sessions.get("image", "a", 1) == [None]
+    sessions.put("image", "too many", [mask] * 4)
+    assert sessions.get("image", "too many", 1) == [None]
+    assert sessions.get("other", None, 2) == [None, None]
+
+
+# --- waiting --------------------------------------------------------------------------------------
+
+
+def test_clicks_do_not_wait_for_images(
+    toy: SegmentationModel, serve: Callable[..., Service]
+) -> None:
+    gate = threading.Event()
+    gate.set()
+    service = serve(wrapped(toy, on_encode=lambda maps: (gate.wait(10), maps)[1]), waiting_images=2)
+    image_id = service.add_image(FILE).result(5).image_id
+    gate.clear()
+    # Two are with the threads, two wait.
+    uploads = []
+    for n in range(4):
+        uploads.append(service.add_image(image_file(noise(9, 9, n))))
+        deadline = time.monotonic() + 5
+        while n < 2 and service.uploads.waiting and time.monotonic() < deadline:
+            time.sleep(0.001)
+    with pytest.raises(BusyError):
+        service.add_image(image_file(noise(9, 9, 9)))
+    assert service.segment(image_id, [POINT]).result(5)
+    gate.set()
+    assert all(upload.result(5).is_new for upload in uploads)
+
+
+def test_deadlines_and_bounds_of_clicks(serve: Callable[..., Service]) -> None:
+    service = serve(threads=1, waiting_clicks=2, seconds=0.2)
+    image_id = service.add_image(FILE).result(5).image_id
+    gate, busy = hold(service, image_id)
+    late = service.segment(image_id, [POINT])
+    patient = service.segment(image_id, [POINT], deadline=time.monotonic() + 60)
+    with pytest.raises(BusyError):
+        service.segment(image_id, [POINT])
+    time.sleep(0.3)
+    gate.set()
+    assert busy.result(5)  # its turn had come
+    assert patient.result(5)
+    with pytest.raises(DeadlineError):
+        late.result(5)
