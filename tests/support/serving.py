@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +71,54 @@ def check_equal(found: Sequence[Any], expected: Sequence[NDArray[Any]]) -> None:
     """Masks, scores and low-resolution masks are the same, bit for bit."""
     for array, other in zip(found[:3], expected, strict=True):
         np.testing.assert_array_equal(array, other)
+
+
+class ServerProcess:
+    """``sam3rt serve`` as a process of its own, for a ``with`` statement.
+
+    Args:
+        arguments: of the command line.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = ["--port", str(self.port), "--threads", "1", *arguments]
+        self._environment = {**os.environ, **(environment or {})}
+
+    def __enter__(self) -> ServerProcess:
+        code = (
+            "import argparse, sys; from sam3rt_serve import cli; p = argparse.ArgumentParser(); "
+            "cli.add_arguments(p); sys.exit(cli.run(p.parse_args()))"
+        )
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *self._arguments],
+            env=self._environment,
+            stderr=self.log,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.url}/livez", timeout=5):
+                    return self
+            except OSError:
+                if self.process.poll() is not None:
+                    break
+                time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(self.lines())
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has logged so far; every line is JSON."""
+        self.log.seek(0)
+        return [json.loads(line) for line in self.log]

@@ -1,0 +1,333 @@
+"""A real server: what the client gets, callers who misbehave, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from tests.support.helpers import noise, photo, wrapped
+from tests.support.serving import CAT, ServerProcess, clicks, image_file, predicted, toy_model
+
+from sam3rt import (
+    InvalidInputError,
+    Prompts,
+    SAM3InteractiveImagePredictor,
+    SegmentationModel,
+    load_model,
+)
+from sam3rt_serve.client import Client, ServerError
+from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.http import create_app
+
+IMAGE = noise(24, 31)
+FILE = image_file(IMAGE)
+POINT = {"points": [[12, 9]], "labels": [1]}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
+    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
+
+
+@contextlib.contextmanager
+def running(service: Service, **options: Any) -> Iterator[str]:
+    """A server in a thread; the address that it listens to."""
+    config = uvicorn.Config(create_app(service, **options), port=0, http="h11", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_client_gets_what_predict_says(toy: SegmentationModel, tmp_path: Path) -> None:
+    predictor = SAM3InteractiveImagePredictor(toy)
+    predictor.set_image(IMAGE)
+    (tmp_path / "image.png").write_bytes(FILE)
+    with running(Service(toy), api_key="key") as url, Client(url, api_key="key") as client:
+        stored = client.add_image(tmp_path / "image.png")
+        assert client.add_image(FILE)["cached"]
+        objects = clicks(5, 24, 31)
+        plain: list[dict[str, Any]] = [
+            {"points": np.array(one.points), "labels": np.array(one.labels)}
+            | ({} if one.box is None else {"box": np.array(one.box)})
+            for one in objects
+        ]
+        found = client.segment(stored["image_id"], plain, session="s")
+        for one, result in zip(objects, found, strict=True):
+            masks, scores, _ = predicted(predictor, one)
+            np.testing.assert_array_equal(result.masks, masks)
+            np.testing.assert_array_equal(result.scores, scores)
+        assert [r.refined for r in client.segment(stored["image_id"], plain, session="s")] == [
+            True
+        ] * 5
+        embedding = client.embedding(stored["image_id"])
+        prompts = Prompts([[12, 9]], [1])
+        np.testing.assert_array_equal(
+            toy.decode(embedding, prompts).low_res_masks,
+            toy.decode(toy.encode(IMAGE), prompts).low_res_masks,
+        )
+        assert client.model()["fingerprint"] == toy.manifest.fingerprint
+        assert client.add_image(FILE, "mine")["image_id"] == "mine"
+        client.remove_image("mine")
+        with pytest.raises(ServerError, match="'mine'") as caught:
+            client.segment("mine", [POINT])
+        assert (caught.value.status, caught.value.kind) == (404, "UnknownImageError")
+        with Client(url) as stranger, pytest.raises(ServerError, match="key"):
+            stranger.model()
+
+
+def test_the_client_comes_back_to_a_server_that_closed_its_connection(
+    toy: SegmentationModel,
+) -> None:
+    with running(Service(toy)) as url, Client(url) as client:
+        client.model()
+        assert client._connection.sock is not None
+        client._connection.sock.shutdown(socket.SHUT_RDWR)
+        assert client.model()
+    with pytest.raises(OSError, match="refused"):
+        client.model()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "", "http://"])
+def test_the_client_wants_an_address(url: str) -> None:
+    with pytest.raises(InvalidInputError, match="url"):
+        Client(url)
+
+
+def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
+    gate, decoded = threading.Event(), []
+
+    def held(outputs: dict[str, Any]) -> None:
+        decoded.append(1)
+        assert gate.wait(10)
+
+    service = Service(wrapped(toy, on_decode=held), threads=1)
+    with running(service) as url, Client(url) as client:
+        client.add_image(FILE, "cat")
+        first = threading.Thread(target=client.segment, args=("cat", [POINT]))
+        first.start()
+        eventually(lambda: len(decoded) == 1)
+        body = b'{"objects":[{"points":[[12,9]],"labels":[1]}]}'
+        head = (
+            b"POST /v1/images/cat/masks HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        )
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            eventually(lambda: service.clicks.waiting == 1)
+        eventually(lambda: all(job.future.cancelled() for job in service.clicks._waiting))
+        gate.set()
+        first.join()
+        assert client.segment("cat", [POINT])
+    assert len(decoded) == 2
+
+
+def test_a_body_that_comes_too_slowly(toy: SegmentationModel) -> None:
+    service = Service(toy, Limits(seconds=0.2))
+    with running(service) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+                b"content-length: 1000\r\n\r\nhalf"
+            )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
+    tmp_path: Path,
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    arguments = ["--backend", "onnxruntime", "--api-key-file", str(key)]
+    folder = ["--cache-folder", str(tmp_path / "cache")]
+    model = load_model(backend="onnxruntime", device="cpu", threads=1)
+    predictor = SAM3InteractiveImagePredictor(model)
+    predictor.set_image(photo("chelsea"))
+    masks, scores, _ = predictor.predict([[225, 150]], [1])
+    click = [{"points": [[225, 150]], "labels": [1]}]
+    with ServerProcess(*arguments, *folder) as server:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as plain:
+            plain.request("GET", "/readyz")
+            answer = plain.getresponse()
+            assert (answer.status, b'"ready":true' in answer.read()) == (200, True)
+        with Client(server.url, api_key="secret") as client:
+            image_id = client.add_image(CAT)["image_id"]
+            (found,) = client.segment(image_id, click)
+            np.testing.assert_array_equal(found.masks, masks.astype(bool))
+            np.testing.assert_array_equal(found.scores, scores)
+            # Many clicks are on their way when the signal comes: all are answered.
+            answers: list[Any] = []
+
+            def ask() -> None:
+                with Client(server.url, api_key="secret") as other:
+                    answers.append(other.segment(image_id, click)[0])
+
+            threads = [threading.Thread(target=ask) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)
+            server.process.send_signal(signal.SIGTERM)
+            for thread in threads:
+                thread.join()
+            assert server.process.wait(30) == -signal.SIGTERM
+        assert len(answers) == 6
+        for found in answers:
+            np.testing.assert_array_equal(found.masks, masks.astype(bool))
+        requests = [line for line in server.lines() if line["message"] == "request"]
+        assert [line["status"] for line in requests if line["path"].endswith("/masks")] == [200] * 7
+    # Another server with the same folder knows the image.
+    with (
+        ServerProcess(*arguments, *folder) as server,
+        Client(server.url, api_key="secret") as client,
+    ):
+        (found,) = client.segment(image_id, click)
+        np.testing.assert_array_equal(found.masks, masks.astype(bool))
+
+
+def hostile_calls(port: int) -> list[Callable[[], None]]:
+    """Ways to misbehave; none of them waits for an answer that may not come."""
+
+    def raw(content: bytes, wait: bool = True) -> None:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+        # The server may close it before all is sent.
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(content)
+            if wait:
+                connection.recv(1 << 16)
+
+    def post(path: str, media_type: str, body: bytes, length: int | None = None) -> bytes:
+        return (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
+            f"content-length: {len(body) if length is None else length}\r\n\r\n"
+        ).encode() + body
+
+    rng = np.random.default_rng(0)
+    prompts = b'{"objects":[{"points":[[1,1]],"labels":[1]}]}'
+    return [
+        lambda: raw(rng.bytes(2000)),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n"),
+        lambda: raw(b"GET /" + b"a" * (1 << 18) + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n"),
+        lambda: raw(post("/v1/images", "image/png", rng.bytes(5000))),
+        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 40)),
+        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 20), wait=False),
+        lambda: raw(post("/v1/images", "image/png", FILE, -5)),
+        lambda: raw(post("/v1/images", "multipart/form-data; boundary=x", b"--x\r\n" * 5000)),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", prompts), wait=False),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", b'{"objects":[' * 9999)),
+        lambda: raw(b"POST /v1/images HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz"),
+        lambda: raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    ]
+
+
+@pytest.mark.slow
+def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Path) -> None:
+    predictor = SAM3InteractiveImagePredictor(toy)
+    predictor.set_image(IMAGE)
+    expected = predicted(predictor, ObjectPrompt([(12, 9)], [1]))[0]
+    bundle = str(toy.bundle.path)
+    limits = ["--deadline", "3", "--cache-mb", "1", "--cache-folder", str(tmp_path)]
+    with ServerProcess("--bundle", bundle, "--backend", "onnxruntime", *limits) as server:
+        over = threading.Event()
+        times: list[float] = []
+        problems: list[str] = []
+
+        def well_behaved() -> None:
+            with Client(server.url) as client:
+                while not over.is_set():
+                    start = time.perf_counter()
+                    client.add_image(FILE, "cat")
+                    (found,) = client.segment("cat", [POINT])
+                    times.append(time.perf_counter() - start)
+                    if not np.array_equal(found.masks, expected):
+                        problems.append("other masks")
+
+        def many_ids() -> None:
+            with Client(server.url) as client:
+                for number in range(2000):
+                    with contextlib.suppress(ServerError):
+                        client.segment(f"id-{number}", [POINT], session=f"s-{number}")
+                    if number % 5 == 0:
+                        client.add_image(FILE, f"id-{number}")
+
+        good = threading.Thread(target=well_behaved)
+        good.start()
+        slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
+        for connection in slow:  # headers and bodies that never end
+            connection.sendall(b"POST /v1/images HTTP/1.1\r\nhost: x\r\n")
+        for connection in slow[50:]:
+            connection.sendall(b"content-type: image/png\r\ncontent-length: 99\r\n\r\nx")
+        ids = threading.Thread(target=many_ids)
+        ids.start()
+        for _ in range(5):
+            for call in hostile_calls(server.port):
+                call()
+        ids.join()
+        over.set()
+        good.join()
+        for connection in slow:
+            connection.close()
+        assert not problems
+        assert len(times) > 50
+        assert np.median(times) < 0.5
+        assert server.process.poll() is None
+        lines = server.lines()
+        assert not [line for line in lines if "exception" in line]
+        assert 500 not in {line.get("status") for line in lines}
+        with Client(server.url) as client:
+            assert client.segment("cat", [POINT])
+
+
+@pytest.mark.slow
+def test_the_description_holds(toy: SegmentationModel) -> None:
+    """Schemathesis: what the document allows is answered as it says, and nothing is an error."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    with running(Service(toy, Limits(mask_pixels=1 << 20))) as url:
+        with Client(url) as client:
+            client.add_image(FILE, "cat")
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        for result in schema.get_all_operations():
+            operation = result.ok()
+            if operation.path == "/readyz":
+                continue  # the small model is not well
+
+            @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy())
+            def check(case: Any) -> None:
+                if case.path_parameters:
+                    case.path_parameters["image_id"] = "cat"
+                case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+            check()
