@@ -59,11 +59,12 @@ class ObjectAnswer(Struct):
 
     ``png``: base64 of a 1-bit PNG. ``bits``: base64 of height * width bits, row by row, the
     highest bit of a byte first. ``rle``: as COCO has them. ``polygons``: a list of outlines
-    [x, y, x, y, ...] without those of holes, the largest first. A box is [x0, y0, x1, y1], x1 and y1 just outside, or null for an
-    empty mask. ``refined``: the session's earlier mask of this object was a prompt too.
+    [x, y, x, y, ...] without those of holes, the largest first. A box is [x0, y0, x1, y1], x1 and
+    y1 just outside, or null for an empty mask. ``refined``: the session's earlier mask of this
+    object was a prompt too.
     """
 
-    masks: list[str] | list[RleMask] | list[list[list[float]]]
+    masks: list[str | RleMask | list[list[float]]]
     scores: list[float]
     boxes: list[list[int] | None]
     refined: bool

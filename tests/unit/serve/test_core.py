@@ -175,6 +175,7 @@ def test_masks_are_those_of_predict(
     for one, result in zip(objects, found, strict=True):
         check_equal(result, predicted(predictor, one, multimask))
         assert not result.is_refined
+    assert 0.1 < np.mean([result.masks.mean() for result in found]) < 0.9
 
 
 def test_requests_that_wait_together_share_runs(
