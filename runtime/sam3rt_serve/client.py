@@ -1,9 +1,10 @@
-"""The other side of ``sam3rt serve``, on Python's standard library and NumPy."""
+"""The other side of ``sam3rt serve``, on what the runtime needs anyway."""
 
 from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import os
 import urllib.parse
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from sam3rt.embedding import ImageEmbedding
@@ -129,15 +131,14 @@ class Client:
             ServerError: the server refused it; status 404 asks for the image (again).
             OSError: the server cannot be reached.
         """
-        question = {"objects": list(objects), "multimask": multimask, "format": "bits"}
+        question: dict[str, Any] = {"objects": list(objects), "multimask": multimask}
         if session is not None:
             question["session"] = session
         content = json.dumps(question, default=_plain).encode()
         answer = self._document("POST", _path(image_id, "masks"), content, "application/json")
-        shape = (answer["height"], answer["width"])
         return [
             RemoteMasks(
-                np.stack([_unpack(mask, shape) for mask in one["masks"]]),
+                np.stack([_unpack(mask) for mask in one["masks"]]),
                 np.array(one["scores"], np.float32),
                 one["refined"],
             )
@@ -207,7 +208,6 @@ def _plain(value: Any) -> Any:
     return np.asarray(value).tolist()
 
 
-def _unpack(mask: str, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    bits = np.frombuffer(base64.b64decode(mask), np.uint8)
-    flat = np.unpackbits(bits, count=shape[0] * shape[1])
-    return flat.reshape(shape).astype(np.bool_)
+def _unpack(mask: str) -> NDArray[np.bool_]:
+    with PIL.Image.open(io.BytesIO(base64.b64decode(mask)), formats=("PNG",)) as image:
+        return np.asarray(image)

@@ -128,6 +128,7 @@ class Service:
         cache_folder: a second level; see :class:`EmbeddingCache`.
         max_folder_bytes: what the files there may take.
         threads: that answer clicks; ``None`` for one a core, from two to eight.
+        objects_at_once: objects of several requests in a decoder run, at most.
 
     Attributes:
         cache: the embeddings.
@@ -145,6 +146,7 @@ class Service:
         cache_folder: str | Path | None = None,
         max_folder_bytes: int = 1 << 36,
         threads: int | None = None,
+        objects_at_once: int = OBJECTS_AT_ONCE,
     ) -> None:
         self.model = model
         self.limits = limits or Limits()
@@ -161,7 +163,7 @@ class Service:
             "click",
             threads=threads or min(8, max(2, usable_cores())),
             most_waiting=self.limits.waiting_clicks,
-            most_together=OBJECTS_AT_ONCE,
+            most_together=objects_at_once,
         )
 
     def close(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
+import struct
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
-import PIL.Image
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
@@ -112,11 +112,21 @@ class ErrorAnswer(Struct):
 
 
 def _png(mask: NDArray[np.bool_]) -> str:
+    """Without Pillow, which tries all filters on every row: eight times as slow and no smaller."""
     height, width = mask.shape
-    image = PIL.Image.frombytes("1", (width, height), np.packbits(mask, axis=1).tobytes())
-    stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1)  # a fraction of the default's time
-    return base64.b64encode(stream.getvalue()).decode()
+    bits = np.packbits(mask, axis=1)
+    rows = np.pad(bits, ((0, 0), (1, 0)))  # a row begins with its filter, 0 for none
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", packer.compress(rows.data) + packer.flush()),
+        (b"IEND", b""),
+    )
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return base64.b64encode(content).decode()
 
 
 def _bits(mask: NDArray[np.bool_]) -> str:
