@@ -46,8 +46,8 @@ docs: $(TEST_ENV)/.done ## Build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(TEST_BIN)/python -m mkdocs build
 
 lint: $(TEST_ENV)/.done ## Lint and type-check
-	$(TEST_BIN)/ruff check runtime export tests benchmarks requirements docs
-	$(TEST_BIN)/ruff format --check runtime export tests benchmarks requirements docs
+	$(TEST_BIN)/ruff check runtime export tests benchmarks requirements docs examples
+	$(TEST_BIN)/ruff format --check runtime export tests benchmarks requirements docs examples
 	$(TEST_BIN)/mypy
 
 # What a user of the runtime gets: the wheel with the bundled model, and no PyTorch.

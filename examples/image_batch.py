@@ -1,6 +1,5 @@
 """Three images in one batch, each with a click of its own."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,11 @@ from PIL import Image
 
 from sam3rt import SAM3InteractiveImagePredictor, load_model
 
-predictor = SAM3InteractiveImagePredictor(load_model(os.environ.get("BUNDLE")))
+PHOTOS = Path(__file__).parents[1] / "tests" / "photos"
 
-paths = os.environ["IMAGES"].split(os.pathsep)[:3]
+predictor = SAM3InteractiveImagePredictor(load_model())
+
+paths = [PHOTOS / f"{name}.png" for name in ("chelsea", "coffee", "astronaut")]
 images = [np.array(Image.open(path).convert("RGB")) for path in paths]
 predictor.set_image_batch(images)
 
@@ -21,4 +22,4 @@ masks_batch, scores_batch, low_res_batch = predictor.predict_batch(
 )
 
 for path, masks, scores in zip(paths, masks_batch, scores_batch, strict=True):
-    print(f"{Path(path).name}: {masks.shape}, best score {scores.max():.3f}")
+    print(f"{path.name}: {masks.shape}, best score {scores.max():.3f}")

@@ -1,15 +1,17 @@
 """A single click."""
 
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sam3rt import SAM3InteractiveImagePredictor, load_model
 
-predictor = SAM3InteractiveImagePredictor(load_model(os.environ.get("BUNDLE")))
+PHOTOS = Path(__file__).parents[1] / "tests" / "photos"
 
-image = np.array(Image.open(os.environ["IMAGES"].split(os.pathsep)[0]).convert("RGB"))
+predictor = SAM3InteractiveImagePredictor(load_model())
+
+image = np.array(Image.open(PHOTOS / "chelsea.png").convert("RGB"))
 predictor.set_image(image)
 
 masks, scores, low_res_masks = predictor.predict(

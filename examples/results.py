@@ -1,11 +1,13 @@
 """One click, and the result as a picture, polygons, COCO JSON and a cut-out."""
 
-import os
+from pathlib import Path
 
 from sam3rt import load_model
 
-model = load_model(os.environ.get("BUNDLE"))
-photo = os.environ["IMAGES"].split(os.pathsep)[0]
+PHOTOS = Path(__file__).parents[1] / "tests" / "photos"
+
+model = load_model()
+photo = PHOTOS / "chelsea.png"
 
 result = model.segment_image(photo, points=[225, 150])
 print(result)
