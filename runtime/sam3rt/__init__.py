@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .automatic import AutomaticMaskGenerator
     from .backends import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
     from .embedding import ImageEmbedding
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # Where each name lives. Names are imported when they are first used, so that the command line runs
 # before NumPy has loaded and can be interrupted meanwhile.
 _HOMES = {
+    "automatic": ("AutomaticMaskGenerator",),
     "backends": ("GpuOptions",),
     "bundle": ("Bundle", "Manifest", "open_bundle"),
     "embedding": ("ImageEmbedding",),
@@ -59,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutomaticMaskGenerator",
     "BackendError",
     "Bundle",
     "BundleError",

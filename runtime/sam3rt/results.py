@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Segmentation:
         crop_boxes: int64 [N, 4], x0, y0, x1, y1 of the crop in which it found each, or ``None``.
     """
 
-    encoded: NDArray[np.bool_] | tuple[Runs, ...] = field(compare=False)
+    encoded: NDArray[np.bool_] | tuple[Runs, ...]
     size: tuple[int, int]
     scores: NDArray[np.float32]
     objects: NDArray[np.int64]

@@ -40,7 +40,7 @@ LAYERS = (
     {"accuracy"},
     {"backends"},
     {"embedding", "embedding_cache", "model", "results"},
-    {"predictor"},
+    {"automatic", "predictor"},
     {"cli", "__main__"},
 )
 # All that the runtime imports from elsewhere, and where: everywhere, or in one room.

@@ -190,13 +190,13 @@ def run_many(
             progress.step(job.name, 0)
     before, start = len(done), time.monotonic()
 
-    def prepare(job: Job) -> tuple[NDArray[np.uint8], ImageEmbedding]:
+    def prepare(job: Job) -> tuple[NDArray[np.uint8], ImageEmbedding | None]:
         image = read(job)
         worker.check(job, image)
-        return image, worker.encode(job, image)
+        return image, worker.encode(image)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        upcoming: Future[tuple[NDArray[np.uint8], ImageEmbedding]] | None = None
+        upcoming: Future[tuple[NDArray[np.uint8], ImageEmbedding | None]] | None = None
         try:
             for index, (job, key) in enumerate(todo):
                 current = upcoming or pool.submit(prepare, job)

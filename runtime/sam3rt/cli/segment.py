@@ -22,9 +22,9 @@ from .output import OVERLAY, RESULT, result_folder
 from .worker import Worker, read
 from .writers import FORMATS, as_json, write_pictures, write_text
 
-HELP = "segment images from clicks and boxes"
+HELP = "segment images from clicks and boxes, or everything in them"
 DESCRIPTION = """\
-Segment images from clicks and boxes.
+Segment images from clicks and boxes, or everything in them.
 
 Coordinates are pixels of the upright image: an EXIF orientation is applied first. All --point
 belong to one object; each --points and each --box is an object of its own. Where there are both
@@ -56,8 +56,20 @@ examples:
   sam3rt segment photo.jpg --points "225,150 60,280,0" --points 400,30 -o masks
   curl -L URL | sam3rt segment - --box 20,10,400,290 -o masks
   sam3rt segment imgs/ --prompts prompts.jsonl --format coco -o out
+  sam3rt segment photo.jpg --everything --points-per-side 16 -o masks
   sam3rt segment "imgs/**/*.jpg" --point 320,240 --format yolo -o out
 """
+
+
+# SAM's own names and defaults.
+_EVERYTHING: tuple[tuple[str, Any, Any, str], ...] = (
+    ("--points-per-side", positive_int, 32, "points of the grid along a side"),
+    ("--pred-iou-thresh", float, 0.88, "drop masks of a lower predicted IoU"),
+    ("--stability-score-thresh", float, 0.95, "drop masks that change more with the threshold"),
+    ("--box-nms-thresh", float, 0.7, "drop the worse of two masks whose boxes overlap more"),
+    ("--crop-n-layers", int, 0, "also cut the image up, so often"),
+    ("--min-mask-region-area", float, 0, "remove smaller holes and islands, pixels"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +113,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompts.jsonl with the prompts of each image (below), or - for standard input",
     )
+    parser.add_argument(
+        "--everything",
+        action="store_true",
+        help="all objects in the image, from a grid of points, without prompts",
+    )
+    for name, parse, default, text in _EVERYTHING:
+        parser.add_argument(
+            name, type=parse, metavar="N", help=f"for --everything: {text} (default: {default})"
+        )
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -162,10 +183,16 @@ def run(options: argparse.Namespace) -> int:
     """Segment and write the results."""
     images = find_images(options.images, options.output)
     calls = _calls(options)
-    if options.prompts is not None and calls:
-        raise PromptError("--prompts", "prompts as options as well", "one of them")
-    if options.prompts is None and not calls:
+    ways = {"--prompts": options.prompts is not None, "--everything": options.everything}
+    chosen = [name for name, given in ways.items() if given]
+    if len(chosen) + bool(calls) > 1:
+        other = "--point, --points or --box as well" if calls else f"{chosen[1]} as well"
+        raise PromptError(chosen[0], other, "one of them")
+    if not chosen and not calls:
         raise PromptError("prompts", "neither --point nor --box", "at least one of them")
+    for name, *_ in _EVERYTHING:
+        if not options.everything and getattr(options, _attribute(name)) is not None:
+            raise InvalidInputError(name, "no --everything", "--everything with it")
     piped = STDIN in options.images
     if piped and (len(options.images) > 1 or str(options.prompts) == STDIN):
         raise InvalidInputError("image", "- and more", "- alone, and standard input once")
@@ -192,7 +219,18 @@ def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Names
     output = options.output.resolve()
     if options.format == "png" and output in (folder.resolve() for folder in images.folders):
         raise InvalidInputError("--output", "the images' own folder", "another, for --format png")
-    return run_many(jobs, missing, Worker(load_from_options(options), options), options)
+    return run_many(jobs, missing, _worker(options), options)
+
+
+def _attribute(name: str) -> str:
+    return name[2:].replace("-", "_")
+
+
+def _worker(options: argparse.Namespace) -> Worker:
+    """A worker with the model and the generator that the options ask for."""
+    given = {_attribute(name): getattr(options, _attribute(name)) for name, *_ in _EVERYTHING}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Worker(load_from_options(options), options, chosen if options.everything else None)
 
 
 @contextlib.contextmanager
@@ -212,11 +250,11 @@ def _run_single(job: Job, options: argparse.Namespace) -> int:
     image = read(job)
     clock.stop("read")
     with result_folder(options.output, job.image) as folder:
-        worker = Worker(load_from_options(options), options)
+        worker = _worker(options)
         worker.check(job, image)
         worker.model.backend.prepare()
         clock.stop("load")
-        embedding = worker.encode(job, image)
+        embedding = worker.encode(image)
         clock.stop("encode")
         result = worker.segment(job, image, embedding)
         clock.stop("predict")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import geometry
+from ..automatic import AutomaticMaskGenerator
 from ..embedding import ImageEmbedding
 from ..errors import PromptError, PromptWarning
 from ..image_files import read_image
@@ -33,10 +34,25 @@ def read(job: Job) -> NDArray[np.uint8]:
 
 
 class Worker:
-    """Segments images with one model, as the options say."""
+    """Segments images with one model, as the options say.
 
-    def __init__(self, model: SegmentationModel, options: argparse.Namespace) -> None:
+    Args:
+        model: the model.
+        options: how prompts become masks.
+        everything: arguments of the automatic mask generator, or ``None`` where there are prompts.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        options: argparse.Namespace,
+        everything: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model
+        self._everything = everything
+        self._generator = (
+            None if everything is None else AutomaticMaskGenerator(model, **everything)
+        )
         self._best_only = options.best_only
         self._how = {
             "multimask_output": not options.single_mask,
@@ -62,18 +78,21 @@ class Worker:
                     expected = "pixels of the upright image"
                     raise PromptError("prompts", str(warning), expected) from None
 
-    def encode(self, job: Job, image: NDArray[np.uint8]) -> ImageEmbedding:
-        """Encode the image of a job whose prompts have been checked.
+    def encode(self, image: NDArray[np.uint8]) -> ImageEmbedding | None:
+        """Encode an image; the automatic mask generator does so itself.
 
         Raises:
             BackendError: the backend failed.
         """
-        return self.model.encode(image)
+        return self.model.encode(image) if self._generator is None else None
 
     def segment(
-        self, job: Job, image: NDArray[np.uint8], embedding: ImageEmbedding
+        self, job: Job, image: NDArray[np.uint8], embedding: ImageEmbedding | None
     ) -> Segmentation:
-        """What the prompts of a job give, object by object, with its image."""
+        """What the prompts of a job give, object by object, with its image; or everything."""
+        if self._generator is not None:
+            return self._generator.generate(image)
+        assert embedding is not None
         parts = [
             self.model.segment_image(
                 embedding,
@@ -90,7 +109,8 @@ class Worker:
     def settings(self) -> dict[str, Any]:
         """All that changes results beside the image and its prompts."""
         fingerprint = self.model.manifest.fingerprint
-        return {**self._how, "best_only": self._best_only, "fingerprint": fingerprint}
+        how = {**self._how, "best_only": self._best_only, "everything": self._everything}
+        return {**how, "fingerprint": fingerprint}
 
     def document(
         self, job: Job, result: Segmentation, entries: list[dict[str, Any]], overlay: str | None

@@ -7,6 +7,9 @@ fraction of a millisecond, and needs nothing but NumPy.
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,28 +24,81 @@ def small_components(wanted: NDArray[np.bool_], max_area: float) -> NDArray[np.b
     Returns:
         bool [h, w], or ``None`` where there are none.
     """
-    height, width = wanted.shape
-    # A blank column on either side ends every run within its row, and keeps the last run of a
-    # row from touching the first of the next but one.
-    stride = width + 2
-    padded = np.zeros((height, stride), np.int8)
-    padded[:, 1:-1] = wanted
-    steps = np.diff(padded.ravel())
-    starts = np.flatnonzero(steps == 1)
-    ends = np.flatnonzero(steps == -1)
-    if not len(starts):
+    runs = _Runs.of(wanted)
+    if not len(runs.starts):
         return None
-    labels = _join(len(starts), *_touching(starts, ends, stride))
-    areas = np.bincount(labels, weights=ends - starts)
-    small = areas[labels] <= max_area
-    if not small.any():
-        return None
-    # Painting runs: +1 where one starts, -1 after it ends, then a running sum.
-    edges = np.zeros(height * stride, np.int8)
-    edges[starts[small] + 1] = 1
-    edges[ends[small] + 1] = -1
-    painted = np.cumsum(edges, dtype=np.int8).reshape(height, stride)
-    return np.ascontiguousarray(painted[:, 1:-1]).view(np.bool_)
+    small = runs.areas[runs.labels] <= max_area
+    return runs.paint(small) if small.any() else None
+
+
+def remove_small_regions(mask: NDArray[np.bool_], min_area: float) -> NDArray[np.bool_]:
+    """Fill holes, then remove islands, that are smaller than an area.
+
+    Components are 8-connected. Where all islands are smaller, the first of the largest is kept.
+
+    Args:
+        mask: bool [h, w].
+        min_area: in pixels.
+
+    Returns:
+        bool [h, w]: the mask itself where nothing changed.
+    """
+    most = math.ceil(min_area) - 1
+    holes = small_components(~mask, most)
+    if holes is not None:
+        mask = mask | holes
+    runs = _Runs.of(mask)
+    if not len(runs.starts):
+        return mask
+    large = runs.areas[runs.labels] > most
+    if large.all():
+        return mask
+    if not large.any():
+        large = runs.labels == runs.areas.argmax()
+    return runs.paint(large)
+
+
+class _Runs(NamedTuple):
+    """The runs of a mask, row by row, and which component each belongs to.
+
+    Attributes:
+        shape: of the mask.
+        starts: where each run starts, in the mask with a blank column on either side.
+        ends: where it has ended.
+        labels: of its component: the number of the component's first run.
+        areas: by label, pixels.
+    """
+
+    shape: tuple[int, int]
+    starts: NDArray[np.intp]
+    ends: NDArray[np.intp]
+    labels: NDArray[np.intp]
+    areas: NDArray[Any]
+
+    @classmethod
+    def of(cls, wanted: NDArray[np.bool_]) -> _Runs:
+        """The runs of a mask, bool [h, w]."""
+        height, width = wanted.shape
+        # A blank column on either side ends every run within its row, and keeps the last run of a
+        # row from touching the first of the next but one.
+        stride = width + 2
+        padded = np.zeros((height, stride), np.int8)
+        padded[:, 1:-1] = wanted
+        steps = np.diff(padded.ravel())
+        starts = np.flatnonzero(steps == 1)
+        ends = np.flatnonzero(steps == -1)
+        labels = _join(len(starts), *_touching(starts, ends, stride))
+        return cls((height, width), starts, ends, labels, np.bincount(labels, ends - starts))
+
+    def paint(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The mask of some of the runs, bool [h, w]."""
+        # +1 where one starts, -1 after it ends, then a running sum.
+        height, stride = self.shape[0], self.shape[1] + 2
+        edges = np.zeros(height * stride, np.int8)
+        edges[self.starts[chosen] + 1] = 1
+        edges[self.ends[chosen] + 1] = -1
+        painted = np.cumsum(edges, dtype=np.int8).reshape(height, stride)
+        return np.ascontiguousarray(painted[:, 1:-1]).view(np.bool_)
 
 
 def _touching(

@@ -432,6 +432,15 @@ def test_quiet_is_quiet(image: str, imgs: Path, segment: Any, capsys: Any) -> No
     assert (printed.out, printed.err) == ("", "")
 
 
+def test_a_person_sees_progress(imgs: Path, segment: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert segment("imgs", *CLICK, "--format", "labelme", "-o", "out") == 0
+    shown = capsys.readouterr().err.split("\r")
+    assert [text.partition(",")[0] for text in shown[1:4]] == ["1/3", "2/3", "3/3"]
+    assert "deep/c" in shown[3]
+    assert shown[4] == "\x1b[K"
+
+
 def test_best_only_is_a_mask_an_object(imgs: Path, segment: Any) -> None:
     points = ("--points", "9,9 20,3,0", "--points", "30,20")
     assert segment("imgs/a.png", *points, "--best-only", "-o", "out") == 0
