@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .automatic import AutomaticMaskGenerator
     from .backends import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
+    from .decoded import DecodedMasks
     from .embedding import ImageEmbedding
     from .errors import (
         BackendError,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         StateWarning,
         VerificationError,
     )
-    from .model import DecodedMasks, SegmentationModel, load_model
+    from .model import SegmentationModel, load_model
     from .overlay import draw_overlay
     from .predictor import SAM3InteractiveImagePredictor
     from .prompts import Prompts
@@ -53,7 +54,8 @@ _HOMES = {
         "StateWarning",
         "VerificationError",
     ),
-    "model": ("DecodedMasks", "SegmentationModel", "load_model"),
+    "decoded": ("DecodedMasks",),
+    "model": ("SegmentationModel", "load_model"),
     "overlay": ("draw_overlay",),
     "predictor": ("SAM3InteractiveImagePredictor",),
     "prompts": ("Prompts",),

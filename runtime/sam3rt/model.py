@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from .bundle import Bundle, Manifest, open_bundle
 from .bundle.contract import decoder_outputs, has_object_score
 from .bundle.default import default_bundle_path
 from .bundle.names import find_bundle
+from .decoded import DecodedMasks, arrange
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError, StateError
 from .features import HostFeatures
@@ -27,28 +27,8 @@ from .masks import MaskOptions, clamp
 from .object_prompts import by_object, with_labels
 from .overlay import ScoreUnit
 from .prompts import PackedPrompts, Prompts, pack
-from .results import Segmentation, arrange
+from .results import Segmentation
 from .timer import StageListener, timed
-
-
-@dataclass(frozen=True, repr=False)
-class DecodedMasks:
-    """What the decoder says of P objects.
-
-    Attributes:
-        low_res_masks: float32 [P, C, h, w], unclamped logits; C is 1 in a single-mask call.
-        iou_predictions: float32 [P, C], the predicted IoU of each mask.
-        object_score_logits: float32 [P], positive where the model sees an object; ``None`` for
-            models without that head.
-    """
-
-    low_res_masks: NDArray[np.float32]
-    iou_predictions: NDArray[np.float32]
-    object_score_logits: NDArray[np.float32] | None
-
-    def __repr__(self) -> str:
-        objects, masks, height, width = self.low_res_masks.shape
-        return f"<DecodedMasks: {objects} x {masks} masks of {width} x {height} logits>"
 
 
 class SegmentationModel:

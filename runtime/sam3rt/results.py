@@ -1,13 +1,10 @@
-"""What was found in an image: masks with their scores, in the forms in which people use them.
-
-Over 400 lines, since all these forms are methods of one class.
-"""
+"""What was found in an image: masks with their scores, in the forms in which people use them."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +25,8 @@ from .overlay import Click, DrawnObject, ScoreUnit, draw_objects, score_text
 # Labels of more objects than these would hide the picture.
 _MOST_LABELS = 30
 _NOTEBOOK_SIDE = 1024
-_PER_MASK = (
+# The attributes with one entry for each mask, beside the masks themselves.
+PER_MASK = (
     *("scores", "objects", "low_res_masks", "object_score_logits"),
     *("stability_scores", "point_coords", "crop_boxes"),
 )
@@ -98,7 +96,7 @@ class Segmentation:
         chosen = np.atleast_1d(np.arange(len(self))[index])
         encoded = self.encoded
         part = tuple(encoded[i] for i in chosen) if isinstance(encoded, tuple) else encoded[chosen]
-        arrays = {name: getattr(self, name) for name in _PER_MASK}
+        arrays = {name: getattr(self, name) for name in PER_MASK}
         return replace(
             self,
             encoded=part,
@@ -366,58 +364,3 @@ def confidence(scores: NDArray[np.float32], unit: ScoreUnit) -> NDArray[np.float
         with np.errstate(over="ignore"):  # the limit of exp is right
             return np.float32(1) / (np.float32(1) + np.exp(-scores))
     return np.clip(scores, np.float32(0), np.float32(1))
-
-
-def arrange(
-    masks: NDArray[np.bool_],
-    scores: NDArray[np.float32],
-    low_res_masks: NDArray[np.float32],
-    object_score_logits: NDArray[np.float32] | None,
-    *,
-    score_unit: ScoreUnit,
-    image: NDArray[np.uint8] | None,
-    prompts: tuple[ObjectPrompts, ...],
-) -> Segmentation:
-    """The result of a decoder call.
-
-    Args:
-        masks: bool [B, C, H, W].
-        scores: float32 [B, C].
-        low_res_masks: float32 [B, C, h, w].
-        object_score_logits: float32 [B] or ``None``.
-        score_unit: of the scores.
-        image: uint8 [H, W, 3] or ``None``.
-        prompts: of each object.
-    """
-    count = scores.shape[1]
-    objects = np.repeat(np.arange(len(scores)), count)
-    order = np.argsort(-scores, axis=1, kind="stable").ravel()
-    where = (objects, order)
-    return Segmentation(
-        masks[where],
-        (masks.shape[2], masks.shape[3]),
-        scores[where],
-        objects,
-        score_unit,
-        image,
-        prompts,
-        low_res_masks[where],
-        None if object_score_logits is None else object_score_logits[objects],
-    )
-
-
-def joined(parts: Sequence[Segmentation]) -> Segmentation:
-    """Results of objects of one image as one result, objects numbered on.
-
-    Args:
-        parts: at least one, of calls on one image by one model.
-    """
-    offsets = np.cumsum([0] + [len(part.prompts) for part in parts[:-1]])
-    arrays: dict[str, Any] = {
-        name: [getattr(part, name) for part in parts] for name in ("encoded", *_PER_MASK)
-    }
-    arrays["objects"] = [part.objects + o for part, o in zip(parts, offsets, strict=True)]
-    whole: dict[str, Any] = {n: np.concatenate(a) for n, a in arrays.items() if a[0] is not None}
-    return replace(
-        parts[0], prompts=tuple(prompts for part in parts for prompts in part.prompts), **whole
-    )

@@ -39,7 +39,7 @@ LAYERS = (
     {"geometry", "image_files", "prompts", "object_prompts", "masks", "features", "overlay"},
     {"accuracy"},
     {"backends"},
-    {"embedding", "embedding_cache", "model", "results"},
+    {"decoded", "embedding", "embedding_cache", "model", "results"},
     {"automatic", "predictor"},
     {"cli", "__main__"},
 )

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from .. import geometry
 from ..automatic import AutomaticMaskGenerator
+from ..decoded import joined
 from ..embedding import ImageEmbedding
 from ..errors import PromptError, PromptWarning
 from ..image_files import read_image
 from ..model import SegmentationModel
 from ..prompts import Prompts, pack
-from ..results import Segmentation, joined
+from ..results import Segmentation
 from .jobs import STDIN, Job
 
 

@@ -29,9 +29,9 @@ from sam3rt import (
     SegmentationModel,
     StateError,
 )
+from sam3rt.decoded import joined
 from sam3rt.masks.rle import runs_of
 from sam3rt.overlay import draw_overlay
-from sam3rt.results import joined
 
 CHELSEA = PHOTOS / "chelsea.png"
 
