@@ -176,6 +176,8 @@ class Client:
         self, method: str, path: str, content: bytes | None = None, media_type: str = ""
     ) -> bytes:
         headers = self._headers | ({"Content-Type": media_type} if media_type else {})
+        if path.count("/") > 2:  # lets Ray Serve choose a replica that holds the image
+            headers["serve_multiplexed_model_id"] = path.split("/")[3]
         was_open = self._connection.sock is not None
         try:
             self._connection.request(method, self._root + path, content, headers)

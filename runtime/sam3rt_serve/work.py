@@ -39,6 +39,9 @@ class WorkQueue(Generic[Q, A]):
         threads: how many there are.
         most_waiting: requests that may wait.
         most_together: how much may be taken at once, in sizes of requests.
+
+    Attributes:
+        threads: the threads.
     """
 
     def __init__(
@@ -57,11 +60,11 @@ class WorkQueue(Generic[Q, A]):
         self._free = threads
         self._closed = False
         self._changed = threading.Condition()
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._work, name=f"{name}-{n}", daemon=True)
             for n in range(threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     @property
@@ -104,7 +107,7 @@ class WorkQueue(Generic[Q, A]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
 
     def _work(self) -> None:

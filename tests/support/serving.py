@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
+from tests.support import disk_cache
 from tests.support.helpers import edit_manifest
 from tests.support.runnable_bundle import runnable_bundle
 
@@ -77,6 +80,32 @@ def check_equal(found: Sequence[Any], expected: Sequence[NDArray[Any]]) -> None:
         np.testing.assert_array_equal(array, other)
 
 
+def environment(name: str, *packages: str) -> Path:
+    """The Python of a virtual environment with packages, made once for many runs.
+
+    The variable ``SAM3RT_<NAME>_ENV`` may name one that is there already.
+    """
+    given = os.environ.get(f"SAM3RT_{name.upper()}_ENV")
+    if given:
+        return Path(given) / "bin" / "python"
+
+    def make(folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        # It is moved when it is whole, and its Python finds everything from where it lies then.
+        install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *packages]
+        subprocess.run(install, check=True)
+
+    key = hashlib.sha256(repr((sys.version, packages)).encode()).hexdigest()[:16]
+    return disk_cache.cached_folder(f"venv_{name}", key, make) / "bin" / "python"
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 class ServerProcess:
     """``sam3rt serve`` as a process of its own, for a ``with`` statement.
 
@@ -86,8 +115,7 @@ class ServerProcess:
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = ["--port", str(self.port), "--threads", "1", *arguments]
         self._environment = {**os.environ, **(environment or {})}

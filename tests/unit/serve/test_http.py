@@ -429,4 +429,4 @@ def test_shutting_down_closes_the_service(toy: SegmentationModel, tmp_path: Path
     service = Service(toy)
     with TestClient(create_app(service)) as client:
         assert client.get("/livez").status_code == 200
-    assert not any(thread.is_alive() for thread in service.clicks._threads)
+    assert not any(thread.is_alive() for thread in service.clicks.threads)

@@ -8,7 +8,6 @@ import os
 import subprocess
 import time
 import urllib.request
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.support.helpers import noise
-from tests.support.serving import check_equal, clicks, image_file, predicted, toy_model
+from tests.support.serving import (
+    check_equal,
+    clicks,
+    environment,
+    free_port,
+    image_file,
+    predicted,
+    toy_model,
+)
 
 from sam3rt import InvalidInputError, SAM3InteractiveImagePredictor, SegmentationModel
 from sam3rt_serve import triton
@@ -208,18 +215,10 @@ def test_the_whole_in_one_call(instance: Any, predictor: SAM3InteractiveImagePre
 # --- the real server ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def server_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with Triton's server; made for the tests unless ``SAM3RT_TRITON_ENV`` names one."""
-    given = os.environ.get("SAM3RT_TRITON_ENV")
-    folder = Path(given) if given else tmp_path_factory.mktemp("triton")
-    if not given:
-        venv.create(folder, with_pip=True)
-        packages = ["nvidia-pytriton==0.7.0", "numpy<2", "tritonclient[http,grpc]", "onnxruntime"]
-        packages += ["msgspec", "pillow", "safetensors"]
-        subprocess.run([folder / "bin" / "pip", "install", "--quiet", *packages], check=True)
-    return folder / "bin" / "python"
-
+PACKAGES = (
+    *("nvidia-pytriton==0.7.0", "numpy<2", "tritonclient[http,grpc]"),
+    *("onnxruntime", "msgspec", "pillow", "safetensors"),
+)
 
 _LAYOUT = """
 import json, pathlib, pytriton, sys, sysconfig
@@ -281,12 +280,12 @@ sys.exit(bool(failed))
 
 @pytest.mark.slow
 def test_the_real_server(
-    server_python: Path,
     toy: SegmentationModel,
     predictor: SAM3InteractiveImagePredictor,
     tmp_path: Path,
 ) -> None:
     """HTTP and gRPC, several clients at once, and again after a restart."""
+    server_python = environment("triton", *PACKAGES)
     package = str(ROOT / "runtime")
     code = (
         "import argparse, sys; from sam3rt_serve import triton; p = argparse.ArgumentParser(); "
@@ -314,16 +313,16 @@ def test_the_real_server(
         low_res_masks=low_res,
         **POINT,
     )
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     command = [f"{server}/bin/tritonserver", f"--model-repository={tmp_path / 'repository'}"]
     command += [f"--backend-directory={backend.parent}"]
     for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
         command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
     paths = ":".join([libraries, f"{server}/external_libs", python_library])
-    environment = {**os.environ, "LD_LIBRARY_PATH": paths}
+    variables = {**os.environ, "LD_LIBRARY_PATH": paths}
     for _ in range(2):
         with (tmp_path / "log").open("w+") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
             try:
                 _wait_until_ready(ports[0], process, tmp_path / "log")
                 subprocess.run(
@@ -334,14 +333,6 @@ def test_the_real_server(
             finally:
                 process.terminate()
                 process.wait(60)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
