@@ -7,8 +7,6 @@ an encoder run.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import threading
 import time
 from collections import defaultdict
@@ -19,24 +17,21 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.embedding import ImageEmbedding
 from sam3rt.embedding_cache import EmbeddingCache
-from sam3rt.errors import ImageError, PromptError
-from sam3rt.image_files import upright_rgb
+from sam3rt.errors import PromptError
 from sam3rt.machine import usable_cores
 from sam3rt.model import SegmentationModel
 from sam3rt.prompts import Prompts
 
 from .errors import TooLargeError, UnknownImageError
+from .images import content_id, read_image
 from .sessions import Sessions
 from .work import WorkQueue
-
-_FORMATS = ("JPEG", "PNG")
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class _Click(NamedTuple):
 
 
 class _Upload(NamedTuple):
-    image_id: str
+    image_id: str | None
     content: bytes | NDArray[np.uint8]
 
 
@@ -195,16 +190,12 @@ class Service:
             BusyError: too many images wait already.
         """
         if isinstance(content, bytes):
-            size, most, shape = len(content), self.limits.image_bytes, b""
+            size, most = len(content), self.limits.image_bytes
         else:
-            size, most, shape = content.size, 3 * self.limits.pixels, repr(content.shape).encode()
+            size, most = content.nbytes, 3 * self.limits.pixels
         if size > most:
             raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
-        if image_id is None:
-            flat = content if isinstance(content, bytes) else content.tobytes()
-            image_id = hashlib.sha256(shape + flat).hexdigest()
-        upload = _Upload(image_id, content)
-        return self.uploads.submit(upload, self._deadline(deadline))
+        return self.uploads.submit(_Upload(image_id, content), self._deadline(deadline))
 
     @contextlib.contextmanager
     def embedding(self, image_id: str) -> Iterator[ImageEmbedding]:
@@ -293,7 +284,8 @@ class Service:
     # --- on the queues' threads -------------------------------------------------------------------
 
     def _store(self, uploads: Sequence[_Upload]) -> list[StoredImage]:
-        ((image_id, content),) = uploads
+        ((given_id, content),) = uploads
+        image_id = given_id or content_id(content)
         with contextlib.suppress(UnknownImageError):
             return [self.find_image(image_id)]
         if isinstance(content, bytes):
@@ -368,34 +360,3 @@ class Service:
                 best = [one.low_res_masks[int(np.argmax(one.scores))] for one in result]
                 self._sessions.put(click.image_id, click.session, best)
         return results
-
-
-def read_image(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """Decode a JPEG or PNG file, upright.
-
-    Args:
-        content: the file's content.
-        max_pixels: of the largest image that is decoded; larger ones are refused by their header.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        ImageError: it is no such image, or a damaged one.
-        TooLargeError: it has more pixels.
-    """
-    try:
-        with PIL.Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                return upright_rgb(image)
-    except (ImageError, MemoryError):
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise TooLargeError(f"an image of too many pixels: {error}") from error
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError("image", "something else", "a JPEG or PNG file") from error
-    except Exception as error:  # Pillow's plugins raise many classes on damaged files
-        what = str(error) or type(error).__name__
-        raise ImageError("image", what, "a JPEG or PNG file") from error
-    raise TooLargeError(f"an image of {width} x {height}, at most {max_pixels} pixels are taken")

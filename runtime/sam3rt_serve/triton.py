@@ -121,11 +121,12 @@ def run(options: argparse.Namespace) -> int:
     target: Path = options.repository.absolute()
     if target.exists():
         raise InvalidInputError("REPOSITORY", f"{target}, which exists", "a folder to be made")
-    bundle = default_bundle_path() if options.bundle is None else options.bundle
-    open_bundle(bundle, check_files=False)
+    bundle = open_bundle(
+        default_bundle_path() if options.bundle is None else options.bundle, check_files=False
+    )
     folder = options.cache_folder or target.with_name(f"{target.name}-embeddings")
     shared = {
-        "bundle": str(Path(bundle).absolute()),
+        "bundle": str(bundle.path.absolute()),
         "backend": options.backend,
         "device": options.device,
         "precision": options.precision,

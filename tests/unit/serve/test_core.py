@@ -24,8 +24,9 @@ from sam3rt import (
     SAM3InteractiveImagePredictor,
     SegmentationModel,
 )
-from sam3rt_serve.core import Limits, ObjectPrompt, Service, read_image
+from sam3rt_serve.core import Limits, ObjectPrompt, Service
 from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
+from sam3rt_serve.images import read_image
 from sam3rt_serve.sessions import Sessions
 
 IMAGE = noise(24, 31)
