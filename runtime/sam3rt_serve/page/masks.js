@@ -1,0 +1,78 @@
+// From low-resolution logits to a mask of the picture's size, as sam3rt.masks does it.
+
+const FILL = 10; // the logit of a filled pixel
+
+/** Fill background components (8-connected) of at most so many pixels, in place. */
+export function fillHoles(logits, [height, width], mostArea) {
+  if (mostArea <= 0) return;
+  const seen = Uint8Array.from(logits, (value) => value > 0);
+  for (let start = 0; start < seen.length; start++) {
+    if (seen[start]) continue;
+    const hole = [start];
+    seen[start] = 1;
+    for (let done = 0; done < hole.length; done++) {
+      const [row, column] = [Math.floor(hole[done] / width), hole[done] % width];
+      for (let y = Math.max(row - 1, 0); y <= Math.min(row + 1, height - 1); y++) {
+        for (let x = Math.max(column - 1, 0); x <= Math.min(column + 1, width - 1); x++) {
+          const at = y * width + x;
+          if (!seen[at]) hole.push(at);
+          seen[at] = 1;
+        }
+      }
+    }
+    if (hole.length <= mostArea) for (const at of hole) logits[at] = FILL;
+  }
+}
+
+/**
+ * Resize logits to the picture's size, bilinear without antialiasing, and threshold them.
+ *
+ * Columns are interpolated first, then rows.
+ */
+export function upsample(logits, [height, width], { originalSize, inputSize }, manifest) {
+  const axis = (at, inputs) =>
+    manifest.masks.upsampling === "unpad"
+      ? composed(bilinear(inputs, manifest.image.size[at]), bilinear(inputSize[at], originalSize[at]))
+      : bilinear(inputs, originalSize[at]);
+  const [rows, columns] = [axis(0, height), axis(1, width)];
+  const wide = new Float32Array(height * columns.length);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < columns.length; x++) {
+      let sum = 0;
+      for (const [from, weight] of columns[x]) sum += logits[y * width + from] * weight;
+      wide[y * columns.length + x] = sum;
+    }
+  }
+  const mask = new Uint8Array(rows.length * columns.length);
+  for (let y = 0; y < rows.length; y++) {
+    for (let x = 0; x < columns.length; x++) {
+      let sum = 0;
+      for (const [from, weight] of rows[y]) sum += wide[from * columns.length + x] * weight;
+      mask[y * columns.length + x] = sum > 0;
+    }
+  }
+  return mask;
+}
+
+/** What each output takes of which inputs, [input, weight] pairs: half-pixel centres, clamped. */
+function bilinear(inputs, outputs) {
+  const step = Math.fround(inputs / outputs);
+  return Array.from({ length: outputs }, (_, at) => {
+    // Rounded where PyTorch rounds.
+    const centre = Math.max(Math.fround(step * (at + 0.5) - 0.5), 0);
+    const lower = Math.min(Math.floor(centre), inputs - 1);
+    const fraction = centre - lower;
+    return lower === inputs - 1 || fraction === 0 ? [[lower, 1]] : [[lower, 1 - fraction], [lower + 1, fraction]];
+  });
+}
+
+/** One resize after another; the second may take a part of what the first gives. */
+function composed(first, second) {
+  return second.map((taken) => {
+    const weights = new Map();
+    for (const [middle, share] of taken) {
+      for (const [from, weight] of first[middle]) weights.set(from, (weights.get(from) ?? 0) + share * weight);
+    }
+    return [...weights];
+  });
+}
