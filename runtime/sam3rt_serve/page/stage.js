@@ -19,6 +19,7 @@ export class Stage {
   #layers = new WeakMap(); // drawn masks, by mask
   #drag = null;
   #crosshair = null;
+  #usesKeys = false; // rather than a pointer: the crosshair is shown
   #corner = null; // first corner of a box set by keys
 
   /**
@@ -77,6 +78,7 @@ export class Stage {
 
   #press(event) {
     if (!event.isPrimary || event.button > 2) return;
+    this.#usesKeys = false;
     const removes = event.button === 2 || event.altKey;
     const touchScrolls = event.pointerType === "touch" && this.on.tool() !== "box";
     this.#drag = {
@@ -120,17 +122,17 @@ export class Stage {
       const [x, y] = this.#crosshair;
       this.#crosshair = [clamp(x + step[0] * length, width), clamp(y + step[1] * length, height)];
       this.on.crosshair(...this.#crosshair);
-      this.draw();
     } else if (event.key === "Enter") {
       this.on.point(...this.#crosshair, event.shiftKey ? 0 : 1);
     } else if (event.key.toLowerCase() === "b") {
       const first = this.#corner;
       this.#corner = first ? null : this.#crosshair;
       if (first) this.on.box(corners(first, this.#crosshair));
-      else this.draw();
     } else {
       return;
     }
+    this.#usesKeys = true;
+    this.draw();
     event.preventDefault();
   }
 
@@ -168,7 +170,7 @@ export class Stage {
     context.globalAlpha = 1;
     if (this.#drag?.box) this.#drawBox(context, this.#drag.box, "#fff");
     if (this.#corner) this.#drawBox(context, corners(this.#corner, this.#crosshair), "#fff");
-    if (this.#element.matches(":focus-visible")) this.#drawCrosshair(context);
+    if (this.#usesKeys && this.#element.matches(":focus")) this.#drawCrosshair(context);
   }
 
   /** A tinted mask with an outline, of the canvas' size. */

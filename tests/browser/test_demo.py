@@ -1,0 +1,526 @@
+"""The page of ``sam3rt demo`` in a real Chromium, on a server in a process of its own.
+
+``CHROMIUM`` names the browser where it is not in the PATH. For what decodes in the page,
+``SAM3RT_ONNXRUNTIME_WEB`` names the package that ``sam3rt demo --onnxruntime-web`` asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+from tests.support.serving import CAT
+
+from sam3rt import SAM3InteractiveImagePredictor, load_model
+from sam3rt.results import Segmentation
+from sam3rt_serve import demo
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+WEB = os.environ.get("SAM3RT_ONNXRUNTIME_WEB")
+CLICK = (225, 150)
+EYE = (170, 115)
+BACKGROUND = (420, 220)
+# Those of the golden tests of MobileSAM.
+MASK_IOU, SCORE_LIMIT = 0.99, 2e-3
+PHONE = {
+    "viewport": {"width": 390, "height": 844},
+    "device_scale_factor": 2,
+    "is_mobile": True,
+    "has_touch": True,
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a running demo."""
+    code = (
+        "import argparse, sys; from sam3rt_serve import demo; p = argparse.ArgumentParser(); "
+        "demo.add_arguments(p); sys.exit(demo.run(p.parse_args()))"
+    )
+    options = ["--no-browser", "--backend", "onnxruntime", "--device", "cpu", "--threads", "1"]
+    if WEB:
+        options += ["--onnxruntime-web", WEB]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split(" ")[0]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not in the PATH, nor named by CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(server: str, browser: Any) -> Iterator[Callable[..., Demo]]:
+    """Opens the page. At the end, it must have loaded nothing from elsewhere and met no error."""
+    contexts, foreign, errors = [], [], []
+
+    def opened(**options: Any) -> Demo:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 750}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((server, "blob:", "data:")) or foreign.append(request.url)
+            ),
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server)
+        return Demo(page)
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not foreign
+    assert not errors
+
+
+class Demo:
+    """The page as people use it."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the page waits for nothing."""
+        self.page.wait_for_selector("body[aria-busy=false]", timeout=60_000)
+
+    def open_cat(self) -> Demo:
+        self.page.set_input_files("#file", CAT)
+        self.page.wait_for_selector("#stage:not([hidden])", timeout=60_000)
+        self.settle()
+        return self
+
+    def at(self, x: int, y: int) -> tuple[float, float]:
+        """Where the middle of a pixel of the picture is on the screen."""
+        box = self.page.locator("#stage").bounding_box()
+        scale = box["width"] / 451
+        return box["x"] + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale
+
+    def click(self, place: tuple[int, int], **options: Any) -> None:
+        self.page.mouse.click(*self.at(*place), **options)
+        self.settle()
+
+    def drag(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        self.page.mouse.move(*self.at(*start))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.at(*end), steps=4)
+        self.page.mouse.up()
+        self.settle()
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+        self.settle()
+
+    def download(self, name: str) -> tuple[str, bytes]:
+        """A file's name and content, by the name of its button."""
+        with self.page.expect_download() as event:
+            self.page.get_by_role("button", name=name).click()
+        return event.value.suggested_filename, event.value.path().read_bytes()
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The only object's mask."""
+        name, content = self.download("PNG")
+        assert name == "chelsea-mask.png"
+        return read_png(content)
+
+    @property
+    def status(self) -> str:
+        return str(self.page.inner_text("#status"))
+
+
+def read_png(content: bytes) -> NDArray[np.bool_]:
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(content)))
+    assert set(np.unique(pixels)) <= {0, 255}
+    return pixels > 0
+
+
+@pytest.fixture(scope="module")
+def predictor() -> SAM3InteractiveImagePredictor:
+    model = load_model(backend="onnxruntime", device="cpu", threads=1)
+    predictor = SAM3InteractiveImagePredictor(model)
+    predictor.set_image(np.asarray(PIL.Image.open(CAT).convert("RGB")))
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def predict(predictor: SAM3InteractiveImagePredictor) -> Callable[..., Any]:
+    """Masks, scores and the index of the best, of points given as (x, y, label) and a box."""
+
+    def predicted(*points: tuple[int, int, int], box: tuple[int, ...] | None = None) -> Any:
+        given = np.array(points, np.float32).reshape(-1, 3)
+        masks, scores, _ = predictor.predict(
+            given[:, :2] if points else None,
+            given[:, 2] if points else None,
+            None if box is None else np.array(box),
+        )
+        return masks.astype(bool), scores, int(scores.argmax())
+
+    return predicted
+
+
+def best(prediction: Any) -> NDArray[np.bool_]:
+    masks, _, index = prediction
+    chosen: NDArray[np.bool_] = masks[index]
+    return chosen
+
+
+def test_a_click_on_the_cat(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
+    page = open_page().open_cat()
+    page.click(CLICK)
+    expected = predict((*CLICK, 1))
+    assert page.status == f"Object 1: score {expected[1].max():.2f}."
+    np.testing.assert_array_equal(page.mask(), best(expected))
+
+
+def test_the_mask_lies_over_the_picture(
+    open_page: Callable[..., Demo], predict: Callable[..., Any]
+) -> None:
+    page = open_page(device_scale_factor=2).open_cat()
+    page.click(EYE)
+    drawn = page.page.evaluate(
+        """() => {
+            const canvas = document.querySelector("#canvas");
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            const alphas = [];
+            for (let y = 0; y < 300; y++) for (let x = 0; x < 451; x++) {
+                const row = Math.floor((y + 0.5) * height / 300);
+                const column = Math.floor((x + 0.5) * width / 451);
+                alphas.push(data[4 * (row * width + column) + 3]);
+            }
+            return [width, canvas.getBoundingClientRect().width, alphas];
+        }"""
+    )
+    assert drawn[0] == 2 * drawn[1]
+    shown = np.array(drawn[2]).reshape(300, 451) > 0
+    mask = best(predict((*EYE, 1)))
+    # The outline, of two points on the screen, is a pixel wide here; the click is inside.
+    assert shown[mask].all()
+    around = np.pad(mask, 2)
+    near = np.any([around[y : y + 300, x : x + 451] for y in range(5) for x in range(5)], axis=0)
+    assert not shown[~near].any()
+
+
+@pytest.mark.parametrize("how", ["right", "alt", "tool"])
+def test_remove_and_undo(
+    how: str, open_page: Callable[..., Demo], predict: Callable[..., Any]
+) -> None:
+    page = open_page().open_cat()
+    page.click(EYE)
+    if how == "right":
+        page.click(CLICK, button="right")
+    elif how == "alt":
+        page.page.keyboard.down("Alt")
+        page.click(CLICK)
+        page.page.keyboard.up("Alt")
+    else:
+        page.page.get_by_role("radio", name="Remove").check()
+        page.click(CLICK)
+    both = predict((*EYE, 1), (*CLICK, 0))
+    np.testing.assert_array_equal(page.mask(), best(both))
+    page.press("Control+z")
+    one = predict((*EYE, 1))
+    np.testing.assert_array_equal(page.mask(), best(one))
+    page.press("3")
+    np.testing.assert_array_equal(page.mask(), one[0][2])
+    page.press("z", "z")
+    assert page.page.get_by_role("button", name="PNG").is_disabled()
+
+
+def test_a_box_and_a_click(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
+    page = open_page().open_cat()
+    page.drag((330, 200), (280, 120))
+    box = (280, 120, 330, 200)
+    np.testing.assert_array_equal(page.mask(), best(predict(box=box)))
+    page.click((300, 150))
+    np.testing.assert_array_equal(page.mask(), best(predict((300, 150, 1), box=box)))
+
+
+def test_several_objects_and_their_files(
+    open_page: Callable[..., Demo], predict: Callable[..., Any]
+) -> None:
+    page = open_page().open_cat()
+    page.click(CLICK)
+    page.press("n")
+    page.click(EYE)
+    found = [predict((*CLICK, 1)), predict((*EYE, 1))]
+    expected = Segmentation(
+        np.stack([best(one) for one in found]),
+        (300, 451),
+        np.array([one[1].max() for one in found], np.float32),
+        np.array([1, 2]),
+    )
+
+    name, content = page.download("COCO")
+    assert name == "chelsea-coco.json"
+    assert json.loads(content) == expected.to_coco("chelsea.png")
+
+    name, content = page.download("Polygons")
+    assert name == "chelsea-polygons.json"
+    document = json.loads(content)
+    assert (document["width"], document["height"]) == (451, 300)
+    assert [one["object"] for one in document["objects"]] == [1, 2]
+    for one, rings in zip(document["objects"], expected.polygons(1.0, holes=True), strict=True):
+        assert one["polygons"] == [ring.tolist() for ring in rings]
+
+    name, content = page.download("PNG")
+    assert name == "chelsea-mask.zip"
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.namelist() == ["object-1.png", "object-2.png"]
+        for member, mask in zip(archive.namelist(), expected.masks, strict=True):
+            np.testing.assert_array_equal(read_png(archive.read(member)), mask)
+
+    # Clicks go to the object that is selected.
+    page.page.get_by_role("button", name="Object 1").first.click()
+    page.click(BACKGROUND, button="right")
+    page.page.get_by_role("button", name="Remove object 2").click()
+    both = predict((*CLICK, 1), (*BACKGROUND, 0))
+    np.testing.assert_array_equal(page.mask(), best(both))
+    page.press("r")
+    assert page.page.get_by_role("listitem").count() == 1
+    page.press("z", "z")
+    assert page.page.get_by_role("listitem").count() == 2
+
+
+def test_the_keyboard_alone(open_page: Callable[..., Demo]) -> None:
+    page = open_page()
+    while page.page.evaluate("document.activeElement.id") != "sample":
+        page.press("Tab")
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_selector("#stage:focus", timeout=60_000)
+    page.settle()
+    assert "ready" in page.status
+    page.press("ArrowLeft", "ArrowUp", "Shift+ArrowRight")
+    assert page.status == "Column 215, row 139"
+    page.press("Enter")
+    page.press("ArrowRight", "Shift+Enter")
+    sample = demo_predictor()
+    masks, scores, _ = sample.predict(np.array([(215, 139), (226, 139)]), np.array([1, 0]))
+    while page.page.evaluate("document.activeElement.dataset.format") != "png":
+        page.press("Tab")
+    with page.page.expect_download() as event:
+        page.page.keyboard.press("Enter")
+    mask = read_png(event.value.path().read_bytes())
+    np.testing.assert_array_equal(mask, masks[scores.argmax()] > 0)
+    # A box by its corners, and giving one up.
+    page.page.focus("#stage")
+    page.press("n", "b", "ArrowDown", "ArrowRight", "b")
+    masks, scores, _ = sample.predict(box=np.array([226, 139, 237, 150]))
+    assert page.status == f"Object 2: score {scores.max():.2f}."
+    page.press("b", "Escape", "ArrowUp", "b", "Escape")
+    assert page.page.get_by_role("listitem").count() == 2
+
+
+def demo_predictor() -> SAM3InteractiveImagePredictor:
+    """With the page's own sample."""
+    from sam3rt_serve.demo_page import PAGE
+
+    model = load_model(backend="onnxruntime", device="cpu", threads=1)
+    predictor = SAM3InteractiveImagePredictor(model)
+    predictor.set_image(np.asarray(PIL.Image.open(PAGE / "chelsea.jpg")))
+    return predictor
+
+
+def test_a_screen_reader_finds_everything_by_name(open_page: Callable[..., Demo]) -> None:
+    page = open_page().open_cat()
+    page.click(CLICK)
+    nameless = page.page.evaluate(
+        """() => [...document.querySelectorAll("button, input, [tabindex]")]
+            .filter((one) => !(one.ariaLabel || one.labels?.length || one.textContent.trim()))
+            .map((one) => one.outerHTML)"""
+    )
+    assert nameless == []
+    roles = [
+        *[("application", "Picture to click on"), ("switch", "Decode in this page")],
+        *[("radio", name) for name in ("Add", "Remove", "Box")],
+        *[("button", name) for name in ("Undo", "New object", "Reset", "Mask 1", "Mask 3")],
+    ]
+    for role, name in roles:
+        assert page.page.get_by_role(role, name=name).count() == 1, name
+    assert page.page.get_by_role("status").inner_text().startswith("Object 1: score")
+
+
+def test_touch_on_a_phone(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
+    page = open_page(**PHONE).open_cat()
+    assert page.page.evaluate("document.documentElement.scrollWidth") == 390
+    page.page.touchscreen.tap(*page.at(*EYE))
+    page.settle()
+    page.page.get_by_role("radio", name="Remove").tap()
+    page.page.touchscreen.tap(*page.at(*CLICK))
+    page.settle()
+    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1), (*CLICK, 0))))
+    page.page.get_by_role("button", name="New object").tap()
+    page.page.get_by_role("radio", name="Box").tap()
+    touch = page.page.context.new_cdp_session(page.page)
+    for kind, places in [
+        ("touchStart", [(280, 120)]),
+        ("touchMove", [(310, 170)]),
+        ("touchMove", [(330, 200)]),
+        ("touchEnd", []),
+    ]:
+        points = [dict(zip("xy", page.at(*place), strict=True)) for place in places]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.settle()
+    scores = predict(box=(280, 120, 330, 200))[1]
+    assert page.status == f"Object 2: score {scores.max():.2f}."
+
+
+def test_dropping_and_pasting(open_page: Callable[..., Demo]) -> None:
+    page = open_page()
+    transfer = """async ([kind, type, name]) => {
+        const canvas = new OffscreenCanvas(30, 20);
+        canvas.getContext("2d").fillRect(5, 5, 9, 9);
+        const content = type === "text/plain" ? "?" : await canvas.convertToBlob({ type });
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([content], name, { type }));
+        const options = { bubbles: true, cancelable: true, dataTransfer };
+        document.body.dispatchEvent(kind === "drop"
+            ? new DragEvent("drop", options)
+            : new ClipboardEvent("paste", { ...options, clipboardData: dataTransfer }));
+    }"""
+    page.page.evaluate(transfer, ["drop", "text/plain", "notes.txt"])
+    assert page.page.inner_text("#alert") == "This file is no picture."
+    for kind, media_type, name in (
+        ("paste", "image/png", "pasted.png"),
+        ("drop", "image/webp", "dropped.webp"),  # sent as PNG, which is known already
+    ):
+        page.page.evaluate(transfer, [kind, media_type, name])
+        page.page.get_by_text(f"{name}, 30 by 20 pixels").wait_for(timeout=60_000)
+        page.settle()
+        assert page.page.is_hidden("#alert")
+
+
+def test_errors_in_words(
+    open_page: Callable[..., Demo], server: str, predict: Callable[..., Any]
+) -> None:
+    page = open_page()
+    broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
+    page.page.set_input_files("#file", broken)
+    page.page.wait_for_selector("#alert:not([hidden])")
+    page.settle()
+    assert "a JPEG or PNG file" in page.page.get_by_role("alert").inner_text()
+    page.open_cat()
+    assert page.page.is_hidden("#alert")
+    # The server made room: the page sends the picture again.
+    content = CAT.read_bytes()
+    headers = {"Content-Type": "image/png"}
+    request = urllib.request.Request(f"{server}v1/images", content, headers)
+    image_id = json.load(urllib.request.urlopen(request))["image_id"]
+    address = f"{server}v1/images/{image_id}"
+    urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
+    page.click(EYE)
+    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1))))
+    # What failed is taken back.
+    page.page.route("**/masks", lambda route: route.abort())
+    page.click(CLICK)
+    assert "does not answer" in page.page.get_by_role("alert").inner_text()
+    page.page.unroute("**/masks")
+    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1))))
+
+
+def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
+    page = open_page()
+    switch = page.page.get_by_role("switch", name="Decode in this page")
+    if not WEB:
+        assert switch.is_disabled()
+        assert "npm pack onnxruntime-web" in page.page.inner_text("#in-page-hint")
+        pytest.skip("SAM3RT_ONNXRUNTIME_WEB does not name onnxruntime-web's package")
+    page.open_cat()
+    page.click(CLICK)
+    switch.click()
+    page.settle()
+    for time in ("#server-time", "#page-time"):
+        assert page.page.inner_text(time).endswith("s")
+    requests: list[str] = []
+    page.page.on("request", lambda request: requests.append(request.url))
+    cases = [
+        (lambda: None, predict((*CLICK, 1))),
+        (lambda: page.click(EYE, button="right"), predict((*CLICK, 1), (*EYE, 0))),
+        (lambda: page.press("n"), None),
+        (
+            lambda: page.drag((280, 120), (330, 200)),
+            predict(box=(280, 120, 330, 200)),
+        ),
+    ]
+    for act, expected in cases:
+        act()
+        if expected is None:
+            continue
+        shown = page.page.locator("[data-key^=choice-] ").all_inner_texts()
+        scores = [float(text[1:]) for text in shown]
+        np.testing.assert_allclose(scores, expected[1], atol=SCORE_LIMIT + 0.005)
+        name, content = page.download("PNG")
+        if name.endswith("zip"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                content = archive.read("object-2.png")
+        mask, wanted = read_png(content), best(expected)
+        assert (mask & wanted).sum() / (mask | wanted).sum() >= MASK_IOU
+    assert not [url for url in requests if url.endswith("/masks")]
+
+
+def test_the_server_answers_to_its_page_alone(server: str) -> None:
+    def status(path: str, **headers: str) -> int:
+        body = CAT.read_bytes() if path == "v1/images" else None
+        request = urllib.request.Request(server + path, body, headers)
+        try:
+            with urllib.request.urlopen(request) as response:
+                assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("") == 200
+    assert status("", Host="evil.example") == 403
+    image = {"Content-Type": "image/png"}
+    assert status("v1/images", **image, Origin=server.rstrip("/")) == 200
+    assert status("v1/images", **image, Origin="http://evil.example") == 403
+    assert status("v1/images", **image, Origin="null") == 403
+    assert status("page/../demo.py") == 404
+    assert status("page/decoder/encoder.onnx") == 404
+
+
+def test_the_package_from_npm_is_known_by_its_hash() -> None:
+    if not WEB:
+        pytest.skip("SAM3RT_ONNXRUNTIME_WEB does not name onnxruntime-web's package")
+    from pathlib import Path
+
+    files = demo.read_onnxruntime_web(Path(WEB))
+    assert all(files.values())
+    assert files["ort-wasm-simd-threaded.wasm"].startswith(b"\0asm")
