@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import ipaddress
+import os
 import socket
 import sys
 import tarfile
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(f"the demo needs {missing}: pip install 'sam3rt[demo,cpu]'") from error
     web = {} if options.onnxruntime_web is None else read_onnxruntime_web(options.onnxruntime_web)
     # Before the model is loaded: an address that is taken shows at once.
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     # Clicks far outside a picture are the user's affair.
     warnings.filterwarnings("ignore", category=PromptWarning)
     model = load_from_options(options)
@@ -97,8 +98,12 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections at an address of this machine.
+
+    Args:
+        host: the address in numbers, or ``localhost``.
+        port: 0 takes a free one.
 
     Raises:
         InvalidInputError: the address is not one, or stands for all of the machine's.
@@ -114,7 +119,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InvalidInputError("--port", str(port), "a number from 0 to 65535")
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # elsewhere it lets two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((str(address), port))
         listener.listen()

@@ -118,7 +118,7 @@ class Demo:
 
     def settle(self) -> None:
         """Wait until the page waits for nothing."""
-        self.page.wait_for_selector("body[aria-busy=false]", timeout=60_000)
+        self.page.wait_for_selector("#space[aria-busy=false]", timeout=60_000)
 
     def open_cat(self) -> Demo:
         self.page.set_input_files("#file", CAT)

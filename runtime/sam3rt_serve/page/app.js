@@ -202,7 +202,7 @@ async function attempt(what, action) {
 
 function wait(change) {
   pending += change;
-  document.body.ariaBusy = String(pending > 0);
+  $("#space").ariaBusy = String(pending > 0);
 }
 
 function say(text) {

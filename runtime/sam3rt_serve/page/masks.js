@@ -34,24 +34,30 @@ export function upsample(logits, [height, width], { originalSize, inputSize }, m
     manifest.masks.upsampling === "unpad"
       ? composed(bilinear(inputs, manifest.image.size[at]), bilinear(inputSize[at], originalSize[at]))
       : bilinear(inputs, originalSize[at]);
-  const [rows, columns] = [axis(0, height), axis(1, width)];
-  const wide = new Float32Array(height * columns.length);
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < columns.length; x++) {
-      let sum = 0;
-      for (const [from, weight] of columns[x]) sum += logits[y * width + from] * weight;
-      wide[y * columns.length + x] = sum;
+  const [outputHeight, outputWidth] = originalSize;
+  const wide = mixColumns(logits, height, width, axis(1, width));
+  const mask = new Uint8Array(outputHeight * outputWidth);
+  const sums = new Float32Array(outputWidth);
+  axis(0, height).forEach((taken, y) => {
+    sums.fill(0);
+    for (const [from, weight] of taken) {
+      const row = wide.subarray(from * outputWidth, (from + 1) * outputWidth);
+      for (let x = 0; x < outputWidth; x++) sums[x] += row[x] * weight;
     }
-  }
-  const mask = new Uint8Array(rows.length * columns.length);
-  for (let y = 0; y < rows.length; y++) {
-    for (let x = 0; x < columns.length; x++) {
-      let sum = 0;
-      for (const [from, weight] of rows[y]) sum += wide[from * columns.length + x] * weight;
-      mask[y * columns.length + x] = sum > 0;
-    }
-  }
+    const start = y * outputWidth;
+    for (let x = 0; x < outputWidth; x++) mask[start + x] = sums[x] > 0;
+  });
   return mask;
+}
+
+function mixColumns(logits, height, width, columns) {
+  const wide = new Float32Array(height * columns.length);
+  columns.forEach((taken, x) => {
+    for (const [from, weight] of taken) {
+      for (let y = 0; y < height; y++) wide[y * columns.length + x] += logits[y * width + from] * weight;
+    }
+  });
+  return wide;
 }
 
 /** What each output takes of which inputs, [input, weight] pairs: half-pixel centres, clamped. */
