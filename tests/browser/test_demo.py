@@ -1,44 +1,31 @@
-"""The page of ``sam3rt demo`` in a real Chromium, on a server in a process of its own.
-
-``CHROMIUM`` names the browser where it is not in the PATH. For what decodes in the page,
-``SAM3RT_ONNXRUNTIME_WEB`` names the package that ``sam3rt demo --onnxruntime-web`` asks for.
-"""
+"""The page of ``sam3rt demo`` in a real Chromium, on a server in a process of its own."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
+from tests.support.browser import CHROMIUM, WEB, Demo, chromium, demo_server
 from tests.support.serving import CAT
 
 from sam3rt import SAM3InteractiveImagePredictor, load_model
 from sam3rt.results import Segmentation
 from sam3rt_serve import demo
+from sam3rt_serve.demo_page import PAGE
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
+pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-WEB = os.environ.get("SAM3RT_ONNXRUNTIME_WEB")
 CLICK = (225, 150)
 EYE = (170, 115)
 BACKGROUND = (420, 220)
@@ -55,32 +42,16 @@ PHONE = {
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a running demo."""
-    code = (
-        "import argparse, sys; from sam3rt_serve import demo; p = argparse.ArgumentParser(); "
-        "demo.add_arguments(p); sys.exit(demo.run(p.parse_args()))"
-    )
-    options = ["--no-browser", "--backend", "onnxruntime", "--device", "cpu", "--threads", "1"]
-    if WEB:
-        options += ["--onnxruntime-web", WEB]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *options], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().split(" ")[0]
-    finally:
-        process.terminate()
-        process.wait(30)
+    with demo_server("--threads", "1") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("Chromium is not in the PATH, nor named by CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -109,60 +80,11 @@ def open_page(server: str, browser: Any) -> Iterator[Callable[..., Demo]]:
     assert not errors
 
 
-class Demo:
-    """The page as people use it."""
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.settle()
-
-    def settle(self) -> None:
-        """Wait until the page waits for nothing."""
-        self.page.wait_for_selector("#space[aria-busy=false]", timeout=60_000)
-
-    def open_cat(self) -> Demo:
-        self.page.set_input_files("#file", CAT)
-        self.page.wait_for_selector("#stage:not([hidden])", timeout=60_000)
-        self.settle()
-        return self
-
-    def at(self, x: int, y: int) -> tuple[float, float]:
-        """Where the middle of a pixel of the picture is on the screen."""
-        box = self.page.locator("#stage").bounding_box()
-        scale = box["width"] / 451
-        return box["x"] + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale
-
-    def click(self, place: tuple[int, int], **options: Any) -> None:
-        self.page.mouse.click(*self.at(*place), **options)
-        self.settle()
-
-    def drag(self, start: tuple[int, int], end: tuple[int, int]) -> None:
-        self.page.mouse.move(*self.at(*start))
-        self.page.mouse.down()
-        self.page.mouse.move(*self.at(*end), steps=4)
-        self.page.mouse.up()
-        self.settle()
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self.page.keyboard.press(key)
-        self.settle()
-
-    def download(self, name: str) -> tuple[str, bytes]:
-        """A file's name and content, by the name of its button."""
-        with self.page.expect_download() as event:
-            self.page.get_by_role("button", name=name).click()
-        return event.value.suggested_filename, event.value.path().read_bytes()
-
-    def mask(self) -> NDArray[np.bool_]:
-        """The only object's mask."""
-        name, content = self.download("PNG")
-        assert name == "chelsea-mask.png"
-        return read_png(content)
-
-    @property
-    def status(self) -> str:
-        return str(self.page.inner_text("#status"))
+def mask_of(page: Demo) -> NDArray[np.bool_]:
+    """The only object's mask."""
+    name, content = page.download("PNG")
+    assert name == "chelsea-mask.png"
+    return read_png(content)
 
 
 def read_png(content: bytes) -> NDArray[np.bool_]:
@@ -202,17 +124,17 @@ def best(prediction: Any) -> NDArray[np.bool_]:
 
 
 def test_a_click_on_the_cat(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
-    page = open_page().open_cat()
+    page = open_page().open(CAT)
     page.click(CLICK)
     expected = predict((*CLICK, 1))
     assert page.status == f"Object 1: score {expected[1].max():.2f}."
-    np.testing.assert_array_equal(page.mask(), best(expected))
+    np.testing.assert_array_equal(mask_of(page), best(expected))
 
 
 def test_the_mask_lies_over_the_picture(
     open_page: Callable[..., Demo], predict: Callable[..., Any]
 ) -> None:
-    page = open_page(device_scale_factor=2).open_cat()
+    page = open_page(device_scale_factor=2).open(CAT)
     page.click(EYE)
     drawn = page.page.evaluate(
         """() => {
@@ -242,7 +164,7 @@ def test_the_mask_lies_over_the_picture(
 def test_remove_and_undo(
     how: str, open_page: Callable[..., Demo], predict: Callable[..., Any]
 ) -> None:
-    page = open_page().open_cat()
+    page = open_page().open(CAT)
     page.click(EYE)
     if how == "right":
         page.click(CLICK, button="right")
@@ -254,29 +176,29 @@ def test_remove_and_undo(
         page.page.get_by_role("radio", name="Remove").check()
         page.click(CLICK)
     both = predict((*EYE, 1), (*CLICK, 0))
-    np.testing.assert_array_equal(page.mask(), best(both))
+    np.testing.assert_array_equal(mask_of(page), best(both))
     page.press("Control+z")
     one = predict((*EYE, 1))
-    np.testing.assert_array_equal(page.mask(), best(one))
+    np.testing.assert_array_equal(mask_of(page), best(one))
     page.press("3")
-    np.testing.assert_array_equal(page.mask(), one[0][2])
+    np.testing.assert_array_equal(mask_of(page), one[0][2])
     page.press("z", "z")
     assert page.page.get_by_role("button", name="PNG").is_disabled()
 
 
 def test_a_box_and_a_click(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
-    page = open_page().open_cat()
+    page = open_page().open(CAT)
     page.drag((330, 200), (280, 120))
     box = (280, 120, 330, 200)
-    np.testing.assert_array_equal(page.mask(), best(predict(box=box)))
+    np.testing.assert_array_equal(mask_of(page), best(predict(box=box)))
     page.click((300, 150))
-    np.testing.assert_array_equal(page.mask(), best(predict((300, 150, 1), box=box)))
+    np.testing.assert_array_equal(mask_of(page), best(predict((300, 150, 1), box=box)))
 
 
 def test_several_objects_and_their_files(
     open_page: Callable[..., Demo], predict: Callable[..., Any]
 ) -> None:
-    page = open_page().open_cat()
+    page = open_page().open(CAT)
     page.click(CLICK)
     page.press("n")
     page.click(EYE)
@@ -312,7 +234,7 @@ def test_several_objects_and_their_files(
     page.click(BACKGROUND, button="right")
     page.page.get_by_role("button", name="Remove object 2").click()
     both = predict((*CLICK, 1), (*BACKGROUND, 0))
-    np.testing.assert_array_equal(page.mask(), best(both))
+    np.testing.assert_array_equal(mask_of(page), best(both))
     page.press("r")
     assert page.page.get_by_role("listitem").count() == 1
     page.press("z", "z")
@@ -350,8 +272,6 @@ def test_the_keyboard_alone(open_page: Callable[..., Demo]) -> None:
 
 def demo_predictor() -> SAM3InteractiveImagePredictor:
     """With the page's own sample."""
-    from sam3rt_serve.demo_page import PAGE
-
     model = load_model(backend="onnxruntime", device="cpu", threads=1)
     predictor = SAM3InteractiveImagePredictor(model)
     predictor.set_image(np.asarray(PIL.Image.open(PAGE / "chelsea.jpg")))
@@ -359,7 +279,7 @@ def demo_predictor() -> SAM3InteractiveImagePredictor:
 
 
 def test_a_screen_reader_finds_everything_by_name(open_page: Callable[..., Demo]) -> None:
-    page = open_page().open_cat()
+    page = open_page().open(CAT)
     page.click(CLICK)
     nameless = page.page.evaluate(
         """() => [...document.querySelectorAll("button, input, [tabindex]")]
@@ -378,14 +298,14 @@ def test_a_screen_reader_finds_everything_by_name(open_page: Callable[..., Demo]
 
 
 def test_touch_on_a_phone(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
-    page = open_page(**PHONE).open_cat()
+    page = open_page(**PHONE).open(CAT)
     assert page.page.evaluate("document.documentElement.scrollWidth") == 390
     page.page.touchscreen.tap(*page.at(*EYE))
     page.settle()
     page.page.get_by_role("radio", name="Remove").tap()
     page.page.touchscreen.tap(*page.at(*CLICK))
     page.settle()
-    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1), (*CLICK, 0))))
+    np.testing.assert_array_equal(mask_of(page), best(predict((*EYE, 1), (*CLICK, 0))))
     page.page.get_by_role("button", name="New object").tap()
     page.page.get_by_role("radio", name="Box").tap()
     touch = page.page.context.new_cdp_session(page.page)
@@ -436,7 +356,7 @@ def test_errors_in_words(
     page.page.wait_for_selector("#alert:not([hidden])")
     page.settle()
     assert "a JPEG or PNG file" in page.page.get_by_role("alert").inner_text()
-    page.open_cat()
+    page.open(CAT)
     assert page.page.is_hidden("#alert")
     # The server made room: the page sends the picture again.
     content = CAT.read_bytes()
@@ -446,13 +366,13 @@ def test_errors_in_words(
     address = f"{server}v1/images/{image_id}"
     urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
     page.click(EYE)
-    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1))))
+    np.testing.assert_array_equal(mask_of(page), best(predict((*EYE, 1))))
     # What failed is taken back.
     page.page.route("**/masks", lambda route: route.abort())
     page.click(CLICK)
     assert "does not answer" in page.page.get_by_role("alert").inner_text()
     page.page.unroute("**/masks")
-    np.testing.assert_array_equal(page.mask(), best(predict((*EYE, 1))))
+    np.testing.assert_array_equal(mask_of(page), best(predict((*EYE, 1))))
 
 
 def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
@@ -462,7 +382,7 @@ def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[
         assert switch.is_disabled()
         assert "npm pack onnxruntime-web" in page.page.inner_text("#in-page-hint")
         pytest.skip("SAM3RT_ONNXRUNTIME_WEB does not name onnxruntime-web's package")
-    page.open_cat()
+    page.open(CAT)
     page.click(CLICK)
     switch.click()
     page.settle()
@@ -519,8 +439,6 @@ def test_the_server_answers_to_its_page_alone(server: str) -> None:
 def test_the_package_from_npm_is_known_by_its_hash() -> None:
     if not WEB:
         pytest.skip("SAM3RT_ONNXRUNTIME_WEB does not name onnxruntime-web's package")
-    from pathlib import Path
-
     files = demo.read_onnxruntime_web(Path(WEB))
     assert all(files.values())
     assert files["ort-wasm-simd-threaded.wasm"].startswith(b"\0asm")

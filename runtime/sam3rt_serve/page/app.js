@@ -258,7 +258,7 @@ for (const button of document.querySelectorAll("#downloads button")) {
 }
 
 // Where there is room, nobody has to look for the keys.
-$("#help").open = matchMedia("(min-width: 801px)").matches;
+$("#help").open = matchMedia("(min-width: 801px) and (min-height: 880px)").matches;
 update();
 try {
   const [model, facts] = await Promise.all([server.getModel(), server.getFacts()]);
