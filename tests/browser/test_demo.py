@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-<<<<<<< HEAD
-=======
 import shutil
->>>>>>> demopage
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,12 +16,8 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from tests.support.browser import CHROMIUM, WEB, Demo, chromium, demo_server
-<<<<<<< HEAD
-from tests.support.serving import CAT
-=======
 from tests.support.helpers import edit_manifest, noise
 from tests.support.serving import CAT, image_file
->>>>>>> demopage
 
 from sam3rt import SAM3InteractiveImagePredictor, load_model
 from sam3rt.results import Segmentation
@@ -424,8 +417,6 @@ def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[
     assert not [url for url in requests if url.endswith("/masks")]
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.skipif(not WEB, reason="SAM3RT_ONNXRUNTIME_WEB does not name a package")
 def test_decoding_in_the_page_by_the_rules_of_sam3(
     browser: Any, tiny_sam3: Path, tmp_path: Path
@@ -470,7 +461,6 @@ def test_decoding_in_the_page_by_the_rules_of_sam3(
         context.close()
 
 
->>>>>>> demopage
 def test_the_server_answers_to_its_page_alone(server: str) -> None:
     def status(path: str, **headers: str) -> int:
         body = CAT.read_bytes() if path == "v1/images" else None

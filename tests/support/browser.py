@@ -58,11 +58,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Demo:
-<<<<<<< HEAD
-    """The page as people use it, with a picture of 451 x 300 pixels."""
-=======
     """The page as people use it."""
->>>>>>> demopage
 
     def __init__(self, page: Any) -> None:
         self.page = page
@@ -81,11 +77,7 @@ class Demo:
     def at(self, x: int, y: int) -> tuple[float, float]:
         """Where the middle of a pixel of the picture is on the screen."""
         box = self.page.locator("#stage").bounding_box()
-<<<<<<< HEAD
-        scale = box["width"] / 451
-=======
         scale = box["width"] / self.page.evaluate("document.querySelector('#picture').naturalWidth")
->>>>>>> demopage
         return box["x"] + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale
 
     def click(self, place: tuple[int, int], **options: Any) -> None:
