@@ -27,8 +27,13 @@ test: $(TEST_ENV)/.done lint ## Lint, type-check and run the quick tests
 	$(call run-tests,not slow,)
 
 test-full: export SAM3RT_RUNTIME_ENV := $(abspath $(DEMO_ENV))
-test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Run the slow tests, and every property with many examples
+test-full: export SAM3RT_ONNXRUNTIME_WEB := $(abspath $(TEST_ENV))/onnxruntime-web-1.30.0.tgz
+test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.0.tgz ## Run the slow tests, and every property with many examples
 	$(call run-tests,slow or hypothesis,--hypothesis-profile=full)
+
+# Where npm cannot fetch it, the tests of decoding in the page are skipped.
+$(TEST_ENV)/onnxruntime-web-1.30.0.tgz: $(TEST_ENV)/.done
+	cd $(TEST_ENV) && npm pack --silent onnxruntime-web@1.30.0 || echo "npm: no onnxruntime-web"
 
 # Three builds: as users make it, and with the sanitizers that exclude each other. For the last
 # one, only the program that runs threads is built.
