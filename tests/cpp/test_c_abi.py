@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.c_library import STATUS, Library, Prompts, Sam3rtError, image, prompts
+from tests.support.c_library import (
+    STATUS,
+    Library,
+    PredictOptions,
+    Prompts,
+    Sam3rtError,
+    image,
+    prompts,
+)
 from tests.support.cpp_driver import ROOT
 from tests.support.golden_calls import Golden, check_call
 from tests.support.helpers import noise
@@ -177,6 +185,42 @@ def test_what_is_odd_about_prompts_is_said(library: Library, toy: c_void_p) -> N
         assert library.arrays(made)[0].shape == ((2, 3, 50, 70) if objects == 2 else (3, 50, 70))
         library.c.sam3rt_prediction_free(made)
     assert library.c.sam3rt_prediction_warning(None) == b""
+
+
+def test_formats_and_outputs(library: Library, tmp_path: Path) -> None:
+    """What services have: images of BGR pixels, and masks for a picture."""
+    model = library.load(runnable_bundle(tmp_path / "bundle").path)
+    predictor = library.predictor(model)
+    pixels = noise(50, 70)
+    expected = None
+    for form, stored in (
+        (0, pixels),
+        (1, pixels[..., ::-1]),
+        (2, pixels[..., [0, 1, 2, 0]]),
+        (3, pixels[..., [2, 1, 0, 0]]),
+    ):
+        given = image(np.ascontiguousarray(stored))
+        given.width, given.format = 70, form
+        library.call("predictor_set_image", predictor, byref(given))
+        found = library.predict(predictor, CLICK)
+        expected = expected or found
+        for array, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array, wanted)
+    given.format = 5
+    refused("IMAGE_ERROR", "image", library, "predictor_set_image", predictor, byref(given))
+    options = PredictOptions(ctypes.sizeof(PredictOptions), best_mask_only=1, foreground=255)
+    made = library.make("predictor_predict", predictor, byref(prompts(CLICK)), byref(options))
+    masks, scores, _ = library.arrays(made)
+    library.c.sam3rt_prediction_free(made)
+    assert expected is not None
+    best = int(expected[1].argmax())
+    np.testing.assert_array_equal(masks, expected[0][best : best + 1] * np.uint8(255))
+    assert scores.tolist() == [expected[1][best]]
+    options.foreground = 256
+    arguments = (predictor, byref(prompts(CLICK)), byref(options), byref(c_void_p()))
+    refused("INVALID_INPUT", "foreground", library, "predictor_predict", *arguments)
+    library.c.sam3rt_predictor_free(predictor)
+    library.c.sam3rt_model_free(model)
 
 
 def test_limits_are_pythons(library: Library) -> None:

@@ -98,6 +98,31 @@ def test_rows_may_be_padded(cpp_build: Build, mobile_sam_golden: Golden) -> None
     np.testing.assert_array_equal(padded.arrays["pixels"], plain.arrays["pixels"])
 
 
+@pytest.mark.parametrize("form", ["bgr", "rgba", "bgra", "grey"])
+def test_pixel_formats(cpp_build: Build, form: str) -> None:
+    """As of the RGB image with the same colours, whichever axis is resized first, or none."""
+    places = {"bgr": [2, 1, 0], "rgba": [0, 1, 2, 0], "bgra": [2, 1, 0, 0], "grey": [0]}[form]
+    image = noise(90, 31)
+    if form == "grey":
+        image[..., 1:] = image[..., :1]
+    stored = np.ascontiguousarray(image[..., places])
+    if form == "grey":
+        stored = stored[..., 0]
+    padded = np.zeros((90, 200), np.uint8)
+    padded[:, : 31 * len(places)] = stored.reshape(90, -1)
+    steps, expected = [], []
+    for target in ([20, 30], [90, 31], [200, 7], [90, 40], [45, 31]):
+        for rounded in (True, False):
+            step = {"op": "resize", "target": target, "rounded": rounded}
+            expected.append({**step, "image": image})
+            steps.append({**step, "image": stored, "format": form})
+            steps.append({**step, "image": padded, "format": form, "width": 31})
+    plain = cpp_build.run(expected)
+    for index, result in enumerate(cpp_build.run(steps)):
+        wanted = plain[index // 2].arrays["pixels"]
+        np.testing.assert_array_equal(result.arrays["pixels"], wanted)
+
+
 def test_what_is_no_image(cpp_build: Build, mobile_sam_golden: Golden) -> None:
     views: list[Step] = [
         {"height": 1, "width": 1, "null": True},

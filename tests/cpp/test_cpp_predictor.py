@@ -123,6 +123,32 @@ def test_hole_area_is_the_models_own_unless_given(
         np.testing.assert_array_equal(unset, filled if default else none)
 
 
+def test_best_mask_and_value_of_foreground(cpp_build: Build, tmp_path: Path) -> None:
+    bundle = runnable_bundle(tmp_path / "bundle").path
+    several = {"box": np.float32([[1, 2, 30, 40], [5, 6, 50, 44], [9, 9, 20, 20]])}
+    predict = step("predict", prompts=several)
+    results = cpp_build.run(
+        [
+            {"op": "load_model", "model": "m", "path": bundle},
+            {"op": "predictor", "model": "m", "predictor": "p", "max_hole_area": 0},
+            step("set_image", image=FIRST),
+            predict,
+            {**predict, "best_mask_only": True, "foreground": 255},
+            {**predict, "best_mask_only": True, "return_logits": True},
+            {**predict, "best_mask_only": True, "multimask_output": False},
+            {**predict, "foreground": 0},
+        ]
+    )
+    every, best, logits, single = (result.arrays for result in results[3:7])
+    chosen = every["iou"].argmax(axis=1)
+    for name, array in best.items():
+        expected = every[name][np.arange(3), chosen][:, None]
+        np.testing.assert_array_equal(array, expected * 255 if name == "masks" else expected)
+    np.testing.assert_array_equal(logits["masks"] > 0, best["masks"] > 0)
+    assert single["masks"].shape == (3, 1, *FIRST.shape[:2])
+    results[7].refusal("InvalidInputError", "foreground")
+
+
 def test_objects_with_different_numbers_of_points(
     cpp_build: Build, mobile_sam_golden: Golden
 ) -> None:

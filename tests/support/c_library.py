@@ -40,6 +40,7 @@ class Image(ctypes.Structure):
         ("height", c_int64),
         ("width", c_int64),
         ("row_stride", c_size_t),
+        ("format", c_int32),
     ]
 
 
@@ -88,7 +89,13 @@ class PredictorOptions(ctypes.Structure):
 class PredictOptions(ctypes.Structure):
     """``sam3rt_predict_options``."""
 
-    _fields_ = [("struct_size", c_size_t), ("single_mask", c_int32), ("return_logits", c_int32)]
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("single_mask", c_int32),
+        ("return_logits", c_int32),
+        ("best_mask_only", c_int32),
+        ("foreground", c_int32),
+    ]
 
 
 class Sam3rtError(Exception):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.verdicts import StoredVerdict, save_verdict
-from sam3rt.backends.tensorrt.cuda import Gpu
+from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.engines import EngineSet, EngineTarget, find_engines, subject_of
 from sam3rt.bundle import open_bundle
 

@@ -124,15 +124,24 @@ typedef struct sam3rt_mask_array {
     int32_t axes;
 } sam3rt_mask_array;
 
-/* An 8-bit RGB image, interleaved, which is only read, and only during the call. */
+/* The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours. */
+#define SAM3RT_RGB 0
+#define SAM3RT_BGR 1
+#define SAM3RT_RGBA 2
+#define SAM3RT_BGRA 3
+#define SAM3RT_GREY 4
+
+/* An 8-bit image, interleaved, which is only read, and only during the call. */
 typedef struct sam3rt_image {
     size_t struct_size;
     const uint8_t* pixels;
     int64_t height;
     int64_t width;
-    /* Bytes from one row to the next, at least 3 * width, for which 0 stands too. All rows together
-     * span less than 2^62 bytes. */
+    /* Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
+     * rows together span less than 2^62 bytes. */
     size_t row_stride;
+    /* SAM3RT_RGB or another of them. */
+    int32_t format;
 } sam3rt_image;
 
 /* Prompts for one image. Everything may be absent; B counts objects; with B 0 the results are
@@ -248,6 +257,10 @@ typedef struct sam3rt_predict_options {
     int32_t single_mask;
     /* Not 0: logits of the image's size in place of masks. */
     int32_t return_logits;
+    /* Not 0: of each object's masks only that of the highest predicted IoU; C is then 1. */
+    int32_t best_mask_only;
+    /* What stands for foreground in masks, up to 255; 0 stands for 1. */
+    int32_t foreground;
 } sam3rt_predict_options;
 
 /* `options` may be NULL. The predictor keeps what it needs of the model. */
@@ -293,7 +306,7 @@ SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
  * leading axis B.
  */
 
-/* [C, H, W], 0 and 1; no axes where logits were asked for. */
+/* [C, H, W], 0 and the value for foreground; no axes where logits were asked for. */
 SAM3RT_API sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction);
 /* [C, H, W]; no axes where masks were asked for. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction);

@@ -33,6 +33,9 @@ namespace {
 
 static_assert(SAM3RT_MAX_IMAGE_SIDE == sam3rt::max_image_side);
 static_assert(SAM3RT_MAX_IMAGE_PIXELS == sam3rt::max_image_pixels);
+static_assert(SAM3RT_GREY == static_cast<int>(sam3rt::PixelFormat::grey));
+static_assert(SAM3RT_BGR == static_cast<int>(sam3rt::PixelFormat::bgr));
+static_assert(SAM3RT_RGBA == static_cast<int>(sam3rt::PixelFormat::rgba));
 static_assert(SAM3RT_MAX_OBJECTS == sam3rt::max_objects);
 static_assert(SAM3RT_MAX_POINTS == sam3rt::max_points);
 static_assert(SAM3RT_MAX_MASK_LOGIT == sam3rt::max_mask_logit);
@@ -98,6 +101,11 @@ constexpr std::array<std::size_t, 0> older_sizes = {};
 template <>
 constexpr std::array older_sizes<sam3rt_model_options> = {
     offsetof(sam3rt_model_options, map_weights)};
+template <>
+constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format)};
+template <>
+constexpr std::array older_sizes<sam3rt_predict_options> = {
+    offsetof(sam3rt_predict_options, best_mask_only)};
 template <>
 constexpr std::array older_sizes<sam3rt_prompts> = {offsetof(sam3rt_prompts, point_counts)};
 
@@ -173,7 +181,12 @@ View view_of(const sam3rt::Array<T>& array) {
 sam3rt::ImageView image_of(const sam3rt_image* image, const char* argument) {
     require(image, argument);
     const sam3rt_image known = known_fields(image, argument);
-    return {known.pixels, known.height, known.width, known.row_stride};
+    if (known.format < SAM3RT_RGB || known.format > SAM3RT_GREY) {
+        throw sam3rt::ImageError(argument, "a format of " + std::to_string(known.format),
+                                 "SAM3RT_RGB to SAM3RT_GREY");
+    }
+    return {known.pixels, known.height, known.width, known.row_stride,
+            static_cast<sam3rt::PixelFormat>(known.format)};
 }
 
 sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
@@ -190,7 +203,12 @@ sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
 
 sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
     const sam3rt_predict_options known = known_fields(options, "options");
-    return {known.single_mask == 0, known.return_logits != 0};
+    if (known.foreground < 0 || known.foreground > 255) {
+        throw InvalidInputError("foreground", std::to_string(known.foreground), "0 to 255");
+    }
+    const auto foreground = static_cast<std::uint8_t>(known.foreground);
+    return {known.single_mask == 0, known.return_logits != 0, known.best_mask_only != 0,
+            foreground == 0 ? std::uint8_t{1} : foreground};
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ void normalize(const std::vector<Pixel>& resized, const Size& size, const ImageS
 
 void check_image(const ImageView& image, const std::string& argument) {
     if (image.pixels == nullptr) {
-        throw ImageError(argument, "no pixels", "8-bit RGB pixels");
+        throw ImageError(argument, "no pixels", "8-bit pixels");
     }
     if (!is_image_size({image.height, image.width})) {
         throw ImageError(argument,
@@ -45,7 +45,7 @@ void check_image(const ImageView& image, const std::string& argument) {
                              " pixels on a side and at most " + std::to_string(max_image_pixels) +
                              " in total");
     }
-    const std::size_t row = channels * static_cast<std::size_t>(image.width);
+    const std::size_t row = bytes_per_pixel(image.format) * static_cast<std::size_t>(image.width);
     // A negative stride, converted to an unsigned number, is too large as well.
     const std::size_t limit = max_span / static_cast<std::size_t>(image.height);
     if (image.row_stride != 0 && (image.row_stride < row || image.row_stride > limit)) {

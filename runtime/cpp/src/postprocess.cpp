@@ -57,12 +57,14 @@ std::vector<float> clean(const float* logits, const Size& size, const Cleaning& 
 }
 
 Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning) {
+                                 const Cleaning& cleaning, std::uint8_t foreground) {
     const auto threshold = static_cast<float>(cleaning.threshold);
     return finish<std::uint8_t>(
         low_res, resampling, cleaning,
-        [threshold](const float* logits, const Resampling& how, std::vector<float>& scratch,
-                    std::uint8_t* out) { resize_to_mask(logits, how, threshold, scratch, out); });
+        [threshold, foreground](const float* logits, const Resampling& how,
+                                std::vector<float>& scratch, std::uint8_t* out) {
+            resize_to_mask(logits, how, threshold, foreground, scratch, out);
+        });
 }
 
 Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,

@@ -23,9 +23,9 @@ struct Cleaning {
 /// 8-connected; islands are found on the logits as they came, not as the hole filling left them.
 std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
 
-/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and 1.
+/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and `foreground`.
 Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning);
+                                 const Cleaning& cleaning, std::uint8_t foreground = 1);
 
 /// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
 Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,

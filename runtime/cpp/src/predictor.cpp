@@ -26,6 +26,26 @@ Array<T> without_single_object(Array<T> array) {
     return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
 }
 
+/// Of each object's masks keep only that of the highest predicted IoU.
+void keep_best(DecodedMasks& decoded) {
+    const Shape& shape = decoded.low_res_masks.shape();
+    const auto objects = static_cast<std::size_t>(shape[0]);
+    const auto masks = static_cast<std::size_t>(shape[1]);
+    Array<float> low_res({shape[0], 1, shape[2], shape[3]});
+    Array<float> scores({shape[0], 1});
+    for (std::size_t object = 0; object < objects; ++object) {
+        const float* own = decoded.iou_predictions.data() + object * masks;
+        const float* best = std::max_element(own, own + masks);
+        scores[object] = *best;
+        const std::size_t size = low_res.size() / objects;
+        const auto index = object * masks + static_cast<std::size_t>(best - own);
+        std::copy_n(decoded.low_res_masks.data() + index * size, size,
+                    low_res.data() + object * size);
+    }
+    decoded.low_res_masks = std::move(low_res);
+    decoded.iou_predictions = std::move(scores);
+}
+
 }  // namespace
 
 Predictor::Predictor(Model model, const PredictorOptions& options)
@@ -91,7 +111,13 @@ void Predictor::reset() noexcept {
 
 Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
                                  const PredictOptions& options) const {
+    if (options.foreground == 0) {
+        throw InvalidInputError("foreground", "0", "1 to 255");
+    }
     DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
+    if (options.best_mask_only) {
+        keep_best(decoded);
+    }
     const Manifest& about = model_.manifest();
     const Shape& low_res = decoded.low_res_masks.shape();
     const std::shared_ptr<const Resampling> resampling = model_.data().resampling.find(
@@ -102,8 +128,8 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
         prediction.logits =
             without_single_object(finish_logits(decoded.low_res_masks, *resampling, cleaning));
     } else {
-        prediction.masks =
-            without_single_object(finish_masks(decoded.low_res_masks, *resampling, cleaning));
+        prediction.masks = without_single_object(
+            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground));
     }
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;

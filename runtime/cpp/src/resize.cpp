@@ -1,6 +1,7 @@
 #include "resize.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace sam3rt {
@@ -83,35 +84,82 @@ struct Unrounded {
     static Pixel finish(Weight sum) { return static_cast<float>(sum); }
 };
 
-/// Rows of pixels in memory, `stride` values from one to the next.
+/// Rows of RGB pixels.
 template <typename Value>
 struct PixelRows {
     const Value* values;
     std::size_t height;
     std::size_t width;
-    std::size_t stride;
+
+    const Value* row(std::size_t y) const { return values + y * width * channels; }
 };
 
 template <typename Value>
 PixelRows<Value> rows_of(const std::vector<Value>& pixels, std::size_t width) {
-    const std::size_t stride = width * channels;
-    return {pixels.data(), pixels.size() / stride, width, stride};
+    return {pixels.data(), pixels.size() / (width * channels), width};
 }
 
+/// The rows of an image as RGB pixels. One of another format is converted row by row, when it is
+/// asked for; a row stays until the next one is.
+class ImageRows {
+public:
+    explicit ImageRows(const ImageView& image)
+        : height(static_cast<std::size_t>(image.height)),
+          width(static_cast<std::size_t>(image.width)),
+          pixels_(image.pixels),
+          step_(bytes_per_pixel(image.format)),
+          stride_(image.row_stride == 0 ? step_ * width : image.row_stride),
+          is_rgb_(image.format == PixelFormat::rgb) {
+        const bool is_reversed =
+            image.format == PixelFormat::bgr || image.format == PixelFormat::bgra;
+        const bool is_grey = image.format == PixelFormat::grey;
+        places_ = is_grey ? std::array<std::size_t, channels>{0, 0, 0}
+                          : (is_reversed ? std::array<std::size_t, channels>{2, 1, 0}
+                                         : std::array<std::size_t, channels>{0, 1, 2});
+        converted_.resize(is_rgb_ ? 0 : width * channels);
+    }
+
+    const std::uint8_t* row(std::size_t y) const {
+        const std::uint8_t* source = pixels_ + y * stride_;
+        if (is_rgb_) {
+            return source;
+        }
+        std::uint8_t* out = converted_.data();
+        for (std::size_t x = 0; x < width; ++x, source += step_) {
+            for (const std::size_t place : places_) {
+                *out++ = source[place];
+            }
+        }
+        return converted_.data();
+    }
+
+    const std::size_t height;
+    const std::size_t width;
+
+private:
+    const std::uint8_t* pixels_;
+    std::size_t step_;
+    std::size_t stride_;
+    bool is_rgb_;
+    /// Where in a pixel red, green and blue stand.
+    std::array<std::size_t, channels> places_{};
+    mutable std::vector<std::uint8_t> converted_;
+};
+
 /// Every row to `taps.windows.size()` pixels.
-template <typename Kind, typename Value>
-std::vector<typename Kind::Pixel> resize_columns(const PixelRows<Value>& rows,
+template <typename Kind, typename Source>
+std::vector<typename Kind::Pixel> resize_columns(const Source& rows,
                                                  const Taps<typename Kind::Weight>& taps) {
     const std::size_t height = rows.height;
     std::vector<typename Kind::Pixel> result(height * taps.windows.size() * channels);
     auto* out = result.data();
     for (std::size_t y = 0; y < height; ++y) {
-        const Value* row = rows.values + y * rows.stride;
+        const auto* row = rows.row(y);
         for (std::size_t x = 0; x < taps.windows.size(); ++x) {
             const auto [first, count] = taps.windows[x];
             const typename Kind::Weight* weights = taps.weights_of(x);
             typename Kind::Weight sums[channels] = {Kind::start, Kind::start, Kind::start};
-            const Value* pixel = row + channels * first;
+            const auto* pixel = row + channels * first;
             for (std::size_t i = 0; i < count; ++i, pixel += channels) {
                 for (std::size_t channel = 0; channel < channels; ++channel) {
                     sums[channel] +=
@@ -127,8 +175,8 @@ std::vector<typename Kind::Pixel> resize_columns(const PixelRows<Value>& rows,
 }
 
 /// `taps.windows.size()` rows of the same width.
-template <typename Kind, typename Value>
-std::vector<typename Kind::Pixel> resize_rows(const PixelRows<Value>& rows,
+template <typename Kind, typename Source>
+std::vector<typename Kind::Pixel> resize_rows(const Source& rows,
                                               const Taps<typename Kind::Weight>& taps) {
     const std::size_t row_size = rows.width * channels;
     std::vector<typename Kind::Pixel> result(taps.windows.size() * row_size);
@@ -138,7 +186,7 @@ std::vector<typename Kind::Pixel> resize_rows(const PixelRows<Value>& rows,
         std::fill(sums.begin(), sums.end(), Kind::start);
         for (std::size_t i = 0; i < count; ++i) {
             const typename Kind::Weight weight = taps.weights_of(y)[i];
-            const Value* row = rows.values + (first + i) * rows.stride;
+            const auto* row = rows.row(first + i);
             for (std::size_t x = 0; x < row_size; ++x) {
                 sums[x] += static_cast<typename Kind::Weight>(row[x]) * weight;
             }
@@ -164,8 +212,7 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
     const auto width = static_cast<std::size_t>(image.width);
     const auto new_height = static_cast<std::size_t>(target.height);
     const auto new_width = static_cast<std::size_t>(target.width);
-    const std::size_t stride = image.row_stride == 0 ? channels * width : image.row_stride;
-    const PixelRows<std::uint8_t> source{image.pixels, height, width, stride};
+    const ImageRows source(image);
     const auto columns = [&](const auto& all) {
         return resize_columns<Kind>(all, prepare(triangle(width, new_width)));
     };
@@ -176,7 +223,7 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
         std::vector<typename Kind::Pixel> pixels;
         pixels.reserve(height * width * channels);
         for (std::size_t y = 0; y < height; ++y) {
-            const std::uint8_t* row = image.pixels + y * stride;
+            const std::uint8_t* row = source.row(y);
             pixels.insert(pixels.end(), row, row + width * channels);
         }
         return pixels;
@@ -194,6 +241,20 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
 }
 
 }  // namespace
+
+std::size_t bytes_per_pixel(PixelFormat format) {
+    switch (format) {
+        case PixelFormat::grey:
+            return 1;
+        case PixelFormat::rgba:
+        case PixelFormat::bgra:
+            return 4;
+        case PixelFormat::rgb:
+        case PixelFormat::bgr:
+            break;
+    }
+    return channels;
+}
 
 std::vector<std::uint8_t> resize_rounded(const ImageView& image, const Size& target) {
     return resize<Rounded>(image, target, in_fixed_point);

@@ -8,11 +8,14 @@
 
 namespace sam3rt {
 
-/// Resize an RGB image, rounding to whole levels after each axis, to the last bit as Pillow 13 does
-/// it for 8-bit images. Returns height * width * 3 values, interleaved.
+/// How many bytes a pixel takes.
+std::size_t bytes_per_pixel(PixelFormat format);
+
+/// Resize an image, rounding to whole levels after each axis, to the last bit as Pillow 13 does it
+/// for 8-bit images. Returns height * width * 3 values, interleaved.
 std::vector<std::uint8_t> resize_rounded(const ImageView& image, const Size& target);
 
-/// Resize an RGB image without rounding to whole levels, as Pillow 13 does it for 32-bit float
+/// Resize an image without rounding to whole levels, as Pillow 13 does it for 32-bit float
 /// planes. Returns height * width * 3 values, interleaved.
 std::vector<float> resize_unrounded(const ImageView& image, const Size& target);
 

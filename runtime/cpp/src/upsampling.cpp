@@ -224,9 +224,9 @@ void resize_logits(const float* source, const Resampling& resampling, std::vecto
 }
 
 void resize_to_mask(const float* source, const Resampling& resampling, float threshold,
-                    std::vector<float>& scratch, std::uint8_t* out) {
-    resample(source, resampling, scratch, out, [threshold](float value) {
-        return static_cast<std::uint8_t>(value > threshold ? 1 : 0);
+                    std::uint8_t foreground, std::vector<float>& scratch, std::uint8_t* out) {
+    resample(source, resampling, scratch, out, [threshold, foreground](float value) {
+        return value > threshold ? foreground : std::uint8_t{0};
     });
 }
 

@@ -61,8 +61,9 @@ private:
 void resize_logits(const float* source, const Resampling& resampling, std::vector<float>& scratch,
                    float* out);
 
-/// Resize a map [h, w]; `out` [H, W] is 1 where a value is above the threshold and 0 elsewhere.
+/// Resize a map [h, w]; `out` [H, W] is `foreground` where a value is above the threshold and 0
+/// elsewhere.
 void resize_to_mask(const float* source, const Resampling& resampling, float threshold,
-                    std::vector<float>& scratch, std::uint8_t* out);
+                    std::uint8_t foreground, std::vector<float>& scratch, std::uint8_t* out);
 
 }  // namespace sam3rt

@@ -62,7 +62,7 @@ ImageGeometry geometry_from(const json& value) {
 
 json as_json(const Size& size) { return json::array({size.height, size.width}); }
 
-/// An image from a .npy file: [H, W, 3], or [H, stride] bytes with a width.
+/// An image from a .npy file: [H, W, 3], [H, W, 4], [H, W], or [H, stride] bytes with a width.
 struct Image {
     explicit Image(const json& step, const std::string& name = "image")
         : pixels(read_npy<std::uint8_t>(text(step, name))) {
@@ -70,6 +70,12 @@ struct Image {
         view.height = pixels.shape().at(0);
         view.width = step.value("width", pixels.shape().at(1));
         view.row_stride = step.contains("width") ? static_cast<std::size_t>(pixels.shape()[1]) : 0;
+        static const std::map<std::string, PixelFormat> formats = {{"rgb", PixelFormat::rgb},
+                                                                   {"bgr", PixelFormat::bgr},
+                                                                   {"rgba", PixelFormat::rgba},
+                                                                   {"bgra", PixelFormat::bgra},
+                                                                   {"grey", PixelFormat::grey}};
+        view.format = formats.at(step.value("format", "rgb"));
     }
 
     Array<std::uint8_t> pixels;
@@ -98,7 +104,9 @@ Prompts prompts_of(const json& value) {
 }
 
 PredictOptions predict_options_of(const json& step) {
-    return {step.value("multimask_output", true), step.value("return_logits", false)};
+    return {step.value("multimask_output", true), step.value("return_logits", false),
+            step.value("best_mask_only", false),
+            static_cast<std::uint8_t>(step.value("foreground", 1))};
 }
 
 void write_prediction(const json& step, const std::string& prefix, const Prediction& prediction) {

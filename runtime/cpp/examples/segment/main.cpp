@@ -64,6 +64,9 @@ void segment(const Arguments& arguments) {
     options.multimask_output = !arguments.single_mask;
     const sam3rt::Prediction prediction = predictor.predict(prompts, options);
     seconds.predict = seconds_since(start);
+    if (!prediction.warning.empty()) {
+        std::cerr << "sam3rt_segment: " << prediction.warning << "\n";
+    }
 
     const std::vector<Found> found = sorted(prediction);
     write_results(arguments, image, model, found, seconds);

@@ -247,16 +247,20 @@ struct Size {
     bool operator!=(const Size& other) const { return !(*this == other); }
 };
 
-/// An 8-bit RGB image in the caller's memory, which is only read, and only during the call. It has
-/// at most max_image_side pixels on a side and max_image_pixels in total.
+/// The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours.
+enum class PixelFormat { rgb, bgr, rgba, bgra, grey };
+
+/// An 8-bit image in the caller's memory, which is only read, and only during the call. It has at
+/// most max_image_side pixels on a side and max_image_pixels in total.
 struct ImageView {
-    /// First pixel of the first row: R, G, B, R, G, B, ...
+    /// First pixel of the first row: R, G, B, R, G, B, ... unless `format` says otherwise.
     const std::uint8_t* pixels = nullptr;
     std::int64_t height = 0;
     std::int64_t width = 0;
-    /// Bytes from one row to the next, at least 3 * width, for which 0 stands too. All rows
-    /// together span less than 2^62 bytes.
+    /// Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
+    /// rows together span less than 2^62 bytes.
     std::size_t row_stride = 0;
+    PixelFormat format = PixelFormat::rgb;
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
@@ -566,11 +570,15 @@ struct PredictOptions {
     bool multimask_output = true;
     /// Return logits of the image's size instead of thresholded masks.
     bool return_logits = false;
+    /// Of each object's masks return only that of the highest predicted IoU; C is then 1.
+    bool best_mask_only = false;
+    /// What stands for foreground in masks, such as 255; not 0.
+    std::uint8_t foreground = 1;
 };
 
 /// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
 struct Prediction {
-    /// [C, H, W], 0 and 1; of shape [0] with return_logits.
+    /// [C, H, W], 0 and PredictOptions::foreground; of shape [0] with return_logits.
     Array<std::uint8_t> masks;
     /// [C, H, W] with return_logits; else of shape [0].
     Array<float> logits;
