@@ -27,7 +27,10 @@ _KEY = "SAM3RT_API_KEY"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")

@@ -198,6 +198,7 @@ class _Api:
                 manifest.model_type,
                 list(manifest.image.size),
                 list(manifest.masks.low_res_size),
+                model.score_unit,
                 manifest.fingerprint,
                 model.backend.name,
                 model.device,

@@ -18,6 +18,7 @@ from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sam3rt import load_model
+from sam3rt.bundle.names import find_bundle
 from sam3rt.errors import InvalidInputError
 
 from .core import Limits, Service
@@ -95,14 +96,17 @@ def app(arguments: dict[str, str]) -> Any:
 
     Raises:
         InvalidInputError: ``cache_folder`` is missing, or an argument is unknown.
+        BundleError: there is no such bundle.
     """
     unknown = set(arguments) - {*_DEFAULTS, "cache_folder"}
     if unknown or not arguments.get("cache_folder"):
         expected = f"cache_folder, and any of {', '.join(_DEFAULTS)}"
         raise InvalidInputError("arguments", ", ".join(sorted(arguments)) or "none", expected)
     options = _DEFAULTS | arguments
-    for name in ("bundle", "cache_folder"):  # replicas start in folders of their own
-        options[name] = str(Path(options[name]).absolute()) if options[name] else ""
+    # Replicas start in folders of their own.
+    options["cache_folder"] = str(Path(options["cache_folder"]).absolute())
+    if options["bundle"]:
+        options["bundle"] = str(find_bundle(options["bundle"]).absolute())
     replicas = options["replicas"]
     return (
         serve.deployment(serve.ingress()(Segmenter))

@@ -91,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder to make")
     parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
     parser.add_argument(
         "--cache-folder",

@@ -55,7 +55,7 @@ class RleMask(Struct):
 
 
 class ObjectAnswer(Struct):
-    """Masks of one object, their predicted IoUs and boxes.
+    """Masks of one object, their scores and boxes.
 
     ``png``: base64 of a 1-bit PNG. ``bits``: base64 of height * width bits, row by row, the
     highest bit of a byte first. ``rle``: as COCO has them. ``polygons``: a list of outlines
@@ -81,12 +81,16 @@ class MasksAnswer(Struct):
 
 
 class ModelAnswer(Struct):
-    """What is served. Sizes are [height, width]; limits are those of one request."""
+    """What is served. Sizes are [height, width]; limits are those of one request.
+
+    ``score_unit``: scores are predicted IoUs (``iou``) or their log-odds (``log_odds``, SAM 3.1).
+    """
 
     name: str
     family: str
     image_size: list[int]
     low_res_mask_size: list[int]
+    score_unit: str
     fingerprint: str
     backend: str
     device: str

@@ -40,8 +40,14 @@ def image_file(image: NDArray[np.uint8], form: str = "PNG", **options: Any) -> b
 def toy_model(folder: Path) -> SegmentationModel:
     """A model of 8 px images and a few nodes, in a new folder."""
     bundle = runnable_bundle(folder)
-    # SAM 3's 256 pixels are more than a mask has here: all would be filled.
-    edit_manifest(folder, lambda document: document["masks"].update(max_hole_area=2))
+
+    def edit(document: dict[str, Any]) -> None:
+        # SAM 3's 256 pixels are more than a mask has here: all would be filled.
+        document["masks"]["max_hole_area"] = 2
+        # Of SAM 3, the parity record says what the scores are, and there is none here.
+        document["model_type"] = "mobile_sam"
+
+    edit_manifest(folder, edit)
     return load_model(bundle.path, backend="onnxruntime", device="cpu")
 
 

@@ -204,8 +204,9 @@ def test_an_embedding_is_a_file_of_it(
 def test_what_is_served(client: TestClient, toy: SegmentationModel) -> None:
     answer = client.get("/v1/model").json()
     assert answer["fingerprint"] == toy.manifest.fingerprint
-    assert (answer["family"], answer["image_size"]) == ("sam3", [8, 8])
+    assert (answer["family"], answer["image_size"]) == ("mobile_sam", [8, 8])
     assert (answer["backend"], answer["precision"]) == ("onnxruntime", "fp32")
+    assert answer["score_unit"] == "iou"
     assert answer["limits"]["objects"] == 64
     assert client.get("/livez").text == "alive\n"
 
