@@ -24,7 +24,10 @@ _LOG = logging.getLogger(__name__)
 _OWN = (segment, models, verify, info)
 _GROUP = "sam3rt.commands"
 # In the order in which people need them; whatever else is installed comes last.
-_ORDER = ("demo", "segment", "export", "build", "verify", "compare", "bench", "models", "info")
+_ORDER = (
+    *("demo", "segment", "serve", "export", "build", "verify", "compare", "bench", "models"),
+    *("triton", "info"),
+)
 
 # Coordinates that begin with a minus sign, which argparse would take for an option.
 _NEGATIVE = re.compile(r"-[0-9.][^=]*,.*")
