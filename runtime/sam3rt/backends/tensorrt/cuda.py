@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,9 @@ class Cuda:
                 "CUDA version or older: pip install cuda-python"
             ) from error
         self._runtime = runtime
+        self._nvtx: Any = None
+        with contextlib.suppress(ImportError):
+            self._nvtx = importlib.import_module("nvtx")
         self.index = index
         self.dlpack_device = (2, index)
         with self.active():
@@ -81,6 +85,13 @@ class Cuda:
                 # A result must not be lost because the caller's own GPU cannot be used.
                 with contextlib.suppress(BackendError):
                     self._call(self._runtime.cudaSetDevice, int(before))
+
+    def range(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """A block that has a name in a profile of Nsight Systems, where ``nvtx`` is installed."""
+        if self._nvtx is None:
+            return contextlib.nullcontext()
+        range_: contextlib.AbstractContextManager[Any] = self._nvtx.annotate(name, domain="sam3rt")
+        return range_
 
     def allocate(self, nbytes: int) -> int:
         """Device memory, aligned to 256 bytes; the address.
@@ -186,7 +197,15 @@ class Cuda:
             from cuda.bindings import driver, nvrtc
         except ImportError as error:
             raise BackendError(f"cuda-python has no NVRTC: {error}") from error
-        (program,) = self._call(nvrtc.nvrtcCreateProgram, source.encode(), b"sam3rt.cu", 0, [], [])
+        arguments: tuple[Any, ...] = (source.encode(), b"sam3rt.cu", 0, [], [])
+        try:
+            # The first call loads the library.
+            (program,) = self._call(nvrtc.nvrtcCreateProgram, *arguments)
+        except BackendError as error:
+            raise BackendError(
+                f"NVRTC cannot be used ({error}): pip install nvidia-cuda-nvrtc, or "
+                "nvidia-cuda-nvrtc-cu12 with CUDA 12"
+            ) from error
         # No contraction: a result is the same as on the CPU, which tests hold to the host's.
         options = [
             b"--gpu-architecture=sm_" + capability.replace(".", "").encode(),

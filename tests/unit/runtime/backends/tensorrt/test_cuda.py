@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -246,6 +247,34 @@ def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
     compiler(monkeypatch, nvrtcCompileProgram=refuse)
     with pytest.raises(BackendError, match="nvrtcCompileProgram failed: 6"):
         Cuda(0).load_kernels("source", ["one"], "8.9")
+
+
+def test_a_library_that_is_not_there_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Any:
+        raise RuntimeError('Failure finding "libnvrtc.so.13"')
+
+    missing.__name__ = "nvrtcCreateProgram"
+    compiler(monkeypatch, nvrtcCreateProgram=missing)
+    with pytest.raises(BackendError, match=r"libnvrtc\.so\.13.*pip install nvidia-cuda-nvrtc"):
+        Cuda(0).load_kernels("source", ["one"], "8.9")
+
+
+def test_blocks_are_named_for_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_python(monkeypatch)
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with Cuda(0).range("decode"):
+        pass
+    named = []
+
+    def annotate(name: str, domain: str) -> Any:
+        named.append((domain, name))
+        return contextlib.nullcontext()
+
+    module = types.ModuleType("nvtx")
+    module.annotate = annotate
+    monkeypatch.setitem(sys.modules, "nvtx", module)
+    with Cuda(0).range("decode"):
+        assert named == [("sam3rt", "decode")]
 
 
 def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
