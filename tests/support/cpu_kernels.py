@@ -25,7 +25,7 @@ def load(source: str) -> ctypes.CDLL:
         code, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         code.write_text(source)
         # As NVRTC is told: no contraction, so that both compute the same.
-        flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-mfma"]
+        flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing"]
         warnings = ["-Wall", "-Wextra", "-Werror"]
         command = [compiler, "-shared", "-fPIC", *flags, *warnings]
         subprocess.run([*command, "-o", str(library), str(code)], check=True)

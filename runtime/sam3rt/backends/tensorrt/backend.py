@@ -98,6 +98,7 @@ class TensorRtBackend(Backend):
     Attributes:
         engines: the set.
         imaging: pre- and postprocessing on the device.
+        imaging_fits: whether there are kernels for it, and the engines are of types that they take.
 
     Raises:
         BundleError: an engine file is missing or was changed.
@@ -132,8 +133,11 @@ class TensorRtBackend(Backend):
                 cuda,
                 memory,
             )
-        self._network = network
+        # The engines themselves belong to the pool, which gives them back when it is closed.
+        self._limits, self._max_images = network.limits, network.max_images
+        self._layout, self._outputs = network.features, network.output_names
         self.imaging = imaging
+        self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(
             bundle,
             f"cuda:{cuda.index}",
@@ -145,8 +149,8 @@ class TensorRtBackend(Backend):
     def prepare(self) -> None:
         """Make every lane, and record the decoder for the usual shape classes on each."""
         self.check_process()
-        shapes = usual_classes(self._network.limits)
-        self._pool.each(lambda lane: lane.warm_up(shapes, self._network.output_names))
+        shapes = usual_classes(self._limits)
+        self._pool.each(lambda lane: lane.warm_up(shapes, self._outputs))
 
     def close(self) -> None:
         """Give back lanes and engines, once the calls under way are done."""
@@ -193,7 +197,7 @@ class TensorRtBackend(Backend):
     ) -> list[Features]:
         """As many images in one run as the encoder was built for."""
         found: list[Features] = []
-        most = self._network.max_images
+        most = self._max_images
         for first in range(0, len(images), most):
             part, places = images[first : first + most], geometries[first : first + most]
             found += self._encode_part(part, places, on_stage)
@@ -237,7 +241,7 @@ class TensorRtBackend(Backend):
         self.check_process()
         self._check_points(prompts)
         block = self._block(features)
-        at_once = self.imaging.objects_at_once(geometry, self._network.limits.objects)
+        at_once = self.imaging.objects_at_once(geometry, self._limits.objects)
 
         def decode(lane: Lane) -> list[tuple[list[NDArray[np.float32]], NDArray[Any] | None]]:
             return [
@@ -281,16 +285,11 @@ class TensorRtBackend(Backend):
         block = self._upload_image(image)
         return self._pool.run(lambda lane: lane.pixels(block, geometry), encode=True)
 
-    @property
-    def imaging_fits(self) -> bool:
-        """Whether the kernels could be compiled and the engines are of types that they take."""
-        return self.imaging.available and self._network.makes_plain_logits
-
     def _upload_image(self, image: NDArray[np.uint8]) -> Block:
         return self._pool.run(lambda lane: lane.upload_image(image))
 
     def _check_points(self, prompts: PackedPrompts) -> None:
-        points, most = prompts.labels.shape[1], self._network.limits.points
+        points, most = prompts.labels.shape[1], self._limits.points
         if points > most:
             raise BackendError(
                 f"{points} points for one object, corners and padding included; this engine "
@@ -299,9 +298,7 @@ class TensorRtBackend(Backend):
             )
 
     def _features(self, block: Block) -> DeviceFeatures:
-        return DeviceFeatures(
-            block, self._network.features, self._pool, self._platform.cuda.dlpack_device
-        )
+        return DeviceFeatures(block, self._layout, self._pool, self._platform.cuda.dlpack_device)
 
     def _block(self, features: Features) -> Block:
         if not isinstance(features, DeviceFeatures) or features.pool is not self._pool:

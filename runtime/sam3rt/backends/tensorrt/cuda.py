@@ -216,7 +216,7 @@ class Cuda:
         image = b" " * size
         self._call(nvrtc.nvrtcGetCUBIN, program, image)
         self._driver = driver
-        (module,) = self._call(driver.cuModuleLoadData, image)
+        (module,) = self._call(driver.cuModuleLoadData, np.frombuffer(image, np.uint8).ctypes.data)
         return {
             name: self._call(driver.cuModuleGetFunction, module, name.encode())[0] for name in names
         }

@@ -117,17 +117,21 @@ class LanePool:
                     self._put_back(lane)
 
     def close(self) -> None:
-        """Wait for the calls that are under way, and give all lanes back. There are none then.
+        """Wait for the calls that are under way, and let go of all lanes and engines.
 
         Embeddings keep their memory.
         """
         with self._changed:
+            if self._is_closed:
+                return
             self._is_closed = True
             self._changed.notify_all()
             while len(self._free) < self._count:
                 self._changed.wait()
             self._free.clear()
             self._count = 0
+            # It holds the engines.
+            del self._make
         with self._cuda.active():
             self._memory.release_spare()
 

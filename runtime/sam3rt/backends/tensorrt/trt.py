@@ -283,7 +283,10 @@ class KernelCache:
         with self._lock:
             if self._rtx_cache is None:
                 return
-            content = bytes(self._rtx_cache.serialize())
+            serialized = self._rtx_cache.serialize()
+            if serialized is None:
+                return
+            content = bytes(serialized)
             digest = hashlib.sha256(content).digest()
             if digest == self._saved:
                 return

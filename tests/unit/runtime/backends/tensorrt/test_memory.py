@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -182,6 +183,9 @@ def test_a_closed_model_gives_everything_back(rig: Rig, chelsea: NDArray[np.uint
     allow_imaging(model.backend)
     embedding = model.encode(chelsea)
     expected = embedding.numpy()
+    with model.backend._pool.lane() as lane:
+        engine = weakref.ref(lane._network.encoder)
+    del lane
     model.segment(embedding, PROMPTS, max_hole_area=4)
     model.close()
     model.close()
@@ -197,6 +201,7 @@ def test_a_closed_model_gives_everything_back(rig: Rig, chelsea: NDArray[np.uint
     assert not model.health().healthy
     assert "StateError: the model is closed" in model.health().problem
     gc.collect()
+    assert engine() is None
     # What an embedding holds stays, and is given back with it.
     assert rig.cuda.live == {"blocks": 1, "pinned": 0, "streams": 0, "graphs": 0}
     assert len(expected) == 3
