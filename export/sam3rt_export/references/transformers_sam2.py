@@ -93,7 +93,7 @@ class Sam2Reference(TransformersReference):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """float32 [1, 3, S, S] to three feature maps, finest first."""
-        decoder = self._model.mask_decoder
-        fine, middle, coarse = self._model.vision_encoder(pixels).fpn_hidden_states
-        no_memory = self._model.no_memory_embedding.reshape(1, -1, 1, 1)
+        decoder = self.model.mask_decoder
+        fine, middle, coarse = self.model.vision_encoder(pixels).fpn_hidden_states
+        no_memory = self.model.no_memory_embedding.reshape(1, -1, 1, 1)
         return decoder.conv_s0(fine), decoder.conv_s1(middle), coarse + no_memory
