@@ -29,12 +29,14 @@ def sam3_errors(bundle: Path) -> dict[str, float]:
         int(number): model.encode(synthetic.image(entry["seed"], entry["height"], entry["width"]))
         for number, entry in synthetic.cases()["images"].items()
     }
-    cases = [name for name, case in golden.sam3_cases().items() if not case.get("batch")]
+    cases = [name for name, case in golden.sam_cases("sam3").items() if not case.get("batch")]
     errors = [
-        golden.sam3_errors(name, golden.predict_sam3_case(name, model, embeddings))
+        golden.sam_errors("sam3", name, golden.predict_sam_case("sam3", name, model, embeddings))
         for name in cases
     ]
-    features = [golden.sam3_feature_error(n, embedding) for n, embedding in embeddings.items()]
+    features = [
+        golden.sam_feature_error("sam3", n, embedding) for n, embedding in embeddings.items()
+    ]
     return {"cases": len(cases), "features": worst(features)} | {
         name: worst(e[name] for e in errors) for name in errors[0]
     }

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 PHOTOS = ROOT / "tests" / "photos"
 
+from tests.golden.sam2 import synthetic as sam2_synthetic  # noqa: E402
 from tests.golden.sam3 import synthetic  # noqa: E402
 from tests.support import disk_cache  # noqa: E402
 
@@ -146,6 +147,27 @@ def tiny_sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden data's small SAM 2.1 as a bundle, exported once for many runs. It is a copy."""
+
+    def make(folder: Path) -> None:
+        from tests.support.export_helpers import small_sam2_model
+
+        from sam3rt_export import export_bundle
+
+        export_bundle(small_sam2_model(), folder / "sam2_small")
+
+    sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam2")
+    helpers = ROOT / "tests" / "support" / "export_helpers.py"
+    data = [sam2_synthetic.FOLDER / name for name in ("keys.tsv", "cases.json")]
+    libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *data], libraries)
+    path = tmp_path_factory.mktemp("bundles") / "sam2_small"
+    shutil.copytree(disk_cache.cached_folder("sam2_small", key, make) / "sam2_small", path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_model(small_bundle: Path) -> sam3rt.SegmentationModel:
     """The small SAM 3 in the runtime, on the CPU."""
     return sam3rt.load_model(small_bundle, device="cpu")
@@ -193,8 +215,18 @@ def model(request: pytest.FixtureRequest) -> sam3rt.SegmentationModel:
 @pytest.fixture(scope="session")
 def golden_images() -> dict[int, NDArray[np.uint8]]:
     """The golden data's images by number, checked against their hashes."""
+    return _drawn(synthetic.cases()["images"])
+
+
+@pytest.fixture(scope="session")
+def sam2_images() -> dict[int, NDArray[np.uint8]]:
+    """Those of SAM 2's golden data."""
+    return _drawn(sam2_synthetic.cases()["images"])
+
+
+def _drawn(entries: dict[str, Any]) -> dict[int, NDArray[np.uint8]]:
     images = {}
-    for number, entry in synthetic.cases()["images"].items():
+    for number, entry in entries.items():
         array = synthetic.image(entry["seed"], entry["height"], entry["width"])
         assert hashlib.sha256(array.tobytes()).hexdigest() == entry["sha256"]
         images[int(number)] = array
@@ -270,6 +302,17 @@ def sam3_golden(
 
 
 @pytest.fixture(scope="session")
+def sam2_golden(
+    cpp_builds: Path, small_sam2: Path, sam2_images: dict[int, NDArray[np.uint8]]
+) -> Any:
+    """SAM 2's golden cases as calls, with the Python runtime's results."""
+    from tests.support import golden_calls
+
+    model = sam3rt.load_model(small_sam2, backend="onnxruntime", device="cpu")
+    return golden_calls.sam2_golden(model, sam2_images)
+
+
+@pytest.fixture(scope="session")
 def mobile_sam_golden(cpp_builds: Path) -> Any:
     """MobileSAM's golden cases as calls, with the Python runtime's results."""
     from tests.support import golden_calls
@@ -279,7 +322,7 @@ def mobile_sam_golden(cpp_builds: Path) -> Any:
     return golden_calls.mobile_sam_golden(model, photos)
 
 
-@pytest.fixture(scope="session", params=["sam3_golden", "mobile_sam_golden"])
+@pytest.fixture(scope="session", params=["sam3_golden", "sam2_golden", "mobile_sam_golden"])
 def golden(request: pytest.FixtureRequest) -> Any:
-    """Both sets of golden calls in turn."""
+    """All sets of golden calls in turn."""
     return request.getfixturevalue(request.param)

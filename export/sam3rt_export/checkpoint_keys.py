@@ -1,7 +1,9 @@
-"""The names of one parameter in Meta's ``sam3.pt`` and in transformers' ``Sam3TrackerModel``.
+"""The names of one parameter in Meta's checkpoints and in transformers' models.
 
-``sam3.pt`` names are the canonical ones here. A rule is a pair of names in which ``{}`` stands for
-a number that both sides share.
+The names in ``sam3.pt`` and, of SAM 2's image encoder, in ``sam2.1_hiera_*.pt`` are the canonical
+ones here; transformers' are those of ``Sam3TrackerModel`` and ``Sam2Model``. No name of one family
+is one of the other's. A rule is a pair of names in which ``{}`` stands for a number that both sides
+share.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ NECK = "detector.backbone.vision_backbone.sam2_convs."
 PROMPT = "tracker.sam_prompt_encoder."
 DECODER = "tracker.sam_mask_decoder."
 NO_MEMORY = "tracker.no_mem_embed"
+# SAM 2's image encoder; its other parts have SAM 3's names.
+SAM2_TRUNK = "image_encoder.trunk."
+SAM2_NECK = "image_encoder.neck.convs."
 
 _HF_TRUNK = "vision_encoder.backbone."
 _HF_NECK = "vision_encoder.neck.fpn_layers."
@@ -112,7 +117,24 @@ def _rules() -> list[tuple[str, str]]:
     return rules
 
 
-RULES = tuple(_rules())
+def _sam2_rules() -> list[tuple[str, str]]:
+    """Of SAM 2's image encoder."""
+    rules = [(SAM2_TRUNK + name, _HF_TRUNK + name) for name in ("pos_embed", "pos_embed_window")]
+    rules += _both(SAM2_TRUNK + "patch_embed.proj", _HF_TRUNK + "patch_embed.projection")
+    for name, hf_name in (
+        ("norm1", "layer_norm1"),
+        ("norm2", "layer_norm2"),
+        ("attn.qkv", "attn.qkv"),
+        ("attn.proj", "attn.proj"),
+        ("proj", "proj"),
+        ("mlp.layers.0", "mlp.proj_in"),
+        ("mlp.layers.1", "mlp.proj_out"),
+    ):
+        rules += _both(f"{SAM2_TRUNK}blocks.{{}}.{name}", f"{_HF_TRUNK}blocks.{{}}.{hf_name}")
+    return rules + _both(SAM2_NECK + "{}.conv", "vision_encoder.neck.convs.{}")
+
+
+RULES = (*_rules(), *_sam2_rules())
 
 _POS = TRUNK + "pos_embed"
 _HF_POS = _HF_TRUNK + "embeddings.position_embeddings"
@@ -126,7 +148,7 @@ _POINTS = 4
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename canonical tensors for ``Sam3TrackerModel.load_state_dict``.
+    """Rename canonical tensors for ``load_state_dict`` of transformers' model.
 
     Tensors the interactive predictor does not use are left out. No tensor is copied but the
     four stacked point embeddings.
@@ -138,7 +160,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             block, leaf = match.groups()
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{_HF_TRUNK}layers.{block}.attention.{part}_proj.{leaf}"] = chunk
-    if _POS in tensors:  # EfficientSAM3 has none
+    if _POS in tensors:  # EfficientSAM3 has none, and SAM 2's have rules
         renamed[_HF_POS] = tensors[_POS][:, 1:]
     for name in _HF_GAUSS:
         renamed[name] = tensors[_GAUSS]
@@ -149,7 +171,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a ``Sam3TrackerModel``'s state to canonical names; the inverse of the above.
+    """Rename the state of transformers' model to canonical names; the inverse of the above.
 
     The class-token position that transformers drops comes back as zeros; nothing reads it.
     """
@@ -163,8 +185,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 state[f"{_HF_TRUNK}layers.{block}.attention.{part}_proj.{leaf}"] for part in "qkv"
             ]
             renamed[f"{TRUNK}blocks.{block}.attn.qkv.{leaf}"] = torch.cat(parts)
-    positions = state[_HF_POS]
-    renamed[_POS] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    if _HF_POS in state:
+        positions = state[_HF_POS]
+        renamed[_POS] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     renamed[_GAUSS] = state[_HF_GAUSS[0]]
     for index, row in enumerate(state[_HF_POINTS].split(1)):
         renamed[f"{PROMPT}point_embeddings.{index}.weight"] = row
@@ -177,7 +200,7 @@ def unknown_names(names: Iterable[str]) -> list[str]:
 
 
 def unknown_transformers_names(names: Iterable[str]) -> list[str]:
-    """Those that are no name of a ``Sam3TrackerModel``'s parameter."""
+    """Those that are no name of a parameter of transformers' models."""
     return [name for name in names if not _TRANSFORMERS.fullmatch(name)]
 
 

@@ -26,10 +26,15 @@ folder or a hub id:
     m1.1, m2.3; TinyViT 5m, 11m, 21m;           are in the file)
     EfficientViT b0, b1, b2 (its own
     fine-tuned files: with --tracker sam3.pt)
+  SAM 2.1, SAM 2: sam2.1_hiera_*.pt (tiny,      Apache-2.0
+    small, base_plus, large), sam2_hiera_*.pt;
+    facebook/sam2.1-hiera-tiny and the like
   MobileSAM: mobile_sam.pt                      Apache-2.0
 
   refused                                       because
-  SAM 1, SAM 2, SAM 2.1                         other image encoders
+  SAM 1                                         another image encoder
+  SAM 2 of other sizes than those, as a .pt     shapes do not show its heads and windows:
+                                                pass a transformers folder
   SAM 3's detector alone                        it has no decoder for clicks: --tracker
   SAM 3.1's propagation decoder alone           it answers no clicks
   adapters in the weights' own file             they would be left out: --lora
@@ -93,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="side of the encoder's input, pixels: 336, 672 or 1008 for SAM 3 and EfficientSAM3 "
-        "(default: 1008). What a smaller one costs in accuracy is not known",
+        "(default: 1008), a multiple of 32 for SAM 2 (default: 1024). What a "
+        "smaller one costs in accuracy is not known",
     )
     parser.add_argument(
         "--license", metavar="NAME", help="licence of the weights, for the manifest"

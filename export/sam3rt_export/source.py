@@ -65,7 +65,7 @@ class ExportSource:
     """
 
     name: str
-    model_type: Literal["sam3", "efficient_sam3", "mobile_sam"]
+    model_type: Literal["sam3", "efficient_sam3", "sam2", "mobile_sam"]
     kind: str
     origin: str
     sha256: str

@@ -21,7 +21,7 @@ LIMITS = {"logits": 5e-3, "iou": 1e-3, "mask_pixels": 2e-4}
 # Where small holes are filled, a pixel at the threshold can move a component across the limit.
 LIMITS_WITH_HOLES = {**LIMITS, "mask_pixels": 2e-3}
 
-CASES = golden.sam3_cases()
+CASES = golden.sam_cases("sam3")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def check(name: str, prediction: Prediction) -> None:
     for array, part in zip(prediction, ("masks", "iou", "low_res"), strict=True):
         assert list(array.shape) == case["shapes"][part]
         assert array.dtype == np.float32
-    if f"{name}/logits" not in golden.sam3_outputs():
+    if f"{name}/logits" not in golden.sam_outputs("sam3"):
         assert set(np.unique(prediction[0])) <= {0.0, 1.0}
     limits = LIMITS_WITH_HOLES if case["ctor"].get("max_hole_area", 256.0) > 0 else LIMITS
-    errors = golden.sam3_errors(name, prediction)
+    errors = golden.sam_errors("sam3", name, prediction)
     assert all(errors[part] <= limit for part, limit in limits.items()), errors
 
 
@@ -51,7 +51,7 @@ def check(name: str, prediction: Prediction) -> None:
 def test_predict(
     name: str, small_model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
 ) -> None:
-    check(name, golden.predict_sam3_case(name, small_model, embeddings))
+    check(name, golden.predict_sam_case("sam3", name, small_model, embeddings))
 
 
 @pytest.mark.parametrize("kind", ["points", "boxes"])
@@ -68,7 +68,7 @@ def test_predict_batch(
 
 @pytest.mark.parametrize("number", range(4))
 def test_features(number: int, embeddings: dict[int, ImageEmbedding]) -> None:
-    assert golden.sam3_feature_error(number, embeddings[number]) <= FEATURE_LIMIT
+    assert golden.sam_feature_error("sam3", number, embeddings[number]) <= FEATURE_LIMIT
 
 
 def test_image_embedding_of_the_predictor(
@@ -78,7 +78,7 @@ def test_image_embedding_of_the_predictor(
     predictor.set_image(golden_images[2])
     embedding = predictor.get_image_embedding()
     assert embedding.shape == (1, 256, 72, 72)
-    expected = golden.sam3_outputs()["image2/image_embed"]
+    expected = golden.sam_outputs("sam3")["image2/image_embed"]
     np.testing.assert_allclose(embedding[:, ::8, ::4, ::4], expected, atol=FEATURE_LIMIT, rtol=0)
 
 
@@ -86,5 +86,5 @@ def test_preprocessing(
     small_model: SegmentationModel, golden_images: dict[int, NDArray[np.uint8]]
 ) -> None:
     pixels, _ = preprocess(small_model.manifest.image, golden_images[0])
-    expected = golden.sam3_outputs()["image0/preprocessed"]
+    expected = golden.sam_outputs("sam3")["image0/preprocessed"]
     np.testing.assert_allclose(pixels[0, :, ::21, ::21], expected, atol=1e-4, rtol=0)

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from tests.golden.efficientsam3 import synthetic as efficient_sam3
+from tests.golden.sam2 import synthetic as sam2_synthetic
 from tests.golden.sam3 import synthetic
 from torch import Tensor, nn
 
@@ -206,6 +207,59 @@ class Exploit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.trace,)
+
+
+# --- SAM 2 checkpoints ----------------------------------------------------------------------------
+
+
+def small_sam2_architecture() -> Any:
+    """The ``HieraArchitecture`` of the golden data's small SAM 2.1."""
+    from sam3rt_export.graphs.hiera import HieraArchitecture
+
+    model = sam2_synthetic.cases()["model"]
+    stages = range(len(model["stages"]))
+    return HieraArchitecture(
+        image_size=model["image_size"],
+        depths=tuple(model["stages"]),
+        widths=tuple(model["embed_dim"] * 2**stage for stage in stages),
+        heads=tuple(model["num_heads"] * 2**stage for stage in stages),
+        windows=tuple(model["window_spec"]),
+        global_blocks=tuple(model["global_att_blocks"]),
+    )
+
+
+def small_sam2_model() -> Any:
+    """The golden data's small SAM 2.1 as a transformers ``Sam2Model``."""
+    from sam3rt_export.references.transformers_sam2 import build_sam2_model
+    from sam3rt_export.sources.state_dict import canonical_tensors
+
+    state = {name: torch.from_numpy(array) for name, array in sam2_synthetic.checkpoint().items()}
+    return build_sam2_model(small_sam2_architecture(), canonical_tensors(state, "the small model"))
+
+
+def sam2_state(architecture: Any, salt: str = "tiny-", neck: int = 32) -> dict[str, Tensor]:
+    """A SAM 2.1 in its checkpoints' naming.
+
+    Args:
+        architecture: a ``HieraArchitecture``; its widths and heads double from stage to stage.
+        salt: another salt gives another model.
+        neck: channels of the neck and of the decoder.
+    """
+    arch = architecture
+    named = sam2_synthetic.shapes_of(arch.depths, arch.widths[0], 3, arch.windows[0])
+    narrow = {256: neck, 128: neck // 2, 64: neck // 4, 32: neck // 8, 2048: 24}
+    state = {}
+    for name, shape in named.items():
+        if name.startswith("image_encoder.neck"):
+            shape = (neck, *shape[1:])
+        elif not name.startswith("image_encoder."):
+            hidden = 256 if name == "sam_mask_decoder.iou_prediction_head.layers.0.weight" else None
+            if hidden:
+                shape = (hidden, neck)
+            elif "iou_prediction_head" not in name:
+                shape = tuple(narrow.get(side, side) for side in shape)
+        state[name] = torch.from_numpy(sam2_synthetic.weight(name, shape, salt))
+    return state
 
 
 # --- MobileSAM ------------------------------------------------------------------------------------

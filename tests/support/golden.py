@@ -9,53 +9,58 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tests.golden.efficientsam3 import synthetic as efficient_sam3
-from tests.golden.sam3 import synthetic
+from tests.golden.sam2 import synthetic as sam2
+from tests.golden.sam3 import synthetic as sam3
 
 from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationModel
 from sam3rt.accuracy.metrics import largest_error, mask_ious
 
 _MOBILE_SAM = Path(__file__).resolve().parents[1] / "golden" / "mobile_sam"
 
+# Both predictors have one interface, and their golden data one form.
+_SYNTHETIC: dict[str, ModuleType] = {"sam3": sam3, "sam2": sam2}
+
 Case = dict[str, Any]
 Prediction = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
 
 
 @cache
-def sam3_outputs() -> dict[str, NDArray[Any]]:
-    """What SAM 3's own predictor returned on the small synthetic model, by name."""
-    return dict(np.load(synthetic.FOLDER / "golden.npz"))
+def sam_outputs(family: str) -> dict[str, NDArray[Any]]:
+    """What the own predictor of SAM 3 or 2 returned on the small synthetic model, by name."""
+    return dict(np.load(_SYNTHETIC[family].FOLDER / "golden.npz"))
 
 
 @cache
-def sam3_cases() -> dict[str, Case]:
+def sam_cases(family: str) -> dict[str, Case]:
     """The calls behind it, by name."""
-    return {case["id"]: case for case in synthetic.cases()["cases"]}
+    return {case["id"]: case for case in _SYNTHETIC[family].cases()["cases"]}
 
 
-def predict_sam3_case(
-    name: str, model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
+def predict_sam_case(
+    family: str, name: str, model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
 ) -> Prediction:
     """Answer one call, and before it the one that its mask prompt comes from."""
-    case = sam3_cases()[name]
+    case = sam_cases(family)[name]
     predictor = SAM3InteractiveImagePredictor(model, **case["ctor"])
     predictor.set_embedding(embeddings[case["image"]])
     arguments = dict(case["args"])
     if "mask_input" in case:
         source = case["mask_input"]
-        low_res = predict_sam3_case(source["from_case"], model, embeddings)[2]
+        low_res = predict_sam_case(family, source["from_case"], model, embeddings)[2]
         arguments["mask_input"] = low_res[source["channel"]][None]
     return predictor.predict(**arguments)
 
 
-def sam3_errors(name: str, prediction: Prediction) -> dict[str, float]:
+def sam_errors(family: str, name: str, prediction: Prediction) -> dict[str, float]:
     """Largest errors of one call: of logits and of predicted IoUs, and the share of mask pixels."""
     masks, iou, low_res = prediction
-    outputs = sam3_outputs()
+    outputs = sam_outputs(family)
     logits = largest_error(low_res[..., ::3, ::3], outputs[f"{name}/low_res"])
     if f"{name}/logits" in outputs:
         logits = max(logits, largest_error(masks[..., ::7, ::7], outputs[f"{name}/logits"]))
@@ -67,10 +72,10 @@ def sam3_errors(name: str, prediction: Prediction) -> dict[str, float]:
     }
 
 
-def sam3_feature_error(number: int, embedding: ImageEmbedding) -> float:
+def sam_feature_error(family: str, number: int, embedding: ImageEmbedding) -> float:
     """The largest error of the feature maps of one golden image, and of their statistics."""
     fine, middle, coarse = embedding.numpy().values()
-    outputs = sam3_outputs()
+    outputs = sam_outputs(family)
     stats = [[a.mean(), a.std(), np.abs(a).max()] for a in (fine, middle, coarse)]
     errors = [
         largest_error(coarse[:, ::8, ::4, ::4], outputs[f"image{number}/image_embed"]),

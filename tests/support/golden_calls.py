@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.golden.sam3 import synthetic
+from tests.golden.sam2 import synthetic as sam2
+from tests.golden.sam3 import synthetic as sam3
 
 import sam3rt
 
@@ -60,9 +61,20 @@ class Golden:
 
 def sam3_golden(model: sam3rt.SegmentationModel, images: dict[int, NDArray[np.uint8]]) -> Golden:
     """The cases of SAM 3's own predictor, batches as one call per image."""
+    return _sam_golden(model, images, sam3.cases()["cases"])
+
+
+def sam2_golden(model: sam3rt.SegmentationModel, images: dict[int, NDArray[np.uint8]]) -> Golden:
+    """The cases of SAM 2's own predictor, likewise."""
+    return _sam_golden(model, images, sam2.cases()["cases"])
+
+
+def _sam_golden(
+    model: sam3rt.SegmentationModel, images: dict[int, NDArray[np.uint8]], cases: list[Any]
+) -> Golden:
     named = {str(number): image for number, image in images.items()}
     calls = []
-    for case in synthetic.cases()["cases"]:
+    for case in cases:
         if "batch_args" in case:
             index = case["index"]
             arguments = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sam3rt.errors import Sam3rtError
 
-from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
+from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, SAM2_NECK, SAM2_TRUNK, TRUNK
 from ..errors import CheckpointError
 from ..source import ExportSource
 from .checkpoint_file import read_state
@@ -57,11 +57,12 @@ def open_source(checkpoint: Any, options: SourceOptions | None = None) -> Export
     """Recognize a checkpoint and load it.
 
     Args:
-        checkpoint: Meta's ``sam3.pt`` or ``sam3.1_multiplex.pt``, a file of EfficientSAM3,
-            MobileSAM's ``mobile_sam.pt``, any of them also as a ``.safetensors`` file or a
-            ``.safetensors.index.json``; a folder with one of these; a transformers folder or hub
-            id; a live ``Sam3TrackerModel``; or a module of the ``sam3`` package that holds the
-            interactive predictor and its backbone.
+        checkpoint: Meta's ``sam3.pt``, ``sam3.1_multiplex.pt``, ``sam2.1_hiera_*.pt`` or
+            ``sam2_hiera_*.pt``, a file of EfficientSAM3, MobileSAM's ``mobile_sam.pt``, any of them
+            also as a ``.safetensors`` file or a ``.safetensors.index.json``; a folder with one of
+            these; a transformers folder or hub id; a live ``Sam3TrackerModel`` or ``Sam2Model``; a
+            module of the ``sam3`` package that holds the interactive predictor and its backbone, or
+            a ``SAM2Base`` of the ``sam2`` package.
         options: how to read it.
 
     Raises:
@@ -117,7 +118,7 @@ def _open_file(path: Path, options: SourceOptions) -> ExportSource:
         from .adapters import adapted, read_adapter
 
         adapter = read_adapter(Path(options.lora), options.lora_alpha)
-        exported = (TRUNK, NECK, PROMPT, DECODER, NO_MEMORY)
+        exported = (TRUNK, NECK, SAM2_TRUNK, SAM2_NECK, PROMPT, DECODER, NO_MEMORY)
         changed, notes = adapted(state, adapter, exported)
         state = state | changed
     source = _open_state(state, str(path), path.name, digest, options=options)
@@ -177,11 +178,15 @@ def _open_live(model: nn.Module, options: SourceOptions) -> ExportSource:
     if is_tracker_model(inner):
         return open_tracker_model(inner, image_size=options.image_size)
     state = model.state_dict()
-    if family_of(state) is None:
+    family = family_of(state)
+    if family is None:
         raise CheckpointError(
             f"checkpoint: got a {type(model).__name__}: {describe_names(state)}; expected a "
-            "Sam3TrackerModel or the reference's tracker built with its backbone"
+            "Sam3TrackerModel, a Sam2Model, or a reference's model with its image encoder"
         )
+    size = getattr(inner, "image_size", None)
+    if family == "sam2" and options.image_size is None and isinstance(size, int):
+        options = dataclasses.replace(options, image_size=size)
     return _open_state(
         state, "checkpoint", type(inner).__name__, kind="live model", options=options
     )
@@ -206,8 +211,23 @@ def _open_state(
             mobile_sam_tensors(state), kind=kind or "mobile_sam.pt", origin=origin, sha256=digest
         )
         return dataclasses.replace(source, stored=_in_words(stored_types(state, state)))
+    if family == "sam2":
+        _refuse(options, "SAM 2, which has a decoder of its own,", "tracker")
     tracker, tracker_notes = _open_tracker(options.tracker)
     parts = interactive_parts(state, what, tracker)
+    if family == "sam2":
+        from .sam2 import source_from_tensors as open_sam2
+        from .sam2 import version_of
+
+        source = open_sam2(
+            parts.tensors,
+            origin=origin,
+            version=version_of(state),
+            kind=kind,
+            sha256=digest,
+            image_size=options.image_size,
+        )
+        return dataclasses.replace(source, stored=_in_words(parts.stored))
     if parts.student:
         from .efficient_sam3 import open_efficient_sam3 as open_parts
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from ..checkpoint_keys import (
     NECK,
     NO_MEMORY,
     PROMPT,
+    SAM2_NECK,
+    SAM2_TRUNK,
     STUDENT,
     TRUNK,
     unknown_names,
@@ -22,12 +25,12 @@ from ..checkpoint_keys import (
 )
 from ..errors import CheckpointError
 
-Family = Literal["sam3", "sam3.1", "mobile_sam"]
+Family = Literal["sam3", "sam3.1", "sam2", "mobile_sam"]
 
 ACCEPTED = (
-    "accepted are Meta's sam3.pt or sam3.1_multiplex.pt, EfficientSAM3's merged files and "
-    "MobileSAM's mobile_sam.pt (pickled or as safetensors), a transformers folder or hub id, and "
-    "live models of these"
+    "accepted are Meta's sam3.pt, sam3.1_multiplex.pt or sam2.1_hiera_*.pt, EfficientSAM3's merged "
+    "files and MobileSAM's mobile_sam.pt (pickled or as safetensors), a transformers folder or hub "
+    "id, and live models of these"
 )
 
 # Components that DistributedDataParallel and torch.compile put into names.
@@ -55,15 +58,21 @@ _MULTIPLEX = (
     (_MULTIPLEX_DECODER, DECODER),
     ("tracker.model.interactivity_no_mem_embed", NO_MEMORY),
 )
+# SAM 2's decoder numbers the two layers that SAM 3's names.
+_SAM2_MLP = re.compile(
+    rf"({re.escape(DECODER)}transformer\.layers\.\d+\.mlp)\.layers\.([01])(\.\w+)"
+)
 _MOBILE_SAM = "image_encoder.patch_embed.seq."
+# Below these, every tensor counts.
+_READ = (TRUNK, NECK, SAM2_TRUNK, SAM2_NECK, PROMPT, DECODER)
 
 
 @dataclass(frozen=True)
 class InteractiveParts:
-    """The parts of a SAM 3, SAM 3.1 or EfficientSAM3 that the interactive predictor has.
+    """The parts of a SAM 3, 3.1, 2 or EfficientSAM3 that the interactive predictor has.
 
     Attributes:
-        tensors: in ``sam3.pt`` naming; detached, dense and finite on the CPU, FP32 or (rotary
+        tensors: in canonical naming; detached, dense and finite on the CPU, FP32 or (rotary
             tables) complex64.
         multiplex: whether they are SAM 3.1's.
         stored: the floating point types in which they were stored, such as ``"bfloat16"``.
@@ -91,6 +100,8 @@ def family_of(state: Mapping[str, Tensor]) -> Family | None:
     names = set(plain_names(state).values())
     if any(name.startswith(_MOBILE_SAM) for name in names):
         return "mobile_sam"
+    if any(name.startswith(SAM2_TRUNK) for name in names):
+        return "sam2"
     if not any(name.startswith(TRUNK) for name in names):
         return None
     return "sam3.1" if _is_multiplex(names) else "sam3"
@@ -104,7 +115,7 @@ def canonical_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tenso
 def interactive_parts(
     state: Mapping[str, Tensor], what: str, tracker: InteractiveParts | None = None
 ) -> InteractiveParts:
-    """The tensors of a SAM 3, 3.1 or EfficientSAM3 that the interactive predictor has.
+    """The tensors of a SAM 3, 3.1, 2 or EfficientSAM3 that the interactive predictor has.
 
     Args:
         state: tensors under any of the names that this module knows.
@@ -172,10 +183,13 @@ def _known_parts(
     """Choose, check and convert what belongs to the parts that are exported."""
     multiplex = _is_multiplex(plain.values())
     aliases = _MULTIPLEX if multiplex else ()
+    is_sam2 = any(name.startswith(SAM2_TRUNK) for name in plain.values())
     sources: dict[str, str] = {}
     for original, name in plain.items():
         renamed = _replace_prefix(name, aliases)
-        if not (renamed.startswith((TRUNK, NECK, PROMPT, DECODER)) or renamed == NO_MEMORY):
+        if is_sam2:
+            renamed = _SAM2_MLP.sub(lambda m: f"{m[1]}.lin{int(m[2]) + 1}{m[3]}", renamed)
+        if not (renamed.startswith(_READ) or renamed == NO_MEMORY):
             if LORA.search(original) and not name.startswith(("detector.", "tracker.")):
                 raise unknown_tensors(what, [original])
         elif renamed.endswith("num_batches_tracked"):
@@ -264,8 +278,8 @@ def describe_names(names: Iterable[str]) -> str:
             f"it holds {holds} without the tracker, whose decoder answers clicks; take that from "
             "the checkpoint it was trained from: --tracker sam3.pt"
         )
-    if some("image_encoder.trunk."):
-        return "it holds SAM 2, which sam3rt does not export"
+    if some(SAM2_TRUNK):
+        return "it holds SAM 2's image encoder without its mask decoder"
     if some("image_encoder.blocks."):
         return "it holds SAM 1, which sam3rt does not export"
     if some(DECODER, _MULTIPLEX_DECODER):
@@ -278,7 +292,7 @@ def describe_names(names: Iterable[str]) -> str:
     if any(LORA.search(name) for name in names):
         return "it holds LoRA adapters: pass the model they are for, and these by --lora"
     shown = ", ".join(repr(name) for name in names[:3])
-    return f"it holds neither SAM 3's nor MobileSAM's tensors; the first are {shown}"
+    return f"it holds neither SAM 3's, SAM 2's nor MobileSAM's tensors; the first are {shown}"
 
 
 def plain_names(state: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""SAM 3 as transformers keeps it: a folder, a hub id or a live ``Sam3TrackerModel``."""
+"""SAM 3 and SAM 2 as transformers keeps them: a folder, a hub id or a live model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, Sam2Config
 
 from ..checkpoint_keys import (
     LORA,
@@ -17,20 +18,22 @@ from ..checkpoint_keys import (
 )
 from ..errors import CheckpointError
 from ..graphs.sam3_encoder import Sam3Architecture
+from ..references.transformers_sam2 import Sam2Model, build_sam2_model
 from ..references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from ..source import ExportSource
+from . import sam2
 from .adapters import Adapter, adapted
 from .sam3 import sam3_source, size_notes
 from .sam3_architecture import check_architecture, resized
 from .state_dict import ready
 
-# Modules of a Sam3TrackerModel. What else a folder holds belongs to other models of SAM 3's.
+# Modules of either model. What else a folder holds belongs to other models of SAM 3's and SAM 2's.
 _MODULES = ("vision_encoder.", "prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
 
 
 def is_tracker_model(model: nn.Module) -> bool:
-    """Whether a module is a ``Sam3TrackerModel``."""
-    return isinstance(model, Sam3TrackerModel)
+    """Whether a module is a ``Sam3TrackerModel`` or a ``Sam2Model``."""
+    return isinstance(model, Sam3TrackerModel | Sam2Model)
 
 
 def open_pretrained(
@@ -52,8 +55,13 @@ def open_pretrained(
             f"{name}: holds LoRA adapters; pass the model that they are for, and this by --lora"
         )
     try:
-        model, report = Sam3TrackerModel.from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        family, config = _family(name)
+        model, report = family.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever transformers, its libraries and the network raise
         raise CheckpointError(
@@ -79,15 +87,27 @@ def open_pretrained(
     )
 
 
+def _family(name: str) -> tuple[Any, Any]:
+    """The class to load a folder or hub id as, and the configuration, or ``None`` for its own.
+
+    SAM 2's folders name its video model; what of that one an image goes through is a Sam2Model.
+    """
+    stored, _ = PreTrainedConfig.get_config_dict(name)
+    if stored.get("model_type") not in ("sam2", "sam2_video"):
+        return Sam3TrackerModel, None
+    parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    return Sam2Model, Sam2Config(**{part: stored[part] for part in parts if part in stored})
+
+
 def open_tracker_model(
     model: Any,
     *,
-    kind: str = "Sam3TrackerModel",
+    kind: str | None = None,
     origin: str = "live model",
     image_size: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> ExportSource:
-    """Prepare a live ``Sam3TrackerModel``.
+    """Prepare a live ``Sam3TrackerModel`` or ``Sam2Model``.
 
     Its configuration, epsilons included, is taken as it is, but for the image size if that is
     given.
@@ -112,6 +132,14 @@ def open_tracker_model(
         model = copy.deepcopy(model).float().cpu().eval()
     state = {name: ready(name, tensor) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
+    kind = kind or type(model).__name__
+    if isinstance(model, Sam2Model):
+        hiera = sam2.architecture_of(model.config)
+        enlarged = sam2.resized(hiera, image_size)
+        if enlarged != hiera:
+            model = build_sam2_model(enlarged, tensors)
+        notes = (*notes, *sam2.size_notes(enlarged.image_size, hiera.image_size))
+        return sam2.sam2_source(enlarged, tensors, model, kind=kind, origin=origin, notes=notes)
     trained = _architecture(model.config)
     architecture = resized(trained, image_size)
     if architecture != trained:

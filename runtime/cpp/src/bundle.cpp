@@ -168,7 +168,8 @@ Manifest read_manifest(const JsonValue& value) {
     value.check_fields({"format", "format_version", "fingerprint", "export_id", "name",
                         "model_type", "weights", "source", "image", "prompts", "masks", "encoder",
                         "decoder", "parity", "producer"});
-    static const std::vector<std::string> families = {"sam3", "efficient_sam3", "mobile_sam"};
+    static const std::vector<std::string> families = {"sam3", "efficient_sam3", "sam2",
+                                                      "mobile_sam"};
     static const std::vector<std::string> types = {"float32", "float16"};
     Manifest manifest;
     manifest.fingerprint = value.field("fingerprint").text();

@@ -228,7 +228,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     export_id: str
     name: str
-    model_type: Literal["sam3", "efficient_sam3", "mobile_sam"]
+    model_type: Literal["sam3", "efficient_sam3", "sam2", "mobile_sam"]
     weights: Literal["float32", "float16"]
     source: SourceSpec
     image: ImageSpec

@@ -36,6 +36,7 @@ _VARIABLES = (
 _FAMILIES = {
     "sam3": "SAM 3 or 3.1",
     "efficient_sam3": "EfficientSAM3: a small image encoder, SAM 3's neck and decoder",
+    "sam2": "SAM 2 or 2.1",
     "mobile_sam": "MobileSAM: SAM 1's decoder with a TinyViT",
 }
 

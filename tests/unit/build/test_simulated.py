@@ -33,7 +33,7 @@ from sam3rt.geometry import preprocess
 from sam3rt.model import load_model
 from sam3rt_build.errors import RecipeError
 from sam3rt_build.graph_files import load_graph, mark_layers, save_graph
-from sam3rt_build.recipes import Recipe, recipe_named
+from sam3rt_build.recipes import RECIPES, Recipe, recipe_named
 from sam3rt_build.simulated import SimulatedBackend, simulate
 
 Array = NDArray[np.float32]
@@ -342,6 +342,17 @@ def test_a_recipe_that_does_not_fit_is_refused_at_once(default: Bundle, tmp_path
     bundle = edited_bundle(default.path, tmp_path / "unnamed", unname)
     with pytest.raises(RecipeError, match="not named after modules"):
         SimulatedBackend(bundle, recipe_named("fp16"), recipe_named("fp16"))
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name != "fp32"], ids=lambda r: r.name)
+def test_every_rung_of_the_ladder_passes_the_gate_with_sam2(
+    recipe: Recipe, small_sam2: Path
+) -> None:
+    bundle = open_bundle(small_sam2, check_files=False)
+    record = first_cases(load_record(bundle), "box_click")
+    backend = SimulatedBackend(bundle, recipe, recipe)
+    verdict = judge(verify(backend, bundle.manifest, record, GATE_LIMITS))
+    assert verdict.passed, verdict.explain()
 
 
 # --- large activations ----------------------------------------------------------------------------

@@ -39,14 +39,26 @@ TYPES = {"float32": trt.float32, "float16": trt.float16, "int64": trt.int64}
 def test_every_recipe_parses_as_a_strongly_typed_network(
     role: Role, recipe: Recipe, tmp_path: Path
 ) -> None:
-    bundle = open_bundle(default_bundle_path(), check_files=False)
+    parse(default_bundle_path(), role, recipe, tmp_path)
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_sam2_parses_as_a_strongly_typed_network(
+    role: Role, small_sam2: Path, tmp_path: Path
+) -> None:
+    parse(small_sam2, role, recipe_named("fp16-activations"), tmp_path)
+
+
+def parse(path: Path, role: Role, recipe: Recipe, folder: Path) -> None:
+    """Type a bundle's graph, and hold what the parser makes of it to the manifest."""
+    bundle = open_bundle(path, check_files=False)
     model = load_graph(bundle, role)
     apply_recipe(model, recipe, recipe.features_dtype)
-    save_graph(model, tmp_path / "typed.onnx")
+    save_graph(model, folder / "typed.onnx")
     builder = trt.Builder(LOGGER)
     network = builder.create_network(FLAGS)
     parser = trt.OnnxParser(network, LOGGER)
-    parser.parse_from_file(str(tmp_path / "typed.onnx"))
+    parser.parse_from_file(str(folder / "typed.onnx"))
     assert [str(parser.get_error(i)) for i in range(parser.num_errors)] == []
     maps = {spec.name for spec in bundle.manifest.encoder.outputs}
     graph = getattr(bundle.manifest, role)
@@ -135,6 +147,16 @@ def test_every_recipe_of_both_graphs_keeps_its_promise(
 ) -> None:
     fused = 4 if role == "decoder" else 10 if bundle == default_bundle_path() else 4
     check(evidence(bundle, role, recipe, tmp_path, "8.9"), role, recipe, fused=fused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_every_recipe_of_sam2_keeps_its_promise(
+    role: Role, recipe: Recipe, small_sam2: Path, tmp_path: Path
+) -> None:
+    fused = 4 if role == "decoder" else 9
+    check(evidence(small_sam2, role, recipe, tmp_path, "8.9"), role, recipe, fused=fused)
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_a_repository_of_sam_3_1_holds_metas_file(
         raise OSError("no file named model.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(transformers_model.Sam3TrackerModel, "from_pretrained", fail)
+    monkeypatch.setattr(transformers_model.PreTrainedConfig, "get_config_dict", fail)
     if there:
         assert open_source("facebook/sam3.1").name == "sam3.1"
     else:

@@ -393,7 +393,7 @@ struct Manifest {
     /// Stands in the metadata of both graphs.
     std::string export_id;
     std::string name;
-    /// "sam3", "efficient_sam3" or "mobile_sam".
+    /// "sam3", "efficient_sam3", "sam2" or "mobile_sam".
     std::string model_type;
     /// Type the weights are stored in, "float32" or "float16"; computation is FP32 either way.
     std::string weights;
