@@ -1,10 +1,10 @@
-"""Encoders of several models in turn, in one process: how much less a smaller one costs.
+"""Encoders of several models one after the other: how much less a smaller one costs.
 
     python -m benchmarks.encoders ENCODER.onnx ENCODER.onnx ... [--rounds 3] [--output FILE]
 
 Each file runs on ONNX Runtime and on OpenVINO in FP32 on one thread, one image a run, after one run
-that does not count. What is given is processor time, which other work on the machine disturbs less
-than the clock; read the ratios.
+that does not count. Only one is in memory at a time. What is given is processor time, which other
+work on the machine disturbs less than the clock; read the ratios.
 """
 
 from __future__ import annotations
@@ -44,6 +44,17 @@ def on_openvino(path: Path) -> Callable[[], Any]:
     return lambda: request.infer([pixels])
 
 
+def timed(run: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Processor time of a run, seconds, after one that does not count."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return {"median_seconds": round(statistics.median(times), 3), "least": round(min(times), 3)}
+
+
 def random_pixels(side: int) -> Any:
     """Pixels about as large as normalized ones, float32 [1, 3, side, side]."""
     return np.random.default_rng(0).standard_normal((1, 3, side, side), dtype=np.float32)
@@ -58,17 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     document = conditions("onnxruntime", "openvino")
     for name, load in (("onnxruntime", on_onnxruntime), ("openvino", on_openvino)):
-        runs = {path.parent.name: load(path) for path in options.encoders}
-        times: dict[str, list[float]] = {encoder: [] for encoder in runs}
-        for number in range(options.rounds + 1):
-            for encoder, run in runs.items():
-                start = time.process_time()
-                run()
-                if number:
-                    times[encoder].append(time.process_time() - start)
         document[name] = {
-            encoder: {"median_seconds": round(statistics.median(t), 3), "least": round(min(t), 3)}
-            for encoder, t in times.items()
+            path.parent.name: timed(load(path), options.rounds) for path in options.encoders
         }
     publish(document, options.output)
 

@@ -96,6 +96,12 @@ _ALWAYS = (
         "linear attention sums over thousands of pixels and divides by such a sum plus 1e-15",
         scope=r"(?:^|\.)linear_attention$",
     ),
+    Rule(
+        "RepViT's depthwise mixers replace the stream that blocks add to, so that their rounding "
+        "adds up over all of them",
+        frozenset({"Conv"}),
+        r"(?:^|\.)mixer$",
+    ),
     Rule("stability counts up to 82,944 pixels; FP16 ends at 65,504", scope=r"^single_mask$"),
     Rule("the scores themselves, and next to nothing to compute", scope=r"^(?:iou|object)_head"),
 )

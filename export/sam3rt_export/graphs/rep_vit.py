@@ -43,22 +43,22 @@ class RepViTBlock(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         super().__init__()
         mixer = prefix + "token_mixer."
+        # The mixer's result takes the place of the stream that blocks add to: precision recipes
+        # know it by its name.
+        self.mixed: nn.Module = nn.Identity()
         if mixer + "0.conv.c.weight" in tensors:
-            parts: list[nn.Module] = [merged_mixer(tensors, mixer + "0.")]
+            self.mixer = merged_mixer(tensors, mixer + "0.")
             if mixer + "1.fc1.weight" in tensors:
-                parts.append(SqueezeExcite(tensors, mixer + "1."))
+                self.mixed = SqueezeExcite(tensors, mixer + "1.")
         else:
             width = tensors[mixer + "0.c.weight"].shape[0]
-            parts = [
-                folded_conv(tensors, mixer + "0.", stride=2, groups=width),
-                folded_conv(tensors, mixer + "2."),
-            ]
-        self.tokens = nn.Sequential(*parts)
+            self.mixer = folded_conv(tensors, mixer + "0.", stride=2, groups=width)
+            self.mixed = folded_conv(tensors, mixer + "2.")
         self.widen = folded_conv(tensors, prefix + "channel_mixer.m.0.")
         self.narrow = folded_conv(tensors, prefix + "channel_mixer.m.2.")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens(x)
+        x = self.mixed(self.mixer(x))
         y: Tensor = self.narrow(gelu(self.widen(x)))
         return x + y
 

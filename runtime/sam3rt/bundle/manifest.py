@@ -340,7 +340,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         The manifest as written.
     """
     blank = msgspec.structs.replace(manifest, fingerprint=NO_FINGERPRINT)
-    text = json.dumps(msgspec.to_builtins(blank), indent=2, ensure_ascii=False) + "\n"
+    document = msgspec.to_builtins(blank)
+    for name in ("weights", "notes"):  # earlier versions know neither, and need not
+        if not document["source"][name]:
+            del document["source"][name]
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     final = text.replace(NO_FINGERPRINT, fingerprint, 1)
     with atomic_write(folder / MANIFEST) as stream:

@@ -53,6 +53,8 @@ def test_every_narrow_recipe_keeps_what_loses_most(recipe: Recipe) -> None:
         for operator in ("MatMul", "ReduceSum", "Div"):
             assert any(rule.matches(operator, scope) for rule in recipe.rules), scope
     assert any(rule.upstream for rule in recipe.rules if "Sin" in rule.operators)
+    assert any(rule.matches("Conv", "trunk.blocks.3.mixer") for rule in recipe.rules)
+    assert not any(rule.matches("Conv", "trunk.blocks.3.widen") for rule in recipe.rules)
     assert not any(rule.matches("MatMul", "blocks.3.fc1") for rule in recipe.rules)
 
 

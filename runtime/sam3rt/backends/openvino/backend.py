@@ -34,7 +34,7 @@ from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
-from .bf16 import FIRST_BLOCKS, LINEAR_ATTENTION, TOKENS, matmuls_in_bf16
+from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
 from .hidden_layers import split_hidden_layers
 
 _LOG = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "b
 # of it. In the others matmuls are BF16. What the blocks add up and normalizations stay FP32, as in
 # PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is little faster.
 _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
-    "bf16": (LINEAR_ATTENTION, TOKENS),
-    "bf16-encoder": (LINEAR_ATTENTION, None),
+    "bf16": (FRAGILE, TOKENS),
+    "bf16-encoder": (FRAGILE, None),
     "bf16-mixed": (FIRST_BLOCKS, None),
     "fp32": (None, None),
 }

@@ -16,11 +16,12 @@ from openvino import opset13
 
 # Patterns for operators that stay FP32. The export names nodes after module paths.
 NOTHING = re.compile(r"(?!)")
-# In any encoder: EfficientViT's attention, which divides by sums over all pixels.
-LINEAR_ATTENTION = re.compile(r".*linear_attention/")
+# In any encoder: EfficientViT's attention, which divides by sums over all pixels, and RepViT's
+# depthwise mixers, which replace the stream that blocks add to.
+FRAGILE = re.compile(r".*\b(linear_attention|mixer)/")
 # In an encoder: that, the patch convolution and the first two blocks, because all others build on
 # them, and the layers that turn the last block's result into feature maps. 7 % of the operations.
-FIRST_BLOCKS = re.compile(r".*linear_attention/|patch/|blocks\.[01]\.|project|up|out")
+FIRST_BLOCKS = re.compile(r".*\b(linear_attention|mixer)/|patch/|blocks\.[01]\.|project|up|out")
 # In a decoder: everything but the layers that run over the image. The prompt's few tokens cost
 # little, and in BF16 a click would be some pixels off.
 TOKENS = re.compile(r"(?!up[12]/|blocks\.\d+\.(token_to_image|image_to_token)|final)")
