@@ -1,6 +1,6 @@
 """Clicks a second and their latency against the number of users, by several ways of serving them.
 
-    python benchmarks/serving.py --output FOLDER
+    python -m benchmarks.serving --output FOLDER
 
 Every user clicks on one image, waits for the masks and clicks again. The ways:
 
@@ -85,7 +85,7 @@ def main() -> None:
     answers = Answers(model, options.image)
     users = [int(count) for count in options.users.split(",")]
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
         "machine": {
             "processor": processor_name(),
             "cores": usable_cores(),

@@ -246,9 +246,9 @@ class Judged:
         return StoredVerdict.of(judge(verify(backend, manifest, self.record, GATE_LIMITS)))
 
 
-@pytest.fixture(scope="module")
-def judged(model: SegmentationModel) -> Judged:
-    return Judged(model)
+@pytest.fixture(scope="module", params=["tiny_model", "default_model"])
+def judged(request: pytest.FixtureRequest) -> Judged:
+    return Judged(request.getfixturevalue(request.param))
 
 
 def with_cosine(cosine: float) -> Callable[[Maps], Maps]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tests.conftest import photo
 from tests.golden.sam3 import synthetic
 from tests.support.fake_cuda import CALLERS_GPU, CudaMisuse, FakeCuda
-from tests.support.golden import arguments_of, mobile_sam_cases, sam3_cases
+from tests.support.golden import arguments_of, mobile_sam_cases, sam_cases
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -38,7 +38,7 @@ from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import geometry
 
 TOLERANCE = 1e-4
-MOBILE_CASES, SAM3_CASES = mobile_sam_cases(), sam3_cases()
+MOBILE_CASES, SAM3_CASES = mobile_sam_cases(), sam_cases("sam3")
 
 
 @pytest.fixture(scope="module")
