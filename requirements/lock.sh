@@ -16,4 +16,4 @@ lock() {
 
 lock requirements/cpu.lock --extra cpu --universal --python-version 3.11
 lock requirements/test.lock --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-    --extra cpu --extra openvino --extra export --extra mobile-sam --extra bench --extra test "$@"
+    --extra cpu --extra openvino --extra export --extra mobile-sam --extra bench --extra docs --extra test "$@"
