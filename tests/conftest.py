@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import PIL.Image
 import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ PHOTOS = ROOT / "tests" / "photos"
 from tests.golden.sam2 import synthetic as sam2_synthetic  # noqa: E402
 from tests.golden.sam3 import synthetic  # noqa: E402
 from tests.support import disk_cache  # noqa: E402
+from tests.support.helpers import photo  # noqa: E402
 
 # `make test-full` asks for the second one with --hypothesis-profile. Fixtures that only hold data
 # may be shared by all examples of a property.
@@ -83,20 +84,29 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
 def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Path:
     """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs.
 
+    ``progress.json`` in it holds the lines that the export told of its progress. Where PyTorch is
+    not installed, ``SAM3RT_TEST_EXPORTS`` names the folder into which another environment made it.
+
     Args:
         name: what the folder, the checkpoint and the bundle are called.
         tensors: gives the checkpoint.
         data: files that it is made from, beside those of the small SAM 3.
     """
+    given = os.environ.get("SAM3RT_TEST_EXPORTS")
+    if given:
+        return Path(given) / name
 
     def make(folder: Path) -> None:
         import torch
+        from tests.support import export_helpers
 
         from sam3rt_export import export_bundle
 
-        checkpoint = folder / f"{name}.pt"
+        checkpoint, told = folder / f"{name}.pt", []
         torch.save({key: torch.as_tensor(array) for key, array in tensors().items()}, checkpoint)
-        export_bundle(checkpoint, folder / name)
+        with export_helpers.one_thread():
+            export_bundle(checkpoint, folder / name, progress=told.append)
+        (folder / "progress.json").write_text(json.dumps(told))
 
     sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam3")
     helpers = ROOT / "tests" / "support" / "export_helpers.py"
@@ -114,12 +124,8 @@ def export_once() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def small_export() -> Path:
-    """Checkpoint and bundle of the golden data's small SAM 3.
-
-    Where PyTorch is not installed, ``SAM3RT_SMALL_EXPORT`` says where another environment made it.
-    """
-    given = os.environ.get("SAM3RT_SMALL_EXPORT")
-    return Path(given) if given else _export("sam3_small", synthetic.checkpoint)
+    """Checkpoint and bundle of the golden data's small SAM 3."""
+    return _export("sam3_small", synthetic.checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -137,12 +143,22 @@ def small_bundle(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def tiny_sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SAM 3 of 8x8 pixels as a bundle, which runs in no time. It is a copy, too."""
-    from tests.support.export_helpers import tiny_tensors
+def tiny_export() -> Path:
+    """Checkpoint and bundle of a SAM 3 of 8x8 pixels."""
 
+    def tensors() -> dict[str, Any]:
+        from tests.support.export_helpers import tiny_tensors
+
+        return dict(tiny_tensors())
+
+    return _export("sam3_tiny", tensors)
+
+
+@pytest.fixture(scope="session")
+def tiny_sam3(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SAM 3 of 8x8 pixels as a bundle, which runs in no time. It is a copy, too."""
     path = tmp_path_factory.mktemp("bundles") / "sam3_tiny"
-    shutil.copytree(_export("sam3_tiny", tiny_tensors) / "sam3_tiny", path)
+    shutil.copytree(tiny_export / "sam3_tiny", path)
     return path
 
 
@@ -233,22 +249,10 @@ def _drawn(entries: dict[str, Any]) -> dict[int, NDArray[np.uint8]]:
     return images
 
 
-def photo(name: str) -> NDArray[np.uint8]:
-    """A test photograph, uint8 [H, W, 3]."""
-    with PIL.Image.open(PHOTOS / f"{name}.png") as image:
-        return np.asarray(image.convert("RGB"))
-
-
 @pytest.fixture(scope="session")
 def chelsea() -> NDArray[np.uint8]:
     """A photograph of a cat, 300 x 451 pixels."""
     return photo("chelsea")
-
-
-@pytest.fixture
-def golden_cases() -> dict[str, Any]:
-    """The parsed golden cases of SAM 3."""
-    return synthetic.cases()
 
 
 def pytest_collection_finish() -> None:

@@ -27,6 +27,7 @@ from tests.support.helpers import noise
 from tests.support.runnable_bundle import runnable_bundle
 
 import sam3rt
+from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import MAX_PIXELS, MAX_SIDE
 from sam3rt.prompts import MAX_MASK_LOGIT, MAX_OBJECTS, MAX_POINTS
 
@@ -40,8 +41,8 @@ def library(cpp_builds: Path) -> Library:
 
 
 @pytest.fixture(scope="module")
-def model(library: Library, mobile_sam_golden: Golden) -> Iterator[c_void_p]:
-    loaded = library.load(mobile_sam_golden.bundle)
+def model(library: Library) -> Iterator[c_void_p]:
+    loaded = library.load(default_bundle_path())
     yield loaded
     library.c.sam3rt_model_free(loaded)
 

@@ -54,8 +54,8 @@ def check_refused(build: Build, texts: list[bytes], tmp_path: Path) -> None:
 # --- valid bundles --------------------------------------------------------------------------------
 
 
-def test_manifest_is_read_as_in_python(cpp_build: Build, folder: Path, small_bundle: Path) -> None:
-    for path in (folder, small_bundle, default_bundle_path()):
+def test_manifest_is_read_as_in_python(cpp_build: Build, folder: Path, tiny_sam3: Path) -> None:
+    for path in (folder, tiny_sam3, default_bundle_path()):
         manifest = open_bundle(path).manifest
         found = cpp_build.one(op="open_bundle", path=path).value
         assert found["name"] == manifest.name
@@ -116,12 +116,12 @@ def test_hub_cache(cpp_build: Build, tmp_path: Path) -> None:
             assert "cp -rL" in result.refusal("BundleError", "decoder.onnx")
 
 
-def test_relative_folder(cpp_build: Build, small_bundle: Path, tmp_path: Path) -> None:
+def test_relative_folder(cpp_build: Build, tiny_sam3: Path, tmp_path: Path) -> None:
     """What is opened later is found even where the process has another current folder by then."""
     results = cpp_build.run(
         [
-            {"op": "chdir", "path": small_bundle.parent},
-            {"op": "load_model", "model": "m", "path": small_bundle.name},
+            {"op": "chdir", "path": tiny_sam3.parent},
+            {"op": "load_model", "model": "m", "path": tiny_sam3.name},
             {"op": "chdir", "path": tmp_path},
             {"op": "prepare", "model": "m"},
         ]
@@ -220,9 +220,9 @@ def prepared(build: Build, path: Path, check_files: bool = True) -> Any:
 
 
 @pytest.fixture
-def copied(small_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the small SAM 3's bundle, to be changed."""
-    shutil.copytree(small_bundle, tmp_path / "copy")
+def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny SAM 3's bundle, to be changed."""
+    shutil.copytree(tiny_sam3, tmp_path / "copy")
     return tmp_path / "copy"
 
 

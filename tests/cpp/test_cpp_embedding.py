@@ -10,6 +10,7 @@ import numpy as np
 from tests.support import vectors as stored
 from tests.support.cpp_driver import Build, Step, as_prompts
 from tests.support.golden_calls import Golden
+from tests.support.helpers import noise
 
 import sam3rt
 from sam3rt.bundle import TensorSpec
@@ -104,14 +105,14 @@ def test_embeddings_travel_both_ways(cpp_build: Build, golden: Golden, tmp_path:
 
 
 def test_other_models_embedding(
-    cpp_build: Build, sam3_golden: Golden, mobile_sam_golden: Golden, tmp_path: Path
+    cpp_build: Build, tiny_sam3: Path, toy_model: sam3rt.SegmentationModel, tmp_path: Path
 ) -> None:
-    image = sam3_golden.images["2"]
+    image = noise(48, 64)
     path = tmp_path / "image.embedding"
     results = cpp_build.run(
         [
-            {"op": "load_model", "model": "sam3", "path": sam3_golden.bundle},
-            {"op": "load_model", "model": "mobile", "path": mobile_sam_golden.bundle},
+            {"op": "load_model", "model": "sam3", "path": tiny_sam3},
+            {"op": "load_model", "model": "mobile", "path": toy_model.bundle.path},
             {"op": "encode", "model": "mobile", "embedding": "e", "image": image},
             {"op": "save_embedding", "embedding": "e", "path": path},
             {"op": "load_embedding", "model": "sam3", "embedding": "x", "path": path},
@@ -126,15 +127,14 @@ def test_other_models_embedding(
 
 
 def test_geometry_of_another_resize_rule(
-    cpp_build: Build, sam3_golden: Golden, tmp_path: Path
+    cpp_build: Build, tiny_model: sam3rt.SegmentationModel, tmp_path: Path
 ) -> None:
-    maps = sam3_golden.features["2"]
-    manifest = sam3rt.open_bundle(sam3_golden.bundle).manifest
+    maps = tiny_model.encode(noise(48, 64)).numpy()
     wrong = ImageGeometry((48, 64), (720, 1008))
-    write_embedding(tmp_path / "wrong", maps, wrong, manifest.fingerprint)
+    write_embedding(tmp_path / "wrong", maps, wrong, tiny_model.manifest.fingerprint)
     result = cpp_build.run(
         [
-            {"op": "load_model", "model": "m", "path": sam3_golden.bundle},
+            {"op": "load_model", "model": "m", "path": tiny_model.bundle.path},
             {"op": "load_embedding", "model": "m", "embedding": "e", "path": tmp_path / "wrong"},
         ]
     )[1]
@@ -166,18 +166,19 @@ def test_header_that_reaches_into_blank_data(cpp_build: Build, tmp_path: Path) -
 
 
 def test_values_that_are_not_finite(
-    cpp_build: Build, mobile_sam_golden: Golden, tmp_path: Path
+    cpp_build: Build, default_model: sam3rt.SegmentationModel, tmp_path: Path
 ) -> None:
     """Maps of huge values give scores that are no numbers: no call returns masks made of them."""
-    maps = mobile_sam_golden.features["chelsea"]
-    forged = {name: np.full_like(array, 3e38) for name, array in maps.items()}
-    bundle = sam3rt.open_bundle(mobile_sam_golden.bundle)
-    image = mobile_sam_golden.images["chelsea"]
-    inside = geometry(bundle.manifest.image, image.shape[:2])
-    write_embedding(tmp_path / "forged", forged, inside, bundle.manifest.fingerprint)
+    manifest = default_model.manifest
+    forged = {
+        spec.name: np.full((1, *spec.shape[1:]), 3e38, np.float32)  # type: ignore[arg-type]
+        for spec in manifest.encoder.outputs
+    }
+    inside = geometry(manifest.image, (300, 451))
+    write_embedding(tmp_path / "forged", forged, inside, manifest.fingerprint)
     results = cpp_build.run(
         [
-            {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle},
+            {"op": "load_model", "model": "m", "path": default_model.bundle.path},
             {"op": "load_embedding", "model": "m", "embedding": "e", "path": tmp_path / "forged"},
             {"op": "decode", "model": "m", "embedding": "e", "prompts": as_prompts(CLICK)},
         ]
@@ -187,14 +188,14 @@ def test_values_that_are_not_finite(
 
 
 def test_failed_write_leaves_the_old_file(
-    cpp_build: Build, mobile_sam_golden: Golden, tmp_path: Path
+    cpp_build: Build, tiny_sam3: Path, tmp_path: Path
 ) -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     folder = tmp_path / "target"
     folder.mkdir()
     (folder / "taken").mkdir()  # a folder in the file's place: the last step fails
     steps: list[dict[str, Any]] = [
-        {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle},
+        {"op": "load_model", "model": "m", "path": tiny_sam3},
         {"op": "encode", "model": "m", "embedding": "e", "image": image},
         {"op": "save_embedding", "embedding": "e", "path": folder / "taken"},
     ]

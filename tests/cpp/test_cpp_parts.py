@@ -17,6 +17,7 @@ from tests.support.helpers import MOBILE_IMAGE, MOBILE_PROMPTS, SAM3_IMAGE, SAM3
 import sam3rt
 from sam3rt import PromptError, Prompts
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
+from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import ImageGeometry, geometry, preprocess
 from sam3rt.masks import MaskOptions, finish
 from sam3rt.masks.components import small_components
@@ -81,13 +82,13 @@ def test_preprocessing(cpp_build: Build, golden: Golden) -> None:
         np.testing.assert_allclose(result.arrays["pixels"], pixels, atol=PIXEL_LIMIT, rtol=0)
 
 
-def test_rows_may_be_padded(cpp_build: Build, mobile_sam_golden: Golden) -> None:
+def test_rows_may_be_padded(cpp_build: Build) -> None:
     """An image inside a larger one, as video frames often are."""
     image = noise(20, 30)
     wide = np.zeros((20, 128), np.uint8)
     wide[:, :90] = image.reshape(20, 90)
     wide[:, 90:] = 77
-    load = {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle}
+    load = {"op": "load_model", "model": "m", "path": default_bundle_path()}
     _, plain, padded = cpp_build.run(
         [
             load,
@@ -123,7 +124,7 @@ def test_pixel_formats(cpp_build: Build, form: str) -> None:
         np.testing.assert_array_equal(result.arrays["pixels"], wanted)
 
 
-def test_what_is_no_image(cpp_build: Build, mobile_sam_golden: Golden) -> None:
+def test_what_is_no_image(cpp_build: Build) -> None:
     views: list[Step] = [
         {"height": 1, "width": 1, "null": True},
         {"height": 0, "width": 1},
@@ -138,7 +139,7 @@ def test_what_is_no_image(cpp_build: Build, mobile_sam_golden: Golden) -> None:
     ]
     results = cpp_build.run(
         [
-            {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle},
+            {"op": "load_model", "model": "m", "path": default_bundle_path()},
             *({"op": "encode_view", "model": "m", "embedding": "e", **view} for view in views),
             {"op": "encode_view", "model": "m", "embedding": "e", "height": 1, "width": 1},
         ]
@@ -326,8 +327,8 @@ def test_copies_between_devices(cpp_build: Build) -> None:
     np.testing.assert_array_equal(result.arrays["copy"], array)
 
 
-def test_devices(cpp_build: Build, mobile_sam_golden: Golden) -> None:
-    load: Step = {"op": "load_model", "model": "m", "path": mobile_sam_golden.bundle}
+def test_devices(cpp_build: Build) -> None:
+    load: Step = {"op": "load_model", "model": "m", "path": default_bundle_path()}
     for device in ("", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:1000", "CUDA", "tensorrt:-1"):
         cpp_build.one(**load, device=device).refusal("InvalidInputError", "device")
     for name in ("threads", "concurrent_encodes", "concurrent_decodes"):

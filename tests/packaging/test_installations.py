@@ -6,7 +6,6 @@ Everything here makes a virtual environment of its own.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ TESTS = (
     "tests/unit/runtime/test_embedding.py",
     "tests/unit/runtime/test_prompts.py",
 )
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 TOOLS = ("filelock", "hypothesis", "onnx", "pytest", "pytest-xdist")
 
 
@@ -85,40 +85,68 @@ def lower_bounds(version: str) -> dict[str, str]:
     return bounds
 
 
-def constrained_versions() -> dict[str, str]:
-    """What ``constraints.txt`` pins."""
-    lines = re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
-    return {canonicalize_name(name): version for name, version in lines}
-
-
-@pytest.mark.parametrize(("version", "libraries"), [("3.10", "oldest"), ("3.13", "tested")])
-def test_runtime_and_golden_data(
-    version: str, libraries: str, small_export: Path, tmp_path: Path
-) -> None:
-    """The golden cases and the runtime's own tests, on the libraries as old as is allowed."""
-    pinned = lower_bounds(version) if libraries == "oldest" else constrained_versions()
-    pins = tmp_path / "pins.txt"
-    pins.write_text("".join(f"{name}=={pin}\n" for name, pin in pinned.items()))
-    python = make_environment(interpreter(version), tmp_path / "env")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that both installations get."""
+    folder = tmp_path_factory.mktemp("wheel")
     shutil.rmtree(ROOT / "build", ignore_errors=True)
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", pins, f"{ROOT}[cpu]", *TOOLS)
+    run(sys.executable, *PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+    (built,) = folder.glob("sam3rt-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def exports(
+    small_export: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The bundles that only PyTorch can make, for environments without it."""
+    folder = tmp_path_factory.mktemp("exports")
+    (folder / "sam3_small").symlink_to(small_export)
+    (folder / "sam3_tiny").symlink_to(tiny_export)
+    return folder
+
+
+def run_tests(python: Path, exports: Path) -> None:
+    """The golden cases and the runtime's own tests, in an environment that has them."""
     run(
         python,
         *("-m", "pytest", "-q", "--numprocesses", "auto", "--dist", "loadscope"),
         *("-m", "not slow and not serial", "-p", "no:cacheprovider"),
         *TESTS,
-        SAM3RT_SMALL_EXPORT=str(small_export),
+        SAM3RT_TEST_EXPORTS=str(exports),
     )
 
 
-@pytest.mark.parametrize("name", ["cpu.lock", "test.lock"])
-def test_locks_can_be_installed(name: str, tmp_path: Path) -> None:
-    """By hash, and nothing is missing then."""
-    python = make_environment(Path(sys.executable), tmp_path / "env")
-    lock = ROOT / "requirements" / name
-    # Only `sam3rt verify` is run there: compiling all of PyTorch would take most of the time.
-    hashed = ("--require-hashes", "--no-compile", "--requirement", lock)
-    run(python, "-m", "pip", "install", "--quiet", *hashed)
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", ROOT)
-    run(python, "-m", "pip", "check")
+def test_the_oldest_python_and_libraries(wheel: Path, exports: Path, tmp_path: Path) -> None:
+    """Both as old as is allowed."""
+    pins = tmp_path / "pins.txt"
+    bounds = lower_bounds("3.10")
+    pins.write_text("".join(f"{name}=={bound}\n" for name, bound in bounds.items()))
+    python = make_environment(interpreter("3.10"), tmp_path / "env")
+    run(python, *PIP, "install", "--no-compile", "--constraint", pins, f"{wheel}[cpu]", *TOOLS)
+    run_tests(python, exports)
+
+
+def test_the_newest_python_and_the_locked_libraries(
+    wheel: Path, exports: Path, tmp_path: Path
+) -> None:
+    """By hash; nothing is missing then, and the bundled model is what it was."""
+    python = make_environment(interpreter("3.13"), tmp_path / "env")
+    hashed = ("--require-hashes", "--requirement", ROOT / "requirements" / "cpu.lock")
+    run(python, *PIP, "install", "--no-compile", *hashed)
+    run(python, *PIP, "install", "--no-compile", "--no-deps", wheel)
+    run(python, *PIP, "check")
     run(tmp_path / "env" / "bin" / "sam3rt", "verify")
+    pins = ROOT / "constraints.txt"
+    run(python, *PIP, "install", "--no-compile", "--constraint", pins, *TOOLS)
+    run_tests(python, exports)
+
+
+def test_the_lock_of_the_tests_can_be_installed() -> None:
+    """All its files are there, with these hashes, and need nothing that the lock does not name.
+
+    Unpacking PyTorch would take longer than everything else; and what it holds of the runtime is
+    what ``cpu.lock`` holds.
+    """
+    hashed = ("--require-hashes", "--requirement", ROOT / "requirements" / "test.lock")
+    run(sys.executable, *PIP, "install", "--dry-run", "--ignore-installed", *hashed)

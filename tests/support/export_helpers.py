@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -30,6 +32,31 @@ NO_MEMORY = "tracker.no_mem_embed"
 USED = (TRUNK, NECK, PROMPT, DECODER, NO_MEMORY)
 
 Mutation = Callable[[dict[str, Tensor]], Any]
+
+
+def _remember_operators() -> None:
+    """Let PyTorch's exporter make its table of operators once, and not for every graph.
+
+    For a small graph, making the table takes longer than everything else. Where another version of
+    PyTorch has it elsewhere, tests are slower and nothing else.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return
+    if not hasattr(ONNXRegistry, "from_torchlib"):
+        return
+    make = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**options: Any) -> ONNXRegistry:
+        registry = copy.copy(make(**options))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[method-assign]
+
+
+_remember_operators()
 
 
 # --- SAM 3 checkpoints ----------------------------------------------------------------------------

@@ -156,11 +156,11 @@ def relist(folder: Path) -> None:
     edit_manifest(folder, refresh)
 
 
-def external_weights(folder: Path) -> Bundle:
-    """The bundled model with its decoder's large weights in a file beside it."""
+def external_weights(folder: Path, source: Path | None = None) -> Bundle:
+    """A bundle, or the bundled model, with its decoder's large weights in a file beside it."""
     import onnx  # not in every environment that runs the tests of the runtime
 
-    shutil.copytree(default_bundle_path(), folder)
+    shutil.copytree(source or default_bundle_path(), folder)
     onnx.save(
         onnx.load(folder / "decoder.onnx"),
         folder / "decoder.onnx",

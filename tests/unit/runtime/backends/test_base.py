@@ -21,7 +21,7 @@ import numpy as np
 import sam3rt
 
 def load():
-    return sam3rt.load_model(backend=sys.argv[1], device="cpu", precision="fp32", check_files=False)
+    return sam3rt.load_model(sys.argv[2], backend=sys.argv[1], device="cpu", precision="fp32")
 
 model = load()
 click = sam3rt.Prompts(point_coords=[[4, 4]], point_labels=[1])
@@ -49,10 +49,10 @@ print("both work")
 
 @pytest.mark.serial
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_forked_child_says_so_loads_its_own_and_ends(backend: str) -> None:
+def test_a_forked_child_says_so_loads_its_own_and_ends(tiny_sam3: Path, backend: str) -> None:
     """A child that destroyed what it inherited would hang or die at its end."""
     done = subprocess.run(
-        [sys.executable, "-c", FORK, backend],
+        [sys.executable, "-c", FORK, backend, str(tiny_sam3)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -72,16 +72,16 @@ class Counting(WrappedBackend):
 
 @pytest.mark.parametrize("own_masks", [False, True])
 def test_many_objects_are_decoded_in_several_runs_to_the_same_result(
-    default_model: SegmentationModel, own_masks: bool
+    tiny_model: SegmentationModel, own_masks: bool
 ) -> None:
     count = 2 * OBJECTS_AT_ONCE + 1
     rng = np.random.default_rng(0)
     corners = np.sort(rng.uniform(0, 60, (count, 2, 2)), axis=1)
-    size = default_model.manifest.prompts.mask_size
+    size = tiny_model.manifest.prompts.mask_size
     shape = (count if own_masks else 1, 1, *size)
     mask = rng.normal(0, 4, shape).astype(np.float32) if own_masks else None
-    backend = Counting(default_model.backend)
-    model = SegmentationModel(default_model.bundle, backend)
+    backend = Counting(tiny_model.backend)
+    model = SegmentationModel(tiny_model.bundle, backend)
     embedding = model.encode(noise(64, 64))
     found = model.decode(embedding, Prompts(box=corners.reshape(count, 4), mask_input=mask))
     assert backend.runs == [OBJECTS_AT_ONCE, OBJECTS_AT_ONCE, 1]  # type: ignore[attr-defined]
@@ -93,20 +93,20 @@ def test_many_objects_are_decoded_in_several_runs_to_the_same_result(
         )
 
 
-def test_no_objects_give_empty_outputs(default_model: SegmentationModel) -> None:
+def test_no_objects_give_empty_outputs(tiny_model: SegmentationModel) -> None:
     nothing = PackedPrompts(np.zeros((0, 2, 2), np.float32), np.zeros((0, 2), np.int64), None)
-    embedding = default_model.encode(noise(9, 9))
-    outputs = decoder_outputs(default_model.manifest, multimask_output=True)
-    masks, scores = default_model.backend.decode(embedding.features, nothing, outputs)
-    assert masks.shape == (1, 0, 3, *default_model.manifest.masks.low_res_size)
+    embedding = tiny_model.encode(noise(9, 9))
+    outputs = decoder_outputs(tiny_model.manifest, multimask_output=True)
+    masks, scores, *_ = tiny_model.backend.decode(embedding.features, nothing, outputs)
+    assert masks.shape == (1, 0, 3, *tiny_model.manifest.masks.low_res_size)
     assert scores.shape == (1, 0, 3)
 
 
-def test_scores_that_are_no_numbers_are_an_error(default_model: SegmentationModel) -> None:
+def test_scores_that_are_no_numbers_are_an_error(tiny_model: SegmentationModel) -> None:
     def spoil(outputs: dict[str, np.ndarray]) -> None:
         outputs["iou_scores"][0, 0, 1] = np.nan
 
-    model = wrapped(default_model, on_decode=spoil)
+    model = wrapped(tiny_model, on_decode=spoil)
     with pytest.raises(BackendError, match="not finite"):
         model.decode(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
 
@@ -123,19 +123,23 @@ def load_external(bundle: Bundle, backend: str, *, map_weights: bool = False) ->
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("map_weights", [False, True])
 def test_weights_beside_a_graph_give_the_same_result(
-    tmp_path: Path, default_model: SegmentationModel, backend: str, map_weights: bool
+    tmp_path: Path, tiny_sam3: Path, tiny_model: SegmentationModel, backend: str, map_weights: bool
 ) -> None:
-    model = load_external(external_weights(tmp_path / "e"), backend, map_weights=map_weights)
+    model = load_external(
+        external_weights(tmp_path / "e", tiny_sam3), backend, map_weights=map_weights
+    )
     click = Prompts([[4, 4]], [1])
-    expected = default_model.decode(default_model.encode(noise(9, 9)), click)
+    expected = tiny_model.decode(tiny_model.encode(noise(9, 9)), click)
     found = model.decode(model.encode(noise(9, 9)), click)
     scale = np.abs(expected.low_res_masks).max()
     np.testing.assert_allclose(found.low_res_masks, expected.low_res_masks, atol=1e-3 * scale)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_weights_exchanged_before_first_use_are_not_served(tmp_path: Path, backend: str) -> None:
-    bundle = external_weights(tmp_path / "e")
+def test_weights_exchanged_before_first_use_are_not_served(
+    tmp_path: Path, tiny_sam3: Path, backend: str
+) -> None:
+    bundle = external_weights(tmp_path / "e", tiny_sam3)
     model = load_external(bundle, backend)
     path = bundle.path / "decoder.data"
     content = bytearray(path.read_bytes())
@@ -146,9 +150,11 @@ def test_weights_exchanged_before_first_use_are_not_served(tmp_path: Path, backe
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_what_happens_to_weights_in_use_changes_nothing(tmp_path: Path, backend: str) -> None:
+def test_what_happens_to_weights_in_use_changes_nothing(
+    tmp_path: Path, tiny_sam3: Path, backend: str
+) -> None:
     """A mapped file that is cut would end the process."""
-    bundle = external_weights(tmp_path / "e")
+    bundle = external_weights(tmp_path / "e", tiny_sam3)
     model = load_external(bundle, backend)
     click = Prompts([[4, 4]], [1])
     embedding = model.encode(noise(9, 9))

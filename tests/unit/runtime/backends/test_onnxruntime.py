@@ -44,9 +44,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def copied(small_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the small SAM 3's bundle, to be changed."""
-    shutil.copytree(small_bundle, tmp_path / "copy")
+def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny SAM 3's bundle, to be changed."""
+    shutil.copytree(tiny_sam3, tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -65,15 +65,15 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def embedding(small_model: SegmentationModel) -> ImageEmbedding:
+def embedding(tiny_model: SegmentationModel) -> ImageEmbedding:
     """An image of 50 x 70 pixels, encoded."""
-    return small_model.encode(noise(50, 70))
+    return tiny_model.encode(noise(50, 70))
 
 
 @pytest.fixture(scope="module")
-def click(small_model: SegmentationModel, embedding: ImageEmbedding) -> PackedPrompts:
+def click(tiny_model: SegmentationModel, embedding: ImageEmbedding) -> PackedPrompts:
     """One click, packed."""
-    return pack(CLICK, small_model.manifest.prompts, embedding.geometry)
+    return pack(CLICK, tiny_model.manifest.prompts, embedding.geometry)
 
 
 def close(actual: NDArray[np.float32], expected: NDArray[np.float32], limit: float) -> None:
@@ -250,22 +250,22 @@ def test_nonsense_threads_are_refused(tiny: Path, threads: Any) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_reach_the_sessions(small_bundle: Path, sessions: list[Any], threads: int) -> None:
-    load_model(small_bundle, device="cpu", threads=threads, check_files=False).backend.prepare()
+def test_threads_reach_the_sessions(tiny_sam3: Path, sessions: list[Any], threads: int) -> None:
+    load_model(tiny_sam3, device="cpu", threads=threads, check_files=False).backend.prepare()
     assert [s.get_session_options().intra_op_num_threads for s in sessions] == [threads] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_results_do_not_depend_on_the_threads(
-    small_model: SegmentationModel, embedding: ImageEmbedding, threads: int
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, threads: int
 ) -> None:
-    other = load_model(small_model.bundle.path, device="cpu", threads=threads, check_files=False)
+    other = load_model(tiny_model.bundle.path, device="cpu", threads=threads, check_files=False)
     again = other.encode(noise(50, 70))
     for name, expected in embedding.numpy().items():
         close(again.numpy()[name], expected, 1e-3)
     for multimask in (True, False):
         actual = other.decode(again, CLICK, multimask)
-        expected_masks = small_model.decode(embedding, CLICK, multimask)
+        expected_masks = tiny_model.decode(embedding, CLICK, multimask)
         close(actual.low_res_masks, expected_masks.low_res_masks, 1e-3)
         close(actual.iou_predictions, expected_masks.iou_predictions, 1e-3)
 
@@ -274,10 +274,10 @@ def test_results_do_not_depend_on_the_threads(
 
 
 def test_graphs_are_loaded_when_they_are_needed(
-    small_bundle: Path, embedding: ImageEmbedding, tmp_path: Path, sessions: list[Any]
+    tiny_sam3: Path, embedding: ImageEmbedding, tmp_path: Path, sessions: list[Any]
 ) -> None:
     embedding.save(tmp_path / "a.emb")
-    model = load_model(small_bundle, device="cpu", check_files=False)
+    model = load_model(tiny_sam3, device="cpu", check_files=False)
     assert not sessions
     loaded = model.load_embedding(tmp_path / "a.emb")
     assert not sessions
@@ -288,8 +288,8 @@ def test_graphs_are_loaded_when_they_are_needed(
     assert len(sessions) == 2
 
 
-def test_prepare_loads_both_graphs_once(small_bundle: Path, sessions: list[Any]) -> None:
-    model = load_model(small_bundle, device="cpu", check_files=False)
+def test_prepare_loads_both_graphs_once(tiny_sam3: Path, sessions: list[Any]) -> None:
+    model = load_model(tiny_sam3, device="cpu", check_files=False)
     model.backend.prepare()
     assert [s.get_inputs()[0].name for s in sessions] == ["pixel_values", "image_embeddings.0"]
     model.backend.prepare()
@@ -298,9 +298,9 @@ def test_prepare_loads_both_graphs_once(small_bundle: Path, sessions: list[Any])
 
 
 def test_first_use_from_eight_threads_loads_each_graph_once(
-    small_bundle: Path, embedding: ImageEmbedding, sessions: list[Any]
+    tiny_sam3: Path, embedding: ImageEmbedding, sessions: list[Any]
 ) -> None:
-    model = load_model(small_bundle, device="cpu", check_files=False)
+    model = load_model(tiny_sam3, device="cpu", check_files=False)
     maps = list(embedding.numpy().values())
     mine = ImageEmbedding(
         model.backend.upload(maps), embedding.geometry, embedding.fingerprint, embedding.names
@@ -320,11 +320,11 @@ def test_first_use_from_eight_threads_loads_each_graph_once(
         np.testing.assert_array_equal(result, results[0])
 
 
-def test_images_are_encoded_from_threads_as_alone(small_model: SegmentationModel) -> None:
+def test_images_are_encoded_from_threads_as_alone(tiny_model: SegmentationModel) -> None:
     images = [noise(20, 30, seed) for seed in range(2)]
-    expected = [small_model.encode(image).numpy() for image in images]
+    expected = [tiny_model.encode(image).numpy() for image in images]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(small_model.encode, images))
+        results = list(pool.map(tiny_model.encode, images))
     for result, wanted in zip(results, expected, strict=True):
         for name, array in result.numpy().items():
             np.testing.assert_array_equal(array, wanted[name])
@@ -334,10 +334,10 @@ def test_images_are_encoded_from_threads_as_alone(small_model: SegmentationModel
 
 
 def test_only_the_requested_outputs_come_back(
-    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
 ) -> None:
-    backend, features = small_model.backend, embedding.features
-    names = [spec.name for spec in small_model.manifest.decoder.outputs]
+    backend, features = tiny_model.backend, embedding.features
+    names = [spec.name for spec in tiny_model.manifest.decoder.outputs]
     everything = backend.decode(features, click, names)
     assert len(everything) == len(names) == 5
     for name, array in zip(names, everything, strict=True):
@@ -349,25 +349,25 @@ def test_only_the_requested_outputs_come_back(
 
 
 def test_what_is_not_asked_for_is_not_copied(
-    small_model: SegmentationModel, embedding: ImageEmbedding, monkeypatch: pytest.MonkeyPatch
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, ...]] = []
-    original = small_model.backend.decode
+    original = tiny_model.backend.decode
 
     def spy(features: Any, prompts: Any, outputs: Any) -> Any:
         asked.append(tuple(outputs))
         return original(features, prompts, outputs)
 
-    monkeypatch.setattr(small_model.backend, "decode", spy)
-    small_model.decode(embedding, CLICK, multimask_output=True)
-    small_model.decode(embedding, CLICK, multimask_output=False)
+    monkeypatch.setattr(tiny_model.backend, "decode", spy)
+    tiny_model.decode(embedding, CLICK, multimask_output=True)
+    tiny_model.decode(embedding, CLICK, multimask_output=False)
     assert asked == [
         ("pred_masks", "iou_scores", "object_score_logits"),
         ("single_pred_masks", "single_iou_scores", "object_score_logits"),
     ]
 
 
-@pytest.mark.parametrize("family", ["small_model", "default_model"])
+@pytest.mark.parametrize("family", ["tiny_model", "toy_model"])
 def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) -> None:
     model: SegmentationModel = request.getfixturevalue(family)
     embedding = model.encode(noise(20, 30))
@@ -377,7 +377,7 @@ def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) ->
         said = model.decode(embedding, Prompts(box=boxes), multimask)
         assert said.low_res_masks.shape == (2, count, side, side)
         assert said.iou_predictions.shape == (2, count)
-        if family == "small_model":
+        if family == "tiny_model":
             assert said.object_score_logits is not None
             assert said.object_score_logits.shape == (2,)
         else:
@@ -385,7 +385,7 @@ def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) ->
 
 
 def test_features_of_another_backend_are_refused(
-    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
 ) -> None:
     class OtherFeatures:
         nbytes = 0
@@ -394,48 +394,48 @@ def test_features_of_another_backend_are_refused(
             return tuple(embedding.numpy().values())
 
     with pytest.raises(EmbeddingError, match="OtherFeatures"):
-        small_model.backend.decode(OtherFeatures(), click, ["pred_masks"])
+        tiny_model.backend.decode(OtherFeatures(), click, ["pred_masks"])
     other = ImageEmbedding(
         OtherFeatures(), embedding.geometry, embedding.fingerprint, embedding.names
     )
     with pytest.raises(EmbeddingError, match="save the embedding"):
-        small_model.decode(other, CLICK)
+        tiny_model.decode(other, CLICK)
 
 
 def test_uploaded_maps_are_copies(
-    small_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
 ) -> None:
-    expected = small_model.backend.decode(embedding.features, click, ["pred_masks"])[0]
+    expected = tiny_model.backend.decode(embedding.features, click, ["pred_masks"])[0]
     maps = list(embedding.numpy().values())
     views = [maps[0].astype(np.float64), np.asfortranarray(maps[1]), maps[2]]
-    features = small_model.backend.upload(views)
+    features = tiny_model.backend.upload(views)
     assert features.nbytes == embedding.nbytes
     for array in views:
         array[...] = 0
     del views
     np.testing.assert_array_equal(
-        small_model.backend.decode(features, click, ["pred_masks"])[0], expected
+        tiny_model.backend.decode(features, click, ["pred_masks"])[0], expected
     )
 
 
 def test_content_of_an_absent_mask_prompt_does_not_matter(
-    small_model: SegmentationModel, embedding: ImageEmbedding
+    tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
     """An absent mask is not a mask of zeros."""
-    without = small_model.decode(embedding, CLICK).low_res_masks
-    zeros = Prompts(CLICK.point_coords, CLICK.point_labels, mask_input=np.zeros((1, 288, 288)))
-    assert np.abs(small_model.decode(embedding, zeros).low_res_masks - without).max() > 1e-2
+    without = tiny_model.decode(embedding, CLICK).low_res_masks
+    zeros = Prompts(CLICK.point_coords, CLICK.point_labels, mask_input=np.zeros((1, 16, 16)))
+    assert np.abs(tiny_model.decode(embedding, zeros).low_res_masks - without).max() > 1e-2
 
 
 def test_failure_inside_onnxruntime_is_a_backend_error(
-    small_model: SegmentationModel, embedding: ImageEmbedding
+    tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
     with pytest.raises(BackendError, match="encoder"):
-        small_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
+        tiny_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
     wrong = PackedPrompts(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.int64), None)
     with pytest.raises(BackendError, match="decoder"):
-        small_model.backend.decode(embedding.features, wrong, ["pred_masks"])
-    small_model.decode(embedding, CLICK)
+        tiny_model.backend.decode(embedding.features, wrong, ["pred_masks"])
+    tiny_model.decode(embedding, CLICK)
 
 
 # --- graphs that are not what the manifest says ---------------------------------------------------
@@ -536,7 +536,7 @@ def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes) -> None:
 
 
 def test_weights_beside_the_graph_are_found(
-    copied: Path, small_model: SegmentationModel, embedding: ImageEmbedding
+    copied: Path, tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
     import onnx
 
@@ -558,7 +558,7 @@ def test_weights_beside_the_graph_are_found(
     mine = ImageEmbedding(features, embedding.geometry, model.manifest.fingerprint, embedding.names)
     np.testing.assert_array_equal(
         model.decode(mine, CLICK).low_res_masks,
-        small_model.decode(embedding, CLICK).low_res_masks,
+        tiny_model.decode(embedding, CLICK).low_res_masks,
     )
     (copied / "decoder.data").write_bytes(b"changed")
     with pytest.raises(BundleError, match=r"decoder\.data"):

@@ -61,9 +61,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def copied(small_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the small SAM 3's bundle, to be changed."""
-    shutil.copytree(small_bundle, tmp_path / "copy")
+def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny SAM 3's bundle, to be changed."""
+    shutil.copytree(tiny_sam3, tmp_path / "copy")
     return tmp_path / "copy"
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.conftest import photo
 from tests.golden.sam3 import synthetic
 from tests.support.fake_cuda import CALLERS_GPU, CudaMisuse, FakeCuda
 from tests.support.golden import arguments_of, mobile_sam_cases, sam_cases
+from tests.support.helpers import photo
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
