@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from tests.support.cpp_driver import Build, Result, Step, as_prompts
-from tests.support.golden_calls import Golden
 from tests.support.helpers import noise
 from tests.support.runnable_bundle import runnable_bundle
 
@@ -67,28 +66,25 @@ def test_what_fails_leaves_everything_as_it_was(cpp_build: Build, tiny_sam3: Pat
 
 
 def test_hole_area_is_the_models_own_unless_given(
-    cpp_build: Build, sam3_golden: Golden, mobile_sam_golden: Golden
+    cpp_build: Build, model: sam3rt.SegmentationModel
 ) -> None:
     """256 for SAM 3 and 0 for MobileSAM, as in Python."""
-    for golden, default, image in (
-        (sam3_golden, 256, sam3_golden.images["0"]),
-        (mobile_sam_golden, 0, mobile_sam_golden.images["chelsea"]),
-    ):
-        assert sam3rt.open_bundle(golden.bundle).manifest.masks.max_hole_area == default
-        options: list[Step] = [{}, {"max_hole_area": 0}, {"max_hole_area": 256}]
-        steps: list[Step] = [
-            {"op": "load_model", "model": "m", "path": golden.bundle},
-            {"op": "encode", "model": "m", "embedding": "e", "image": image},
+    default = model.manifest.masks.max_hole_area
+    assert default == (256 if model.manifest.model_type == "sam3" else 0)
+    steps: list[Step] = [
+        {"op": "load_model", "model": "m", "path": model.bundle.path},
+        {"op": "encode", "model": "m", "embedding": "e", "image": FIRST},
+    ]
+    options: list[Step] = [{}, {"max_hole_area": 0}, {"max_hole_area": 256}]
+    for option in options:
+        steps += [
+            {"op": "predictor", "model": "m", "predictor": "p", **option},
+            step("set_embedding", embedding="e"),
+            step("predict", prompts=CLICK),
         ]
-        for option in options:
-            steps += [
-                {"op": "predictor", "model": "m", "predictor": "p", **option},
-                step("set_embedding", embedding="e"),
-                step("predict", prompts={}),
-            ]
-        unset, none, filled = (result.arrays["masks"] for result in cpp_build.run(steps)[4::3])
-        assert (none != filled).any()
-        np.testing.assert_array_equal(unset, filled if default else none)
+    unset, none, filled = (result.arrays["masks"] for result in cpp_build.run(steps)[4::3])
+    assert (none != filled).any()
+    np.testing.assert_array_equal(unset, filled if default else none)
 
 
 def test_best_mask_and_value_of_foreground(cpp_build: Build, tmp_path: Path) -> None:
