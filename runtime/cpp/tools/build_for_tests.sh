@@ -16,12 +16,15 @@ configure() {
         > "$folder/$1.log" || { cat "$folder/$1.log"; exit 1; }
 }
 
-# Sanitized code is built without optimization: compiling it takes longer than running it.
-sanitized=(-DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O0 -DCMAKE_CXX_FLAGS=-O0)
+# With -O1, compiling for `address` takes 24 s of processor time more than with -O0, and its tests
+# take more than 100 s less. Of `thread`, one program is run, so that compiling is what counts.
+sanitized() {
+    echo -DCMAKE_BUILD_TYPE=None "-DCMAKE_C_FLAGS=$1" "-DCMAKE_CXX_FLAGS=$1"
+}
 configure release -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$folder/install"
 # One build takes SHA-256 from OpenSSL where that is installed; this one has the portable code.
-configure address "${sanitized[@]}" -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
-configure thread "${sanitized[@]}" -DSAM3RT_SANITIZE=thread
+configure address $(sanitized -O1) -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
+configure thread $(sanitized -O0) -DSAM3RT_SANITIZE=thread
 ninja -C "$folder/release" --quiet install > /dev/null
 ninja -C "$folder/address" --quiet
 ninja -C "$folder/thread" --quiet threads
