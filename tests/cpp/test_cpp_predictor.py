@@ -113,9 +113,7 @@ def test_best_mask_and_value_of_foreground(cpp_build: Build, tmp_path: Path) -> 
     results[7].refusal("InvalidInputError", "foreground")
 
 
-def test_objects_with_different_numbers_of_points(
-    cpp_build: Build, mobile_sam_golden: Golden
-) -> None:
+def test_objects_with_different_numbers_of_points(cpp_build: Build, tiny_sam3: Path) -> None:
     """In one call, each has the result of a call of its own."""
     points = np.random.default_rng(2).uniform(5, 60, (6, 2)).astype(np.float32)
     labels = np.array([1, 0, 1, 1, 0, 1])
@@ -128,13 +126,13 @@ def test_objects_with_different_numbers_of_points(
         own = slice(end - count, end)
         alone = {"point_coords": points[own], "point_labels": labels[own]}
         steps.append({**decode, "prompts": alone})
-    _, together, *alone_results = run(cpp_build, mobile_sam_golden, *steps)
+    _, together, *alone_results = run(cpp_build, tiny_sam3, *steps)
     for index, result in enumerate(alone_results):
         for name, array in result.arrays.items():
             np.testing.assert_allclose(together.arrays[name][index], array[0], atol=2e-3)
 
 
-def test_counts_that_do_not_fit(cpp_build: Build, mobile_sam_golden: Golden) -> None:
+def test_counts_that_do_not_fit(cpp_build: Build, tiny_sam3: Path) -> None:
     two = {"point_coords": np.float32([[1, 2], [3, 4]]), "point_labels": np.array([1, 0])}
     flat = {"point_coords": np.zeros((2, 1, 2), np.float32), "point_labels": np.ones((2, 1), int)}
     cases: list[tuple[str, dict[str, Any]]] = [
@@ -149,7 +147,7 @@ def test_counts_that_do_not_fit(cpp_build: Build, mobile_sam_golden: Golden) -> 
         ("box", {**two, "point_counts": np.array([1, 1]), "box": np.float32([1, 2, 3, 4])}),
     ]
     steps = [step("predict", prompts=given) for _, given in cases]
-    results = run(cpp_build, mobile_sam_golden, step("set_image", image=FIRST), *steps)[1:]
+    results = run(cpp_build, tiny_sam3, step("set_image", image=FIRST), *steps)[1:]
     for (argument, _), result in zip(cases, results, strict=True):
         result.refusal("PromptError", argument)
 
