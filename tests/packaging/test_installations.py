@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 # The reference's outputs, and what libraries and Pythons differ in: bytes, arrays, sessions.
 TESTS = (
-    "tests/golden",
+    "tests/golden/test_golden_mobile_sam.py",
+    "tests/golden/test_golden_sam3.py",
     "tests/unit/runtime/backends/test_onnxruntime.py",
     "tests/unit/runtime/bundle/test_default.py",
     "tests/unit/runtime/bundle/test_files.py",
