@@ -167,6 +167,8 @@ class StandInBackend(LaneBackend):
         graphs: tuple[ir.Model | Path, ir.Model | Path] | None = None,
         **options: Any,
     ) -> None:
+        # PyTorch's convolutions are in TF32 unless told otherwise.
+        torch.backends.cudnn.allow_tf32 = False
         manifest = bundle.manifest
         own = (bundle.file(manifest.encoder.model), bundle.file(manifest.decoder.model))
         with cuda.active():
