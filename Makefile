@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(w
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-cpp cpp-dependencies docs lint locks default-bundle clean
+.PHONY: help demo test test-full test-gpu test-cpp cpp-dependencies docs lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,6 +30,10 @@ test-full: export SAM3RT_RUNTIME_ENV := $(abspath $(DEMO_ENV))
 test-full: export SAM3RT_ONNXRUNTIME_WEB := $(abspath $(TEST_ENV))/onnxruntime-web-1.30.0.tgz
 test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.0.tgz ## Run the slow tests, and every property with many examples
 	$(call run-tests,slow or hypothesis,--hypothesis-profile=full)
+
+# In an environment that has sam3rt[gpu] or [rtx], pytest and hypothesis; PyTorch and CuPy add to it.
+test-gpu: ## Run what needs an NVIDIA GPU, in the environment of $(PYTHON)
+	PYTHONPATH=runtime:export:benchmarks $(PYTHON) -m pytest tests/gpu
 
 # Where npm cannot fetch it, the tests of decoding in the page are skipped.
 $(TEST_ENV)/onnxruntime-web-1.30.0.tgz: $(TEST_ENV)/.done

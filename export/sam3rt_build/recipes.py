@@ -16,9 +16,12 @@ from typing import Literal
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER
 
 Width = Literal["float16", "float32"]
+Factors = Width | Literal["bfloat16"]
 
+# ONNX Runtime's fused attention, which graphs for other libraries do not hold.
+FUSED_ATTENTION = "MultiHeadAttention"
 # Operators that multiply factors and add up the products.
-PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", FUSED_ATTENTION})
 _ATTENTION = r"(?:^|\.)(?:attention|self_attention|token_to_image|image_to_token|final)$"
 
 
@@ -53,7 +56,7 @@ class Recipe:
         name: as in :data:`sam3rt.backends.tensorrt.engines.RECIPE_ORDER`.
         summary: what it does, in words.
         factors: type of what matmuls and convolutions multiply, and of their results, where no
-            rule keeps FP32.
+            rule keeps FP32. The fused attention, which has no BF16, is in FP16 instead.
         activations: type of everything else, where no rule keeps FP32.
         accumulation: type in which FP16 products are added up. FP32 is written into the graph, by
             casts around every product. FP16 leaves the choice to the builder, which takes half
@@ -64,7 +67,7 @@ class Recipe:
 
     name: str
     summary: str
-    factors: Width = "float32"
+    factors: Factors = "float32"
     activations: Width = "float32"
     accumulation: Width = "float32"
     rules: tuple[Rule, ...] = ()
@@ -73,7 +76,7 @@ class Recipe:
     @property
     def features_dtype(self) -> Width:
         """Type of the feature maps that an encoder of this recipe hands to the decoder."""
-        return self.factors
+        return "float16" if self.factors == "float16" else "float32"
 
     @property
     def promises_fp32_sums(self) -> bool:
@@ -133,6 +136,15 @@ _RECIPES = (
     ),
     Recipe("tf32", "FP32, with matmuls in TF32", tf32=True),
     Recipe("fp32", "FP32"),
+)
+# For ONNX Runtime, which has matmuls in BF16 but neither convolutions nor attention.
+BF16 = Recipe(
+    "bf16",
+    "matmuls of BF16 factors, attention in FP16, convolutions in TF32, everything else in FP32",
+    factors="bfloat16",
+    accumulation="float16",
+    rules=(*_ALWAYS, Rule("there are no such kernels", frozenset({"Conv", "ConvTranspose"}))),
+    tf32=True,
 )
 # The ladder. The runtime tries engines in the same order.
 RECIPES: tuple[Recipe, ...] = tuple(

@@ -25,6 +25,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.sessions import Graphs
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
 from sam3rt.bundle.contract import is_feature_name
 
@@ -73,7 +74,8 @@ class SimulatedBackend(OnnxRuntimeBackend):
             decoder=_simulated(bundle, "decoder", decoder, features, folder),
         )
         precision = f"{encoder.name}+{decoder.name}"
-        super().__init__(Bundle(folder, manifest), "cpu", precision)
+        made = Bundle(folder, manifest)
+        super().__init__(made, "cpu", Graphs(made, precision))
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
         if threads is not None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sam3rt.bundle.contract import is_feature_name
 
 from .errors import BuildError, RecipeError
-from .recipes import ATTENTION_CORE, PRODUCTS, Recipe, Width
+from .recipes import ATTENTION_CORE, FUSED_ATTENTION, PRODUCTS, Factors, Recipe, Width
 
 Role = Literal["encoder", "decoder"]
 FeaturesType = Width
@@ -31,7 +31,8 @@ FeaturesType = Width
 RECIPE_PROPERTY = "sam3rt.recipe"
 FLOAT = ir.DataType.FLOAT
 FLOAT16 = ir.DataType.FLOAT16
-_TYPES: dict[Width, ir.DataType] = {"float16": FLOAT16, "float32": FLOAT}
+BFLOAT16 = ir.DataType.BFLOAT16
+_TYPES: dict[Factors, ir.DataType] = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT}
 
 
 def scope_of(node: ir.Node) -> str:
@@ -66,8 +67,15 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
             )
         kept |= _with_upstream(matched) if rule.upstream else matched
     products, others = _TYPES[recipe.factors], _TYPES[recipe.activations]
+    attention = FLOAT16 if products == BFLOAT16 else products
     types = {
-        node: FLOAT if node in kept else products if node.op_type in PRODUCTS else others
+        node: FLOAT
+        if node in kept
+        else attention
+        if node.op_type == FUSED_ATTENTION
+        else products
+        if node.op_type in PRODUCTS
+        else others
         for node in nodes
     }
     for node in nodes:
@@ -249,7 +257,7 @@ def drop_unused_weights(graph: ir.Graph) -> None:
 
 def is_float(value: ir.Value) -> bool:
     """Whether a value is of a floating-point type that recipes are about."""
-    return value.dtype in (FLOAT, FLOAT16)
+    return value.dtype in (FLOAT, FLOAT16, BFLOAT16)
 
 
 def _handles_floats(node: ir.Node) -> bool:

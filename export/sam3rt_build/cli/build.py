@@ -1,4 +1,7 @@
-"""``sam3rt build``: a bundle's TensorRT engines, proved on the GPU that will run them."""
+"""``sam3rt build``: a bundle's TensorRT engines, proved on the GPU that will run them.
+
+Also graphs for ONNX Runtime on CUDA, which the runtime proves.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sam3rt.backends.onnxruntime.typed import TYPED_ORDER
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER, EngineFile
-from sam3rt.bundle import open_bundle
+from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.cli.options import positive_int
-from sam3rt.errors import BackendError
+from sam3rt.errors import BackendError, InvalidInputError
 
 if TYPE_CHECKING:
     from ..plan_evidence import PlanEvidence
@@ -28,6 +32,9 @@ into the bundle's folder "engines".
 
 With --backend tensorrt-rtx and --target, engines are built ahead of time on any machine. They are
 unproven until they first load on their target, which proves them before it serves.
+
+With --backend onnxruntime, graphs in FP16 and BF16 for ONNX Runtime on CUDA are written instead, on
+any machine and without TensorRT; the runtime proves them at their first load on a GPU.
 """
 
 
@@ -36,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument(
         "--backend",
-        choices=("tensorrt", "tensorrt-rtx"),
+        choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
         default="tensorrt",
-        help="which TensorRT builds and will run them (default: tensorrt)",
+        help="what builds and will run them (default: tensorrt)",
     )
     parser.add_argument(
         "--precision",
         action="append",
-        choices=("auto", *RECIPE_ORDER),
+        choices=("auto", *RECIPE_ORDER, *(r for r in TYPED_ORDER if r not in RECIPE_ORDER)),
         help="recipe to try; repeatable (default: auto: all, fastest first; ahead of time fp16 "
         "and tf32)",
     )
@@ -82,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build."""
     bundle = open_bundle(options.bundle)
+    if options.backend == "onnxruntime":
+        return _write_graphs(bundle, options)
     try:
         from ..build import BuildOptions, build_bundle
     except ModuleNotFoundError as error:
@@ -109,6 +118,28 @@ def run(options: argparse.Namespace) -> int:
 
     for engine in engines:
         _print(engine, load_evidence(engine.path))
+    return 0
+
+
+def _write_graphs(bundle: Bundle, options: argparse.Namespace) -> int:
+    if options.targets:
+        raise InvalidInputError(
+            "target", ", ".join(options.targets), "none: these graphs run on every NVIDIA GPU"
+        )
+    try:
+        from ..ort_graphs import build_typed_graphs
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"the build needs {(error.name or '').split('.')[0]}: pip install 'sam3rt[build]'"
+        ) from error
+    precision = options.precision or ["auto"]
+    folders = build_typed_graphs(
+        bundle,
+        () if "auto" in precision else precision,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for folder in folders:
+        print(f"{folder}: unproven until it first loads on a GPU")
     return 0
 
 

@@ -48,7 +48,7 @@ def create_backend(
         threads: CPU threads per operator; ``None`` leaves it to the backend.
         precision: ``"auto"``, or what the backend must compute in; see the backends.
         map_weights: see :func:`sam3rt.load_model`.
-        gpu: for the TensorRT backends; others pay no heed to it.
+        gpu: for backends on a GPU; others pay no heed to it.
 
     Raises:
         InvalidInputError: there is no backend of that name, or an option makes no sense.

@@ -256,7 +256,7 @@ class Backend(abc.ABC):
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """How the TensorRT backends use a GPU.
+    """How the backends use a GPU.
 
     Attributes:
         lanes: calls at a time, at most; each takes memory of its own.

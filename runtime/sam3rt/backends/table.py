@@ -29,7 +29,7 @@ class BackendEntry(NamedTuple):
     @property
     def takes_gpu_options(self) -> bool:
         """Whether it is one of those that :class:`sam3rt.GpuOptions` are for."""
-        return self.name.startswith("tensorrt")
+        return "cuda" in self.devices
 
     @property
     def hint(self) -> str:

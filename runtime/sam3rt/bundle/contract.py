@@ -151,15 +151,20 @@ class LoadedGraph:
         return with_addresses(self.model, {n: a.ctypes.data for n, a in self.weights.items()})
 
 
-def load_graph(bundle: Bundle, graph: GraphSpec) -> LoadedGraph:
+def load_graph(bundle: Bundle, graph: GraphSpec, *, is_fused: bool = False) -> LoadedGraph:
     """Read a graph and its weights into memory and check them.
+
+    Args:
+        bundle: the folder that it lies in.
+        graph: its manifest entry.
+        is_fused: whether it may hold ONNX Runtime's own operators, which no bundle's graph does.
 
     Raises:
         BundleError: a file is missing, a link that leaves the bundle, or not what the manifest
             says; the graph is not one of a bundle (see :mod:`.onnx_locations`); or there is not
             enough memory.
     """
-    model, tensors = _read_model(bundle, graph)
+    model, tensors = _read_model(bundle, graph, is_fused)
     weights = {entry.file: read_file(bundle.path, entry) for entry in graph.external_data}
     return LoadedGraph(graph.model.file, model, weights, tensors)
 
@@ -179,9 +184,12 @@ def graph_source(bundle: Bundle, graph: GraphSpec) -> bytes | str:
     return str(bundle.file(graph.model)) if graph.external_data else model
 
 
-def _read_model(bundle: Bundle, graph: GraphSpec) -> tuple[bytes, tuple[ExternalTensor, ...]]:
+def _read_model(
+    bundle: Bundle, graph: GraphSpec, is_fused: bool = False
+) -> tuple[bytes, tuple[ExternalTensor, ...]]:
     content = read_file(bundle.path, graph.model).tobytes()
-    return content, check_tensor_locations(content, graph.model.file, graph.external_data)
+    file, beside = graph.model.file, graph.external_data
+    return content, check_tensor_locations(content, file, beside, is_fused=is_fused)
 
 
 def check_graph(

@@ -20,7 +20,8 @@ writer produces is accepted, and only what bundles need. An ONNX file is refused
    text that begins with ``<``, blank or not, begins with a field in another format than listed.
    Messages that can hold neither tensors nor operators are stepped over by their length.
 4. There is a graph, all operators are in ``_OPERATORS``, and the domains of nodes and
-   operator sets are ONNX's own.
+   operator sets are ONNX's own. Graphs that were made from a bundle for ONNX Runtime may also hold
+   the operators of its domain in ``_FUSED``.
 5. A tensor's type has a size of whole bytes, and raw data are of the size that type and shape give.
 6. Data lie elsewhere only for initializers that say so (``data_location`` is 1 exactly if there is
    ``external_data``) and hold no data themselves. Keys are ``location``, ``offset``, ``length`` and
@@ -61,6 +62,8 @@ _OPERATORS = frozenset(
     """.split()
 )
 _DOMAINS = (b"", b"ai.onnx")
+_FUSED = frozenset(b"BiasGelu MultiHeadAttention RotaryEmbedding SkipLayerNormalization".split())
+_FUSED_DOMAIN = b"com.microsoft"
 # Bytes of an element, by TensorProto.DataType.
 _ELEMENT_BYTES = {
     **dict.fromkeys((2, 3, 9), 1),  # uint8, int8, bool
@@ -97,7 +100,7 @@ class ExternalTensor:
 
 
 def check_tensor_locations(
-    content: bytes, file: str, beside: Iterable[FileEntry]
+    content: bytes, file: str, beside: Iterable[FileEntry], *, is_fused: bool = False
 ) -> tuple[ExternalTensor, ...]:
     """Refuse an ONNX file that breaks the rules above.
 
@@ -105,6 +108,7 @@ def check_tensor_locations(
         content: the ``.onnx`` file.
         file: its name, for messages.
         beside: the files that may hold its weights.
+        is_fused: whether it may hold ONNX Runtime's own operators.
 
     Returns:
         The tensors whose data lie in those files, in the file's order.
@@ -119,7 +123,7 @@ def check_tensor_locations(
         raise BundleError(f"is in another format, marked {mark}, expected ONNX", file)
     lengths = {entry.file.encode(): entry.bytes for entry in beside}
     try:
-        return tuple(_external_tensors(content, lengths))
+        return tuple(_external_tensors(content, lengths, is_fused))
     except Malformed as error:
         raise BundleError(f"is not an ONNX file: {error}", file) from error
     except Refused as error:
@@ -162,18 +166,21 @@ def with_addresses(content: bytes, addresses: Mapping[str, int]) -> bytes:
     return content[: graph.tag] + message_field(7, b"".join(parts)) + content[graph.end :]
 
 
-def _external_tensors(content: bytes, lengths: dict[bytes, int]) -> Iterator[ExternalTensor]:
+def _external_tensors(
+    content: bytes, lengths: dict[bytes, int], is_fused: bool
+) -> Iterator[ExternalTensor]:
     has_graph = False
+    domains = (*_DOMAINS, _FUSED_DOMAIN) if is_fused else _DOMAINS
     for field in fields(content, 0, len(content), "ModelProto"):
         if field.number == 8:
             for inner in fields(content, field.start, field.end, "OperatorSetIdProto"):
                 if inner.number == 1:
-                    _check_domain(content[inner.start : inner.end])
+                    _check_domain(content[inner.start : inner.end], domains)
         elif field.number == 7:
             has_graph = True
             for inner in fields(content, field.start, field.end, "GraphProto"):
                 if inner.number == 1:
-                    _check_node(content, inner)
+                    _check_node(content, inner, domains)
                 elif inner.number == 5:
                     tensor = _external_tensor(content, inner, lengths)
                     if tensor is not None:
@@ -182,23 +189,24 @@ def _external_tensors(content: bytes, lengths: dict[bytes, int]) -> Iterator[Ext
         raise Malformed("it holds no graph")
 
 
-def _check_node(content: bytes, node: Field) -> None:
-    operator = b""
+def _check_node(content: bytes, node: Field, domains: tuple[bytes, ...]) -> None:
+    operator = domain = b""
     for field in fields(content, node.start, node.end, "NodeProto"):
         if field.number == 4:
             operator = content[field.start : field.end]
         elif field.number == 7:
-            _check_domain(content[field.start : field.end])
+            domain = content[field.start : field.end]
+            _check_domain(domain, domains)
         elif field.number == 5:
             for inner in fields(content, field.start, field.end, "AttributeProto"):
                 if inner.number == 5 and _external_tensor(content, inner, {}) is not None:
                     raise Refused("has a tensor in an attribute whose data lie elsewhere")
-    if operator not in _OPERATORS:
+    if operator not in (_FUSED if domain == _FUSED_DOMAIN else _OPERATORS):
         raise Refused(f"has the operator {_shown(operator)}, which no bundle needs")
 
 
-def _check_domain(domain: bytes) -> None:
-    if domain not in _DOMAINS:
+def _check_domain(domain: bytes, domains: tuple[bytes, ...]) -> None:
+    if domain not in domains:
         raise Refused(f"uses operators of the domain {_shown(domain)}, not ONNX's own")
 
 

@@ -9,12 +9,14 @@ runs a set of them: through a ``lane`` of the ``pool``, which drives ``trt`` and
 
 from __future__ import annotations
 
-from .backend import Platform, TensorRtBackend, open_platform
-from .offer import offer_tensorrt, offer_tensorrt_rtx, open_engines
+from .backend import LaneBackend, Platform, TensorRtBackend, open_platform
+from .offer import allow_imaging, offer_tensorrt, offer_tensorrt_rtx, open_engines
 
 __all__ = [
+    "LaneBackend",
     "Platform",
     "TensorRtBackend",
+    "allow_imaging",
     "offer_tensorrt",
     "offer_tensorrt_rtx",
     "open_engines",

@@ -1,4 +1,4 @@
-"""One set of engines, loaded: the backend itself."""
+"""The backends themselves: whatever runs in lanes on a GPU, and one set of TensorRT engines."""
 
 from __future__ import annotations
 
@@ -82,51 +82,44 @@ def open_platform(flavour: BackendName, device: Device, *, blocking: bool = Fals
         return Platform(device, cuda, Library(flavour))
 
 
-class TensorRtBackend(Backend):
-    """Runs one set of engines on one GPU.
+class LaneBackend(Backend):
+    """Runs an encoder and a decoder on one GPU, whatever library they are loaded in.
 
-    Engines are loaded, and memory for one call is taken, at once. A call queues its work on a
-    stream of its own and waits for it, so that several threads can be served at a time. Images and
-    masks are resized on the device, once that is allowed; see :class:`.imaging.DeviceImaging`.
+    Memory for one call is taken at once. A call queues its work on a stream of its own and waits
+    for it, so that several threads can be served at a time. Images and masks are resized on the
+    device, once that is allowed; see :class:`.imaging.DeviceImaging`.
 
     Args:
-        bundle: the bundle the engines were built from.
-        engines: the set, as chosen for this machine.
-        platform: the GPU and the libraries.
-        gpu: how to use the GPU.
+        bundle: the bundle.
+        name: of the backend.
+        precision: what the two compute in.
+        network: the two, which the backend lets go of when it is closed.
+        cuda: the GPU.
+        device: what the driver says of it.
+        gpu: how to use it.
 
     Attributes:
-        engines: the set.
         imaging: pre- and postprocessing on the device.
         imaging_fits: whether there are kernels for it, and the engines are of types that they take.
 
     Raises:
-        BundleError: an engine file is missing or was changed.
-        BackendError: an engine cannot be loaded or is not what the manifest describes, or there
-            is not enough device memory.
+        BackendError: there is not enough device memory.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        engines: EngineSet,
-        platform: Platform,
-        gpu: GpuOptions | None = None,
+        name: str,
+        precision: str,
+        network: Network,
+        cuda: Cuda,
+        device: Device,
+        gpu: GpuOptions,
     ) -> None:
-        gpu = gpu or GpuOptions()
-        self.name = platform.library.flavour
-        self.engines = engines
-        self._platform = platform
-        cuda, capability = platform.cuda, platform.device.gpu.compute_capability
-        self._kernels: KernelCache | None = None
-        if self.name == "tensorrt-rtx":
-            file = f"kernels-sm{capability.replace('.', '')}.cache"
-            self._kernels = KernelCache(engines.encoder.path.with_name(file))
+        self.name = name
         memory = Memory(cuda, gpu.memory)
         with cuda.active():
-            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
-            network = Network(bundle, encoder, decoder, self._kernels)
-            imaging = DeviceImaging(bundle.manifest, cuda, capability)
+            imaging = DeviceImaging(bundle.manifest, cuda, device.gpu.compute_capability)
             self._pool = LanePool(
                 lambda encodes: Lane(network, cuda, memory, imaging, encodes),
                 gpu.lanes,
@@ -136,15 +129,16 @@ class TensorRtBackend(Backend):
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self._max_images = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
+        self._dlpack_device = cuda.dlpack_device
         self.imaging = imaging
         self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(
             bundle,
             f"cuda:{cuda.index}",
-            engines.precision,
+            precision,
             objects_at_once=network.limits.objects,
         )
-        _LOG.info("%s on %s: %s", self.versions(), platform.device.gpu, self.precision)
+        _LOG.info("%s on %s: %s", self.versions(), device.gpu, self.precision)
 
     def prepare(self) -> None:
         """Make every lane, and record the decoder for the usual shape classes on each."""
@@ -156,13 +150,6 @@ class TensorRtBackend(Backend):
         """Give back lanes and engines, once the calls under way are done."""
         super().close()
         self._pool.close()
-        if self._kernels is not None:
-            self._kernels.save()
-
-    def versions(self) -> dict[str, str]:
-        """Versions of TensorRT and the driver."""
-        library = self._platform.library
-        return {self.name: library.version, "driver": self._platform.device.driver_version}
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
@@ -298,7 +285,7 @@ class TensorRtBackend(Backend):
             )
 
     def _features(self, block: Block) -> DeviceFeatures:
-        return DeviceFeatures(block, self._layout, self._pool, self._platform.cuda.dlpack_device)
+        return DeviceFeatures(block, self._layout, self._pool, self._dlpack_device)
 
     def _block(self, features: Features) -> Block:
         if not isinstance(features, DeviceFeatures) or features.pool is not self._pool:
@@ -307,6 +294,63 @@ class TensorRtBackend(Backend):
                 "save the embedding and load it with this model"
             )
         return features.block
+
+
+class TensorRtBackend(LaneBackend):
+    """Runs one set of engines on one GPU. Engines are loaded at once.
+
+    Args:
+        bundle: the bundle the engines were built from.
+        engines: the set, as chosen for this machine.
+        platform: the GPU and the libraries.
+        gpu: how to use the GPU.
+
+    Attributes:
+        engines: the set.
+
+    Raises:
+        BundleError: an engine file is missing or was changed.
+        BackendError: an engine cannot be loaded or is not what the manifest describes, or there
+            is not enough device memory.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: EngineSet,
+        platform: Platform,
+        gpu: GpuOptions | None = None,
+    ) -> None:
+        self.engines = engines
+        self._platform = platform
+        flavour, device = platform.library.flavour, platform.device
+        self._kernels: KernelCache | None = None
+        if flavour == "tensorrt-rtx":
+            file = f"kernels-sm{device.gpu.compute_capability.replace('.', '')}.cache"
+            self._kernels = KernelCache(engines.encoder.path.with_name(file))
+        with platform.cuda.active():
+            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
+            network = Network(bundle, encoder, decoder, self._kernels)
+        super().__init__(
+            bundle,
+            flavour,
+            engines.precision,
+            network,
+            platform.cuda,
+            device,
+            gpu or GpuOptions(),
+        )
+
+    def close(self) -> None:
+        """Give back lanes and engines, and keep what was compiled for them."""
+        super().close()
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def versions(self) -> dict[str, str]:
+        """Versions of TensorRT and the driver."""
+        library = self._platform.library
+        return {self.name: library.version, "driver": self._platform.device.driver_version}
 
     def _load(self, engine: EngineFile) -> Engine:
         """Load an engine from the file whose content was hashed."""

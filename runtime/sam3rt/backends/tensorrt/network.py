@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import numpy as np
 
 from ...bundle import Bundle, GraphSpec
@@ -20,11 +23,40 @@ from ...errors import BackendError
 from .imaging import MASK_JOB
 from .memory import Layout
 from .shapes import Limits, ShapeClass
-from .trt import Engine, KernelCache
+from .trt import KernelCache, Tensor
 
 # Not the decoder's: what masks to make travels in the same block as the prompts.
 JOB = "job"
 _FLOATS = (np.float32, np.float16)
+
+
+class Context(Protocol):
+    """One way of running an engine, as :class:`.trt.Context` describes it."""
+
+    def set_scratch(self, address: int, nbytes: int) -> None: ...
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None: ...
+
+    def set_address(self, name: str, address: int) -> None: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def scratch_bytes(self) -> int: ...
+
+    def check_capturable(self, stream: int) -> None: ...
+
+    def enqueue(self, stream: int) -> None: ...
+
+
+class Engine(Protocol):
+    """A loaded graph: TensorRT's engine, or another library's session."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it reads and writes, by name."""
+
+    def context(self) -> Context:
+        """A way of running it at one set of sizes and addresses."""
 
 
 class Network:

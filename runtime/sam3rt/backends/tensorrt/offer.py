@@ -22,7 +22,7 @@ from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
 from ..base import GpuOptions, Offer
-from .backend import Platform, TensorRtBackend, open_platform
+from .backend import LaneBackend, Platform, TensorRtBackend, open_platform
 from .driver import probe
 from .engines import (
     EngineSet,
@@ -137,7 +137,7 @@ def open_engines(
     return backend
 
 
-def allow_imaging(backend: TensorRtBackend) -> None:
+def allow_imaging(backend: LaneBackend) -> None:
     """Let the device do what surrounds the network, as far as it does what the host does.
 
     What differs, or cannot run, is left to the host, which is slower and never wrong.
@@ -162,7 +162,7 @@ def allow_imaging(backend: TensorRtBackend) -> None:
         setattr(backend.imaging, attribute, verdict.passed)
 
 
-def _compare_pixels(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
+def _compare_pixels(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
     """The device's preprocessing of the record's images against the host's."""
     for index, image, where in _images(backend, record):
         if backend.imaging.preprocess_fits(where):
@@ -171,7 +171,7 @@ def _compare_pixels(backend: TensorRtBackend, record: ParityRecord) -> Iterator[
             yield Measurement(f"image {index}", "pixels", "error", error, _PIXEL_ERROR)
 
 
-def _compare_masks(backend: TensorRtBackend, record: ParityRecord) -> Iterator[Measurement]:
+def _compare_masks(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
     """The device's masks of made-up logits, of the record's image sizes, against the host's."""
     manifest = backend.bundle.manifest
     height, width = manifest.masks.low_res_size
@@ -192,7 +192,7 @@ def _compare_masks(backend: TensorRtBackend, record: ParityRecord) -> Iterator[M
 
 
 def _images(
-    backend: TensorRtBackend, record: ParityRecord
+    backend: LaneBackend, record: ParityRecord
 ) -> Iterator[tuple[int, NDArray[np.uint8], ImageGeometry]]:
     for index, image in enumerate(record.images()):
         spec = backend.bundle.manifest.image

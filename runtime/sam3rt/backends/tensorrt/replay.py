@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ...errors import BackendError
 from .cuda import Cuda
 from .memory import Memory
-from .trt import Context
+from .network import Context
 
 _LOG = logging.getLogger(__name__)
 

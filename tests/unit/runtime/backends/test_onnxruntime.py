@@ -29,6 +29,7 @@ from sam3rt import (
     open_bundle,
 )
 from sam3rt.backends import create_backend, onnxruntime
+from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.prompts import PackedPrompts, pack
 
@@ -184,7 +185,7 @@ def test_cuda_must_be_listed_and_answer(
     """onnxruntime-gpu lists CUDA even where there is no driver."""
     providers = ["CUDAExecutionProvider"] * listed + ["CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
-    monkeypatch.setattr("sam3rt.backends.onnxruntime._cuda_answers", lambda: answers)
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: answers)
     assert load_model(tiny, device="cpu").device == "cpu"
     assert load_model(tiny, device="auto").device == ("cuda:0" if usable else "cpu")
     if usable:
@@ -202,7 +203,7 @@ def test_session_that_falls_back_to_the_cpu_is_refused(
 ) -> None:
     """Asked for CUDA, ONNX Runtime may return a session without it."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr("sam3rt.backends.onnxruntime._cuda_answers", lambda: True)
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: True)
     model = load_model(copied, device="cuda")
     with pytest.raises(BackendError, match=r"CUDA|cuda"):
         model.backend.prepare()
@@ -219,9 +220,13 @@ def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
             asked.append(providers[0])
             raise RuntimeError("enough seen")
 
-    monkeypatch.setattr("sam3rt.backends.onnxruntime._choose_device", lambda device: ("cuda", 2))
-    monkeypatch.setattr("sam3rt.backends.onnxruntime._gpu", lambda number: "a GPU")
+    monkeypatch.setattr(
+        "sam3rt.backends.onnxruntime.recipes._choose_device", lambda device: ("cuda", 2)
+    )
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._card", lambda number: card)
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
     monkeypatch.setattr(ort, "InferenceSession", Session)
+    card = Device(2, Gpu("a GPU", "8.9"), 1 << 30, "580", (13, 0))
     bundle = open_bundle(default_bundle_path(), check_files=False)
     offered = onnxruntime.offer(bundle, device="cuda:2")
     assert [(r.name, r.subject is not None) for r in offered.recipes] == [
@@ -231,10 +236,8 @@ def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
     for recipe in offered.recipes:
         with pytest.raises(BackendError, match="enough seen"):
             offered.open(recipe).prepare()
-    assert asked == [
-        ("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 1}),
-        ("CUDAExecutionProvider", {"device_id": 2, "use_tf32": 0}),
-    ]
+    assert [name for name, _ in asked] == ["CUDAExecutionProvider"] * 2
+    assert [(options["device_id"], options["use_tf32"]) for _, options in asked] == [(2, 1), (2, 0)]
 
 
 # --- threads --------------------------------------------------------------------------------------

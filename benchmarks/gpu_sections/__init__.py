@@ -1,0 +1,1 @@
+"""The sections of ``benchmarks.gpu_evidence``; each runs in a process of its own."""

@@ -1,0 +1,192 @@
+"""Accuracy and times of whole models: ONNX Runtime by recipe, PyTorch, TensorRT."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.gpu_sections.record import Record, Settings
+from benchmarks.gpu_sections.timing import times
+from tests.support import gpu_checks
+
+from sam3rt import GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
+from sam3rt.accuracy.gate import judge, limits_for
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
+from sam3rt.backends import Backend
+from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.lanes import open_lanes
+from sam3rt.backends.onnxruntime.sessions import Graphs
+from sam3rt.backends.onnxruntime.typed import find_typed
+from sam3rt.backends.tensorrt import LaneBackend
+from sam3rt.geometry import preprocess
+from sam3rt_bench.pytorch_backend import PyTorchBackend
+from sam3rt_bench.timing import Effort, alternate
+
+_BATCHES = (1, 2, 4)
+
+
+def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
+    """ONNX Runtime in one recipe: accuracy, times, then what its CUDA graphs are worth."""
+    bundle = open_bundle(settings.bundle, check_files=False)
+    known = {graphs.precision: graphs for graphs in find_typed(bundle)}
+    known |= {"tf32": Graphs(bundle, "tf32", tf32=True), "fp32": Graphs(bundle)}
+    graphs = known[precision]
+
+    def open_backend(records: bool) -> Backend:
+        if settings.device == "cpu":
+            return OnnxRuntimeBackend(bundle, "cpu", graphs)
+        _, device = settings.gpu()
+        most = _BATCHES[-1]
+        return open_lanes(bundle, graphs, device, GpuOptions(), max_images=most, records=records)
+
+    before = 0 if settings.device == "cpu" else _used()
+    model = SegmentationModel(bundle, open_backend(True))
+    measure(record, settings, model)
+    if settings.device == "cpu":
+        return
+    record.put("device memory, MB", (_used() - before) / 1e6)
+    record.attempt("check_threads", gpu_checks.check_threads, model)
+    record.attempt("check_slow_consumer", gpu_checks.check_slow_consumer, model, torch)
+    record.attempt("close", model.close)
+    if settings.seconds_left > 15:
+        model = SegmentationModel(bundle, open_backend(False))
+        image, click = gpu_checks.picture(1080, 1920), _clicks(1)
+        embedding = model.encode(image)
+        record.put("without CUDA graphs, encode", times(lambda: model.encode(image), 1.0))
+        record.put(
+            "without CUDA graphs, click",
+            times(lambda: model.segment(embedding, click, max_hole_area=256.0), 1.0),
+        )
+
+
+def measure(record: Record, settings: Settings, model: SegmentationModel) -> None:
+    """The gate's figures, then times at 1080p from NumPy to NumPy."""
+    backend, manifest = model.backend, model.manifest
+    record.put("versions", backend.versions())
+    record.attempt("gate", _gate, backend)
+    if isinstance(backend, LaneBackend):
+        record.put("resizes on the device", backend.imaging.preprocess_allowed)
+        record.put("makes masks on the device", backend.imaging.postprocess_allowed)
+    record.attempt("prepare", backend.prepare)
+    size = (90, 120) if settings.small else (1080, 1920)
+    image = gpu_checks.picture(*size)
+    seconds = 0.05 if settings.small else 1.5
+    embedding = model.encode(image)
+    holes = manifest.masks.max_hole_area
+
+    def segment(prompts: Prompts, multimask: bool = True) -> Any:
+        # What SAM 3's predictor does by default: three masks, holes filled, as uint8.
+        return model.segment(embedding, prompts, multimask, max_hole_area=holes, dtype=np.uint8)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "encode": lambda: model.encode(image),
+        "one click": lambda: segment(_clicks(1)),
+        "one click, single mask": lambda: segment(_clicks(1), False),
+        "four boxes": lambda: segment(_boxes(4)),
+        "16 objects": lambda: segment(_boxes(16)),
+        "64 objects": lambda: segment(_boxes(64)),
+        "logits of one click": lambda: model.decode(embedding, _clicks(1)),
+        "image and one click": lambda: model.segment(
+            model.encode(image), _clicks(1), max_hole_area=holes, dtype=np.uint8
+        ),
+    }
+    if backend.device == "cpu" and settings.small:
+        del calls["64 objects"]
+    for name, call in calls.items():
+        record.attempt(f"{name}, times", times, call, seconds)
+    for count in _BATCHES:
+        images = [gpu_checks.picture(*size, seed) for seed in range(count)]
+        record.attempt(
+            f"encode {count} together, times",
+            lambda images=images: times(lambda: model.encode_batch(images), seconds),
+        )
+
+
+def _gate(backend: Backend) -> Any:
+    manifest = backend.bundle.manifest
+    limits = limits_for(manifest, backend.precision)
+    verdict = judge(verify(backend, manifest, load_record(backend.bundle), limits))
+    worst = {name: m.value for name, m in verdict.worst().items()}
+    ious = [m.value for m in verdict.measurements if m.metric == "mean IoU"]
+    mean = {"mean mask IoU": float(np.mean(ious))} if ious else {}
+    return {"passed": verdict.passed, "said": verdict.explain(), **mean, **worst}
+
+
+def pytorch(record: Record, settings: Settings) -> None:
+    """PyTorch eager in FP32, in BF16 by autocast, and compiled: in one process, in turn."""
+    bundle = open_bundle(settings.bundle, check_files=False)
+    names = ["fp32", "bf16", "compile-bf16"]
+    if settings.small:
+        names.pop()  # compiling takes longer than everything else
+    pixels, where = preprocess(bundle.manifest.image, gpu_checks.picture(1080, 1920))
+    models: dict[str, SegmentationModel] = {}
+    for name in names:
+        device = "cuda:0" if settings.device == "cuda" else "cpu"
+        backend = PyTorchBackend(
+            bundle, settings.checkpoint, precision=name, device=device, threads=None
+        )
+        models[name] = SegmentationModel(bundle, backend)
+        record.attempt(f"{name}, gate", _gate, backend)
+        record.attempt(f"{name}, first run", times, lambda b=backend: b.encode(pixels), 0.0)
+    effort = Effort(30, min(20.0, max(1.0, settings.seconds_left / 3)), 2)
+    if settings.small:
+        effort = Effort(3, 0.5, 1)
+    encodes = {name: lambda m=model: m.backend.encode(pixels) for name, model in models.items()}
+    for name, found in alternate(encodes, effort).items():
+        record.put(f"{name}, encode", {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
+    features = {name: model.backend.encode(pixels) for name, model in models.items()}
+    from sam3rt.embedding import ImageEmbedding
+
+    tensors = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
+    embeddings = {
+        name: ImageEmbedding(maps, where, bundle.manifest.fingerprint, tensors)
+        for name, maps in features.items()
+    }
+    for label, prompts in (("one click", _clicks(1)), ("four boxes", _boxes(4))):
+        clicks = {
+            name: lambda m=model, e=embeddings[name], p=prompts: m.decode(e, p)
+            for name, model in models.items()
+        }
+        for name, found in alternate(clicks, effort).items():
+            key = f"{name}, logits of {label}"
+            record.put(key, {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
+
+
+def tensorrt(record: Record, settings: Settings) -> None:
+    """TensorRT, and TensorRT for RTX, where they are installed and know the GPU."""
+    for name in ("tensorrt", "tensorrt-rtx"):
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
+            record.put(name, "is not installed")
+            continue
+        found = record.attempt(name, _build_and_load, settings, name)
+        if found is not None:
+            record.put(name, "was built")
+            measure(record, settings, load_model(settings.bundle, backend=name))
+
+
+def _build_and_load(settings: Settings, name: str) -> str:
+    from sam3rt_build.build import BuildOptions, build_bundle
+
+    bundle = open_bundle(settings.bundle)
+    build_bundle(bundle, BuildOptions(backend=name, max_batch=_BATCHES[-1]))  # type: ignore[arg-type]
+    return "was built"
+
+
+def _clicks(count: int) -> Prompts:
+    points = [[[40.0 + i, 50.0]] for i in range(count)]
+    return Prompts(point_coords=points, point_labels=[[1]] * count)
+
+
+def _boxes(count: int) -> Prompts:
+    return Prompts(
+        box=[[5.0 + i % 8, 6.0 + i // 8, 70.0 + i % 8, 60.0 + i // 8] for i in range(count)]
+    )
+
+
+def _used() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)

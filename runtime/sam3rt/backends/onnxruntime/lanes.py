@@ -1,0 +1,256 @@
+"""ONNX Runtime's sessions in lanes on a GPU, as TensorRT's engines run there.
+
+Memory, pre- and postprocessing on the device, embeddings for other libraries and the number of
+calls at a time are what they are with TensorRT; see :class:`..tensorrt.backend.LaneBackend`. Only
+what runs between two addresses differs: a session whose inputs and outputs are bound to them.
+
+ONNX Runtime ties a stream to a session (``user_compute_stream``), while every lane has one of its
+own and lanes share the sessions. So a run first waits for its lane's stream, and returns when
+ONNX Runtime's own stream is done. That costs some ten microseconds, and needs no order between
+streams to be kept. For the same reason a lane cannot record a run in its own CUDA graph; ONNX
+Runtime records one itself for each set of sizes and addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ...bundle import Bundle, GraphSpec
+from ...errors import BackendError
+from ..base import GpuOptions
+from ..tensorrt import LaneBackend, allow_imaging
+from ..tensorrt.cuda import Cuda
+from ..tensorrt.driver import Device
+from ..tensorrt.network import Network
+from ..tensorrt.trt import Tensor
+from .sessions import ORT_TYPES, Graphs, cuda_options, open_session
+
+_LOG = logging.getLogger(__name__)
+
+# A session takes any size; these bound what a lane keeps ready. More objects run in parts.
+_MOST = {"num_objects": 16, "num_masks": 16, "num_points": 4096}
+# No graph is recorded in runs of this number.
+_NOT_RECORDED = -1
+
+
+class OnnxRuntimeLanes(LaneBackend):
+    """Runs two sessions in lanes on a GPU.
+
+    Args:
+        bundle: the bundle.
+        graphs: what is run.
+        cuda: the GPU.
+        device: what the driver says of it.
+        gpu: how to use it.
+        max_images: images in one run of the encoder, at most.
+        records: whether runs are recorded as CUDA graphs, where ONNX Runtime can.
+
+    Raises:
+        BackendError: ONNX Runtime cannot load a graph, or there is not enough device memory.
+        BundleError: a file is missing or was changed.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: Graphs,
+        cuda: Cuda,
+        device: Device,
+        gpu: GpuOptions,
+        *,
+        max_images: int = 1,
+        records: bool = True,
+    ) -> None:
+        self._driver = device.driver_version
+        manifest = graphs.bundle.manifest
+        with cuda.active():
+            encoder, decoder = (
+                _open(graphs, graph, cuda, max_images, records)
+                for graph in (manifest.encoder, manifest.decoder)
+            )
+            network = Network(bundle, encoder, decoder)
+        super().__init__(bundle, "onnxruntime", graphs.precision, network, cuda, device, gpu)
+
+    def versions(self) -> dict[str, str]:
+        """Versions of ONNX Runtime and the driver."""
+        return {"onnxruntime": ort.__version__, "driver": self._driver}
+
+
+def open_lanes(
+    bundle: Bundle, graphs: Graphs, device: Device, gpu: GpuOptions, **options: Any
+) -> OnnxRuntimeLanes:
+    """Load graphs onto a GPU, and compare what stands around the network with the host's.
+
+    Args:
+        bundle: the bundle.
+        graphs: what to run.
+        device: what the driver says of the GPU.
+        gpu: how to use it.
+        options: see :class:`OnnxRuntimeLanes`.
+
+    Raises:
+        BackendError, BundleError: see :class:`OnnxRuntimeLanes`; also where cuda-python is missing,
+            and where the parity record is damaged.
+    """
+    cuda = Cuda(device.index, blocking=gpu.blocking)
+    backend = OnnxRuntimeLanes(bundle, graphs, cuda, device, gpu, **options)
+    allow_imaging(backend)
+    return backend
+
+
+def _open(
+    graphs: Graphs, graph: GraphSpec, cuda: Cuda, max_images: int, records: bool
+) -> SessionEngine:
+    """Load a graph, to be recorded if ONNX Runtime allows it.
+
+    It refuses where it would leave a part of the graph to the CPU.
+    """
+    if records:
+        try:
+            session = open_session(graphs, graph, cuda_options(cuda.index, graphs, records=True))
+            return SessionEngine(session, cuda, max_images, True)
+        except BackendError as error:
+            _LOG.info("%s runs without a CUDA graph: %s", graph.model.file, str(error))
+    session = open_session(graphs, graph, cuda_options(cuda.index, graphs))
+    return SessionEngine(session, cuda, max_images, False)
+
+
+class SessionEngine:
+    """A session, as lanes run it.
+
+    Args:
+        session: ONNX Runtime's own object.
+        cuda: the GPU.
+        max_images: images in one run, at most.
+        records: whether the session records CUDA graphs.
+
+    Attributes:
+        tensors: what it reads and writes, by name.
+        session: the same.
+        cuda: the same.
+    """
+
+    def __init__(self, session: Any, cuda: Cuda, max_images: int, records: bool) -> None:
+        self.session = session
+        self.cuda = cuda
+        self.axes = {
+            argument.name: tuple(argument.shape)
+            for argument in (*session.get_inputs(), *session.get_outputs())
+        }
+        self._most = {"batch": max_images} | _MOST
+        self.tensors = {
+            argument.name: self._tensor(argument, is_input)
+            for arguments, is_input in (
+                (session.get_inputs(), True),
+                (session.get_outputs(), False),
+            )
+            for argument in arguments
+        }
+        # With CUDA graphs, ONNX Runtime allows one run at a time.
+        self._turn = threading.Lock()
+        self._numbers = itertools.count(1) if records else itertools.repeat(_NOT_RECORDED)
+
+    def context(self) -> SessionContext:
+        """A way of running it at one set of sizes and addresses."""
+        return SessionContext(self, next(self._numbers))
+
+    def run(self, binding: Any, number: int) -> None:
+        """Run to the end.
+
+        Args:
+            binding: where inputs and outputs lie.
+            number: of the CUDA graph that is recorded at first and replayed later. A number
+                belongs to one binding: ONNX Runtime does not check that.
+        """
+        options = ort.RunOptions()
+        with self._turn:
+            options.add_run_config_entry("gpu_graph_id", str(number))
+            self.session.run_with_iobinding(binding, options)
+
+    def _tensor(self, argument: Any, is_input: bool) -> Tensor:
+        axes = self.axes[argument.name]
+        shape = tuple(side if isinstance(side, int) else -1 for side in axes)
+        least = tuple(max(side, 1) for side in shape)
+        most = tuple(s if isinstance(s, int) else self._most.get(s, 1) for s in axes)
+        known = ORT_TYPES.get(argument.type)
+        if known is None:
+            raise BackendError(f"tensor {argument.name} has type {argument.type}: build it again")
+        return Tensor(argument.name, np.dtype(known), is_input, shape, least, most)
+
+
+class SessionContext:
+    """One set of sizes and addresses of a session. It is run by one thread at a time."""
+
+    def __init__(self, engine: SessionEngine, number: int) -> None:
+        self._engine = engine
+        self._number = number
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._binding: Any = None
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """Nothing: ONNX Runtime has working memory of its own."""
+
+    def scratch_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
+        self._shapes[name] = shape
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies on the device."""
+        self._addresses[name] = address
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The size of a tensor, once all inputs have theirs."""
+        axes = self._engine.axes
+        sizes = {
+            axis: side
+            for known, shape in self._shapes.items()
+            for axis, side in zip(axes[known], shape, strict=True)
+        }
+        return tuple(side if isinstance(side, int) else sizes[side] for side in axes[name])
+
+    def check_capturable(self, stream: int) -> None:
+        """Refuse to be recorded.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError("ONNX Runtime records its own CUDA graphs")
+
+    def enqueue(self, stream: int) -> None:
+        """Wait for what is queued on a stream, and run to the end.
+
+        Raises:
+            BackendError: ONNX Runtime failed.
+        """
+        if self._binding is None:
+            self._binding = self._bind()
+        engine = self._engine
+        engine.cuda.synchronize(stream)
+        try:
+            engine.run(self._binding, self._number)
+        except Exception as error:  # ONNX Runtime raises classes of its own for each status
+            if self._number == _NOT_RECORDED:
+                raise BackendError(f"ONNX Runtime failed: {error}") from error
+            _LOG.info("runs without a CUDA graph: %s", error)
+            self._number = _NOT_RECORDED
+            self.enqueue(stream)
+
+    def _bind(self) -> Any:
+        engine = self._engine
+        binding = engine.session.io_binding()
+        for name, tensor in engine.tensors.items():
+            bind = binding.bind_input if tensor.is_input else binding.bind_output
+            where = ("cuda", engine.cuda.index)
+            bind(name, *where, tensor.dtype.type, self.shape(name), self._addresses[name])
+        return binding

@@ -1,0 +1,156 @@
+"""What ONNX Runtime offers for a bundle on this machine, and how it is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+
+import numpy as np
+import onnxruntime as ort
+
+from ...accuracy.select import Recipe
+from ...accuracy.verdicts import Subject
+from ...bundle import Bundle
+from ...errors import BackendError
+from ..base import Backend, GpuOptions, Offer
+from ..tensorrt.driver import Device, probe
+from .backend import OnnxRuntimeBackend
+from .lanes import open_lanes
+from .sessions import FP32, TF32, Graphs
+from .typed import TYPED_ORDER, find_typed
+
+_LOG = logging.getLogger(__name__)
+
+# It can make ONNX Runtime add up FP16 products in FP16.
+_GEMM_OPTIONS = "ORT_CUDA_GEMM_OPTIONS"
+
+
+def offer(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "auto",
+    map_weights: bool = False,
+    gpu: GpuOptions | None = None,
+) -> Offer:
+    """What ONNX Runtime can do here: FP32; on CUDA what the gate allows of the rest, too.
+
+    That is TF32, which takes an option alone, and the recipes whose graphs
+    ``sam3rt build --backend onnxruntime`` has written.
+
+    Args:
+        bundle: an opened bundle.
+        device: ``"auto"`` takes CUDA where it works and the CPU otherwise; ``"cpu"``,
+            ``"cuda"`` or ``"cuda:N"`` insist.
+        threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
+        precision: ``"auto"``, ``"fp32"`` or, on CUDA, ``"tf32"`` or a recipe that was built.
+        map_weights: see :func:`sam3rt.load_model`.
+        gpu: how to use a GPU.
+
+    Raises:
+        BackendError: the device or the precision is not to be had here.
+    """
+    kind, number = _choose_device(device)
+    options = gpu or GpuOptions()
+    card = _card(number) if kind == "cuda" else None
+    found = {FP32: Graphs(bundle)}
+    if card is not None:
+        tf32 = Graphs(bundle, TF32, tf32=True)
+        found = {graphs.precision: graphs for graphs in (*find_typed(bundle), tf32)} | found
+    recipes = {_recipe(graphs, card): graphs for graphs in found.values()}
+    wanted = tuple(recipe for recipe in recipes if precision in ("auto", recipe.name))
+    if not wanted:
+        unbuilt = card is not None and precision in TYPED_ORDER
+        advice = f"; build it: sam3rt build {bundle.path} --backend onnxruntime" if unbuilt else ""
+        raise BackendError(
+            f"precision {precision!r} was asked for; the onnxruntime backend offers "
+            f"{', '.join(found)} on {kind}{advice}"
+        )
+
+    def open_recipe(recipe: Recipe) -> Backend:
+        graphs = recipes[recipe]
+        if card is not None and _has_cuda_python():
+            return open_lanes(bundle, graphs, card, options)
+        where = "cpu" if kind == "cpu" else f"cuda:{number}"
+        return OnnxRuntimeBackend(bundle, where, graphs, threads=threads, map_weights=map_weights)
+
+    return Offer(wanted, open_recipe)
+
+
+def providers() -> list[str]:
+    """The execution providers that this ONNX Runtime was built with, for bug reports."""
+    return list(ort.get_available_providers())
+
+
+def _recipe(graphs: Graphs, card: Device | None) -> Recipe:
+    if graphs.precision == FP32:
+        return Recipe(FP32, FP32)
+    assert card is not None
+    version = str(ort.__version__)
+    if set_to := os.environ.get(_GEMM_OPTIONS):
+        version += f", {_GEMM_OPTIONS}={set_to}"
+    kind = f"{card.gpu.name}, {card.gpu.compute_capability}, driver {card.driver_version}"
+    subject = Subject("onnxruntime", version, kind, graphs.precision, graphs.digest)
+    return Recipe(graphs.precision, graphs.precision, subject)
+
+
+def _choose_device(device: str) -> tuple[str, int]:
+    """Kind and number of the device to use; ``create_backend`` has checked how it is written."""
+    if device == "cpu":
+        return "cpu", 0
+    usable = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_answers()
+    if device == "auto":
+        return ("cuda", 0) if usable else ("cpu", 0)
+    if not usable:
+        raise BackendError(
+            f"device {device!r} was asked for, but CUDA is not usable here: it needs an NVIDIA "
+            "driver and pip install 'sam3rt[gpu]' (without the plain onnxruntime beside it)"
+        )
+    return "cuda", int(device.partition(":")[2] or 0)
+
+
+def _cuda_answers() -> bool:
+    """Whether a value can be placed on the first CUDA device.
+
+    onnxruntime-gpu lists its CUDA provider even where there is no driver.
+    """
+    try:
+        # It loads the CUDA libraries that lie among the Python packages, and prints what it misses.
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+        _LOG.debug("%s", said.getvalue())
+        ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception as error:  # whatever the provider's libraries raise means "no"
+        _LOG.info("CUDA is not usable: %s", error)
+        return False
+    return True
+
+
+def _card(number: int) -> Device | None:
+    """What the driver says of a GPU; ``None`` if it is silent.
+
+    A verdict on an unknown GPU could not be remembered, so none is asked for.
+    """
+    try:
+        return probe(number)
+    except BackendError as error:
+        _LOG.info("nothing but fp32 is offered: %s", error)
+        return None
+
+
+def _has_cuda_python() -> bool:
+    try:
+        found = importlib.util.find_spec("cuda.bindings") is not None
+    except ImportError:  # there is no "cuda" at all
+        found = False
+    if not found:
+        _LOG.warning(
+            "images and masks are resized on the host: ONNX Runtime's lanes need cuda-python: "
+            "pip install cuda-python"
+        )
+    return found

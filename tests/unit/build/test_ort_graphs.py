@@ -1,0 +1,111 @@
+"""Tests of `sam3rt_build.ort_graphs` and of `sam3rt build --backend onnxruntime`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+from tests.support.build_helpers import float_types
+
+from sam3rt import InvalidInputError, open_bundle
+from sam3rt.backends.onnxruntime.sessions import open_session
+from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, find_typed, typed_folder
+from sam3rt.backends.tensorrt.engines import find_engines
+from sam3rt.bundle.onnx_locations import check_tensor_locations
+from sam3rt.cli import main
+from sam3rt.errors import BundleError
+from sam3rt_build.ort_graphs import build_typed_graphs
+
+
+@pytest.fixture
+def bundle(tiny_sam3: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_sam3, tmp_path / "bundle"))
+
+
+def test_the_command_writes_every_recipe(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(bundle), "--backend", "onnxruntime"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("unproven until it first loads on a GPU") == len(TYPED_ORDER)
+    assert "2 MultiHeadAttention" in said.err
+    found = find_typed(open_bundle(bundle))
+    assert [graphs.precision for graphs in found] == list(TYPED_ORDER)
+    assert [graphs.tf32 for graphs in found] == [False, False, True]
+    assert find_engines(open_bundle(bundle)) == ()
+    open_bundle(bundle).check_files()
+    assert not list((bundle / "engines").glob(".build-*"))
+
+
+def test_a_second_build_replaces_the_first(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    (folder,) = build_typed_graphs(opened, ["fp16"])
+    (folder / "encoder.onnx").write_bytes(b"")
+    (folder / "stale").write_bytes(b"")
+    assert build_typed_graphs(opened, ["fp16"]) == (folder,)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "decoder.onnx",
+        "encoder.onnx",
+        "graphs.json",
+    ]
+
+
+@pytest.mark.parametrize("name", ["tf32", "fp32", "fp16-attention-tf32", "nonsense"])
+def test_other_recipes_are_refused(bundle: Path, name: str) -> None:
+    with pytest.raises(InvalidInputError, match="need no build"):
+        build_typed_graphs(open_bundle(bundle), [name])
+
+
+def test_targets_mean_nothing_here(bundle: Path) -> None:
+    command = ["build", str(bundle), "--backend", "onnxruntime", "--target", "8.9"]
+    assert main(command) != 0
+    assert not (bundle / "engines").exists()
+
+
+def test_every_value_has_the_type_that_its_recipe_says(bundle: Path) -> None:
+    build_typed_graphs(open_bundle(bundle))
+    wanted = {
+        # Matmul's and attention's, the residual stream's.
+        "fp16-activations": (TensorProto.FLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT16),
+        "fp16": (TensorProto.FLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT),
+        "bf16": (TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT),
+    }
+    for recipe, expected in wanted.items():
+        model = onnx.load(typed_folder(bundle, recipe) / "encoder.onnx")
+        types = float_types(model) | {
+            value.name: value.type.tensor_type.elem_type for value in model.graph.value_info
+        }
+        nodes = {node.name: node for node in model.graph.node}
+        matmul = nodes["blocks.0.fc1/MatMul_0"]
+        (attention,) = (n for n in nodes.values() if n.name.startswith("blocks.0.attention/Multi"))
+        (skip,) = (n for n in nodes.values() if n.name.startswith("blocks.0.norm2/Skip"))
+        found = (types[matmul.output[0]], types[attention.output[0]], types[skip.output[3]])
+        assert found == expected, recipe
+        # No product is between casts to FP32: ONNX Runtime would not fold them.
+        makers = {output: node for node in model.graph.node for output in node.output}
+        maker = makers.get(matmul.input[0])
+        assert maker is None or maker.op_type != "Cast" or types[matmul.input[0]] == expected[0]
+
+
+def test_only_typed_graphs_may_hold_fused_operators(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    (folder,) = build_typed_graphs(opened, ["fp16"])
+    content = (folder / "encoder.onnx").read_bytes()
+    with pytest.raises(BundleError, match=r"com\.microsoft"):
+        check_tensor_locations(content, "encoder.onnx", ())
+    check_tensor_locations(content, "encoder.onnx", (), is_fused=True)
+    for domain, operator in (("com.microsoft", "Conv"), ("", "MultiHeadAttention"), ("x", "Add")):
+        model = onnx.load_from_string(content)
+        node = next(node for node in model.graph.node if node.domain == "com.microsoft")
+        node.op_type, node.domain = operator, domain
+        with pytest.raises(BundleError):
+            check_tensor_locations(model.SerializeToString(), "encoder.onnx", (), is_fused=True)
+
+
+def test_fp16_graphs_load_where_there_is_no_gpu(bundle: Path) -> None:
+    """Types, shapes and operators are checked by ONNX Runtime itself. It has no BF16 there."""
+    build_typed_graphs(open_bundle(bundle), ["fp16", "fp16-activations"])
+    for graphs in find_typed(open_bundle(bundle)):
+        for graph in (graphs.bundle.manifest.encoder, graphs.bundle.manifest.decoder):
+            open_session(graphs, graph)

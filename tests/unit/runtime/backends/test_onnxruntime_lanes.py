@@ -1,0 +1,299 @@
+"""Tests of `sam3rt.backends.onnxruntime.lanes` and `.typed`, on a fake GPU with real sessions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.fake_onnxruntime import FakeProvider
+from tests.support.helpers import noise
+
+from sam3rt import BackendError, GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
+from sam3rt.accuracy.verdicts import Subject
+from sam3rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeLanes, offer
+from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
+from sam3rt.errors import VerificationError
+from sam3rt_build.ort_graphs import build_typed_graphs
+
+CLICK = Prompts(point_coords=[[4.0, 4.0]], point_labels=[1])
+BOXES = Prompts(box=[[1, 1, 9, 6], [2, 0, 5, 5], [0, 0, 11, 8], [3, 3, 8, 8], [1, 2, 3, 4]])
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeProvider:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = FakeProvider()
+    found.install(monkeypatch)
+    return found
+
+
+@pytest.fixture
+def bundle(tiny_sam3: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_sam3, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def built(bundle: Path) -> Path:
+    build_typed_graphs(open_bundle(bundle), ["fp16", "fp16-activations"])
+    return bundle
+
+
+def load(bundle: Path, **options: Any) -> SegmentationModel:
+    return load_model(bundle, backend="onnxruntime", device="cuda", **options)
+
+
+def lanes_of(model: SegmentationModel) -> OnnxRuntimeLanes:
+    assert isinstance(model.backend, OnnxRuntimeLanes)
+    return model.backend
+
+
+# --- what runs ------------------------------------------------------------------------
+
+
+def test_lanes_compute_what_sessions_on_the_cpu_do(
+    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel
+) -> None:
+    model = load(bundle, precision="fp32")
+    assert (model.backend.name, model.device) == ("onnxruntime", "cuda:0")
+    assert set(model.backend.versions()) == {"onnxruntime", "driver"}
+    for image in (noise(9, 12), noise(30, 20, 1)):
+        here, there = model.encode(image), tiny_model.encode(image)
+        for a, b in zip(here.features.numpy(), there.features.numpy(), strict=True):
+            assert np.abs(a - b).max() < 1e-4
+        for prompts in (CLICK, BOXES):
+            a, masks = model.segment(here, prompts, max_hole_area=4)
+            b, expected = tiny_model.segment(there, prompts, max_hole_area=4)
+            assert np.abs(a.low_res_masks - b.low_res_masks).max() < 1e-3
+            assert (masks != expected).mean() < 1e-3
+    assert lanes_of(model).imaging.postprocess_allowed
+    assert model.health().healthy
+
+
+def test_a_batch_is_one_image_at_a_time(provider: FakeProvider, bundle: Path) -> None:
+    model = load(bundle, precision="fp32")
+    images = [noise(9, 12, seed) for seed in range(3)]
+    together = model.encode_batch(images)
+    for image, embedding in zip(images, together, strict=True):
+        alone = model.encode(image).features.numpy()
+        for a, b in zip(alone, embedding.features.numpy(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Path) -> None:
+    embedding = load(built, precision="fp16").encode(noise(9, 12))
+    arrays = embedding.features.arrays()
+    assert {array.dtype.name for array in arrays} == {"float16"}
+    for array, copy in zip(arrays, embedding.features.numpy(), strict=True):
+        np.testing.assert_array_equal(np.from_dlpack(array).astype(np.float32), copy)
+
+
+def test_eight_threads_get_their_own_answers(
+    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel
+) -> None:
+    model = load(bundle, precision="fp32", gpu=GpuOptions(lanes=3))
+    images = [noise(9, 12, seed) for seed in range(8)]
+
+    def work(index: int) -> float:
+        decoded = model.decode(model.encode(images[index]), CLICK)
+        expected = tiny_model.decode(tiny_model.encode(images[index]), CLICK)
+        return float(np.abs(decoded.low_res_masks - expected.low_res_masks).max())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(work, list(range(8)) * 2)) < 1e-3
+
+
+def test_closing_gives_everything_back(provider: FakeProvider, bundle: Path) -> None:
+    model = load(bundle, precision="fp32")
+    embedding = model.encode(noise(9, 12))
+    model.close()
+    del model
+    assert provider.cuda.live["streams"] == 0
+    assert provider.cuda.live["graphs"] == 0
+    del embedding
+
+
+# --- CUDA graphs ----------------------------------------------------------------------
+
+
+def test_each_set_of_sizes_and_addresses_has_a_graph_of_its_own(
+    provider: FakeProvider, bundle: Path
+) -> None:
+    model = load(bundle, precision="fp32")
+    assert [options["enable_cuda_graph"] for options in provider.asked] == [1, 1]
+    embedding = model.encode(noise(9, 12))
+    assert provider.runs == ["1"]
+    # Buffers reach their size here, so that no address changes afterwards.
+    model.backend.prepare()
+    provider.runs.clear()
+    for prompts in (CLICK, BOXES, CLICK):
+        model.decode(embedding, prompts)
+    click, boxes, again = provider.runs
+    assert click == again != boxes
+    assert "-1" not in provider.runs
+    # The lane's own recording is refused: there is one graph already.
+    assert provider.cuda.live["graphs"] == 0
+
+
+def test_where_graphs_are_refused_it_runs_without(
+    provider: FakeProvider, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider.records = False
+    with caplog.at_level(logging.INFO):
+        model = load(bundle, precision="fp32")
+    assert "without a CUDA graph" in caplog.text
+    model.decode(model.encode(noise(9, 12)), CLICK)
+    assert set(provider.runs) == {"-1"}
+
+
+def test_a_recording_that_fails_is_not_tried_again(provider: FakeProvider, bundle: Path) -> None:
+    model = load(bundle, precision="fp32")
+    provider.breaks["1"] = RuntimeError("operation not permitted when stream is capturing")
+    model.encode(noise(9, 12))
+    model.encode(noise(9, 12))
+    assert provider.runs == ["1", "-1", "-1"]
+
+
+def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Path) -> None:
+    provider.records = False
+    model = load(bundle, precision="fp32")
+    provider.breaks["-1"] = RuntimeError("CUDA failure 2: out of memory")
+    with pytest.raises(BackendError, match="out of memory"):
+        model.encode(noise(9, 12))
+    model.encode(noise(9, 12))
+
+
+# --- recipes --------------------------------------------------------------------------
+
+
+def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: Path) -> None:
+    recipes = offer(open_bundle(built), device="cuda").recipes
+    assert [recipe.name for recipe in recipes] == ["fp16-activations", "fp16", "tf32", "fp32"]
+    subjects = [recipe.subject for recipe in recipes]
+    assert subjects[-1] is None
+    files = [subject.files for subject in subjects if isinstance(subject, Subject)]
+    assert len(set(files)) == 3
+    assert files[-1] == ""
+
+
+def test_the_fastest_that_passes_serves(provider: FakeProvider, built: Path) -> None:
+    model = load(built)
+    assert model.backend.precision == "fp16-activations"
+    options = provider.asked[0]
+    assert options["use_tf32"] == 0
+    assert options["enable_skip_layer_norm_strict_mode"] == 1
+    provider.asked.clear()
+    assert load(built).backend.precision == "fp16-activations"
+
+
+def test_graphs_that_compute_something_else_are_refused(
+    provider: FakeProvider, built: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The gate, not the name, decides: here a decoder of another type between the two."""
+    folder = typed_folder(built, "fp16-activations")
+    document = json.loads((folder / SIDECAR).read_text())
+    (folder / "encoder.onnx").write_bytes((folder / "encoder.onnx").read_bytes()[:-1])
+    (folder / SIDECAR).write_text(json.dumps(document))
+    with caplog.at_level(logging.INFO):
+        assert load(built).backend.precision == "fp16"
+    assert "not fp16-activations" in caplog.text
+
+
+def test_a_recipe_that_fails_the_gate_does_not_serve(
+    provider: FakeProvider, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORT_CUDA_GEMM_OPTIONS", "1")
+    original = OnnxRuntimeLanes.decode
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        return [-array for array in found] if self.precision.startswith("fp16") else found
+
+    monkeypatch.setattr(OnnxRuntimeLanes, "decode", wrong)
+    with pytest.raises(VerificationError, match="fp16 fails the gate"):
+        load(built, precision="fp16")
+    assert load(built).backend.precision == "tf32"
+
+
+def test_sums_in_fp16_are_another_subject(
+    provider: FakeProvider, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions() -> list[str]:
+        recipes = offer(open_bundle(built), device="cuda").recipes
+        return [r.subject.version for r in recipes if isinstance(r.subject, Subject)]
+
+    before = versions()
+    monkeypatch.setenv("ORT_CUDA_GEMM_OPTIONS", "1")
+    assert set(before) & set(versions()) == set()
+
+
+def test_what_was_not_built_says_how_to(provider: FakeProvider, bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"sam3rt build .* --backend onnxruntime"):
+        load(bundle, precision="fp16")
+    with pytest.raises(BackendError, match="offers tf32, fp32 on cuda") as caught:
+        load(bundle, precision="nonsense")
+    assert "build" not in str(caught.value)
+
+
+def test_without_cuda_python_sessions_run_by_themselves(
+    provider: FakeProvider,
+    built: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
+    offered = offer(open_bundle(built), device="cuda", precision="fp16")
+    backend = offered.open(offered.recipes[0])
+    assert isinstance(backend, OnnxRuntimeBackend)
+    assert (backend.device, backend.precision) == ("cuda:0", "fp16")
+
+
+def test_typed_features_come_back_in_fp32(built: Path, tiny_model: SegmentationModel) -> None:
+    """The plain backend over typed graphs; on the CPU, which computes them in FP32."""
+    graphs = next(found for found in find_typed(open_bundle(built)) if found.precision == "fp16")
+    bundle = open_bundle(built)
+    model = SegmentationModel(bundle, OnnxRuntimeBackend(bundle, "cpu", graphs))
+    embedding = model.encode(noise(9, 12))
+    maps = embedding.features.numpy()
+    assert {array.dtype.name for array in maps} == {"float32"}
+    expected = tiny_model.encode(noise(9, 12)).features.numpy()
+    assert max(np.abs(a - b).max() for a, b in zip(maps, expected, strict=True)) < 0.05
+    again = model.backend.upload(maps)
+    assert again.nbytes == embedding.features.nbytes
+    model.decode(embedding, CLICK)
+
+
+# --- what lies beside the engines -----------------------------------------------------
+
+
+def test_damaged_sidecars_are_left_out(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = open_bundle(built)
+    path = typed_folder(built, "fp16") / SIDECAR
+    good = json.loads(path.read_text())
+    for change in (
+        {"format_version": 2},
+        {"bundle_fingerprint": "0" * 64},
+        {"recipe": "bf16"},
+        {"encoder": []},
+        {"features_dtype": "float64"},
+        {"unknown": 1},
+    ):
+        path.write_text(json.dumps(good | change))
+        caplog.clear()
+        assert [graphs.precision for graphs in find_typed(bundle)] == ["fp16-activations"], change
+        assert "left out" in caplog.text
+    path.write_text("{")
+    assert len(find_typed(bundle)) == 1
+    path.unlink()
+    assert len(find_typed(bundle)) == 1
+
+
+def test_a_link_out_of_the_bundle_is_left_out(built: Path, tmp_path: Path) -> None:
+    folder = typed_folder(built, "fp16")
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert [graphs.precision for graphs in find_typed(open_bundle(built))] == ["fp16-activations"]
