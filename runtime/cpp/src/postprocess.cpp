@@ -12,7 +12,7 @@ constexpr float fill_margin = 10.0F;
 
 template <typename Out, typename Resize>
 Array<Out> finish(const Array<float>& low_res, const Resampling& resampling,
-                  const Cleaning& cleaning, Resize resize) {
+                  const Cleaning& cleaning, const Cancellation* cancellation, Resize resize) {
     const Shape& shape = low_res.shape();
     const Size size{shape[2], shape[3]};
     Array<Out> result({shape[0], shape[1], static_cast<std::int64_t>(resampling.rows.outputs()),
@@ -20,6 +20,7 @@ Array<Out> finish(const Array<float>& low_res, const Resampling& resampling,
     std::vector<float> scratch;
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
+        check_cancelled(cancellation);
         const float* logits = low_res.data() + i * (low_res.size() / count);
         Out* out = result.data() + i * (result.size() / count);
         if (cleaning.max_hole_area <= 0 && cleaning.max_sprinkle_area <= 0) {
@@ -57,10 +58,11 @@ std::vector<float> clean(const float* logits, const Size& size, const Cleaning& 
 }
 
 Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning, std::uint8_t foreground) {
+                                 const Cleaning& cleaning, std::uint8_t foreground,
+                                 const Cancellation* cancellation) {
     const auto threshold = static_cast<float>(cleaning.threshold);
     return finish<std::uint8_t>(
-        low_res, resampling, cleaning,
+        low_res, resampling, cleaning, cancellation,
         [threshold, foreground](const float* logits, const Resampling& how,
                                 std::vector<float>& scratch, std::uint8_t* out) {
             resize_to_mask(logits, how, threshold, foreground, scratch, out);
@@ -68,8 +70,8 @@ Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& 
 }
 
 Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                           const Cleaning& cleaning) {
-    return finish<float>(low_res, resampling, cleaning, resize_logits);
+                           const Cleaning& cleaning, const Cancellation* cancellation) {
+    return finish<float>(low_res, resampling, cleaning, cancellation, resize_logits);
 }
 
 }  // namespace sam3rt

@@ -4,6 +4,7 @@
 // then upsampling, then the threshold.
 #pragma once
 
+#include "cancellation.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "upsampling.hpp"
 
@@ -24,11 +25,13 @@ struct Cleaning {
 std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
 
 /// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and `foreground`.
+/// Throws CancelledError before the next mask where the call is to end.
 Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning, std::uint8_t foreground = 1);
+                                 const Cleaning& cleaning, std::uint8_t foreground = 1,
+                                 const Cancellation* cancellation = nullptr);
 
 /// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
 Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                           const Cleaning& cleaning);
+                           const Cleaning& cleaning, const Cancellation* cancellation = nullptr);
 
 }  // namespace sam3rt

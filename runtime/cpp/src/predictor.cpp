@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cancellation.hpp"
 #include "embedding.hpp"
 #include "geometry.hpp"
 #include "model.hpp"
@@ -55,7 +56,9 @@ Predictor::Predictor(Model model, const PredictorOptions& options)
                             options.max_hole_area.value_or(model_.manifest().masks.max_hole_area))),
       max_sprinkle_area_(finite("max_sprinkle_area", options.max_sprinkle_area)) {}
 
-void Predictor::set_image(const ImageView& image) { set_embedding(model_.encode(image)); }
+void Predictor::set_image(const ImageView& image, const Cancellation* cancellation) {
+    set_embedding(model_.encode(image, cancellation));
+}
 
 void Predictor::set_embedding(ImageEmbedding embedding) {
     std::vector<ImageEmbedding> embeddings;
@@ -64,7 +67,8 @@ void Predictor::set_embedding(ImageEmbedding embedding) {
     is_batch_ = false;
 }
 
-void Predictor::set_image_batch(const std::vector<ImageView>& images) {
+void Predictor::set_image_batch(const std::vector<ImageView>& images,
+                                const Cancellation* cancellation) {
     if (images.empty()) {
         throw ImageError("images", "an empty list", "a list of at least one image");
     }
@@ -74,7 +78,7 @@ void Predictor::set_image_batch(const std::vector<ImageView>& images) {
     }
     std::vector<ImageEmbedding> embeddings;
     for (const ImageView& image : images) {
-        embeddings.push_back(model_.encode(image));
+        embeddings.push_back(model_.encode(image, cancellation));
     }
     embeddings_ = std::move(embeddings);
     is_batch_ = true;
@@ -114,7 +118,8 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     if (options.foreground == 0) {
         throw InvalidInputError("foreground", "0", "1 to 255");
     }
-    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
+    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output,
+                                         options.cancellation);
     if (options.best_mask_only) {
         keep_best(decoded);
     }
@@ -125,11 +130,12 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
     if (options.return_logits) {
-        prediction.logits =
-            without_single_object(finish_logits(decoded.low_res_masks, *resampling, cleaning));
+        prediction.logits = without_single_object(
+            finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation));
     } else {
         prediction.masks = without_single_object(
-            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground));
+            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,
+                         options.cancellation));
     }
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;
@@ -139,6 +145,7 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     }
     prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
     prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
+    prediction.object_score_logits = std::move(decoded.object_score_logits);
     prediction.warning = std::move(decoded.warning);
     return prediction;
 }

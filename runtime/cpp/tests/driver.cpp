@@ -9,6 +9,7 @@
 #include <functional>
 #include <iostream>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <thread>
@@ -82,6 +83,39 @@ struct Image {
     ImageView view;
 };
 
+/// Ends a step's call at the time that it names, or when a thread says so.
+class Ending {
+public:
+    explicit Ending(const json& step) {
+        if (step.contains("deadline")) {
+            cancellation_.emplace(seconds(step["deadline"]));
+        } else if (step.contains("cancel_after")) {
+            cancellation_.emplace();
+            thread_ = std::thread([this, wait = seconds(step["cancel_after"])] {
+                std::this_thread::sleep_for(wait);
+                cancellation_->cancel();
+            });
+        }
+    }
+    Ending(const Ending&) = delete;
+    Ending& operator=(const Ending&) = delete;
+    ~Ending() {
+        if (thread_.joinable()) {
+            thread_.join();
+        }
+    }
+
+    const Cancellation* get() const { return cancellation_ ? &*cancellation_ : nullptr; }
+
+private:
+    static std::chrono::nanoseconds seconds(const json& value) {
+        return std::chrono::nanoseconds(static_cast<std::int64_t>(value.get<double>() * 1e9));
+    }
+
+    std::optional<Cancellation> cancellation_;
+    std::thread thread_;
+};
+
 Prompts prompts_of(const json& value) {
     Prompts prompts;
     if (value.contains("point_coords")) {
@@ -104,9 +138,12 @@ Prompts prompts_of(const json& value) {
 }
 
 PredictOptions predict_options_of(const json& step) {
-    return {step.value("multimask_output", true), step.value("return_logits", false),
-            step.value("best_mask_only", false),
-            static_cast<std::uint8_t>(step.value("foreground", 1))};
+    PredictOptions options;
+    options.multimask_output = step.value("multimask_output", true);
+    options.return_logits = step.value("return_logits", false);
+    options.best_mask_only = step.value("best_mask_only", false);
+    options.foreground = static_cast<std::uint8_t>(step.value("foreground", 1));
+    return options;
 }
 
 void write_prediction(const json& step, const std::string& prefix, const Prediction& prediction) {
@@ -117,6 +154,17 @@ void write_prediction(const json& step, const std::string& prefix, const Predict
     }
     write_npy(result_path(step, prefix + "iou"), prediction.iou_predictions);
     write_npy(result_path(step, prefix + "low_res"), prediction.low_res_masks);
+}
+
+json predict(Session& session, const json& step) {
+    const Ending ending(step);
+    PredictOptions options = predict_options_of(step);
+    options.cancellation = ending.get();
+    const Prediction prediction =
+        session.predictors.at(text(step, "predictor"))
+            .predict(prompts_of(step.value("prompts", json::object())), options);
+    write_prediction(step, "", prediction);
+    return nullptr;
 }
 
 json describe(const Manifest& manifest) {
@@ -179,10 +227,11 @@ json maps(Session& session, const json& step) {
 }
 
 json decode(Session& session, const json& step) {
+    const Ending ending(step);
     const DecodedMasks decoded =
         session.models.at(text(step, "model"))
             .decode(session.embeddings.at(text(step, "embedding")), prompts_of(step["prompts"]),
-                    step.value("multimask_output", true));
+                    step.value("multimask_output", true), ending.get());
     write_npy(result_path(step, "low_res"), decoded.low_res_masks);
     write_npy(result_path(step, "iou"), decoded.iou_predictions);
     if (decoded.object_score_logits) {
@@ -481,6 +530,33 @@ json set_environment() {
     return nullptr;
 }
 
+std::mutex lines_mutex;
+json lines = json::array();
+
+/// Collect the log from a level on, or with none, no more.
+json collect_log(const json& step) {
+    if (step.at("level").is_null()) {
+        set_log_callback(nullptr);
+        return nullptr;
+    }
+    set_log_callback(
+        [fails = step.value("fails", false)](LogLevel level, const std::string& line) {
+            const std::lock_guard<std::mutex> lock(lines_mutex);
+            lines.push_back({static_cast<int>(level), line});
+            if (fails) {
+                throw std::runtime_error("no room for a line");
+            }
+        },
+        static_cast<LogLevel>(step.at("level").get<int>()));
+    return nullptr;
+}
+
+/// The lines since the last such step.
+json log_lines() {
+    const std::lock_guard<std::mutex> lock(lines_mutex);
+    return std::exchange(lines, json::array());
+}
+
 using Step = std::function<json(Session&, const json&)>;
 
 const std::map<std::string, Step>& steps() {
@@ -513,7 +589,9 @@ const std::map<std::string, Step>& steps() {
         {"encode",
          [](Session& all, const json& s) {
              const Image image(s);
-             return add_embedding(all, s, all.models.at(text(s, "model")).encode(image.view));
+             const Ending ending(s);
+             return add_embedding(
+                 all, s, all.models.at(text(s, "model")).encode(image.view, ending.get()));
          }},
         {"encode_view",
          [](Session& all, const json& s) {
@@ -532,6 +610,24 @@ const std::map<std::string, Step>& steps() {
              return add_embedding(all, s,
                                   all.models.at(text(s, "model")).load_embedding(text(s, "path")));
          }},
+        {"embedding_to_bytes",
+         [](Session& all, const json& s) {
+             const std::vector<std::uint8_t> content =
+                 all.embeddings.at(text(s, "embedding")).to_bytes();
+             std::ofstream(text(s, "path"), std::ios::binary)
+                 .write(reinterpret_cast<const char*>(content.data()),
+                        static_cast<std::streamsize>(content.size()));
+             return json(content.size());
+         }},
+        {"embedding_from_bytes",
+         [](Session& all, const json& s) {
+             const Bytes content = read_file(text(s, "path"), std::uint64_t{1} << 40U);
+             return add_embedding(all, s,
+                                  all.models.at(text(s, "model"))
+                                      .embedding_from_bytes(content.data(), content.size()));
+         }},
+        {"log", [](Session&, const json& s) { return collect_log(s); }},
+        {"log_lines", [](Session&, const json&) { return log_lines(); }},
         {"maps", maps},
         {"decode", decode},
         {"predictor", new_predictor},
@@ -548,14 +644,7 @@ const std::map<std::string, Step>& steps() {
              return json();
          }},
         {"set_image_batch", set_image_batch},
-        {"predict",
-         [](Session& all, const json& s) {
-             write_prediction(s, "",
-                              all.predictors.at(text(s, "predictor"))
-                                  .predict(prompts_of(s.value("prompts", json::object())),
-                                           predict_options_of(s)));
-             return json();
-         }},
+        {"predict", predict},
         {"predict_batch", predict_batch},
         {"reset",
          [](Session& all, const json& s) {
@@ -618,6 +707,8 @@ json run(Session& session, const json& step) {
         return error("EmbeddingError", e);
     } catch (const BackendError& e) {
         return error("BackendError", e);
+    } catch (const CancelledError& e) {
+        return error("CancelledError", e);
     } catch (const std::system_error& e) {
         return error("OSError", e);
     }

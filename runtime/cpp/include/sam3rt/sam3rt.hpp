@@ -10,9 +10,11 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -123,6 +125,60 @@ public:
     using Error::Error;
     BackendError(const BackendError&) = default;
     ~BackendError() override;
+};
+
+/// A call was cancelled, or its deadline passed, before it had a result.
+class SAM3RT_EXPORT CancelledError : public Error {
+public:
+    using Error::Error;
+    CancelledError(const CancelledError&) = default;
+    ~CancelledError() override;
+};
+
+// --- log lines -----------------------------------------------------------------------------------
+
+enum class LogLevel { debug, info, warning, error };
+
+/// Takes one line of the log. It may be called by any thread, by several at once, and from within
+/// calls of the library: it must not call the library. What it throws is dropped.
+using LogCallback = std::function<void(LogLevel level, const std::string& line)>;
+
+/// Give the library's lines from `level` on, and ONNX Runtime's, to a callback. It may be called at
+/// any time; ONNX Runtime's lines follow the level that holds when a graph is loaded. Without a
+/// callback, or with an empty one, ONNX Runtime's errors go to stderr and nothing else anywhere. A
+/// callback that is replaced may still be running in another thread. Lines of a host's environment
+/// of ONNX Runtime stay with the host.
+SAM3RT_EXPORT void set_log_callback(LogCallback callback, LogLevel level = LogLevel::warning);
+
+// --- cancellation --------------------------------------------------------------------------------
+
+/// Ends calls that other threads no longer wait for, by request or at a time.
+///
+/// Calls that are given it throw CancelledError soon after: also while ONNX Runtime computes, between
+/// two nodes of a graph, and while they wait for their turn. A graph that is being loaded is loaded
+/// to its end first. A call that is as good as done may still return its result. Copies share one
+/// state; every method may be called from many threads at once, cancel() also while calls run.
+class SAM3RT_EXPORT Cancellation {
+public:
+    /// Only cancel() ends calls.
+    Cancellation();
+    /// Calls end at a time, too.
+    explicit Cancellation(std::chrono::steady_clock::time_point deadline);
+    /// Calls end some time from now, too.
+    explicit Cancellation(std::chrono::nanoseconds from_now)
+        : Cancellation(std::chrono::steady_clock::now() + from_now) {}
+
+    /// End the calls under way that were given this object or a copy of it, and all later ones.
+    void cancel() const noexcept;
+
+    /// Whether cancel() was called or the deadline has passed.
+    bool cancelled() const noexcept;
+
+    struct State;
+    State& state() const noexcept { return *state_; }
+
+private:
+    std::shared_ptr<State> state_;
 };
 
 // --- values --------------------------------------------------------------------------------------
@@ -444,6 +500,10 @@ public:
     /// NaN or an infinity.
     void save(const std::filesystem::path& path) const;
 
+    /// The content of the file that save() writes, for a cache or a network.
+    /// Throws BackendError as maps() does, EmbeddingError where a map holds NaN or an infinity.
+    std::vector<std::uint8_t> to_bytes() const;
+
     struct Data;
     explicit ImageEmbedding(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
     const Data& data() const noexcept { return *data_; }
@@ -512,20 +572,27 @@ public:
     static Model load(const std::filesystem::path& bundle, const ModelOptions& options = {});
 
     /// Run the encoder on one image.
-    /// Throws ImageError where it is not an image, BackendError where the device failed.
-    ImageEmbedding encode(const ImageView& image) const;
+    /// Throws ImageError where it is not an image, BackendError where the device failed,
+    /// CancelledError where `cancellation` is given and says so.
+    ImageEmbedding encode(const ImageView& image, const Cancellation* cancellation = nullptr) const;
 
     /// Run the decoder on one image's prompts: three masks per object, or the single one.
     /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs
     /// to another bundle or device, BackendError where the device failed or returned scores that
-    /// are not finite, as for an embedding that holds such values.
+    /// are not finite, as for an embedding that holds such values; CancelledError where
+    /// `cancellation` is given and says so.
     DecodedMasks decode(const ImageEmbedding& embedding, const Prompts& prompts,
-                        bool multimask_output = true) const;
+                        bool multimask_output = true,
+                        const Cancellation* cancellation = nullptr) const;
 
     /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for
     /// it. Throws EmbeddingError where the file is missing, damaged, from another bundle, or holds
     /// NaN.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
+
+    /// The same from `size` bytes of memory, of ImageEmbedding::to_bytes, of a file or of Python's
+    /// ImageEmbedding.to_bytes. They are not needed afterwards.
+    ImageEmbedding embedding_from_bytes(const void* content, std::size_t size) const;
 
     /// Load both graphs now instead of at their first use, also one that could not be loaded
     /// before.
@@ -538,6 +605,8 @@ public:
     bool encoder_loaded() const;
 
     const Manifest& manifest() const noexcept;
+    /// The text of bundle.json, UTF-8.
+    const std::string& manifest_json() const noexcept;
     /// The bundle's folder, as an absolute path.
     const std::filesystem::path& path() const noexcept;
     /// Where the graphs run, such as "cpu" or "cuda:0".
@@ -574,6 +643,9 @@ struct PredictOptions {
     bool best_mask_only = false;
     /// What stands for foreground in masks, such as 255; not 0.
     std::uint8_t foreground = 1;
+    /// Ends the call early; not owned. Decoding stops as in Model::decode, and so does making masks
+    /// of the image's size, after the one it is at.
+    const Cancellation* cancellation = nullptr;
 };
 
 /// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
@@ -586,6 +658,8 @@ struct Prediction {
     Array<float> iou_predictions;
     /// [C, h, w], for Prompts::mask_input of a later call.
     Array<float> low_res_masks;
+    /// [B], positive where the model sees an object; absent for models without that head.
+    std::optional<Array<float>> object_score_logits;
     /// Why the masks may mean nothing, or empty: see DecodedMasks::warning.
     std::string warning;
 };
@@ -601,14 +675,15 @@ public:
     explicit Predictor(Model model, const PredictorOptions& options = {});
 
     /// Encode an image, so that predict can be called on it. Throws as Model::encode.
-    void set_image(const ImageView& image);
+    void set_image(const ImageView& image, const Cancellation* cancellation = nullptr);
 
     /// Use an embedding made or loaded earlier in place of an image.
     void set_embedding(ImageEmbedding embedding);
 
     /// Encode several images, of any sizes, so that predict_batch can be called on them; predict
     /// then uses the last of them. Throws ImageError where there is none or one is not an image.
-    void set_image_batch(const std::vector<ImageView>& images);
+    void set_image_batch(const std::vector<ImageView>& images,
+                         const Cancellation* cancellation = nullptr);
 
     /// Predict masks from prompts on the image set last.
     /// Throws StateError where no image is set, else as Model::decode.
