@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.support.c_library import (
     Library,
     LogCallback,
@@ -26,6 +27,7 @@ from tests.support.helpers import noise
 from tests.support.runnable_bundle import runnable_bundle
 
 import sam3rt
+from sam3rt.masks.rle import compress, decompress, mask_of, runs_of
 
 CLICK: dict[str, Any] = {"point_coords": [[30, 25]], "point_labels": [1]}
 MOBILE_SAM = ROOT / "engines" / "mobile_sam"
@@ -357,3 +359,216 @@ def test_prepare_loads_both_graphs(library: Library, toy_bundle: Path) -> None:
     with pytest.raises(Sam3rtError) as caught:
         library.call("model_prepare", None)
     assert (caught.value.status, caught.value.subject) == ("INVALID_INPUT", "model")
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def levels_of_nv12(
+    luma: NDArray[np.uint8], chroma: NDArray[np.uint8], kr: float, kb: float
+) -> NDArray[np.uint8]:
+    """RGB of limited range in double precision, each pixel with its block's chroma."""
+    y = (luma.astype(float).clip(16) - 16) * 255 / 219
+    u, v = ((chroma[..., i].repeat(2, 0).repeat(2, 1) - 128.0) * 255 / 112 for i in (0, 1))
+    red, blue = y + (1 - kr) * v, y + (1 - kb) * u
+    green = y - (1 - kb) * kb / (1 - kr - kb) * u - (1 - kr) * kr / (1 - kr - kb) * v
+    levels: NDArray[np.uint8] = np.stack([red, green, blue], -1).round().clip(0, 255).astype("u1")
+    return levels
+
+
+def test_bottom_up_and_planar_images(cpp_build: Build) -> None:
+    """Every layout of the same pixels gives the same encoder input."""
+    target = {"op": "resize", "target": [20, 30], "rounded": False}
+    padded = np.zeros((50, 216), np.uint8)
+    padded[:, :210] = PICTURE[::-1].reshape(50, 210)
+    planes = np.ascontiguousarray(np.moveaxis(PICTURE, 2, 0))
+    spaced = np.zeros((3, 52, 80), np.uint8)
+    spaced[:, :50, :70] = planes
+    plain, *others = cpp_build.run(
+        [
+            {**target, "image": PICTURE},
+            {**target, "image": padded, "width": 70, "row_stride": -216, "first_row": 49},
+            {
+                **target,
+                "image": padded[:, :210].reshape(50, 70, 3)[..., ::-1],
+                "format": "bgr",
+                "row_stride": -210,
+                "first_row": 0,
+                "height": 1,
+            },
+            {**target, "image": planes.reshape(150, 70), "format": "planar", "height": 50},
+            {
+                **target,
+                "image": spaced.reshape(156, 80),
+                "format": "planar",
+                "height": 50,
+                "width": 70,
+                "row_stride": 80,
+                "plane_stride": 52 * 80,
+            },
+        ]
+    )
+    for number, other in enumerate(others):
+        if number != 1:  # a single row, which is the last one of the picture
+            np.testing.assert_array_equal(other.arrays["pixels"], plain.arrays["pixels"])
+    last_row = cpp_build.one(**target, image=np.ascontiguousarray(PICTURE[-1:]))
+    np.testing.assert_array_equal(others[1].arrays["pixels"], last_row.arrays["pixels"])
+
+
+@pytest.mark.parametrize(
+    ("form", "kr", "kb"), [("nv12", 0.299, 0.114), ("nv12_bt709", 0.2126, 0.0722)]
+)
+def test_video_frames(cpp_build: Build, form: str, kr: float, kb: float) -> None:
+    """Every level of luma, with chroma of all kinds, in both places where the planes may lie."""
+    rng = np.random.default_rng(0)
+    luma = rng.permutation(np.arange(1024) % 256).astype(np.uint8).reshape(32, 32)
+    chroma = rng.integers(0, 256, (16, 16, 2), np.uint8)
+    frame = np.concatenate([luma, chroma.reshape(16, 32)])
+    spaced = np.zeros((50, 40), np.uint8)
+    spaced[:32, :32], spaced[34:, :32] = luma, chroma.reshape(16, 32)
+    step = {"op": "resize", "target": [32, 32], "rounded": True, "format": form, "height": 32}
+    place = {"width": 32, "row_stride": 40, "plane_stride": 34 * 40}
+    tight, wide = cpp_build.run([{**step, "image": frame}, {**step, "image": spaced, **place}])
+    expected = levels_of_nv12(luma, chroma, kr, kb).astype(int)
+    assert np.abs(tight.arrays["pixels"] - expected).max() <= 1
+    # OpenCV's numbers for BT.601 have three decimals.
+    assert (tight.arrays["pixels"] == expected).mean() > 0.95
+    np.testing.assert_array_equal(tight.arrays["pixels"], wide.arrays["pixels"])
+
+
+def test_layouts_that_are_refused(library: Library, toy: c_void_p) -> None:
+    planar, nv12, bt709 = 5, 6, 7
+    for changes, words in (
+        ({"row_stride": -209}, "row_stride"),
+        ({"plane_stride": 1}, "plane_stride"),
+        ({"format": planar, "row_stride": -70}, "row_stride"),
+        ({"format": planar, "plane_stride": 1 << 62}, "plane_stride"),
+        ({"format": nv12, "row_stride": -70}, "row_stride"),
+        ({"format": nv12, "row_stride": 69}, "row_stride"),
+        ({"format": nv12, "width": 69}, "even"),
+        ({"format": bt709, "height": 49}, "even"),
+        ({"format": -1}, "format"),
+        ({"format": 8}, "format"),
+    ):
+        given = image(PICTURE)
+        for name, value in changes.items():
+            setattr(given, name, value)
+        with pytest.raises(Sam3rtError, match=words) as caught:
+            library.make("model_encode", toy, byref(given))
+        assert (caught.value.status, caught.value.subject) == ("IMAGE_ERROR", "image")
+
+
+def test_images_in_c(library: Library, toy: c_void_p) -> None:
+    """A bottom-up image and planes through the C structure; an older one ends before the planes."""
+    expected = library.taken(library.make("embedding_to_bytes", library.encode(toy, PICTURE)))
+    flipped = image(PICTURE[::-1])
+    flipped.pixels += 49 * 210
+    flipped.row_stride = -210
+    planar = image(np.moveaxis(PICTURE, 2, 0))
+    planar.height, planar.width, planar.format = 50, 70, 5
+    older = image(PICTURE)
+    older.plane_stride, older.struct_size = 99, type(older).plane_stride.offset
+    for given in (flipped, planar, older):
+        embedding = library.make("model_encode", toy, byref(given))
+        assert library.taken(library.make("embedding_to_bytes", embedding)) == expected
+        library.c.sam3rt_embedding_free(embedding)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+SEVERAL: dict[str, Any] = {"point_coords": [[[30, 25]], [[5, 8]]], "point_labels": [[1], [0]]}
+
+
+@pytest.mark.parametrize("arguments", [CLICK, SEVERAL, {"box": np.zeros((0, 4))}])
+def test_forms_of_masks(cpp_build: Build, toy_bundle: Path, arguments: dict[str, Any]) -> None:
+    """Bits as NumPy packs them and run lengths as Python writes them, in any memory."""
+    predict: Step = {"op": "predict", "predictor": "p", "prompts": as_prompts(arguments)}
+    room = 1 << 20
+    found = cpp_build.run(
+        toy_steps(
+            toy_bundle,
+            predict,
+            {**predict, "form": "bits"},
+            {**predict, "form": "rle"},
+            {**predict, "output": room, "shift": 3, "foreground": 255},
+            {**predict, "output": room, "form": "bits"},
+            {**predict, "return_logits": True},
+            {**predict, "return_logits": True, "output": room},
+        )
+    )[4:]
+    masks = found[0].arrays["masks"]
+    np.testing.assert_array_equal(found[1].arrays["masks"], np.packbits(masks, axis=-1))
+    texts = [compress(runs_of(mask != 0)) for mask in masks.reshape(-1, *masks.shape[-2:])]
+    assert found[2].value["rle"] == texts
+    for text, mask in zip(texts, masks.reshape(-1, *masks.shape[-2:]), strict=True):
+        np.testing.assert_array_equal(mask_of(decompress(text), mask.shape), mask != 0)
+    assert found[2].arrays["masks"].size == 0
+    np.testing.assert_array_equal(found[3].arrays["masks"], masks * np.uint8(255))
+    np.testing.assert_array_equal(found[4].arrays["masks"], found[1].arrays["masks"])
+    if masks.size:
+        np.testing.assert_array_equal(found[6].arrays["masks"], found[5].arrays["masks"])
+    for result, shape in zip(found, (masks.shape, found[1].arrays["masks"].shape), strict=False):
+        assert result.value["shape"] == list(shape)
+    assert found[2].value["shape"] == list(masks.shape)
+
+
+def test_outputs_that_are_refused(cpp_build: Build, toy_bundle: Path) -> None:
+    predict: Step = {"op": "predict", "predictor": "p", "prompts": as_prompts(CLICK)}
+    size = 3 * 50 * 70
+    results = cpp_build.run(
+        toy_steps(
+            toy_bundle,
+            {**predict, "output": size},
+            {**predict, "output": size - 1},
+            {**predict, "output": size, "shift": 1},
+            {**predict, "output": 3 * 50 * 9 - 1, "form": "bits"},
+            {**predict, "output": 4 * size, "return_logits": True},
+            {**predict, "output": 4 * size - 1, "return_logits": True},
+            {**predict, "output": 5 * size, "return_logits": True, "shift": 1},
+            {**predict, "output": size, "form": "rle"},
+            {**predict, "form": "rle", "return_logits": True},
+            {**predict, "form": "bits", "return_logits": True},
+        )
+    )[4:]
+    for number, result in enumerate(results):
+        if number in (0, 4):
+            assert result.error is None
+        else:
+            result.refusal("InvalidInputError", "output" if number < 8 else "form")
+
+
+def test_masks_in_c(library: Library, toy: c_void_p) -> None:
+    predictor = library.predictor(toy)
+    library.call("predictor_set_image", predictor, byref(image(PICTURE)))
+    masks, _, _ = library.predict(predictor, SEVERAL)
+    memory = np.zeros(masks.size, np.uint8)
+    options = PredictOptions(
+        ctypes.sizeof(PredictOptions), output=memory.ctypes.data, output_size=memory.size
+    )
+    arguments = ("predictor_predict", predictor, byref(prompts(SEVERAL)), byref(options))
+    made = library.make(*arguments)
+    view = library.c.sam3rt_prediction_masks(made)
+    assert view.values == memory.ctypes.data
+    np.testing.assert_array_equal(copied(view, np.uint8), masks)
+    library.c.sam3rt_prediction_free(made)
+    np.testing.assert_array_equal(memory.reshape(masks.shape), masks)
+    options.output_size -= 1
+    with pytest.raises(Sam3rtError) as caught:
+        library.make(*arguments)
+    assert (caught.value.status, caught.value.subject) == ("INVALID_INPUT", "output")
+
+    options.output, options.mask_form = None, 2
+    made = library.make(*arguments)
+    count = library.c.sam3rt_prediction_rle_count(made)
+    texts = [
+        library.c.sam3rt_prediction_rle(made, ctypes.c_size_t(i)).decode() for i in range(count)
+    ]
+    assert texts == [compress(runs_of(mask != 0)) for mask in masks.reshape(-1, 50, 70)]
+    assert library.c.sam3rt_prediction_rle(made, ctypes.c_size_t(count)) == b""
+    assert library.c.sam3rt_prediction_masks(made).axes == 0
+    library.c.sam3rt_prediction_free(made)
+    options.mask_form = 3
+    with pytest.raises(Sam3rtError) as caught:
+        library.make(*arguments)
+    assert caught.value.subject == "mask_form"
+    library.c.sam3rt_predictor_free(predictor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class Image(ctypes.Structure):
         ("pixels", c_void_p),
         ("height", c_int64),
         ("width", c_int64),
-        ("row_stride", c_size_t),
+        ("row_stride", c_ssize_t),
         ("format", c_int32),
+        ("plane_stride", c_size_t),
     ]
 
 
@@ -97,6 +98,9 @@ class PredictOptions(ctypes.Structure):
         ("best_mask_only", c_int32),
         ("foreground", c_int32),
         ("cancellation", c_void_p),
+        ("mask_form", c_int32),
+        ("output", c_void_p),
+        ("output_size", c_size_t),
     ]
 
 
@@ -111,6 +115,7 @@ _TEXTS = (
     "model_type",
     "model_path",
     "model_manifest_json",
+    "prediction_rle",
     "prediction_warning",
 )
 
@@ -143,7 +148,8 @@ class Library:
         for name in _TEXTS:
             getattr(self.c, f"sam3rt_{name}").restype = c_char_p
         self.c.sam3rt_buffer_data.restype = c_void_p
-        self.c.sam3rt_buffer_size.restype = c_size_t
+        for name in ("buffer_size", "prediction_rle_count"):
+            getattr(self.c, f"sam3rt_{name}").restype = c_size_t
         for name in ("masks", "logits", "iou", "low_res", "object_scores"):
             function = getattr(self.c, f"sam3rt_prediction_{name}")
             function.restype, function.argtypes = ArrayView, [c_void_p]

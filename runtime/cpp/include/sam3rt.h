@@ -170,24 +170,37 @@ typedef struct sam3rt_mask_array {
     int32_t axes;
 } sam3rt_mask_array;
 
-/* The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours. */
+/* The bytes of an image. The first five are interleaved: the bytes of a pixel, in memory order. Alpha
+ * is left out; grey is taken for all three colours. */
 #define SAM3RT_RGB 0
 #define SAM3RT_BGR 1
 #define SAM3RT_RGBA 2
 #define SAM3RT_BGRA 3
 #define SAM3RT_GREY 4
+/* Three planes: red, green, blue. */
+#define SAM3RT_PLANAR 5
+/* Video: a plane of luma, then one of half the height with a pair of chroma values for each 2 x 2
+ * pixels, blue first. Both sides are even. Limited range and the matrix of BT.601, as OpenCV takes
+ * NV12; or that of BT.709, as HD video mostly has it. */
+#define SAM3RT_NV12 6
+#define SAM3RT_NV12_BT709 7
 
-/* An 8-bit image, interleaved, which is only read, and only during the call. */
+/* An 8-bit image, which is only read, and only during the call. */
 typedef struct sam3rt_image {
     size_t struct_size;
     const uint8_t* pixels;
     int64_t height;
     int64_t width;
-    /* Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
-     * rows together span less than 2^62 bytes. */
-    size_t row_stride;
+    /* Bytes from one row to the next, at least those of its pixels, for which 0 stands too. An
+     * interleaved image that is stored bottom up has a negative stride, and `pixels` is still the
+     * first pixel of the first row, which stands last in memory. All rows together span less than
+     * 2^62 bytes. */
+    ptrdiff_t row_stride;
     /* SAM3RT_RGB or another of them. */
     int32_t format;
+    /* For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
+     * All planes have the same row_stride. 0 for other images. */
+    size_t plane_stride;
 } sam3rt_image;
 
 /* Prompts for one image. Everything may be absent; B counts objects; with B 0 the results are
@@ -334,6 +347,13 @@ typedef struct sam3rt_predictor_options {
     double max_sprinkle_area;
 } sam3rt_predictor_options;
 
+/* How masks of the image's size are returned: as a byte for each pixel, [C, H, W]; as a bit, the
+ * first in the highest bit of a row's first byte, [C, H, ceil(W / 8)]; as COCO's compressed run
+ * lengths, as pycocotools writes them. */
+#define SAM3RT_MASK_BYTES 0
+#define SAM3RT_MASK_BITS 1
+#define SAM3RT_MASK_RLE 2
+
 typedef struct sam3rt_predict_options {
     size_t struct_size;
     /* Not 0: the single best guess in place of three masks. */
@@ -346,6 +366,14 @@ typedef struct sam3rt_predict_options {
     int32_t foreground;
     /* Ends the call early; NULL for none. */
     const sam3rt_cancellation* cancellation;
+    /* SAM3RT_MASK_BYTES or another of them, which return_logits does not allow. */
+    int32_t mask_form;
+    /* Memory of the caller's for masks, or for logits if it is aligned for float, in place of the
+     * prediction's own, of `output_size` bytes; too few are an invalid input. The prediction's arrays
+     * then point there. What a call that fails leaves there is not defined. Not for run lengths, nor
+     * for sam3rt_predictor_predict_batch. */
+    void* output;
+    size_t output_size;
 } sam3rt_predict_options;
 
 /* `options` may be NULL. The predictor keeps what it needs of the model. */
@@ -391,10 +419,16 @@ SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
  * leading axis B.
  */
 
-/* [C, H, W], 0 and the value for foreground; no axes where logits were asked for. */
+/* [C, H, W], 0 and the value for foreground, or [C, H, ceil(W / 8)] bits; no axes where logits or
+ * run lengths were asked for. */
 SAM3RT_API sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction);
 /* [C, H, W]; no axes where masks were asked for. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction);
+/* Run lengths of mask `index`, object by object, where they were asked for; else, or where there is
+ * no such mask, an empty text. They live as long as the prediction. */
+SAM3RT_API const char* sam3rt_prediction_rle(const sam3rt_prediction* prediction, size_t index);
+/* How many masks there are as run lengths. */
+SAM3RT_API size_t sam3rt_prediction_rle_count(const sam3rt_prediction* prediction);
 /* [C], the predicted IoU of each mask. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction);
 /* [C, h, w], for mask_input of a later call. */

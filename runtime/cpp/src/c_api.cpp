@@ -28,6 +28,9 @@ struct sam3rt_predictor {
 };
 struct sam3rt_prediction {
     sam3rt::Prediction value;
+    /// The caller's memory, with the masks or logits in it, or null.
+    const void* masks;
+    const void* logits;
 };
 struct sam3rt_cancellation {
     sam3rt::Cancellation value;
@@ -40,6 +43,10 @@ namespace {
 
 static_assert(SAM3RT_MAX_IMAGE_SIDE == sam3rt::max_image_side);
 static_assert(SAM3RT_MAX_IMAGE_PIXELS == sam3rt::max_image_pixels);
+static_assert(SAM3RT_NV12_BT709 == static_cast<int>(sam3rt::PixelFormat::nv12_bt709));
+static_assert(SAM3RT_PLANAR == static_cast<int>(sam3rt::PixelFormat::planar));
+static_assert(SAM3RT_MASK_BITS == static_cast<int>(sam3rt::MaskForm::bits));
+static_assert(SAM3RT_MASK_RLE == static_cast<int>(sam3rt::MaskForm::rle));
 static_assert(SAM3RT_GREY == static_cast<int>(sam3rt::PixelFormat::grey));
 static_assert(SAM3RT_BGR == static_cast<int>(sam3rt::PixelFormat::bgr));
 static_assert(SAM3RT_RGBA == static_cast<int>(sam3rt::PixelFormat::rgba));
@@ -113,7 +120,8 @@ template <>
 constexpr std::array older_sizes<sam3rt_model_options> = {
     offsetof(sam3rt_model_options, map_weights)};
 template <>
-constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format)};
+constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format),
+                                                  offsetof(sam3rt_image, plane_stride)};
 template <>
 constexpr std::array older_sizes<sam3rt_predict_options> = {
     offsetof(sam3rt_predict_options, best_mask_only),
@@ -178,27 +186,32 @@ std::optional<sam3rt::Array<T>> copy_of(const View& view, const std::string& arg
 }
 
 template <typename View, typename T>
-View view_of(const sam3rt::Array<T>& array) {
+View view_of(const T* values, const sam3rt::Shape& shape) {
     View view;
     std::memset(&view, 0, sizeof view);
-    // An array that was not asked for has the shape [0]; one of no objects has more axes.
-    if (array.size() != 0 || array.shape().size() > 1) {
-        view.values = array.data();
-        view.axes = static_cast<std::int32_t>(array.shape().size());
-        std::copy(array.shape().begin(), array.shape().end(), view.shape);
-    }
+    view.values = values;
+    view.axes = static_cast<std::int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape);
     return view;
+}
+
+template <typename View, typename T>
+View view_of(const sam3rt::Array<T>& array) {
+    // An array that was not asked for has the shape [0]; one of no objects has more axes.
+    const bool is_there = array.size() != 0 || array.shape().size() > 1;
+    return view_of<View>(is_there ? array.data() : nullptr,
+                         is_there ? array.shape() : sam3rt::Shape{});
 }
 
 sam3rt::ImageView image_of(const sam3rt_image* image, const char* argument) {
     require(image, argument);
     const sam3rt_image known = known_fields(image, argument);
-    if (known.format < SAM3RT_RGB || known.format > SAM3RT_GREY) {
+    if (known.format < SAM3RT_RGB || known.format > SAM3RT_NV12_BT709) {
         throw sam3rt::ImageError(argument, "a format of " + std::to_string(known.format),
-                                 "SAM3RT_RGB to SAM3RT_GREY");
+                                 "SAM3RT_RGB to SAM3RT_NV12_BT709");
     }
     return {known.pixels, known.height, known.width, known.row_stride,
-            static_cast<sam3rt::PixelFormat>(known.format)};
+            static_cast<sam3rt::PixelFormat>(known.format), known.plane_stride};
 }
 
 sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
@@ -231,10 +244,15 @@ sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options)
     if (known.foreground < 0 || known.foreground > 255) {
         throw InvalidInputError("foreground", std::to_string(known.foreground), "0 to 255");
     }
+    if (known.mask_form < SAM3RT_MASK_BYTES || known.mask_form > SAM3RT_MASK_RLE) {
+        throw InvalidInputError("mask_form", std::to_string(known.mask_form),
+                                "SAM3RT_MASK_BYTES to SAM3RT_MASK_RLE");
+    }
     const sam3rt::Cancellation* const cancellation = cancellation_of(known.cancellation);
     const auto foreground = static_cast<std::uint8_t>(known.foreground);
     return {known.single_mask == 0, known.return_logits != 0, known.best_mask_only != 0,
-            foreground == 0 ? std::uint8_t{1} : foreground, cancellation};
+            foreground == 0 ? std::uint8_t{1} : foreground, cancellation,
+            static_cast<sam3rt::MaskForm>(known.mask_form), known.output, known.output_size};
 }
 
 }  // namespace
@@ -404,7 +422,7 @@ sam3rt_status sam3rt_model_decode(const sam3rt_model* model, const sam3rt_embedd
         found.low_res_masks = std::move(decoded.low_res_masks);
         found.object_score_logits = std::move(decoded.object_score_logits);
         found.warning = std::move(decoded.warning);
-        *prediction = new sam3rt_prediction{std::move(found)};
+        *prediction = new sam3rt_prediction{std::move(found), nullptr, nullptr};
     });
 }
 
@@ -500,8 +518,11 @@ sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
     return guarded(error, [&] {
         require(prediction, "prediction");
         const sam3rt::Predictor& value = require(predictor, "predictor").value;
+        const sam3rt::PredictOptions chosen = predict_options_of(options);
         *prediction =
-            new sam3rt_prediction{value.predict(prompts_of(prompts), predict_options_of(options))};
+            new sam3rt_prediction{value.predict(prompts_of(prompts), chosen),
+                                  chosen.return_logits ? nullptr : chosen.output,
+                                  chosen.return_logits ? chosen.output : nullptr};
     });
 }
 
@@ -521,7 +542,7 @@ sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
         for (sam3rt::Prediction& result :
              value.predict_batch(entries, predict_options_of(options))) {
             results.push_back(
-                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result)}));
+                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result), nullptr, nullptr}));
         }
         for (std::size_t i = 0; i < results.size(); ++i) {
             predictions[i] = results[i].release();
@@ -537,11 +558,26 @@ void sam3rt_predictor_reset(sam3rt_predictor* predictor) {
 
 sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<std::uint8_t> none;
+    if (prediction != nullptr && prediction->masks != nullptr) {
+        return view_of<sam3rt_mask_array>(static_cast<const std::uint8_t*>(prediction->masks),
+                                          prediction->value.shape);
+    }
     return view_of<sam3rt_mask_array>(prediction == nullptr ? none : prediction->value.masks);
 }
 sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<float> none;
+    if (prediction != nullptr && prediction->logits != nullptr) {
+        return view_of<sam3rt_float_array>(static_cast<const float*>(prediction->logits),
+                                           prediction->value.shape);
+    }
     return view_of<sam3rt_float_array>(prediction == nullptr ? none : prediction->value.logits);
+}
+const char* sam3rt_prediction_rle(const sam3rt_prediction* prediction, size_t index) {
+    return index < sam3rt_prediction_rle_count(prediction) ? prediction->value.rle[index].c_str()
+                                                           : "";
+}
+size_t sam3rt_prediction_rle_count(const sam3rt_prediction* prediction) {
+    return prediction == nullptr ? 0 : prediction->value.rle.size();
 }
 sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<float> none;

@@ -3,6 +3,7 @@
 
 #include "cancellation.hpp"
 #include "embedding.hpp"
+#include "errors.hpp"
 #include "geometry.hpp"
 #include "model.hpp"
 #include "postprocess.hpp"
@@ -21,7 +22,7 @@ double finite(const std::string& argument, double value) {
 template <typename T>
 Array<T> without_single_object(Array<T> array) {
     const Shape& shape = array.shape();
-    if (shape[0] != 1) {
+    if (shape[0] != 1 || shape.size() == 1) {
         return array;
     }
     return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
@@ -45,6 +46,42 @@ void keep_best(DecodedMasks& decoded) {
     }
     decoded.low_res_masks = std::move(low_res);
     decoded.iou_predictions = std::move(scores);
+}
+
+/// Throws InvalidInputError where the options contradict each other.
+void check_options(const PredictOptions& options) {
+    if (options.foreground == 0) {
+        throw InvalidInputError("foreground", "0", "1 to 255");
+    }
+    if (options.form != MaskForm::bytes && options.return_logits) {
+        throw InvalidInputError("form", "another than bytes", "bytes, with return_logits");
+    }
+    if (options.output == nullptr) {
+        return;
+    }
+    if (options.form == MaskForm::rle) {
+        throw InvalidInputError("output", "memory", "none, for run lengths");
+    }
+    if (options.return_logits &&
+        reinterpret_cast<std::uintptr_t>(options.output) % alignof(float) != 0) {
+        throw InvalidInputError("output", "memory that is not aligned for float",
+                                "aligned memory, with return_logits");
+    }
+}
+
+/// Where a result goes: the caller's memory, or an array that is made for it.
+template <typename T>
+T* memory_for(const PredictOptions& options, const Shape& shape, Array<T>& own) {
+    if (options.output == nullptr) {
+        own = Array<T>(shape);
+        return own.data();
+    }
+    const std::size_t size = element_count(shape) * sizeof(T);
+    if (options.output_size < size) {
+        throw InvalidInputError("output", std::to_string(options.output_size) + " bytes",
+                                std::to_string(size) + " for shape " + shape_text(shape));
+    }
+    return static_cast<T*>(options.output);
 }
 
 }  // namespace
@@ -101,6 +138,9 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
             "prompts", std::to_string(prompts.size()) + " entries",
             "one per image of the batch (" + std::to_string(embeddings_.size()) + ")");
     }
+    if (options.output != nullptr) {
+        throw InvalidInputError("output", "memory", "none, for a batch");
+    }
     std::vector<Prediction> predictions;
     for (std::size_t i = 0; i < prompts.size(); ++i) {
         predictions.push_back(predict_on(embeddings_[i], prompts[i], options));
@@ -115,9 +155,7 @@ void Predictor::reset() noexcept {
 
 Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
                                  const PredictOptions& options) const {
-    if (options.foreground == 0) {
-        throw InvalidInputError("foreground", "0", "1 to 255");
-    }
+    check_options(options);
     DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output,
                                          options.cancellation);
     if (options.best_mask_only) {
@@ -129,14 +167,30 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
         embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
-    if (options.return_logits) {
-        prediction.logits = without_single_object(
-            finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation));
-    } else {
-        prediction.masks = without_single_object(
-            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,
-                         options.cancellation));
+    prediction.shape = full_shape(decoded.low_res_masks, *resampling);
+    if (options.form == MaskForm::bits) {
+        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
     }
+    if (options.return_logits) {
+        finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation,
+                      memory_for(options, prediction.shape, prediction.logits));
+    } else if (options.form == MaskForm::rle) {
+        prediction.rle =
+            finish_rle(decoded.low_res_masks, *resampling, cleaning, options.cancellation);
+    } else {
+        std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
+        if (options.form == MaskForm::bits) {
+            finish_bits(decoded.low_res_masks, *resampling, cleaning, options.cancellation, masks);
+        } else {
+            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,
+                         options.cancellation, masks);
+        }
+    }
+    if (prediction.shape[0] == 1) {
+        prediction.shape.erase(prediction.shape.begin());
+    }
+    prediction.masks = without_single_object(std::move(prediction.masks));
+    prediction.logits = without_single_object(std::move(prediction.logits));
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;
         float* logits = decoded.low_res_masks.data();

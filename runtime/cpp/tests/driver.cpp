@@ -70,12 +70,21 @@ struct Image {
         view.pixels = pixels.data();
         view.height = pixels.shape().at(0);
         view.width = step.value("width", pixels.shape().at(1));
-        view.row_stride = step.contains("width") ? static_cast<std::size_t>(pixels.shape()[1]) : 0;
+        view.row_stride =
+            step.contains("width") ? static_cast<std::ptrdiff_t>(pixels.shape()[1]) : 0;
+        view.height = step.value("height", view.height);
+        view.row_stride = step.value("row_stride", view.row_stride);
+        view.plane_stride = step.value("plane_stride", std::size_t{0});
+        // Where the first row stands, for images that are stored bottom up.
+        view.pixels += step.value("first_row", 0) * pixels.shape().at(1);
         static const std::map<std::string, PixelFormat> formats = {{"rgb", PixelFormat::rgb},
                                                                    {"bgr", PixelFormat::bgr},
                                                                    {"rgba", PixelFormat::rgba},
                                                                    {"bgra", PixelFormat::bgra},
-                                                                   {"grey", PixelFormat::grey}};
+                                                                   {"grey", PixelFormat::grey},
+                                                                   {"planar", PixelFormat::planar},
+                                                                   {"nv12", PixelFormat::nv12},
+                                                                   {"nv12_bt709", PixelFormat::nv12_bt709}};
         view.format = formats.at(step.value("format", "rgb"));
     }
 
@@ -142,6 +151,9 @@ PredictOptions predict_options_of(const json& step) {
     options.multimask_output = step.value("multimask_output", true);
     options.return_logits = step.value("return_logits", false);
     options.best_mask_only = step.value("best_mask_only", false);
+    static const std::map<std::string, MaskForm> forms = {
+        {"bytes", MaskForm::bytes}, {"bits", MaskForm::bits}, {"rle", MaskForm::rle}};
+    options.form = forms.at(step.value("form", "bytes"));
     options.foreground = static_cast<std::uint8_t>(step.value("foreground", 1));
     return options;
 }
@@ -160,11 +172,29 @@ json predict(Session& session, const json& step) {
     const Ending ending(step);
     PredictOptions options = predict_options_of(step);
     options.cancellation = ending.get();
-    const Prediction prediction =
-        session.predictors.at(text(step, "predictor"))
-            .predict(prompts_of(step.value("prompts", json::object())), options);
+    // Memory of the caller's, of so many bytes, from a place that need not be aligned.
+    Bytes memory(step.value("output", std::size_t{0}));
+    const std::size_t shift = step.value("shift", std::size_t{0});
+    options.output = memory.empty() ? nullptr : memory.data() + shift;
+    options.output_size = memory.size() - shift;
+    Prediction prediction = session.predictors.at(text(step, "predictor"))
+                                .predict(prompts_of(step.value("prompts", json::object())), options);
+    if (!memory.empty()) {
+        const std::size_t count = element_count(prediction.shape);
+        const bool is_empty = prediction.masks.size() == 0 && prediction.logits.size() == 0;
+        if (!is_empty) {
+            throw StateError("a result is in two places");
+        }
+        if (options.return_logits) {
+            prediction.logits = Array<float>(
+                prediction.shape, static_cast<const float*>(options.output), count);
+        } else {
+            prediction.masks = Array<std::uint8_t>(
+                prediction.shape, static_cast<const std::uint8_t*>(options.output), count);
+        }
+    }
     write_prediction(step, "", prediction);
-    return nullptr;
+    return {{"rle", prediction.rle}, {"shape", prediction.shape}};
 }
 
 json describe(const Manifest& manifest) {
@@ -342,9 +372,13 @@ json finish(const json& step) {
     masks.low_res_size = {low_res.shape().at(2), low_res.shape().at(3)};
     const Resampling resampling = resampling_to_image(geometry_from(step), image, masks);
     if (step.at("return_logits").get<bool>()) {
-        write_npy(result_path(step, "masks"), finish_logits(low_res, resampling, cleaning));
+        Array<float> logits(full_shape(low_res, resampling));
+        finish_logits(low_res, resampling, cleaning, nullptr, logits.data());
+        write_npy(result_path(step, "masks"), logits);
     } else {
-        write_npy(result_path(step, "masks"), finish_masks(low_res, resampling, cleaning));
+        Array<std::uint8_t> finished(full_shape(low_res, resampling));
+        finish_masks(low_res, resampling, cleaning, 1, nullptr, finished.data());
+        write_npy(result_path(step, "masks"), finished);
     }
     return nullptr;
 }
@@ -445,7 +479,7 @@ json image_geometry(const json& step) {
                                                     : ImageSpec::Resize::longest_side;
     const Size size = size_of(step.at("size"));
     const std::uint8_t pixel = 0;
-    check_image({&pixel, size.height, size.width, step.value("row_stride", std::size_t{0})},
+    check_image({&pixel, size.height, size.width, step.value("row_stride", std::ptrdiff_t{0})},
                 "image");
     return as_json(geometry_of(spec, size).input_size);
 }
@@ -597,7 +631,7 @@ const std::map<std::string, Step>& steps() {
          [](Session& all, const json& s) {
              const std::array<std::uint8_t, 3> pixel{};
              const ImageView view{s.value("null", false) ? nullptr : pixel.data(), s.at("height"),
-                                  s.at("width"), s.value("row_stride", std::size_t{0})};
+                                  s.at("width"), s.value("row_stride", std::ptrdiff_t{0})};
              return add_embedding(all, s, all.models.at(text(s, "model")).encode(view));
          }},
         {"save_embedding",

@@ -303,8 +303,23 @@ struct Size {
     bool operator!=(const Size& other) const { return !(*this == other); }
 };
 
-/// The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours.
-enum class PixelFormat { rgb, bgr, rgba, bgra, grey };
+/// The bytes of an image. The first five are interleaved: the bytes of a pixel, in memory order.
+/// Alpha is left out; grey is taken for all three colours.
+enum class PixelFormat {
+    rgb,
+    bgr,
+    rgba,
+    bgra,
+    grey,
+    /// Three planes: red, green, blue.
+    planar,
+    /// Video: a plane of luma, then one of half the height with a pair of chroma values for each 2 x
+    /// 2 pixels, blue first. Both sides are even. Levels are those of limited range, the matrix that
+    /// of BT.601, as OpenCV takes NV12; colours are computed as OpenCV does, without interpolation.
+    nv12,
+    /// The same with the matrix of BT.709, as HD video mostly has it.
+    nv12_bt709,
+};
 
 /// An 8-bit image in the caller's memory, which is only read, and only during the call. It has at
 /// most max_image_side pixels on a side and max_image_pixels in total.
@@ -313,10 +328,15 @@ struct ImageView {
     const std::uint8_t* pixels = nullptr;
     std::int64_t height = 0;
     std::int64_t width = 0;
-    /// Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
-    /// rows together span less than 2^62 bytes.
-    std::size_t row_stride = 0;
+    /// Bytes from one row to the next, at least those of its pixels, for which 0 stands too. An
+    /// interleaved image that is stored bottom up has a negative stride, and `pixels` is still the
+    /// first pixel of the first row, which stands last in memory. All rows together span less than
+    /// 2^62 bytes.
+    std::ptrdiff_t row_stride = 0;
     PixelFormat format = PixelFormat::rgb;
+    /// For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
+    /// All planes have the same row_stride. 0 for other images.
+    std::size_t plane_stride = 0;
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
@@ -633,6 +653,17 @@ struct PredictorOptions {
     double max_sprinkle_area = 0.0;
 };
 
+/// How masks of the image's size are returned.
+enum class MaskForm {
+    /// A byte for each pixel, 0 and PredictOptions::foreground: [C, H, W].
+    bytes,
+    /// A bit for each pixel, the first in the highest bit of a row's first byte; each row begins a
+    /// byte, as numpy.packbits has it along the last axis: [C, H, ceil(W / 8)].
+    bits,
+    /// COCO's compressed run lengths as pycocotools writes them ("counts", of "size" [H, W]).
+    rle,
+};
+
 /// What one call of predict is asked for.
 struct PredictOptions {
     /// Three masks of different extent, or the single best guess.
@@ -646,14 +677,27 @@ struct PredictOptions {
     /// Ends the call early; not owned. Decoding stops as in Model::decode, and so does making masks
     /// of the image's size, after the one it is at.
     const Cancellation* cancellation = nullptr;
+    /// Not with return_logits, unless it is MaskForm::bytes.
+    MaskForm form = MaskForm::bytes;
+    /// Memory of the caller's for masks, or for logits if it is aligned for float, in place of the
+    /// result's own: at least as many bytes as Prediction::shape says, and `output_size` at most.
+    /// What a call that throws leaves there is not defined. Not for run lengths, nor for
+    /// predict_batch.
+    void* output = nullptr;
+    std::size_t output_size = 0;
 };
 
 /// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
 struct Prediction {
-    /// [C, H, W], 0 and PredictOptions::foreground; of shape [0] with return_logits.
+    /// Masks as bytes or bits, see MaskForm; of shape [0] with return_logits, with run lengths, or
+    /// where they are in PredictOptions::output.
     Array<std::uint8_t> masks;
-    /// [C, H, W] with return_logits; else of shape [0].
+    /// [C, H, W] with return_logits; else, or where they are in PredictOptions::output, of shape [0].
     Array<float> logits;
+    /// Run lengths of all masks, object by object, if they were asked for.
+    std::vector<std::string> rle;
+    /// Of the masks or logits, wherever they are: [C, H, ceil(W / 8)] for bits, else [C, H, W].
+    Shape shape;
     /// [C], the predicted IoU of each mask.
     Array<float> iou_predictions;
     /// [C, h, w], for Prompts::mask_input of a later call.
@@ -686,7 +730,8 @@ public:
                          const Cancellation* cancellation = nullptr);
 
     /// Predict masks from prompts on the image set last.
-    /// Throws StateError where no image is set, else as Model::decode.
+    /// Throws StateError where no image is set, InvalidInputError where the options contradict each
+    /// other or `output` is too small, else as Model::decode.
     Prediction predict(const Prompts& prompts, const PredictOptions& options = {}) const;
 
     /// Predict masks on every image of the batch set last, with one entry of `prompts` per image.
