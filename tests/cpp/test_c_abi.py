@@ -207,7 +207,7 @@ def test_formats_and_outputs(library: Library, tmp_path: Path) -> None:
         expected = expected or found
         for array, wanted in zip(found, expected, strict=True):
             np.testing.assert_array_equal(array, wanted)
-    given.format = 5
+    given.format = 8
     refused("IMAGE_ERROR", "image", library, "predictor_set_image", predictor, byref(given))
     options = PredictOptions(ctypes.sizeof(PredictOptions), best_mask_only=1, foreground=255)
     made = library.make("predictor_predict", predictor, byref(prompts(CLICK)), byref(options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ STATUS = (
     "IO_ERROR",
     "OUT_OF_MEMORY",
     "INTERNAL_ERROR",
+    "CANCELLED",
 )
 
 
@@ -39,8 +40,9 @@ class Image(ctypes.Structure):
         ("pixels", c_void_p),
         ("height", c_int64),
         ("width", c_int64),
-        ("row_stride", c_size_t),
+        ("row_stride", c_ssize_t),
         ("format", c_int32),
+        ("plane_stride", c_size_t),
     ]
 
 
@@ -95,7 +97,27 @@ class PredictOptions(ctypes.Structure):
         ("return_logits", c_int32),
         ("best_mask_only", c_int32),
         ("foreground", c_int32),
+        ("cancellation", c_void_p),
+        ("mask_form", c_int32),
+        ("output", c_void_p),
+        ("output_size", c_size_t),
     ]
+
+
+LogCallback = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p)
+_TEXTS = (
+    "version",
+    "error_message",
+    "error_subject",
+    "model_device",
+    "model_name",
+    "model_fingerprint",
+    "model_type",
+    "model_path",
+    "model_manifest_json",
+    "prediction_rle",
+    "prediction_warning",
+)
 
 
 class Sam3rtError(Exception):
@@ -123,11 +145,12 @@ class Library:
         # Loaded first, so that the dynamic linker finds it by its name.
         self._runtime = ctypes.CDLL(str(builds / "dependencies" / "lib" / "libonnxruntime.so.1"))
         self.c = ctypes.CDLL(str(builds / "install" / "lib" / "libsam3rt.so"))
-        for name in ("version", "error_message", "error_subject", "model_device", "model_name"):
+        for name in _TEXTS:
             getattr(self.c, f"sam3rt_{name}").restype = c_char_p
-        self.c.sam3rt_model_fingerprint.restype = c_char_p
-        self.c.sam3rt_prediction_warning.restype = c_char_p
-        for name in ("masks", "logits", "iou", "low_res"):
+        self.c.sam3rt_buffer_data.restype = c_void_p
+        for name in ("buffer_size", "prediction_rle_count"):
+            getattr(self.c, f"sam3rt_{name}").restype = c_size_t
+        for name in ("masks", "logits", "iou", "low_res", "object_scores"):
             function = getattr(self.c, f"sam3rt_prediction_{name}")
             function.restype, function.argtypes = ArrayView, [c_void_p]
 
@@ -159,6 +182,18 @@ class Library:
         """A model."""
         given = ModelOptions(ctypes.sizeof(ModelOptions), **{"device": b"cpu", **options})
         return self.make("model_load", str(bundle).encode(), byref(given))
+
+    def cancellation(self, seconds: float) -> c_void_p:
+        """What ends calls at a time, or with 0 only when it is told to."""
+        return self.make("cancellation_new", c_double(seconds))
+
+    def taken(self, buffer: c_void_p) -> bytes:
+        """The content of a buffer, which is freed."""
+        content = ctypes.string_at(
+            self.c.sam3rt_buffer_data(buffer), self.c.sam3rt_buffer_size(buffer)
+        )
+        self.c.sam3rt_buffer_free(buffer)
+        return content
 
     def encode(self, model: c_void_p, pixels: NDArray[np.uint8]) -> c_void_p:
         """An image's embedding."""
@@ -197,9 +232,9 @@ class Library:
         whole = self.c.sam3rt_prediction_logits(prediction)
         assert (masks.axes == 0) == logits == (whole.axes != 0)
         return (
-            _copy(whole, np.float32) if logits else _copy(masks, np.uint8),
-            _copy(self.c.sam3rt_prediction_iou(prediction), np.float32),
-            _copy(self.c.sam3rt_prediction_low_res(prediction), np.float32),
+            copied(whole, np.float32) if logits else copied(masks, np.uint8),
+            copied(self.c.sam3rt_prediction_iou(prediction), np.float32),
+            copied(self.c.sam3rt_prediction_low_res(prediction), np.float32),
         )
 
 
@@ -231,7 +266,8 @@ def prompts(arguments: dict[str, Any]) -> Prompts:
     return result
 
 
-def _copy(view: ArrayView, dtype: Any) -> NDArray[Any]:
+def copied(view: ArrayView, dtype: Any) -> NDArray[Any]:
+    """A copy of an array that the library owns."""
     shape = tuple(view.shape[: view.axes])
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer(ctypes.string_at(view.values, size), dtype).reshape(shape)

@@ -56,7 +56,9 @@ enum {
     SAM3RT_IO_ERROR = 8,
     SAM3RT_OUT_OF_MEMORY = 9,
     /* Anything else: a bug in sam3rt. */
-    SAM3RT_INTERNAL_ERROR = 10
+    SAM3RT_INTERNAL_ERROR = 10,
+    /* A call was cancelled, or its deadline passed, before it had a result. */
+    SAM3RT_CANCELLED = 11
 };
 
 typedef struct sam3rt_error sam3rt_error;
@@ -64,6 +66,8 @@ typedef struct sam3rt_model sam3rt_model;
 typedef struct sam3rt_embedding sam3rt_embedding;
 typedef struct sam3rt_predictor sam3rt_predictor;
 typedef struct sam3rt_prediction sam3rt_prediction;
+typedef struct sam3rt_cancellation sam3rt_cancellation;
+typedef struct sam3rt_buffer sam3rt_buffer;
 
 /* --- versions ----------------------------------------------------------------------------------
  */
@@ -86,6 +90,48 @@ SAM3RT_API const char* sam3rt_error_message(const sam3rt_error* error);
 SAM3RT_API const char* sam3rt_error_subject(const sam3rt_error* error);
 
 SAM3RT_API void sam3rt_error_free(sam3rt_error* error);
+
+/* --- log lines ---------------------------------------------------------------------------------
+ */
+
+#define SAM3RT_LOG_DEBUG 0
+#define SAM3RT_LOG_INFO 1
+#define SAM3RT_LOG_WARNING 2
+#define SAM3RT_LOG_ERROR 3
+
+/* Takes one line of the log, UTF-8, with the context that was given. It may be called by any thread,
+ * by several at once, and from within calls of the library: it must not call the library. */
+typedef void (*sam3rt_log_callback)(void* context, int32_t level, const char* line);
+
+/* Give the library's lines from `level` on, and ONNX Runtime's, to a callback. It may be called at
+ * any time; ONNX Runtime's lines follow the level that holds when a graph is loaded. With NULL,
+ * ONNX Runtime's errors go to stderr and nothing else anywhere. A callback that is replaced may
+ * still be running in another thread. */
+SAM3RT_API sam3rt_status sam3rt_set_log_callback(sam3rt_log_callback callback, void* context,
+                                                 int32_t level, sam3rt_error** error);
+
+/* --- cancellation ------------------------------------------------------------------------------
+ */
+
+/* Ends calls that are given it with SAM3RT_CANCELLED: at a time, `seconds` from now and at most 1e9,
+ * with 0 only on request. They end soon after, also while ONNX Runtime computes and while they wait
+ * for their turn; a graph that is being loaded is loaded to its end first, and a call that is as
+ * good as done may still succeed. It must live until the calls that were given it have returned. */
+SAM3RT_API sam3rt_status sam3rt_cancellation_new(double seconds, sam3rt_cancellation** cancellation,
+                                                 sam3rt_error** error);
+/* End the calls under way, and all later ones. Any thread may call it. */
+SAM3RT_API void sam3rt_cancellation_cancel(const sam3rt_cancellation* cancellation);
+/* Whether it was cancelled or its time has come: 0 or 1. */
+SAM3RT_API int32_t sam3rt_cancellation_cancelled(const sam3rt_cancellation* cancellation);
+SAM3RT_API void sam3rt_cancellation_free(sam3rt_cancellation* cancellation);
+
+/* --- bytes -------------------------------------------------------------------------------------
+ */
+
+/* Bytes that the library made; they live as long as the buffer. */
+SAM3RT_API const uint8_t* sam3rt_buffer_data(const sam3rt_buffer* buffer);
+SAM3RT_API size_t sam3rt_buffer_size(const sam3rt_buffer* buffer);
+SAM3RT_API void sam3rt_buffer_free(sam3rt_buffer* buffer);
 
 /* --- limits ------------------------------------------------------------------------------------
  */
@@ -124,24 +170,37 @@ typedef struct sam3rt_mask_array {
     int32_t axes;
 } sam3rt_mask_array;
 
-/* The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours. */
+/* The bytes of an image. The first five are interleaved: the bytes of a pixel, in memory order. Alpha
+ * is left out; grey is taken for all three colours. */
 #define SAM3RT_RGB 0
 #define SAM3RT_BGR 1
 #define SAM3RT_RGBA 2
 #define SAM3RT_BGRA 3
 #define SAM3RT_GREY 4
+/* Three planes: red, green, blue. */
+#define SAM3RT_PLANAR 5
+/* Video: a plane of luma, then one of half the height with a pair of chroma values for each 2 x 2
+ * pixels, blue first. Both sides are even. Limited range and the matrix of BT.601, as OpenCV takes
+ * NV12; or that of BT.709, as HD video mostly has it. */
+#define SAM3RT_NV12 6
+#define SAM3RT_NV12_BT709 7
 
-/* An 8-bit image, interleaved, which is only read, and only during the call. */
+/* An 8-bit image, which is only read, and only during the call. */
 typedef struct sam3rt_image {
     size_t struct_size;
     const uint8_t* pixels;
     int64_t height;
     int64_t width;
-    /* Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
-     * rows together span less than 2^62 bytes. */
-    size_t row_stride;
+    /* Bytes from one row to the next, at least those of its pixels, for which 0 stands too. An
+     * interleaved image that is stored bottom up has a negative stride, and `pixels` is still the
+     * first pixel of the first row, which stands last in memory. All rows together span less than
+     * 2^62 bytes. */
+    ptrdiff_t row_stride;
     /* SAM3RT_RGB or another of them. */
     int32_t format;
+    /* For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
+     * All planes have the same row_stride. 0 for other images. */
+    size_t plane_stride;
 } sam3rt_image;
 
 /* Prompts for one image. Everything may be absent; B counts objects; with B 0 the results are
@@ -201,15 +260,25 @@ SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_mode
                                            sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
 
-/* Loads both graphs and runs each once. A graph that could not be loaded is tried again here, and
+/* Loads both graphs. A graph that could not be loaded is tried again here, and
  * only here: every other call fails at once with the same error. */
+SAM3RT_API sam3rt_status sam3rt_model_prepare(const sam3rt_model* model, sam3rt_error** error);
+
+/* Loads both graphs likewise and runs each once, so that the first request is not the slow one. */
 SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
 
-/* Such as "cpu" or "cuda:0"; and the bundle's name and fingerprint. They live as long as the model.
- */
+/* Such as "cpu" or "cuda:0"; the bundle's name and fingerprint; "sam3", "efficient_sam3", "sam2" or
+ * "mobile_sam"; the folder, as an absolute path; and the whole text of bundle.json, which says
+ * everything else. They live as long as the model. */
 SAM3RT_API const char* sam3rt_model_device(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_name(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_fingerprint(const sam3rt_model* model);
+SAM3RT_API const char* sam3rt_model_type(const sam3rt_model* model);
+SAM3RT_API const char* sam3rt_model_path(const sam3rt_model* model);
+SAM3RT_API const char* sam3rt_model_manifest_json(const sam3rt_model* model);
+
+/* Height and width of the encoder's input. */
+SAM3RT_API void sam3rt_model_image_size(const sam3rt_model* model, int64_t* height, int64_t* width);
 
 /* Height and width of a mask prompt, which are those of low-resolution logits too. */
 SAM3RT_API void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t* width);
@@ -219,6 +288,24 @@ SAM3RT_API int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model);
 
 SAM3RT_API sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image* image,
                                              sam3rt_embedding** embedding, sam3rt_error** error);
+
+/* The same; `cancellation` may be NULL. With sam3rt_predictor_set_embedding it takes the place of
+ * sam3rt_predictor_set_image, which does the same two things. */
+SAM3RT_API sam3rt_status sam3rt_model_encode_cancellable(const sam3rt_model* model,
+                                                         const sam3rt_image* image,
+                                                         const sam3rt_cancellation* cancellation,
+                                                         sam3rt_embedding** embedding,
+                                                         sam3rt_error** error);
+
+/* Runs the decoder alone. The prediction has no masks and no logits of the image's size; its
+ * low-resolution logits [P, C, h, w], unclamped, its IoUs [P, C] and object scores [P] keep their
+ * leading axis also for one object. `prompts` and `cancellation` may be NULL; `single_mask` is not 0
+ * for the single best guess. */
+SAM3RT_API sam3rt_status sam3rt_model_decode(const sam3rt_model* model,
+                                             const sam3rt_embedding* embedding,
+                                             const sam3rt_prompts* prompts, int32_t single_mask,
+                                             const sam3rt_cancellation* cancellation,
+                                             sam3rt_prediction** prediction, sam3rt_error** error);
 
 /* --- embeddings --------------------------------------------------------------------------------
  */
@@ -230,6 +317,15 @@ SAM3RT_API sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const 
 /* Writes the embedding to a file, whole or not at all. */
 SAM3RT_API sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const char* path,
                                                sam3rt_error** error);
+
+/* The content of the file that sam3rt_embedding_save writes. */
+SAM3RT_API sam3rt_status sam3rt_embedding_to_bytes(const sam3rt_embedding* embedding,
+                                                   sam3rt_buffer** buffer, sam3rt_error** error);
+
+/* Loads an embedding from `size` bytes of such content, which are not needed afterwards. */
+SAM3RT_API sam3rt_status sam3rt_embedding_from_bytes(const sam3rt_model* model, const void* content,
+                                                     size_t size, sam3rt_embedding** embedding,
+                                                     sam3rt_error** error);
 
 /* Height and width of the image, pixels. */
 SAM3RT_API void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
@@ -251,6 +347,13 @@ typedef struct sam3rt_predictor_options {
     double max_sprinkle_area;
 } sam3rt_predictor_options;
 
+/* How masks of the image's size are returned: as a byte for each pixel, [C, H, W]; as a bit, the
+ * first in the highest bit of a row's first byte, [C, H, ceil(W / 8)]; as COCO's compressed run
+ * lengths, as pycocotools writes them. */
+#define SAM3RT_MASK_BYTES 0
+#define SAM3RT_MASK_BITS 1
+#define SAM3RT_MASK_RLE 2
+
 typedef struct sam3rt_predict_options {
     size_t struct_size;
     /* Not 0: the single best guess in place of three masks. */
@@ -261,6 +364,16 @@ typedef struct sam3rt_predict_options {
     int32_t best_mask_only;
     /* What stands for foreground in masks, up to 255; 0 stands for 1. */
     int32_t foreground;
+    /* Ends the call early; NULL for none. */
+    const sam3rt_cancellation* cancellation;
+    /* SAM3RT_MASK_BYTES or another of them, which return_logits does not allow. */
+    int32_t mask_form;
+    /* Memory of the caller's for masks, or for logits if it is aligned for float, in place of the
+     * prediction's own, of `output_size` bytes; too few are an invalid input. The prediction's arrays
+     * then point there. What a call that fails leaves there is not defined. Not for run lengths, nor
+     * for sam3rt_predictor_predict_batch. */
+    void* output;
+    size_t output_size;
 } sam3rt_predict_options;
 
 /* `options` may be NULL. The predictor keeps what it needs of the model. */
@@ -306,14 +419,22 @@ SAM3RT_API void sam3rt_predictor_reset(sam3rt_predictor* predictor);
  * leading axis B.
  */
 
-/* [C, H, W], 0 and the value for foreground; no axes where logits were asked for. */
+/* [C, H, W], 0 and the value for foreground, or [C, H, ceil(W / 8)] bits; no axes where logits or
+ * run lengths were asked for. */
 SAM3RT_API sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction);
 /* [C, H, W]; no axes where masks were asked for. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction);
+/* Run lengths of mask `index`, object by object, where they were asked for; else, or where there is
+ * no such mask, an empty text. They live as long as the prediction. */
+SAM3RT_API const char* sam3rt_prediction_rle(const sam3rt_prediction* prediction, size_t index);
+/* How many masks there are as run lengths. */
+SAM3RT_API size_t sam3rt_prediction_rle_count(const sam3rt_prediction* prediction);
 /* [C], the predicted IoU of each mask. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction);
 /* [C, h, w], for mask_input of a later call. */
 SAM3RT_API sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction);
+/* [B], positive where the model sees an object; no axes for models without that head. */
+SAM3RT_API sam3rt_float_array sam3rt_prediction_object_scores(const sam3rt_prediction* prediction);
 /* For a log: why the masks may mean nothing, although the scores look as always. There was no
  * prompt at all, or a point or a box's centre lies far outside the image. An empty text otherwise.
  * Lives as long as the prediction. */

@@ -1,7 +1,10 @@
 #include "backend.hpp"
 
 #include <algorithm>
+#include <chrono>
 
+#include "cancellation.hpp"
+#include "log.hpp"
 #include "onnx_locations.hpp"
 #include "signature.hpp"
 
@@ -171,7 +174,8 @@ Backend::Backend(const Bundle& bundle, const ModelOptions& options)
     std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
 }
 
-std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels) const {
+std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels,
+                                                const Cancellation* cancellation) const {
     std::shared_ptr<Ort::Session> session = session_of(encoder_);
     try {
         Ort::IoBinding binding(*session);
@@ -183,7 +187,7 @@ std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels) cons
                 binding.BindOutput(output.name.c_str(), empty_map(output));
             }
         }
-        run(encoder_, *session, binding, true);
+        run(encoder_, *session, binding, true, cancellation);
         return std::make_shared<Features>(Features{binding.GetOutputValues(), transfer(),
                                                    device_.name(),
                                                    device_.on_gpu() ? session : nullptr});
@@ -206,7 +210,8 @@ std::shared_ptr<const Features> Backend::upload(const std::vector<Array<float>>&
 }
 
 std::vector<Array<float>> Backend::decode(const Features& features, const PackedPrompts& prompts,
-                                          const std::vector<std::string>& outputs) const {
+                                          const std::vector<std::string>& outputs,
+                                          const Cancellation* cancellation) const {
     if (features.device != device_.name()) {
         throw EmbeddingError("the embedding is on " + features.device + ", this model runs on " +
                              device_.name() + "; save the embedding and load it with this model");
@@ -237,7 +242,8 @@ std::vector<Array<float>> Backend::decode(const Features& features, const Packed
                 binding.BindOutput(output.c_str(), memory);
             }
             // One click keeps its memory for the next; more objects take several times as much.
-            run(decoder_, *session, binding, objects > 1 && first + count == objects);
+            run(decoder_, *session, binding, objects > 1 && first + count == objects,
+                cancellation);
             const std::vector<Ort::Value> values = binding.GetOutputValues();
             for (std::size_t i = 0; i < values.size(); ++i) {
                 store(values[i], first, count, objects, results[i]);
@@ -264,10 +270,16 @@ std::shared_ptr<Ort::Session> Backend::session_of(const Graph& graph, bool try_a
             std::rethrow_exception(graph.failure);
         }
         try {
+            const auto start = std::chrono::steady_clock::now();
             graph.session = engines_ ? load_wrapped(graph) : load(graph);
             graph.loaded = true;
-        } catch (const Error&) {
+            const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+            log(LogLevel::info, graph.spec->model.file + " of " + bundle_.manifest.name +
+                                    " loaded on " + device_.name() + " in " +
+                                    std::to_string(seconds.count()) + " s");
+        } catch (const Error& error) {
             graph.failure = std::current_exception();
+            log(LogLevel::error, error.what());
             throw;
         }
     }
@@ -358,13 +370,20 @@ void Backend::check(const Ort::Session& session, const GraphSpec& spec, bool wra
 }
 
 void Backend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
-                  bool give_memory_back) const {
+                  bool give_memory_back, const Cancellation* cancellation) const {
     Ort::RunOptions options;
     if (give_memory_back && !device_.on_gpu()) {
         options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
     }
-    const Turn turn(graph.turnstile);
-    session.Run(options, binding);
+    const Turn turn(graph.turnstile, cancellation);
+    check_cancelled(cancellation);
+    const OnCancel stop(cancellation, [&options] { options.SetTerminate(); });
+    try {
+        session.Run(options, binding);
+    } catch (const Ort::Exception&) {
+        check_cancelled(cancellation);
+        throw;
+    }
     if (device_.on_gpu()) {
         binding.SynchronizeOutputs();
     }

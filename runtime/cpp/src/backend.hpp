@@ -53,7 +53,8 @@ public:
     const Device& device() const { return device_; }
 
     /// Run the encoder on float32 [1, 3, H, W]; the features stay on the device.
-    std::shared_ptr<const Features> encode(const Array<float>& pixels) const;
+    std::shared_ptr<const Features> encode(const Array<float>& pixels,
+                                           const Cancellation* cancellation) const;
 
     /// Bring feature maps, [1, C, h, w] each, to the device.
     std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const;
@@ -62,7 +63,8 @@ public:
     /// asked for. It runs on a few objects at a time: memory does not grow with the number of
     /// objects.
     std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
-                                     const std::vector<std::string>& outputs) const;
+                                     const std::vector<std::string>& outputs,
+                                     const Cancellation* cancellation) const;
 
     /// Load both graphs now, also one that could not be loaded before.
     void prepare() const;
@@ -91,7 +93,7 @@ private:
     Ort::SessionOptions options_for(const Graph& graph) const;
     void check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const;
     void run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
-             bool give_memory_back) const;
+             bool give_memory_back, const Cancellation* cancellation) const;
     std::shared_ptr<const FeatureTransfer> transfer() const;
 
     const Bundle& bundle_;

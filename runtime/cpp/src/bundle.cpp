@@ -442,7 +442,7 @@ Bundle open_bundle(const fs::path& folder, bool check_files) {
         throw BundleError("no bundle folder at " + folder.string() +
                           ": the current folder cannot be read");
     }
-    Bundle bundle{absolute, parse_manifest(raw)};
+    Bundle bundle{absolute, parse_manifest(raw), std::string(raw.begin(), raw.end())};
     if (check_files) {
         for (const FileEntry& entry : bundle.manifest.files()) {
             check_file(absolute, entry);

@@ -12,6 +12,8 @@ namespace sam3rt {
 struct Bundle {
     std::filesystem::path path;
     Manifest manifest;
+    /// The content of bundle.json.
+    std::string text;
 };
 
 /// Read a bundle's manifest and check it against itself and, if asked to, its files.

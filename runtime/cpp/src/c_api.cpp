@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstring>
 #include <new>
@@ -27,15 +28,30 @@ struct sam3rt_predictor {
 };
 struct sam3rt_prediction {
     sam3rt::Prediction value;
+    /// The caller's memory, with the masks or logits in it, or null.
+    const void* masks;
+    const void* logits;
+};
+struct sam3rt_cancellation {
+    sam3rt::Cancellation value;
+};
+struct sam3rt_buffer {
+    std::vector<std::uint8_t> value;
 };
 
 namespace {
 
 static_assert(SAM3RT_MAX_IMAGE_SIDE == sam3rt::max_image_side);
 static_assert(SAM3RT_MAX_IMAGE_PIXELS == sam3rt::max_image_pixels);
+static_assert(SAM3RT_NV12_BT709 == static_cast<int>(sam3rt::PixelFormat::nv12_bt709));
+static_assert(SAM3RT_PLANAR == static_cast<int>(sam3rt::PixelFormat::planar));
+static_assert(SAM3RT_MASK_BITS == static_cast<int>(sam3rt::MaskForm::bits));
+static_assert(SAM3RT_MASK_RLE == static_cast<int>(sam3rt::MaskForm::rle));
 static_assert(SAM3RT_GREY == static_cast<int>(sam3rt::PixelFormat::grey));
 static_assert(SAM3RT_BGR == static_cast<int>(sam3rt::PixelFormat::bgr));
 static_assert(SAM3RT_RGBA == static_cast<int>(sam3rt::PixelFormat::rgba));
+static_assert(SAM3RT_LOG_DEBUG == static_cast<int>(sam3rt::LogLevel::debug));
+static_assert(SAM3RT_LOG_ERROR == static_cast<int>(sam3rt::LogLevel::error));
 static_assert(SAM3RT_MAX_OBJECTS == sam3rt::max_objects);
 static_assert(SAM3RT_MAX_POINTS == sam3rt::max_points);
 static_assert(SAM3RT_MAX_MASK_LOGIT == sam3rt::max_mask_logit);
@@ -76,6 +92,8 @@ sam3rt_status guarded(sam3rt_error** error, const Function& function) noexcept {
         return store(error, SAM3RT_EMBEDDING_ERROR, e.what());
     } catch (const sam3rt::BackendError& e) {
         return store(error, SAM3RT_BACKEND_ERROR, e.what());
+    } catch (const sam3rt::CancelledError& e) {
+        return store(error, SAM3RT_CANCELLED, e.what());
     } catch (const std::system_error& e) {
         return store(error, SAM3RT_IO_ERROR, e.what());
     } catch (const std::bad_alloc&) {
@@ -102,10 +120,12 @@ template <>
 constexpr std::array older_sizes<sam3rt_model_options> = {
     offsetof(sam3rt_model_options, map_weights)};
 template <>
-constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format)};
+constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format),
+                                                  offsetof(sam3rt_image, plane_stride)};
 template <>
 constexpr std::array older_sizes<sam3rt_predict_options> = {
-    offsetof(sam3rt_predict_options, best_mask_only)};
+    offsetof(sam3rt_predict_options, best_mask_only),
+    offsetof(sam3rt_predict_options, cancellation)};
 template <>
 constexpr std::array older_sizes<sam3rt_prompts> = {offsetof(sam3rt_prompts, point_counts)};
 
@@ -166,27 +186,32 @@ std::optional<sam3rt::Array<T>> copy_of(const View& view, const std::string& arg
 }
 
 template <typename View, typename T>
-View view_of(const sam3rt::Array<T>& array) {
+View view_of(const T* values, const sam3rt::Shape& shape) {
     View view;
     std::memset(&view, 0, sizeof view);
-    // An array that was not asked for has the shape [0]; one of no objects has more axes.
-    if (array.size() != 0 || array.shape().size() > 1) {
-        view.values = array.data();
-        view.axes = static_cast<std::int32_t>(array.shape().size());
-        std::copy(array.shape().begin(), array.shape().end(), view.shape);
-    }
+    view.values = values;
+    view.axes = static_cast<std::int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape);
     return view;
+}
+
+template <typename View, typename T>
+View view_of(const sam3rt::Array<T>& array) {
+    // An array that was not asked for has the shape [0]; one of no objects has more axes.
+    const bool is_there = array.size() != 0 || array.shape().size() > 1;
+    return view_of<View>(is_there ? array.data() : nullptr,
+                         is_there ? array.shape() : sam3rt::Shape{});
 }
 
 sam3rt::ImageView image_of(const sam3rt_image* image, const char* argument) {
     require(image, argument);
     const sam3rt_image known = known_fields(image, argument);
-    if (known.format < SAM3RT_RGB || known.format > SAM3RT_GREY) {
+    if (known.format < SAM3RT_RGB || known.format > SAM3RT_NV12_BT709) {
         throw sam3rt::ImageError(argument, "a format of " + std::to_string(known.format),
-                                 "SAM3RT_RGB to SAM3RT_GREY");
+                                 "SAM3RT_RGB to SAM3RT_NV12_BT709");
     }
     return {known.pixels, known.height, known.width, known.row_stride,
-            static_cast<sam3rt::PixelFormat>(known.format)};
+            static_cast<sam3rt::PixelFormat>(known.format), known.plane_stride};
 }
 
 sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
@@ -201,14 +226,33 @@ sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
     return result;
 }
 
+const sam3rt::Cancellation* cancellation_of(const sam3rt_cancellation* cancellation) {
+    return cancellation == nullptr ? nullptr : &cancellation->value;
+}
+
+void store(const sam3rt::Size& size, int64_t* height, int64_t* width) {
+    if (height != nullptr) {
+        *height = size.height;
+    }
+    if (width != nullptr) {
+        *width = size.width;
+    }
+}
+
 sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
     const sam3rt_predict_options known = known_fields(options, "options");
     if (known.foreground < 0 || known.foreground > 255) {
         throw InvalidInputError("foreground", std::to_string(known.foreground), "0 to 255");
     }
+    if (known.mask_form < SAM3RT_MASK_BYTES || known.mask_form > SAM3RT_MASK_RLE) {
+        throw InvalidInputError("mask_form", std::to_string(known.mask_form),
+                                "SAM3RT_MASK_BYTES to SAM3RT_MASK_RLE");
+    }
+    const sam3rt::Cancellation* const cancellation = cancellation_of(known.cancellation);
     const auto foreground = static_cast<std::uint8_t>(known.foreground);
     return {known.single_mask == 0, known.return_logits != 0, known.best_mask_only != 0,
-            foreground == 0 ? std::uint8_t{1} : foreground};
+            foreground == 0 ? std::uint8_t{1} : foreground, cancellation,
+            static_cast<sam3rt::MaskForm>(known.mask_form), known.output, known.output_size};
 }
 
 }  // namespace
@@ -234,6 +278,55 @@ void sam3rt_error_free(sam3rt_error* error) { delete error; }
 sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error) {
     return guarded(error, [&] { sam3rt::set_ort_environment(static_cast<OrtEnv*>(environment)); });
 }
+
+sam3rt_status sam3rt_set_log_callback(sam3rt_log_callback callback, void* context, int32_t level,
+                                      sam3rt_error** error) {
+    return guarded(error, [&] {
+        if (level < SAM3RT_LOG_DEBUG || level > SAM3RT_LOG_ERROR) {
+            throw InvalidInputError("level", std::to_string(level),
+                                    "SAM3RT_LOG_DEBUG to SAM3RT_LOG_ERROR");
+        }
+        sam3rt::LogCallback function;
+        if (callback != nullptr) {
+            function = [callback, context](sam3rt::LogLevel found, const std::string& line) {
+                callback(context, static_cast<int32_t>(found), line.c_str());
+            };
+        }
+        sam3rt::set_log_callback(std::move(function), static_cast<sam3rt::LogLevel>(level));
+    });
+}
+
+sam3rt_status sam3rt_cancellation_new(double seconds, sam3rt_cancellation** cancellation,
+                                      sam3rt_error** error) {
+    return guarded(error, [&] {
+        if (!(seconds >= 0 && seconds <= 1e9)) {
+            throw InvalidInputError("seconds", std::to_string(seconds), "0 to 1e9");
+        }
+        require(cancellation, "cancellation");
+        const std::chrono::duration<double> wait(seconds);
+        *cancellation = new sam3rt_cancellation{
+            seconds == 0 ? sam3rt::Cancellation()
+                         : sam3rt::Cancellation(
+                               std::chrono::duration_cast<std::chrono::nanoseconds>(wait))};
+    });
+}
+void sam3rt_cancellation_cancel(const sam3rt_cancellation* cancellation) {
+    if (cancellation != nullptr) {
+        cancellation->value.cancel();
+    }
+}
+int32_t sam3rt_cancellation_cancelled(const sam3rt_cancellation* cancellation) {
+    return cancellation != nullptr && cancellation->value.cancelled() ? 1 : 0;
+}
+void sam3rt_cancellation_free(sam3rt_cancellation* cancellation) { delete cancellation; }
+
+const uint8_t* sam3rt_buffer_data(const sam3rt_buffer* buffer) {
+    return buffer == nullptr ? nullptr : buffer->value.data();
+}
+size_t sam3rt_buffer_size(const sam3rt_buffer* buffer) {
+    return buffer == nullptr ? 0 : buffer->value.size();
+}
+void sam3rt_buffer_free(sam3rt_buffer* buffer) { delete buffer; }
 
 sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                 sam3rt_model** model, sam3rt_error** error) {
@@ -262,6 +355,10 @@ sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* 
 }
 void sam3rt_model_free(sam3rt_model* model) { delete model; }
 
+sam3rt_status sam3rt_model_prepare(const sam3rt_model* model, sam3rt_error** error) {
+    return guarded(error, [&] { require(model, "model").value.prepare(); });
+}
+
 sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error) {
     return guarded(error, [&] { require(model, "model").value.warm_up(); });
 }
@@ -275,15 +372,22 @@ const char* sam3rt_model_name(const sam3rt_model* model) {
 const char* sam3rt_model_fingerprint(const sam3rt_model* model) {
     return model == nullptr ? "" : model->value.manifest().fingerprint.c_str();
 }
+const char* sam3rt_model_type(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->value.manifest().model_type.c_str();
+}
+const char* sam3rt_model_path(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->value.path().c_str();
+}
+const char* sam3rt_model_manifest_json(const sam3rt_model* model) {
+    return model == nullptr ? "" : model->value.manifest_json().c_str();
+}
+void sam3rt_model_image_size(const sam3rt_model* model, int64_t* height, int64_t* width) {
+    store(model == nullptr ? sam3rt::Size{} : model->value.manifest().image.size, height, width);
+}
 void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t* width) {
     const sam3rt::Size size =
         model == nullptr ? sam3rt::Size{} : model->value.manifest().prompts.mask_size;
-    if (height != nullptr) {
-        *height = size.height;
-    }
-    if (width != nullptr) {
-        *width = size.width;
-    }
+    store(size, height, width);
 }
 int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model) {
     return model != nullptr && model->value.encoder_loaded() ? 1 : 0;
@@ -291,10 +395,34 @@ int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model) {
 
 sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image* image,
                                   sam3rt_embedding** embedding, sam3rt_error** error) {
+    return sam3rt_model_encode_cancellable(model, image, nullptr, embedding, error);
+}
+
+sam3rt_status sam3rt_model_encode_cancellable(const sam3rt_model* model, const sam3rt_image* image,
+                                              const sam3rt_cancellation* cancellation,
+                                              sam3rt_embedding** embedding, sam3rt_error** error) {
     return guarded(error, [&] {
         require(embedding, "embedding");
-        *embedding =
-            new sam3rt_embedding{require(model, "model").value.encode(image_of(image, "image"))};
+        *embedding = new sam3rt_embedding{require(model, "model").value.encode(
+            image_of(image, "image"), cancellation_of(cancellation))};
+    });
+}
+
+sam3rt_status sam3rt_model_decode(const sam3rt_model* model, const sam3rt_embedding* embedding,
+                                  const sam3rt_prompts* prompts, int32_t single_mask,
+                                  const sam3rt_cancellation* cancellation,
+                                  sam3rt_prediction** prediction, sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(prediction, "prediction");
+        sam3rt::DecodedMasks decoded = require(model, "model").value.decode(
+            require(embedding, "embedding").value, prompts_of(prompts), single_mask == 0,
+            cancellation_of(cancellation));
+        sam3rt::Prediction found;
+        found.iou_predictions = std::move(decoded.iou_predictions);
+        found.low_res_masks = std::move(decoded.low_res_masks);
+        found.object_score_logits = std::move(decoded.object_score_logits);
+        found.warning = std::move(decoded.warning);
+        *prediction = new sam3rt_prediction{std::move(found), nullptr, nullptr};
     });
 }
 
@@ -313,16 +441,29 @@ sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const cha
                    [&] { require(embedding, "embedding").value.save(&require(path, "path")); });
 }
 
+sam3rt_status sam3rt_embedding_to_bytes(const sam3rt_embedding* embedding, sam3rt_buffer** buffer,
+                                        sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(buffer, "buffer");
+        *buffer = new sam3rt_buffer{require(embedding, "embedding").value.to_bytes()};
+    });
+}
+
+sam3rt_status sam3rt_embedding_from_bytes(const sam3rt_model* model, const void* content,
+                                          size_t size, sam3rt_embedding** embedding,
+                                          sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(embedding, "embedding");
+        *embedding = new sam3rt_embedding{
+            require(model, "model").value.embedding_from_bytes(content, size)};
+    });
+}
+
 void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
                                  int64_t* width) {
     const sam3rt::Size size =
         embedding == nullptr ? sam3rt::Size{} : embedding->value.original_size();
-    if (height != nullptr) {
-        *height = size.height;
-    }
-    if (width != nullptr) {
-        *width = size.width;
-    }
+    store(size, height, width);
 }
 void sam3rt_embedding_free(sam3rt_embedding* embedding) { delete embedding; }
 
@@ -377,8 +518,11 @@ sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
     return guarded(error, [&] {
         require(prediction, "prediction");
         const sam3rt::Predictor& value = require(predictor, "predictor").value;
+        const sam3rt::PredictOptions chosen = predict_options_of(options);
         *prediction =
-            new sam3rt_prediction{value.predict(prompts_of(prompts), predict_options_of(options))};
+            new sam3rt_prediction{value.predict(prompts_of(prompts), chosen),
+                                  chosen.return_logits ? nullptr : chosen.output,
+                                  chosen.return_logits ? chosen.output : nullptr};
     });
 }
 
@@ -398,7 +542,7 @@ sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
         for (sam3rt::Prediction& result :
              value.predict_batch(entries, predict_options_of(options))) {
             results.push_back(
-                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result)}));
+                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result), nullptr, nullptr}));
         }
         for (std::size_t i = 0; i < results.size(); ++i) {
             predictions[i] = results[i].release();
@@ -414,11 +558,26 @@ void sam3rt_predictor_reset(sam3rt_predictor* predictor) {
 
 sam3rt_mask_array sam3rt_prediction_masks(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<std::uint8_t> none;
+    if (prediction != nullptr && prediction->masks != nullptr) {
+        return view_of<sam3rt_mask_array>(static_cast<const std::uint8_t*>(prediction->masks),
+                                          prediction->value.shape);
+    }
     return view_of<sam3rt_mask_array>(prediction == nullptr ? none : prediction->value.masks);
 }
 sam3rt_float_array sam3rt_prediction_logits(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<float> none;
+    if (prediction != nullptr && prediction->logits != nullptr) {
+        return view_of<sam3rt_float_array>(static_cast<const float*>(prediction->logits),
+                                           prediction->value.shape);
+    }
     return view_of<sam3rt_float_array>(prediction == nullptr ? none : prediction->value.logits);
+}
+const char* sam3rt_prediction_rle(const sam3rt_prediction* prediction, size_t index) {
+    return index < sam3rt_prediction_rle_count(prediction) ? prediction->value.rle[index].c_str()
+                                                           : "";
+}
+size_t sam3rt_prediction_rle_count(const sam3rt_prediction* prediction) {
+    return prediction == nullptr ? 0 : prediction->value.rle.size();
 }
 sam3rt_float_array sam3rt_prediction_iou(const sam3rt_prediction* prediction) {
     static const sam3rt::Array<float> none;
@@ -429,6 +588,11 @@ sam3rt_float_array sam3rt_prediction_low_res(const sam3rt_prediction* prediction
     static const sam3rt::Array<float> none;
     return view_of<sam3rt_float_array>(prediction == nullptr ? none
                                                              : prediction->value.low_res_masks);
+}
+sam3rt_float_array sam3rt_prediction_object_scores(const sam3rt_prediction* prediction) {
+    static const sam3rt::Array<float> none;
+    const bool known = prediction != nullptr && prediction->value.object_score_logits.has_value();
+    return view_of<sam3rt_float_array>(known ? *prediction->value.object_score_logits : none);
 }
 const char* sam3rt_prediction_warning(const sam3rt_prediction* prediction) {
     return prediction == nullptr ? "" : prediction->value.warning.c_str();

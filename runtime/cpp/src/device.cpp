@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "log.hpp"
 #include "ort_session.hpp"
 #include "sam3rt/sam3rt.hpp"
 
@@ -85,7 +86,12 @@ Device choose_device(const std::string& text) {
     ort_environment();
     if (text == "auto") {
         const Device cuda{Provider::cuda, 0};
-        return is_available(cuda.provider) && failure_of(cuda).empty() ? cuda : Device{};
+        const std::string failure = is_available(cuda.provider)
+                                        ? failure_of(cuda)
+                                        : "this ONNX Runtime was built without it";
+        log(LogLevel::info, failure.empty() ? "device auto: cuda:0"
+                                            : "device auto: cpu, as CUDA cannot be used: " + failure);
+        return failure.empty() ? cuda : Device{};
     }
     const Device device = parse(text);
     if (!is_available(device.provider)) {

@@ -35,10 +35,19 @@ void write_embedding(const std::filesystem::path& path, const std::vector<std::s
                      const std::vector<Array<float>>& maps, const ImageGeometry& geometry,
                      const std::string& fingerprint);
 
+/// The content of such a file. Throws EmbeddingError likewise.
+Bytes encode_embedding(const std::vector<std::string>& names, const std::vector<Array<float>>& maps,
+                       const ImageGeometry& geometry, const std::string& fingerprint);
+
 /// Read an embedding file and check it against the bundle that will use it.
 /// Throws EmbeddingError where it is missing, cut, changed, of another format or another model,
 /// or a map holds NaN or an infinity.
 StoredEmbedding read_embedding(const std::filesystem::path& path, const std::string& fingerprint,
                                const std::vector<TensorSpec>& specs);
+
+/// The same from the file's content, which error messages call `subject`.
+StoredEmbedding parse_embedding(const std::uint8_t* content, std::size_t size,
+                                const std::string& subject, const std::string& fingerprint,
+                                const std::vector<TensorSpec>& specs);
 
 }  // namespace sam3rt

@@ -11,6 +11,7 @@ StateError::~StateError() = default;
 BundleError::~BundleError() = default;
 EmbeddingError::~EmbeddingError() = default;
 BackendError::~BackendError() = default;
+CancelledError::~CancelledError() = default;
 
 InvalidInputError::InvalidInputError(std::string argument, const std::string& got,
                                      const std::string& expected)

@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::size_t channels = 3;
 // Positions in a larger image could not be told by pointers.
-constexpr std::size_t max_span = std::size_t{1} << 62U;
+constexpr std::int64_t max_span = std::int64_t{1} << 62U;
 
 /// Planes of normalized values from interleaved ones.
 template <typename Pixel>
@@ -45,12 +45,28 @@ void check_image(const ImageView& image, const std::string& argument) {
                              " pixels on a side and at most " + std::to_string(max_image_pixels) +
                              " in total");
     }
-    const std::size_t row = bytes_per_pixel(image.format) * static_cast<std::size_t>(image.width);
-    // A negative stride, converted to an unsigned number, is too large as well.
-    const std::size_t limit = max_span / static_cast<std::size_t>(image.height);
-    if (image.row_stride != 0 && (image.row_stride < row || image.row_stride > limit)) {
-        throw ImageError(argument, "a row_stride of " + std::to_string(image.row_stride) + " bytes",
-                         std::to_string(row) + " to " + std::to_string(limit));
+    const bool has_planes = is_planar(image.format);
+    const std::int64_t row =
+        static_cast<std::int64_t>(bytes_per_pixel(image.format)) * image.width;
+    const std::int64_t limit = max_span / image.height;
+    const std::int64_t stride = image.row_stride;
+    const bool fits = (stride >= row && stride <= limit) ||
+                      (!has_planes && stride <= -row && stride >= -limit);
+    if (stride != 0 && !fits) {
+        throw ImageError(argument, "a row_stride of " + std::to_string(stride) + " bytes",
+                         std::to_string(row) + " to " + std::to_string(limit) +
+                             (has_planes ? "" : ", or the negative of it"));
+    }
+    if (image.plane_stride > (has_planes ? static_cast<std::size_t>(max_span) / 4 : 0)) {
+        throw ImageError(argument,
+                         "a plane_stride of " + std::to_string(image.plane_stride) + " bytes",
+                         has_planes ? "planes that memory can hold" : "0, without planes");
+    }
+    if (is_nv12(image.format) && (image.height % 2 != 0 || image.width % 2 != 0)) {
+        throw ImageError(argument,
+                         "an NV12 image of " + std::to_string(image.width) + " x " +
+                             std::to_string(image.height) + " pixels",
+                         "even sides");
     }
 }
 

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 
+#include "cancellation.hpp"
 #include "embedding.hpp"
 #include "geometry.hpp"
 
@@ -44,6 +45,18 @@ void require_finite(const Array<float>& scores) {
     }
 }
 
+/// Throws EmbeddingError, calling what was stored `subject`, where it does not fit the model.
+ImageEmbedding upload(const Model::Data& data, const std::string& subject,
+                      const StoredEmbedding& stored) {
+    const Manifest& about = data.bundle.manifest;
+    if (!(stored.geometry == geometry_of(about.image, stored.geometry.original_size))) {
+        throw EmbeddingError(subject + ": its image geometry contradicts this model's");
+    }
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
+        ImageEmbedding::Data{data.backend.upload(stored.maps), stored.geometry, about.fingerprint,
+                             names_of(about.encoder.outputs)}));
+}
+
 }  // namespace
 
 std::string version() { return SAM3RT_VERSION; }
@@ -58,18 +71,19 @@ Model Model::load(const std::filesystem::path& bundle, const ModelOptions& optio
     return Model(std::make_shared<const Data>(std::move(opened), options));
 }
 
-ImageEmbedding Model::encode(const ImageView& image) const {
+ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancellation) const {
     check_image(image, "image");
+    check_cancelled(cancellation);
     const Manifest& about = manifest();
     const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
     const Array<float> pixels = preprocess(about.image, image, geometry);
     return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.encode(pixels), geometry, about.fingerprint,
+        ImageEmbedding::Data{data_->backend.encode(pixels, cancellation), geometry, about.fingerprint,
                              names_of(about.encoder.outputs)}));
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
-                           bool multimask_output) const {
+                           bool multimask_output, const Cancellation* cancellation) const {
     const Manifest& about = manifest();
     const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
     if (embedding.fingerprint() != about.fingerprint) {
@@ -77,6 +91,7 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
                              embedding.fingerprint().substr(0, 16) + "..., this model is " +
                              about.fingerprint.substr(0, 16) + "...; encode the image again");
     }
+    check_cancelled(cancellation);
     const std::int64_t objects = packed.points.shape()[0];
     if (objects == 0) {
         const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
@@ -95,7 +110,7 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
         outputs.push_back(object_score);
     }
     std::vector<Array<float>> results =
-        data_->backend.decode(*embedding.data().features, packed, outputs);
+        data_->backend.decode(*embedding.data().features, packed, outputs, cancellation);
     DecodedMasks decoded{
         without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
     const Shape& shape = decoded.low_res_masks.shape();
@@ -114,13 +129,18 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
 
 ImageEmbedding Model::load_embedding(const std::filesystem::path& path) const {
     const Manifest& about = manifest();
-    const StoredEmbedding stored = read_embedding(path, about.fingerprint, about.encoder.outputs);
-    if (!(stored.geometry == geometry_of(about.image, stored.geometry.original_size))) {
-        throw EmbeddingError(path.string() + ": its image geometry contradicts this model's");
+    return upload(*data_, path.string(),
+                  read_embedding(path, about.fingerprint, about.encoder.outputs));
+}
+
+ImageEmbedding Model::embedding_from_bytes(const void* content, std::size_t size) const {
+    if (content == nullptr && size != 0) {
+        throw InvalidInputError("content", "NULL", "the bytes of an embedding");
     }
-    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.upload(stored.maps), stored.geometry, about.fingerprint,
-                             names_of(about.encoder.outputs)}));
+    const Manifest& about = manifest();
+    return upload(*data_, "content",
+                  parse_embedding(static_cast<const std::uint8_t*>(content), size, "content",
+                                  about.fingerprint, about.encoder.outputs));
 }
 
 void Model::prepare() const { data_->backend.prepare(); }
@@ -137,6 +157,7 @@ void Model::warm_up() const {
 
 bool Model::encoder_loaded() const { return data_->backend.encoder_loaded(); }
 const Manifest& Model::manifest() const noexcept { return data_->bundle.manifest; }
+const std::string& Model::manifest_json() const noexcept { return data_->bundle.text; }
 const std::filesystem::path& Model::path() const noexcept { return data_->bundle.path; }
 std::string Model::device() const { return data_->backend.device().name(); }
 

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "log.hpp"
 #include "sam3rt/sam3rt.hpp"
 
 namespace sam3rt {
@@ -145,7 +146,9 @@ const Ort::Env& ort_environment() {
         Ort::ThreadingOptions threading;
         threading.SetGlobalSpinControl(0);
         current_environment =
-            environment_of(Ort::Env(threading, ORT_LOGGING_LEVEL_ERROR, "sam3rt").release(), true);
+            environment_of(Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt")
+                               .release(),
+                           true);
     }
     return current_environment->value;
 }
@@ -154,7 +157,7 @@ Ort::SessionOptions session_options(const Device& device, int threads) {
     ort_environment();
     Ort::SessionOptions options;
     if (current_environment->is_ours) {
-        options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+        options.SetLogSeverityLevel(ort_log_level());
     }
     // A session's own threads look out for work while it runs, and rest once it has run.
     options.AddConfigEntry("session.force_spinning_stop", "1");

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "components.hpp"
+#include "rle.hpp"
 
 namespace sam3rt {
 namespace {
@@ -10,25 +11,51 @@ namespace {
 // The reference moves a filled pixel this far from the threshold (SAM2Transforms).
 constexpr float fill_margin = 10.0F;
 
-template <typename Out, typename Resize>
-Array<Out> finish(const Array<float>& low_res, const Resampling& resampling,
-                  const Cleaning& cleaning, Resize resize) {
+std::size_t plane_size(const Resampling& resampling) {
+    return resampling.rows.outputs() * resampling.columns.outputs();
+}
+
+/// Clean one map after the other, and give each to a function with its number.
+template <typename Function>
+void for_each_map(const Array<float>& low_res, const Cleaning& cleaning,
+                  const Cancellation* cancellation, const Function& function) {
     const Shape& shape = low_res.shape();
     const Size size{shape[2], shape[3]};
-    Array<Out> result({shape[0], shape[1], static_cast<std::int64_t>(resampling.rows.outputs()),
-                       static_cast<std::int64_t>(resampling.columns.outputs())});
-    std::vector<float> scratch;
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
+        check_cancelled(cancellation);
         const float* logits = low_res.data() + i * (low_res.size() / count);
-        Out* out = result.data() + i * (result.size() / count);
         if (cleaning.max_hole_area <= 0 && cleaning.max_sprinkle_area <= 0) {
-            resize(logits, resampling, scratch, out);
+            function(i, logits);
         } else {
-            resize(clean(logits, size, cleaning).data(), resampling, scratch, out);
+            function(i, clean(logits, size, cleaning).data());
         }
     }
-    return result;
+}
+
+/// Make one mask after the other in the same memory, of 0 and 1, and give each to a function.
+template <typename Function>
+void for_each_mask(const Array<float>& low_res, const Resampling& resampling,
+                   const Cleaning& cleaning, const Cancellation* cancellation,
+                   const Function& function) {
+    std::vector<float> scratch;
+    std::vector<std::uint8_t> mask(plane_size(resampling));
+    const auto threshold = static_cast<float>(cleaning.threshold);
+    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
+        resize_to_mask(logits, resampling, threshold, 1, scratch, mask.data());
+        function(i, mask.data());
+    });
+}
+
+/// Eight pixels a byte, the first in the highest bit; what is left of the last byte is 0.
+void pack_row(const std::uint8_t* row, std::size_t width, std::uint8_t* out) {
+    for (std::size_t first = 0; first < width; first += 8) {
+        unsigned bits = 0;
+        for (std::size_t i = 0; i < 8; ++i) {
+            bits = bits << 1U | (first + i < width ? row[first + i] : 0U);
+        }
+        *out++ = static_cast<std::uint8_t>(bits);
+    }
 }
 
 }  // namespace
@@ -56,20 +83,53 @@ std::vector<float> clean(const float* logits, const Size& size, const Cleaning& 
     return cleaned;
 }
 
-Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning, std::uint8_t foreground) {
-    const auto threshold = static_cast<float>(cleaning.threshold);
-    return finish<std::uint8_t>(
-        low_res, resampling, cleaning,
-        [threshold, foreground](const float* logits, const Resampling& how,
-                                std::vector<float>& scratch, std::uint8_t* out) {
-            resize_to_mask(logits, how, threshold, foreground, scratch, out);
-        });
+Shape full_shape(const Array<float>& low_res, const Resampling& resampling) {
+    return {low_res.shape()[0], low_res.shape()[1],
+            static_cast<std::int64_t>(resampling.rows.outputs()),
+            static_cast<std::int64_t>(resampling.columns.outputs())};
 }
 
-Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                           const Cleaning& cleaning) {
-    return finish<float>(low_res, resampling, cleaning, resize_logits);
+void finish_masks(const Array<float>& low_res, const Resampling& resampling,
+                  const Cleaning& cleaning, std::uint8_t foreground,
+                  const Cancellation* cancellation, std::uint8_t* out) {
+    std::vector<float> scratch;
+    const auto threshold = static_cast<float>(cleaning.threshold);
+    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
+        resize_to_mask(logits, resampling, threshold, foreground, scratch,
+                       out + i * plane_size(resampling));
+    });
+}
+
+void finish_bits(const Array<float>& low_res, const Resampling& resampling,
+                 const Cleaning& cleaning, const Cancellation* cancellation, std::uint8_t* out) {
+    const std::size_t height = resampling.rows.outputs();
+    const std::size_t width = resampling.columns.outputs();
+    const std::size_t row_size = (width + 7) / 8;
+    const auto pack = [&](std::size_t i, const std::uint8_t* mask) {
+        for (std::size_t y = 0; y < height; ++y) {
+            pack_row(mask + y * width, width, out + (i * height + y) * row_size);
+        }
+    };
+    for_each_mask(low_res, resampling, cleaning, cancellation, pack);
+}
+
+std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
+                                    const Cleaning& cleaning, const Cancellation* cancellation) {
+    std::vector<std::string> texts;
+    for_each_mask(low_res, resampling, cleaning, cancellation,
+                  [&](std::size_t, const std::uint8_t* mask) {
+                      texts.push_back(compressed_runs(mask, resampling.rows.outputs(),
+                                                      resampling.columns.outputs()));
+                  });
+    return texts;
+}
+
+void finish_logits(const Array<float>& low_res, const Resampling& resampling,
+                   const Cleaning& cleaning, const Cancellation* cancellation, float* out) {
+    std::vector<float> scratch;
+    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
+        resize_logits(logits, resampling, scratch, out + i * plane_size(resampling));
+    });
 }
 
 }  // namespace sam3rt

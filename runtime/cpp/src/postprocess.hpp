@@ -4,6 +4,7 @@
 // then upsampling, then the threshold.
 #pragma once
 
+#include "cancellation.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "upsampling.hpp"
 
@@ -23,12 +24,26 @@ struct Cleaning {
 /// 8-connected; islands are found on the logits as they came, not as the hole filling left them.
 std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
 
-/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W], 0 and `foreground`.
-Array<std::uint8_t> finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                                 const Cleaning& cleaning, std::uint8_t foreground = 1);
+/// Of masks [P, C, H, W] of the image's size, of [P, C, h, w] low-resolution logits.
+Shape full_shape(const Array<float>& low_res, const Resampling& resampling);
 
-/// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits.
-Array<float> finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                           const Cleaning& cleaning);
+/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W] at `out`, 0 and
+/// `foreground`. Here and below, throws CancelledError before the next mask where the call is to
+/// end.
+void finish_masks(const Array<float>& low_res, const Resampling& resampling,
+                  const Cleaning& cleaning, std::uint8_t foreground,
+                  const Cancellation* cancellation, std::uint8_t* out);
+
+/// The same as bits, [P, C, H, ceil(W / 8)].
+void finish_bits(const Array<float>& low_res, const Resampling& resampling,
+                 const Cleaning& cleaning, const Cancellation* cancellation, std::uint8_t* out);
+
+/// The same as COCO's compressed run lengths.
+std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
+                                    const Cleaning& cleaning, const Cancellation* cancellation);
+
+/// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits at `out`.
+void finish_logits(const Array<float>& low_res, const Resampling& resampling,
+                   const Cleaning& cleaning, const Cancellation* cancellation, float* out);
 
 }  // namespace sam3rt

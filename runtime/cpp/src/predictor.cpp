@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cancellation.hpp"
 #include "embedding.hpp"
+#include "errors.hpp"
 #include "geometry.hpp"
 #include "model.hpp"
 #include "postprocess.hpp"
@@ -20,7 +22,7 @@ double finite(const std::string& argument, double value) {
 template <typename T>
 Array<T> without_single_object(Array<T> array) {
     const Shape& shape = array.shape();
-    if (shape[0] != 1) {
+    if (shape[0] != 1 || shape.size() == 1) {
         return array;
     }
     return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
@@ -46,6 +48,42 @@ void keep_best(DecodedMasks& decoded) {
     decoded.iou_predictions = std::move(scores);
 }
 
+/// Throws InvalidInputError where the options contradict each other.
+void check_options(const PredictOptions& options) {
+    if (options.foreground == 0) {
+        throw InvalidInputError("foreground", "0", "1 to 255");
+    }
+    if (options.form != MaskForm::bytes && options.return_logits) {
+        throw InvalidInputError("form", "another than bytes", "bytes, with return_logits");
+    }
+    if (options.output == nullptr) {
+        return;
+    }
+    if (options.form == MaskForm::rle) {
+        throw InvalidInputError("output", "memory", "none, for run lengths");
+    }
+    if (options.return_logits &&
+        reinterpret_cast<std::uintptr_t>(options.output) % alignof(float) != 0) {
+        throw InvalidInputError("output", "memory that is not aligned for float",
+                                "aligned memory, with return_logits");
+    }
+}
+
+/// Where a result goes: the caller's memory, or an array that is made for it.
+template <typename T>
+T* memory_for(const PredictOptions& options, const Shape& shape, Array<T>& own) {
+    if (options.output == nullptr) {
+        own = Array<T>(shape);
+        return own.data();
+    }
+    const std::size_t size = element_count(shape) * sizeof(T);
+    if (options.output_size < size) {
+        throw InvalidInputError("output", std::to_string(options.output_size) + " bytes",
+                                std::to_string(size) + " for shape " + shape_text(shape));
+    }
+    return static_cast<T*>(options.output);
+}
+
 }  // namespace
 
 Predictor::Predictor(Model model, const PredictorOptions& options)
@@ -55,7 +93,9 @@ Predictor::Predictor(Model model, const PredictorOptions& options)
                             options.max_hole_area.value_or(model_.manifest().masks.max_hole_area))),
       max_sprinkle_area_(finite("max_sprinkle_area", options.max_sprinkle_area)) {}
 
-void Predictor::set_image(const ImageView& image) { set_embedding(model_.encode(image)); }
+void Predictor::set_image(const ImageView& image, const Cancellation* cancellation) {
+    set_embedding(model_.encode(image, cancellation));
+}
 
 void Predictor::set_embedding(ImageEmbedding embedding) {
     std::vector<ImageEmbedding> embeddings;
@@ -64,7 +104,8 @@ void Predictor::set_embedding(ImageEmbedding embedding) {
     is_batch_ = false;
 }
 
-void Predictor::set_image_batch(const std::vector<ImageView>& images) {
+void Predictor::set_image_batch(const std::vector<ImageView>& images,
+                                const Cancellation* cancellation) {
     if (images.empty()) {
         throw ImageError("images", "an empty list", "a list of at least one image");
     }
@@ -74,7 +115,7 @@ void Predictor::set_image_batch(const std::vector<ImageView>& images) {
     }
     std::vector<ImageEmbedding> embeddings;
     for (const ImageView& image : images) {
-        embeddings.push_back(model_.encode(image));
+        embeddings.push_back(model_.encode(image, cancellation));
     }
     embeddings_ = std::move(embeddings);
     is_batch_ = true;
@@ -97,6 +138,9 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
             "prompts", std::to_string(prompts.size()) + " entries",
             "one per image of the batch (" + std::to_string(embeddings_.size()) + ")");
     }
+    if (options.output != nullptr) {
+        throw InvalidInputError("output", "memory", "none, for a batch");
+    }
     std::vector<Prediction> predictions;
     for (std::size_t i = 0; i < prompts.size(); ++i) {
         predictions.push_back(predict_on(embeddings_[i], prompts[i], options));
@@ -111,10 +155,9 @@ void Predictor::reset() noexcept {
 
 Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
                                  const PredictOptions& options) const {
-    if (options.foreground == 0) {
-        throw InvalidInputError("foreground", "0", "1 to 255");
-    }
-    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output);
+    check_options(options);
+    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output,
+                                         options.cancellation);
     if (options.best_mask_only) {
         keep_best(decoded);
     }
@@ -124,13 +167,30 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
         embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
-    if (options.return_logits) {
-        prediction.logits =
-            without_single_object(finish_logits(decoded.low_res_masks, *resampling, cleaning));
-    } else {
-        prediction.masks = without_single_object(
-            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground));
+    prediction.shape = full_shape(decoded.low_res_masks, *resampling);
+    if (options.form == MaskForm::bits) {
+        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
     }
+    if (options.return_logits) {
+        finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation,
+                      memory_for(options, prediction.shape, prediction.logits));
+    } else if (options.form == MaskForm::rle) {
+        prediction.rle =
+            finish_rle(decoded.low_res_masks, *resampling, cleaning, options.cancellation);
+    } else {
+        std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
+        if (options.form == MaskForm::bits) {
+            finish_bits(decoded.low_res_masks, *resampling, cleaning, options.cancellation, masks);
+        } else {
+            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,
+                         options.cancellation, masks);
+        }
+    }
+    if (prediction.shape[0] == 1) {
+        prediction.shape.erase(prediction.shape.begin());
+    }
+    prediction.masks = without_single_object(std::move(prediction.masks));
+    prediction.logits = without_single_object(std::move(prediction.logits));
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;
         float* logits = decoded.low_res_masks.data();
@@ -139,6 +199,7 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     }
     prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
     prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
+    prediction.object_score_logits = std::move(decoded.object_score_logits);
     prediction.warning = std::move(decoded.warning);
     return prediction;
 }

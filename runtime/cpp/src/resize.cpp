@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 
 namespace sam3rt {
 namespace {
@@ -99,6 +100,29 @@ PixelRows<Value> rows_of(const std::vector<Value>& pixels, std::size_t width) {
     return {pixels.data(), pixels.size() / (width * channels), width};
 }
 
+/// How luma and chroma of limited range become RGB, in the fixed point of 20 bits that OpenCV uses.
+struct YuvMatrix {
+    std::int32_t luma;
+    std::int32_t red_of_v;
+    std::int32_t green_of_u;
+    std::int32_t green_of_v;
+    std::int32_t blue_of_u;
+
+    void to_rgb(std::uint8_t y, std::uint8_t u, std::uint8_t v, std::uint8_t* out) const {
+        const std::int32_t base = std::max(y - 16, 0) * luma + (1 << 19);
+        const std::int32_t blue = u - 128;
+        const std::int32_t red = v - 128;
+        const auto level = [](std::int32_t sum) {
+            return static_cast<std::uint8_t>(std::clamp(sum >> 20, 0, 255));
+        };
+        out[0] = level(base + red_of_v * red);
+        out[1] = level(base + green_of_u * blue + green_of_v * red);
+        out[2] = level(base + blue_of_u * blue);
+    }
+};
+constexpr YuvMatrix bt601 = {1220542, 1673527, -409993, -852492, 2116026};
+constexpr YuvMatrix bt709 = {1220945, 1879825, -223607, -558796, 2215014};
+
 /// The rows of an image as RGB pixels. One of another format is converted row by row, when it is
 /// asked for; a row stays until the next one is.
 class ImageRows {
@@ -108,7 +132,12 @@ public:
           width(static_cast<std::size_t>(image.width)),
           pixels_(image.pixels),
           step_(bytes_per_pixel(image.format)),
-          stride_(image.row_stride == 0 ? step_ * width : image.row_stride),
+          stride_(image.row_stride == 0 ? static_cast<std::ptrdiff_t>(step_ * width)
+                                        : image.row_stride),
+          plane_stride_(image.plane_stride == 0
+                            ? height * static_cast<std::size_t>(std::abs(stride_))
+                            : image.plane_stride),
+          format_(image.format),
           is_rgb_(image.format == PixelFormat::rgb) {
         const bool is_reversed =
             image.format == PixelFormat::bgr || image.format == PixelFormat::bgra;
@@ -120,11 +149,28 @@ public:
     }
 
     const std::uint8_t* row(std::size_t y) const {
-        const std::uint8_t* source = pixels_ + y * stride_;
+        const std::uint8_t* source = pixels_ + static_cast<std::ptrdiff_t>(y) * stride_;
         if (is_rgb_) {
             return source;
         }
         std::uint8_t* out = converted_.data();
+        if (format_ == PixelFormat::planar) {
+            for (std::size_t x = 0; x < width; ++x, out += channels) {
+                for (std::size_t channel = 0; channel < channels; ++channel) {
+                    out[channel] = source[channel * plane_stride_ + x];
+                }
+            }
+            return converted_.data();
+        }
+        if (is_nv12(format_)) {
+            const std::uint8_t* chroma =
+                pixels_ + plane_stride_ + static_cast<std::ptrdiff_t>(y / 2) * stride_;
+            const YuvMatrix& matrix = format_ == PixelFormat::nv12 ? bt601 : bt709;
+            for (std::size_t x = 0; x < width; ++x, out += channels) {
+                matrix.to_rgb(source[x], chroma[x / 2 * 2], chroma[x / 2 * 2 + 1], out);
+            }
+            return converted_.data();
+        }
         for (std::size_t x = 0; x < width; ++x, source += step_) {
             for (const std::size_t place : places_) {
                 *out++ = source[place];
@@ -139,7 +185,9 @@ public:
 private:
     const std::uint8_t* pixels_;
     std::size_t step_;
-    std::size_t stride_;
+    std::ptrdiff_t stride_;
+    std::size_t plane_stride_;
+    PixelFormat format_;
     bool is_rgb_;
     /// Where in a pixel red, green and blue stand.
     std::array<std::size_t, channels> places_{};
@@ -242,9 +290,18 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
 
 }  // namespace
 
+bool is_nv12(PixelFormat format) {
+    return format == PixelFormat::nv12 || format == PixelFormat::nv12_bt709;
+}
+
+bool is_planar(PixelFormat format) { return format == PixelFormat::planar || is_nv12(format); }
+
 std::size_t bytes_per_pixel(PixelFormat format) {
     switch (format) {
         case PixelFormat::grey:
+        case PixelFormat::planar:
+        case PixelFormat::nv12:
+        case PixelFormat::nv12_bt709:
             return 1;
         case PixelFormat::rgba:
         case PixelFormat::bgra:

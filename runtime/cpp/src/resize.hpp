@@ -8,7 +8,11 @@
 
 namespace sam3rt {
 
-/// How many bytes a pixel takes.
+/// Whether an image has planes in place of whole pixels, and whether it is one of two NV12 has.
+bool is_planar(PixelFormat format);
+bool is_nv12(PixelFormat format);
+
+/// How many bytes a pixel takes, in the first plane where there are several.
 std::size_t bytes_per_pixel(PixelFormat format);
 
 /// Resize an image, rounding to whole levels after each axis, to the last bit as Pillow 13 does it

@@ -9,6 +9,7 @@
 #include <functional>
 #include <iostream>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <thread>
@@ -69,17 +70,59 @@ struct Image {
         view.pixels = pixels.data();
         view.height = pixels.shape().at(0);
         view.width = step.value("width", pixels.shape().at(1));
-        view.row_stride = step.contains("width") ? static_cast<std::size_t>(pixels.shape()[1]) : 0;
+        view.row_stride =
+            step.contains("width") ? static_cast<std::ptrdiff_t>(pixels.shape()[1]) : 0;
+        view.height = step.value("height", view.height);
+        view.row_stride = step.value("row_stride", view.row_stride);
+        view.plane_stride = step.value("plane_stride", std::size_t{0});
+        // Where the first row stands, for images that are stored bottom up.
+        view.pixels += step.value("first_row", 0) * pixels.shape().at(1);
         static const std::map<std::string, PixelFormat> formats = {{"rgb", PixelFormat::rgb},
                                                                    {"bgr", PixelFormat::bgr},
                                                                    {"rgba", PixelFormat::rgba},
                                                                    {"bgra", PixelFormat::bgra},
-                                                                   {"grey", PixelFormat::grey}};
+                                                                   {"grey", PixelFormat::grey},
+                                                                   {"planar", PixelFormat::planar},
+                                                                   {"nv12", PixelFormat::nv12},
+                                                                   {"nv12_bt709", PixelFormat::nv12_bt709}};
         view.format = formats.at(step.value("format", "rgb"));
     }
 
     Array<std::uint8_t> pixels;
     ImageView view;
+};
+
+/// Ends a step's call at the time that it names, or when a thread says so.
+class Ending {
+public:
+    explicit Ending(const json& step) {
+        if (step.contains("deadline")) {
+            cancellation_.emplace(seconds(step["deadline"]));
+        } else if (step.contains("cancel_after")) {
+            cancellation_.emplace();
+            thread_ = std::thread([this, wait = seconds(step["cancel_after"])] {
+                std::this_thread::sleep_for(wait);
+                cancellation_->cancel();
+            });
+        }
+    }
+    Ending(const Ending&) = delete;
+    Ending& operator=(const Ending&) = delete;
+    ~Ending() {
+        if (thread_.joinable()) {
+            thread_.join();
+        }
+    }
+
+    const Cancellation* get() const { return cancellation_ ? &*cancellation_ : nullptr; }
+
+private:
+    static std::chrono::nanoseconds seconds(const json& value) {
+        return std::chrono::nanoseconds(static_cast<std::int64_t>(value.get<double>() * 1e9));
+    }
+
+    std::optional<Cancellation> cancellation_;
+    std::thread thread_;
 };
 
 Prompts prompts_of(const json& value) {
@@ -104,9 +147,15 @@ Prompts prompts_of(const json& value) {
 }
 
 PredictOptions predict_options_of(const json& step) {
-    return {step.value("multimask_output", true), step.value("return_logits", false),
-            step.value("best_mask_only", false),
-            static_cast<std::uint8_t>(step.value("foreground", 1))};
+    PredictOptions options;
+    options.multimask_output = step.value("multimask_output", true);
+    options.return_logits = step.value("return_logits", false);
+    options.best_mask_only = step.value("best_mask_only", false);
+    static const std::map<std::string, MaskForm> forms = {
+        {"bytes", MaskForm::bytes}, {"bits", MaskForm::bits}, {"rle", MaskForm::rle}};
+    options.form = forms.at(step.value("form", "bytes"));
+    options.foreground = static_cast<std::uint8_t>(step.value("foreground", 1));
+    return options;
 }
 
 void write_prediction(const json& step, const std::string& prefix, const Prediction& prediction) {
@@ -117,6 +166,35 @@ void write_prediction(const json& step, const std::string& prefix, const Predict
     }
     write_npy(result_path(step, prefix + "iou"), prediction.iou_predictions);
     write_npy(result_path(step, prefix + "low_res"), prediction.low_res_masks);
+}
+
+json predict(Session& session, const json& step) {
+    const Ending ending(step);
+    PredictOptions options = predict_options_of(step);
+    options.cancellation = ending.get();
+    // Memory of the caller's, of so many bytes, from a place that need not be aligned.
+    Bytes memory(step.value("output", std::size_t{0}));
+    const std::size_t shift = step.value("shift", std::size_t{0});
+    options.output = memory.empty() ? nullptr : memory.data() + shift;
+    options.output_size = memory.size() - shift;
+    Prediction prediction = session.predictors.at(text(step, "predictor"))
+                                .predict(prompts_of(step.value("prompts", json::object())), options);
+    if (!memory.empty()) {
+        const std::size_t count = element_count(prediction.shape);
+        const bool is_empty = prediction.masks.size() == 0 && prediction.logits.size() == 0;
+        if (!is_empty) {
+            throw StateError("a result is in two places");
+        }
+        if (options.return_logits) {
+            prediction.logits = Array<float>(
+                prediction.shape, static_cast<const float*>(options.output), count);
+        } else {
+            prediction.masks = Array<std::uint8_t>(
+                prediction.shape, static_cast<const std::uint8_t*>(options.output), count);
+        }
+    }
+    write_prediction(step, "", prediction);
+    return {{"rle", prediction.rle}, {"shape", prediction.shape}};
 }
 
 json describe(const Manifest& manifest) {
@@ -179,10 +257,11 @@ json maps(Session& session, const json& step) {
 }
 
 json decode(Session& session, const json& step) {
+    const Ending ending(step);
     const DecodedMasks decoded =
         session.models.at(text(step, "model"))
             .decode(session.embeddings.at(text(step, "embedding")), prompts_of(step["prompts"]),
-                    step.value("multimask_output", true));
+                    step.value("multimask_output", true), ending.get());
     write_npy(result_path(step, "low_res"), decoded.low_res_masks);
     write_npy(result_path(step, "iou"), decoded.iou_predictions);
     if (decoded.object_score_logits) {
@@ -293,9 +372,13 @@ json finish(const json& step) {
     masks.low_res_size = {low_res.shape().at(2), low_res.shape().at(3)};
     const Resampling resampling = resampling_to_image(geometry_from(step), image, masks);
     if (step.at("return_logits").get<bool>()) {
-        write_npy(result_path(step, "masks"), finish_logits(low_res, resampling, cleaning));
+        Array<float> logits(full_shape(low_res, resampling));
+        finish_logits(low_res, resampling, cleaning, nullptr, logits.data());
+        write_npy(result_path(step, "masks"), logits);
     } else {
-        write_npy(result_path(step, "masks"), finish_masks(low_res, resampling, cleaning));
+        Array<std::uint8_t> finished(full_shape(low_res, resampling));
+        finish_masks(low_res, resampling, cleaning, 1, nullptr, finished.data());
+        write_npy(result_path(step, "masks"), finished);
     }
     return nullptr;
 }
@@ -396,7 +479,7 @@ json image_geometry(const json& step) {
                                                     : ImageSpec::Resize::longest_side;
     const Size size = size_of(step.at("size"));
     const std::uint8_t pixel = 0;
-    check_image({&pixel, size.height, size.width, step.value("row_stride", std::size_t{0})},
+    check_image({&pixel, size.height, size.width, step.value("row_stride", std::ptrdiff_t{0})},
                 "image");
     return as_json(geometry_of(spec, size).input_size);
 }
@@ -481,6 +564,33 @@ json set_environment() {
     return nullptr;
 }
 
+std::mutex lines_mutex;
+json lines = json::array();
+
+/// Collect the log from a level on, or with none, no more.
+json collect_log(const json& step) {
+    if (step.at("level").is_null()) {
+        set_log_callback(nullptr);
+        return nullptr;
+    }
+    set_log_callback(
+        [fails = step.value("fails", false)](LogLevel level, const std::string& line) {
+            const std::lock_guard<std::mutex> lock(lines_mutex);
+            lines.push_back({static_cast<int>(level), line});
+            if (fails) {
+                throw std::runtime_error("no room for a line");
+            }
+        },
+        static_cast<LogLevel>(step.at("level").get<int>()));
+    return nullptr;
+}
+
+/// The lines since the last such step.
+json log_lines() {
+    const std::lock_guard<std::mutex> lock(lines_mutex);
+    return std::exchange(lines, json::array());
+}
+
 using Step = std::function<json(Session&, const json&)>;
 
 const std::map<std::string, Step>& steps() {
@@ -513,13 +623,15 @@ const std::map<std::string, Step>& steps() {
         {"encode",
          [](Session& all, const json& s) {
              const Image image(s);
-             return add_embedding(all, s, all.models.at(text(s, "model")).encode(image.view));
+             const Ending ending(s);
+             return add_embedding(
+                 all, s, all.models.at(text(s, "model")).encode(image.view, ending.get()));
          }},
         {"encode_view",
          [](Session& all, const json& s) {
              const std::array<std::uint8_t, 3> pixel{};
              const ImageView view{s.value("null", false) ? nullptr : pixel.data(), s.at("height"),
-                                  s.at("width"), s.value("row_stride", std::size_t{0})};
+                                  s.at("width"), s.value("row_stride", std::ptrdiff_t{0})};
              return add_embedding(all, s, all.models.at(text(s, "model")).encode(view));
          }},
         {"save_embedding",
@@ -532,6 +644,24 @@ const std::map<std::string, Step>& steps() {
              return add_embedding(all, s,
                                   all.models.at(text(s, "model")).load_embedding(text(s, "path")));
          }},
+        {"embedding_to_bytes",
+         [](Session& all, const json& s) {
+             const std::vector<std::uint8_t> content =
+                 all.embeddings.at(text(s, "embedding")).to_bytes();
+             std::ofstream(text(s, "path"), std::ios::binary)
+                 .write(reinterpret_cast<const char*>(content.data()),
+                        static_cast<std::streamsize>(content.size()));
+             return json(content.size());
+         }},
+        {"embedding_from_bytes",
+         [](Session& all, const json& s) {
+             const Bytes content = read_file(text(s, "path"), std::uint64_t{1} << 40U);
+             return add_embedding(all, s,
+                                  all.models.at(text(s, "model"))
+                                      .embedding_from_bytes(content.data(), content.size()));
+         }},
+        {"log", [](Session&, const json& s) { return collect_log(s); }},
+        {"log_lines", [](Session&, const json&) { return log_lines(); }},
         {"maps", maps},
         {"decode", decode},
         {"predictor", new_predictor},
@@ -548,14 +678,7 @@ const std::map<std::string, Step>& steps() {
              return json();
          }},
         {"set_image_batch", set_image_batch},
-        {"predict",
-         [](Session& all, const json& s) {
-             write_prediction(s, "",
-                              all.predictors.at(text(s, "predictor"))
-                                  .predict(prompts_of(s.value("prompts", json::object())),
-                                           predict_options_of(s)));
-             return json();
-         }},
+        {"predict", predict},
         {"predict_batch", predict_batch},
         {"reset",
          [](Session& all, const json& s) {
@@ -618,6 +741,8 @@ json run(Session& session, const json& step) {
         return error("EmbeddingError", e);
     } catch (const BackendError& e) {
         return error("BackendError", e);
+    } catch (const CancelledError& e) {
+        return error("CancelledError", e);
     } catch (const std::system_error& e) {
         return error("OSError", e);
     }

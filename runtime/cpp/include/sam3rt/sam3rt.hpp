@@ -10,9 +10,11 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -123,6 +125,60 @@ public:
     using Error::Error;
     BackendError(const BackendError&) = default;
     ~BackendError() override;
+};
+
+/// A call was cancelled, or its deadline passed, before it had a result.
+class SAM3RT_EXPORT CancelledError : public Error {
+public:
+    using Error::Error;
+    CancelledError(const CancelledError&) = default;
+    ~CancelledError() override;
+};
+
+// --- log lines -----------------------------------------------------------------------------------
+
+enum class LogLevel { debug, info, warning, error };
+
+/// Takes one line of the log. It may be called by any thread, by several at once, and from within
+/// calls of the library: it must not call the library. What it throws is dropped.
+using LogCallback = std::function<void(LogLevel level, const std::string& line)>;
+
+/// Give the library's lines from `level` on, and ONNX Runtime's, to a callback. It may be called at
+/// any time; ONNX Runtime's lines follow the level that holds when a graph is loaded. Without a
+/// callback, or with an empty one, ONNX Runtime's errors go to stderr and nothing else anywhere. A
+/// callback that is replaced may still be running in another thread. Lines of a host's environment
+/// of ONNX Runtime stay with the host.
+SAM3RT_EXPORT void set_log_callback(LogCallback callback, LogLevel level = LogLevel::warning);
+
+// --- cancellation --------------------------------------------------------------------------------
+
+/// Ends calls that other threads no longer wait for, by request or at a time.
+///
+/// Calls that are given it throw CancelledError soon after: also while ONNX Runtime computes, between
+/// two nodes of a graph, and while they wait for their turn. A graph that is being loaded is loaded
+/// to its end first. A call that is as good as done may still return its result. Copies share one
+/// state; every method may be called from many threads at once, cancel() also while calls run.
+class SAM3RT_EXPORT Cancellation {
+public:
+    /// Only cancel() ends calls.
+    Cancellation();
+    /// Calls end at a time, too.
+    explicit Cancellation(std::chrono::steady_clock::time_point deadline);
+    /// Calls end some time from now, too.
+    explicit Cancellation(std::chrono::nanoseconds from_now)
+        : Cancellation(std::chrono::steady_clock::now() + from_now) {}
+
+    /// End the calls under way that were given this object or a copy of it, and all later ones.
+    void cancel() const noexcept;
+
+    /// Whether cancel() was called or the deadline has passed.
+    bool cancelled() const noexcept;
+
+    struct State;
+    State& state() const noexcept { return *state_; }
+
+private:
+    std::shared_ptr<State> state_;
 };
 
 // --- values --------------------------------------------------------------------------------------
@@ -247,8 +303,23 @@ struct Size {
     bool operator!=(const Size& other) const { return !(*this == other); }
 };
 
-/// The bytes of a pixel, in memory order. Alpha is left out; grey is taken for all three colours.
-enum class PixelFormat { rgb, bgr, rgba, bgra, grey };
+/// The bytes of an image. The first five are interleaved: the bytes of a pixel, in memory order.
+/// Alpha is left out; grey is taken for all three colours.
+enum class PixelFormat {
+    rgb,
+    bgr,
+    rgba,
+    bgra,
+    grey,
+    /// Three planes: red, green, blue.
+    planar,
+    /// Video: a plane of luma, then one of half the height with a pair of chroma values for each 2 x
+    /// 2 pixels, blue first. Both sides are even. Levels are those of limited range, the matrix that
+    /// of BT.601, as OpenCV takes NV12; colours are computed as OpenCV does, without interpolation.
+    nv12,
+    /// The same with the matrix of BT.709, as HD video mostly has it.
+    nv12_bt709,
+};
 
 /// An 8-bit image in the caller's memory, which is only read, and only during the call. It has at
 /// most max_image_side pixels on a side and max_image_pixels in total.
@@ -257,10 +328,15 @@ struct ImageView {
     const std::uint8_t* pixels = nullptr;
     std::int64_t height = 0;
     std::int64_t width = 0;
-    /// Bytes from one row to the next, at least those of its pixels, for which 0 stands too. All
-    /// rows together span less than 2^62 bytes.
-    std::size_t row_stride = 0;
+    /// Bytes from one row to the next, at least those of its pixels, for which 0 stands too. An
+    /// interleaved image that is stored bottom up has a negative stride, and `pixels` is still the
+    /// first pixel of the first row, which stands last in memory. All rows together span less than
+    /// 2^62 bytes.
+    std::ptrdiff_t row_stride = 0;
     PixelFormat format = PixelFormat::rgb;
+    /// For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
+    /// All planes have the same row_stride. 0 for other images.
+    std::size_t plane_stride = 0;
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
@@ -444,6 +520,10 @@ public:
     /// NaN or an infinity.
     void save(const std::filesystem::path& path) const;
 
+    /// The content of the file that save() writes, for a cache or a network.
+    /// Throws BackendError as maps() does, EmbeddingError where a map holds NaN or an infinity.
+    std::vector<std::uint8_t> to_bytes() const;
+
     struct Data;
     explicit ImageEmbedding(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
     const Data& data() const noexcept { return *data_; }
@@ -512,20 +592,27 @@ public:
     static Model load(const std::filesystem::path& bundle, const ModelOptions& options = {});
 
     /// Run the encoder on one image.
-    /// Throws ImageError where it is not an image, BackendError where the device failed.
-    ImageEmbedding encode(const ImageView& image) const;
+    /// Throws ImageError where it is not an image, BackendError where the device failed,
+    /// CancelledError where `cancellation` is given and says so.
+    ImageEmbedding encode(const ImageView& image, const Cancellation* cancellation = nullptr) const;
 
     /// Run the decoder on one image's prompts: three masks per object, or the single one.
     /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs
     /// to another bundle or device, BackendError where the device failed or returned scores that
-    /// are not finite, as for an embedding that holds such values.
+    /// are not finite, as for an embedding that holds such values; CancelledError where
+    /// `cancellation` is given and says so.
     DecodedMasks decode(const ImageEmbedding& embedding, const Prompts& prompts,
-                        bool multimask_output = true) const;
+                        bool multimask_output = true,
+                        const Cancellation* cancellation = nullptr) const;
 
     /// Load an embedding that this bundle made, here or in Python. The encoder is not needed for
     /// it. Throws EmbeddingError where the file is missing, damaged, from another bundle, or holds
     /// NaN.
     ImageEmbedding load_embedding(const std::filesystem::path& path) const;
+
+    /// The same from `size` bytes of memory, of ImageEmbedding::to_bytes, of a file or of Python's
+    /// ImageEmbedding.to_bytes. They are not needed afterwards.
+    ImageEmbedding embedding_from_bytes(const void* content, std::size_t size) const;
 
     /// Load both graphs now instead of at their first use, also one that could not be loaded
     /// before.
@@ -538,6 +625,8 @@ public:
     bool encoder_loaded() const;
 
     const Manifest& manifest() const noexcept;
+    /// The text of bundle.json, UTF-8.
+    const std::string& manifest_json() const noexcept;
     /// The bundle's folder, as an absolute path.
     const std::filesystem::path& path() const noexcept;
     /// Where the graphs run, such as "cpu" or "cuda:0".
@@ -564,6 +653,17 @@ struct PredictorOptions {
     double max_sprinkle_area = 0.0;
 };
 
+/// How masks of the image's size are returned.
+enum class MaskForm {
+    /// A byte for each pixel, 0 and PredictOptions::foreground: [C, H, W].
+    bytes,
+    /// A bit for each pixel, the first in the highest bit of a row's first byte; each row begins a
+    /// byte, as numpy.packbits has it along the last axis: [C, H, ceil(W / 8)].
+    bits,
+    /// COCO's compressed run lengths as pycocotools writes them ("counts", of "size" [H, W]).
+    rle,
+};
+
 /// What one call of predict is asked for.
 struct PredictOptions {
     /// Three masks of different extent, or the single best guess.
@@ -574,18 +674,36 @@ struct PredictOptions {
     bool best_mask_only = false;
     /// What stands for foreground in masks, such as 255; not 0.
     std::uint8_t foreground = 1;
+    /// Ends the call early; not owned. Decoding stops as in Model::decode, and so does making masks
+    /// of the image's size, after the one it is at.
+    const Cancellation* cancellation = nullptr;
+    /// Not with return_logits, unless it is MaskForm::bytes.
+    MaskForm form = MaskForm::bytes;
+    /// Memory of the caller's for masks, or for logits if it is aligned for float, in place of the
+    /// result's own: at least as many bytes as Prediction::shape says, and `output_size` at most.
+    /// What a call that throws leaves there is not defined. Not for run lengths, nor for
+    /// predict_batch.
+    void* output = nullptr;
+    std::size_t output_size = 0;
 };
 
 /// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.
 struct Prediction {
-    /// [C, H, W], 0 and PredictOptions::foreground; of shape [0] with return_logits.
+    /// Masks as bytes or bits, see MaskForm; of shape [0] with return_logits, with run lengths, or
+    /// where they are in PredictOptions::output.
     Array<std::uint8_t> masks;
-    /// [C, H, W] with return_logits; else of shape [0].
+    /// [C, H, W] with return_logits; else, or where they are in PredictOptions::output, of shape [0].
     Array<float> logits;
+    /// Run lengths of all masks, object by object, if they were asked for.
+    std::vector<std::string> rle;
+    /// Of the masks or logits, wherever they are: [C, H, ceil(W / 8)] for bits, else [C, H, W].
+    Shape shape;
     /// [C], the predicted IoU of each mask.
     Array<float> iou_predictions;
     /// [C, h, w], for Prompts::mask_input of a later call.
     Array<float> low_res_masks;
+    /// [B], positive where the model sees an object; absent for models without that head.
+    std::optional<Array<float>> object_score_logits;
     /// Why the masks may mean nothing, or empty: see DecodedMasks::warning.
     std::string warning;
 };
@@ -601,17 +719,19 @@ public:
     explicit Predictor(Model model, const PredictorOptions& options = {});
 
     /// Encode an image, so that predict can be called on it. Throws as Model::encode.
-    void set_image(const ImageView& image);
+    void set_image(const ImageView& image, const Cancellation* cancellation = nullptr);
 
     /// Use an embedding made or loaded earlier in place of an image.
     void set_embedding(ImageEmbedding embedding);
 
     /// Encode several images, of any sizes, so that predict_batch can be called on them; predict
     /// then uses the last of them. Throws ImageError where there is none or one is not an image.
-    void set_image_batch(const std::vector<ImageView>& images);
+    void set_image_batch(const std::vector<ImageView>& images,
+                         const Cancellation* cancellation = nullptr);
 
     /// Predict masks from prompts on the image set last.
-    /// Throws StateError where no image is set, else as Model::decode.
+    /// Throws StateError where no image is set, InvalidInputError where the options contradict each
+    /// other or `output` is too small, else as Model::decode.
     Prediction predict(const Prompts& prompts, const PredictOptions& options = {}) const;
 
     /// Predict masks on every image of the batch set last, with one entry of `prompts` per image.

@@ -1,0 +1,50 @@
+// Ends calls early, whatever they are doing.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "sam3rt/sam3rt.hpp"
+
+namespace sam3rt {
+
+struct Cancellation::State {
+    std::atomic<bool> cancelled{false};
+    std::optional<std::chrono::steady_clock::time_point> deadline;
+    std::mutex mutex;
+    std::list<std::function<void()>> listeners;
+};
+
+/// Whether there is a cancellation that says so.
+bool is_cancelled(const Cancellation* cancellation) noexcept;
+
+/// Throws CancelledError where there is a cancellation that says so.
+void check_cancelled(const Cancellation* cancellation);
+
+/// Calls a function when a call is cancelled or its deadline passes, by any thread, while this
+/// object lives, and at once where that has happened already. The function may be called twice.
+class OnCancel {
+public:
+    /// `cancellation` may be null. Throws BackendError where no thread can be started to watch the
+    /// deadline.
+    OnCancel(const Cancellation* cancellation, std::function<void()> function);
+    OnCancel(const OnCancel&) = delete;
+    OnCancel& operator=(const OnCancel&) = delete;
+    ~OnCancel();
+
+private:
+    Cancellation::State* state_ = nullptr;
+    std::list<std::function<void()>>::iterator own_;
+    std::thread watch_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool ended_ = false;
+};
+
+}  // namespace sam3rt
