@@ -727,9 +727,9 @@ def test_missing_array_is_refused(small: ParityRecord, tmp_path: Path, name: str
         consume(ParityRecord.load(path))
 
 
-def test_damaged_record_of_a_bundle_is_refused(small_bundle: Path, tmp_path: Path) -> None:
+def test_damaged_record_of_a_bundle_is_refused(tiny_sam3: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    shutil.copytree(small_bundle, path)
+    shutil.copytree(tiny_sam3, path)
     content = (path / "parity.npz").read_bytes()
     (path / "parity.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(BundleError, match=r"parity\.npz"):
