@@ -17,10 +17,9 @@ from sam3rt.accuracy.gate import judge, limits_for
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
 from sam3rt.backends import Backend
-from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import open_lanes
-from sam3rt.backends.onnxruntime.sessions import Graphs
-from sam3rt.backends.onnxruntime.typed import find_typed
+from sam3rt.backends.onnxruntime.typed import Graphs, find_typed
 from sam3rt.backends.tensorrt import LaneBackend
 from sam3rt.geometry import preprocess
 from sam3rt_bench.pytorch_backend import PyTorchBackend

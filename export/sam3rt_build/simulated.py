@@ -24,8 +24,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from sam3rt.backends.onnxruntime import OnnxRuntimeBackend
-from sam3rt.backends.onnxruntime.sessions import Graphs
+from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.typed import Graphs
 from sam3rt.bundle import Bundle, GraphSpec, file_entry
 from sam3rt.bundle.contract import is_feature_name
 

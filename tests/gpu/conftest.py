@@ -21,8 +21,7 @@ from sam3rt import BackendError, GpuOptions, SegmentationModel, load_model, open
 from sam3rt.accuracy.gate import judge, limits_for
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
-from sam3rt.backends.onnxruntime.sessions import Graphs
-from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, find_typed
+from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import Device, probe, probe_all
 

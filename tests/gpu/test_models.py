@@ -15,7 +15,7 @@ from tests.support import golden, gpu_checks
 from sam3rt import BackendError, ImageEmbedding, Prompts, SegmentationModel
 from sam3rt.backends.tensorrt import LaneBackend
 
-CASES = golden.sam3_cases()
+CASES = golden.sam_cases("sam3")
 SINGLE = [name for name, case in CASES.items() if not case.get("batch")]
 # Share of mask pixels that may differ: in FP32 what the golden tests allow where holes are filled;
 # elsewhere what the gate's mask IoU comes to.
@@ -34,7 +34,9 @@ def test_golden_cases(
     name: str, model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
 ) -> None:
     """The reference predictor's own outputs: what it gave is given again, as far as types allow."""
-    errors = golden.sam3_errors(name, golden.predict_sam3_case(name, model, embeddings))
+    errors = golden.sam_errors(
+        "sam3", name, golden.predict_sam_case("sam3", name, model, embeddings)
+    )
     limit = PIXELS_FP32 if model.backend.precision == "fp32" else PIXELS
     assert errors["mask_pixels"] <= limit, errors
 

@@ -71,7 +71,7 @@ TABLE: tuple[BackendEntry, ...] = (
     ),
     BackendEntry(
         "onnxruntime",
-        "sam3rt.backends.onnxruntime:offer",
+        "sam3rt.backends.onnxruntime.recipes:offer",
         ("onnxruntime",),
         ("cuda", "cpu"),
         "cpu",

@@ -109,7 +109,7 @@ def _files(bundle: Bundle) -> str:
 def _providers() -> list[str]:
     if importlib.util.find_spec("onnxruntime") is None:
         return []
-    from ..backends.onnxruntime import providers
+    from ..backends.onnxruntime.recipes import providers
 
     return providers()
 

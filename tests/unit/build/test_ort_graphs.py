@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -109,3 +111,12 @@ def test_fp16_graphs_load_where_there_is_no_gpu(bundle: Path) -> None:
     for graphs in find_typed(open_bundle(bundle)):
         for graph in (graphs.bundle.manifest.encoder, graphs.bundle.manifest.decoder):
             open_session(graphs, graph)
+
+
+def test_building_takes_no_onnx_runtime() -> None:
+    """As on a Jetson, where TensorRT is and ONNX Runtime is not."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; sys.modules['onnxruntime'] = None\n"
+        "import sam3rt_build.cli.build, sam3rt_build.ort_graphs"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,7 +18,8 @@ from ...errors import BackendError
 from ...features import Features
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend
-from .sessions import Graphs, cuda_options, open_session
+from .sessions import cuda_options, open_session
+from .typed import Graphs
 
 _LOG = logging.getLogger(__name__)
 

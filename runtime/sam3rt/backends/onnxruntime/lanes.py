@@ -29,7 +29,8 @@ from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device
 from ..tensorrt.network import Network
 from ..tensorrt.trt import Tensor
-from .sessions import ORT_TYPES, Graphs, cuda_options, open_session
+from .sessions import ORT_TYPES, cuda_options, open_session
+from .typed import Graphs
 
 _LOG = logging.getLogger(__name__)
 

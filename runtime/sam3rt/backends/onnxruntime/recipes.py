@@ -19,8 +19,7 @@ from ..base import Backend, GpuOptions, Offer
 from ..tensorrt.driver import Device, probe
 from .backend import OnnxRuntimeBackend
 from .lanes import open_lanes
-from .sessions import FP32, TF32, Graphs
-from .typed import TYPED_ORDER, find_typed
+from .typed import FP32, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
 

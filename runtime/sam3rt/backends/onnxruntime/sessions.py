@@ -1,8 +1,7 @@
-"""What is run, and ONNX Runtime's sessions for it."""
+"""ONNX Runtime's sessions, checked and loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import onnxruntime as ort
@@ -10,8 +9,8 @@ import onnxruntime as ort
 from ...bundle import Bundle, GraphSpec
 from ...bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_source, load_graph
 from ...errors import BackendError, BundleError
+from .typed import Graphs
 
-FP32, TF32 = "fp32", "tf32"
 _CUDA = "CUDAExecutionProvider"
 # By ONNX Runtime's names: NumPy's.
 ORT_TYPES = {
@@ -21,25 +20,6 @@ ORT_TYPES = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Two graphs, and how they compute.
-
-    Attributes:
-        bundle: the folder that they lie in, and a manifest that describes them.
-        precision: what they compute in: ``"fp32"``, ``"tf32"`` or the name of a recipe.
-        tf32: whether CUDA may round the factors of FP32 products to TF32.
-        is_fused: whether they may hold ONNX Runtime's own operators.
-        digest: of the files, where they are not the bundle's own; else empty.
-    """
-
-    bundle: Bundle
-    precision: str = FP32
-    tf32: bool = False
-    is_fused: bool = False
-    digest: str = ""
 
 
 def cuda_options(device_id: int, graphs: Graphs, *, records: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,10 @@ from ...bundle.contract import is_feature_name
 from ...bundle.documents import DocumentError, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
-from .sessions import Graphs
 
 _LOG = logging.getLogger(__name__)
 
+FP32, TF32 = "fp32", "tf32"
 FORMAT = "sam3rt-typed-graphs"
 FORMAT_VERSION = 1
 SIDECAR = "graphs.json"
@@ -31,6 +32,25 @@ ENGINES = "engines"
 # Fastest first.
 TYPED_ORDER = ("fp16-activations", "fp16", "bf16")
 _MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Two graphs, and how they compute.
+
+    Attributes:
+        bundle: the folder that they lie in, and a manifest that describes them.
+        precision: what they compute in: ``"fp32"``, ``"tf32"`` or the name of a recipe.
+        tf32: whether CUDA may round the factors of FP32 products to TF32.
+        is_fused: whether they may hold ONNX Runtime's own operators.
+        digest: of the files, where they are not the bundle's own; else empty.
+    """
+
+    bundle: Bundle
+    precision: str = FP32
+    tf32: bool = False
+    is_fused: bool = False
+    digest: str = ""
 
 
 class TypedSidecar(Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,7 +28,8 @@ from sam3rt import (
     load_model,
     open_bundle,
 )
-from sam3rt.backends import create_backend, onnxruntime
+from sam3rt.backends import create_backend
+from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.prompts import PackedPrompts, pack
@@ -228,7 +229,7 @@ def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
     monkeypatch.setattr(ort, "InferenceSession", Session)
     card = Device(2, Gpu("a GPU", "8.9"), 1 << 30, "580", (13, 0))
     bundle = open_bundle(default_bundle_path(), check_files=False)
-    offered = onnxruntime.offer(bundle, device="cuda:2")
+    offered = recipes.offer(bundle, device="cuda:2")
     assert [(r.name, r.subject is not None) for r in offered.recipes] == [
         ("tf32", True),
         ("fp32", False),

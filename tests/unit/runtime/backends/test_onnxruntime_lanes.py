@@ -16,7 +16,9 @@ from tests.support.helpers import noise
 
 from sam3rt import BackendError, GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy.verdicts import Subject
-from sam3rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeLanes, offer
+from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
+from sam3rt.backends.onnxruntime.recipes import offer
 from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
 from sam3rt.errors import VerificationError
 from sam3rt_build.ort_graphs import build_typed_graphs
