@@ -1,10 +1,12 @@
 // Many threads on one model: each encodes, saves, loads, decodes and predicts at once with the
 // others, from a model whose graphs nobody has loaded yet, and must get what one thread gets alone.
+// Then they encode until they are stopped.
 //
 //   threads BUNDLE FOLDER
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <iostream>
@@ -40,6 +42,34 @@ bool close(const sam3rt::Array<float>& a, const sam3rt::Array<float>& b) {
     return a.shape() == b.shape() &&
            std::equal(a.begin(), a.end(), b.begin(),
                       [](float x, float y) { return std::abs(x - y) <= 1e-3F; });
+}
+
+/// Threads that wait for their turn and run, half of them until a time, half until they are told to
+/// end. How many ended otherwise.
+int calls_that_do_not_end(const sam3rt::Model& model, const sam3rt::ImageView& image) {
+    const sam3rt::Cancellation request;
+    const sam3rt::Cancellation deadline(std::chrono::milliseconds(20));
+    std::atomic<int> others{thread_count};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < thread_count; ++i) {
+        threads.emplace_back([&, i] {
+            try {
+                for (;;) {
+                    model.encode(image, i % 2 == 0 ? &request : &deadline);
+                }
+            } catch (const sam3rt::CancelledError&) {
+                --others;
+            } catch (const std::exception& error) {
+                std::cerr << error.what() << "\n";
+            }
+        });
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    request.cancel();
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    return others;
 }
 
 }  // namespace
@@ -95,6 +125,7 @@ int main(int count, char** arguments) {
     for (std::thread& thread : threads) {
         thread.join();
     }
+    failures += calls_that_do_not_end(model, image);
     std::cout << thread_count << " threads, " << failures << " failures\n";
     return failures == 0 ? 0 : 1;
 }
