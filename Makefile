@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(w
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu test-cpp cpp-dependencies docs lint locks default-bundle clean
+.PHONY: help demo test test-full test-gpu test-cpp test-cpp-fuzz cpp-dependencies docs lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,10 @@ $(TEST_ENV)/onnxruntime-web-1.30.0.tgz: $(TEST_ENV)/.done
 test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
 	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
 	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp --numprocesses auto --dist loadscope
+
+test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with clang, and fuzz it
+	runtime/cpp/tools/build_fuzzers.sh $(CPP_BUILDS)
+	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp/test_cpp_fuzz.py
 
 cpp-dependencies: $(CPP_BUILDS)/dependencies/.done ## Fetch what building the C++ runtime takes
 
