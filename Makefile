@@ -9,7 +9,7 @@ SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(w
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-gpu test-cpp test-cpp-fuzz cpp-dependencies docs lint locks default-bundle clean
+.PHONY: help demo test test-full test-servers test-gpu test-cpp test-cpp-fuzz cpp-dependencies docs lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,9 @@ test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.
 	$(call run-tests,slow or hypothesis,--hypothesis-profile=full)
 
 # In an environment that has sam3rt[gpu] or [rtx], pytest and hypothesis; PyTorch and CuPy add to it.
+test-servers: $(TEST_ENV)/.done ## Run the service in Triton and Ray, which are a gigabyte to fetch
+	SAM3RT_TEST_SERVERS=1 $(TEST_BIN)/python -m pytest tests/unit/serve/test_triton.py tests/unit/serve/test_ray.py
+
 test-gpu: ## Run what needs an NVIDIA GPU, in the environment of $(PYTHON)
 	PYTHONPATH=runtime:export:benchmarks $(PYTHON) -m pytest tests/gpu
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import PIL.Image
 from numpy.typing import NDArray
 from tests.support import disk_cache
@@ -89,11 +90,14 @@ def check_equal(found: Sequence[Any], expected: Sequence[NDArray[Any]]) -> None:
 def environment(name: str, *packages: str) -> Path:
     """The Python of a virtual environment with packages, made once for many runs.
 
-    The variable ``SAM3RT_<NAME>_ENV`` may name one that is there already.
+    The variable ``SAM3RT_<NAME>_ENV`` may name one that is there already. The test is skipped where
+    neither that nor ``SAM3RT_TEST_SERVERS`` is set: Triton and Ray are a gigabyte to fetch.
     """
     given = os.environ.get(f"SAM3RT_{name.upper()}_ENV")
     if given:
         return Path(given) / "bin" / "python"
+    if not os.environ.get("SAM3RT_TEST_SERVERS"):
+        pytest.skip(f"`make test-servers` fetches {name} and runs it")
 
     def make(folder: Path) -> None:
         venv.create(folder, with_pip=True)
