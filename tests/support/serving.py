@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import PIL.Image
+import pytest
 from numpy.typing import NDArray
 from tests.support import disk_cache
 from tests.support.helpers import edit_manifest
