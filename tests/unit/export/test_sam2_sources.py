@@ -204,7 +204,9 @@ def test_a_lora_adapter(state: Tensors, checkpoint: Path, tmp_path: Path) -> Non
     options = SourceOptions(lora=tmp_path / "lora.safetensors", lora_alpha=4.0)
     merged = state | {f"{module}.weight": state[f"{module}.weight"] + 2.0 * b @ a}
     torch.save(merged, tmp_path / "merged.pt")
-    assert differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-6
+    assert (
+        differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-5
+    )  # two orders of adding up
     assert differences(open_source(checkpoint, options), open_source(checkpoint)) > 1e-2
 
 
