@@ -204,9 +204,8 @@ def test_a_lora_adapter(state: Tensors, checkpoint: Path, tmp_path: Path) -> Non
     options = SourceOptions(lora=tmp_path / "lora.safetensors", lora_alpha=4.0)
     merged = state | {f"{module}.weight": state[f"{module}.weight"] + 2.0 * b @ a}
     torch.save(merged, tmp_path / "merged.pt")
-    assert (
-        differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-5
-    )  # two orders of adding up
+    # Not nearer than FP32's rounding: the two add up in other orders.
+    assert differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-5
     assert differences(open_source(checkpoint, options), open_source(checkpoint)) > 1e-2
 
 
