@@ -756,10 +756,10 @@ def test_two_threads_at_once_are_refused_and_one_may_go_on(tiny_model: Segmentat
 
 
 def test_taking_turns_with_another_threads_image_is_warned_of(
-    small_model: SegmentationModel,
+    tiny_model: SegmentationModel,
 ) -> None:
     """Nothing overlaps here, and still the other thread's image would answer in silence."""
-    predictor = SAM3InteractiveImagePredictor(small_model)
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
     predictor.set_image(noise(40, 50))
     with ThreadPoolExecutor(1) as other:
         # A thread that set no image may ask: workers of a pool share a predictor one by one.
