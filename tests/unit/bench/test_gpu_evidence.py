@@ -24,6 +24,7 @@ def sections(folder: Path) -> Any:
     return json.loads((folder / "evidence.json").read_text())["sections"]
 
 
+@pytest.mark.slow
 def test_one_that_crashes_or_hangs_loses_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

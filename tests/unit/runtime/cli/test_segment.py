@@ -311,6 +311,7 @@ def test_sixteen_bit_image_is_refused(tmp_path: Path, capsys) -> None:
     assert "I;16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_verify_passes_on_the_bundled_model(capsys) -> None:
     assert main(["verify", "--all"]) == 0
     printed = capsys.readouterr().out
