@@ -195,8 +195,9 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path: Path, way: str) -> None:
             assert len(set(content)) == 1
     assert (tmp_path / "a").exists()
     if way == "unnamed":
-        # A file has a name of its own for the moment between getting it and losing it again.
-        assert len(names(tmp_path)) <= 2
+        # A file has a name of its own for the moment between getting it and losing it again. Chance
+        # hits that moment now and then; files that had names all along would leave one each time.
+        assert len(names(tmp_path)) <= 1 + 4
 
 
 def test_temporaries_of_killed_writers_are_removed_and_nothing_else(
