@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from sam3rt.errors import Sam3rtError
 
 
@@ -19,3 +22,18 @@ class GraphRuleError(ExportError):
 
 class SelfCheckError(ExportError):
     """An exported graph does not reproduce the PyTorch model it was made from."""
+
+
+@contextlib.contextmanager
+def tensors_of(origin: str) -> Iterator[None]:
+    """Name the checkpoint where its tensors are too few or do not fit a model built in the block.
+
+    Raises:
+        CheckpointError: looking up, arranging or running the tensors failed.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error

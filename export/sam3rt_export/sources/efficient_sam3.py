@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_keys import DECODER, NECK, PROMPT, STUDENT, unknown_tensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, tensors_of
 from ..graphs.efficient_sam3 import Backbone, StudentArchitecture
 from ..graphs.sam3_encoder import Sam3Architecture
 from ..graphs.tiny_vit import TinyViTArchitecture
@@ -58,13 +58,9 @@ def open_efficient_sam3(
     Raises:
         CheckpointError: a tensor is missing, unknown or has the wrong shape.
     """
-    try:
+    with tensors_of(origin):
         student = read_student(tensors, _TRAINED_SIZE if image_size is None else image_size)
         architecture = _rest_of_sam3(tensors, student)
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error
     others = {name: t for name, t in tensors.items() if not name.startswith(STUDENT)}
     own = {n.removeprefix(STUDENT): t for n, t in tensors.items() if n.startswith(STUDENT)}
     plain = PlainStudent(student.backbone, own, student.grid)
@@ -80,10 +76,8 @@ def open_efficient_sam3(
         notes=size_notes(student.image_size, _TRAINED_SIZE),
         student=student,
     )
-    try:  # what tells a wrong shape is running it; its size does not matter
+    with tensors_of(origin):  # what tells a wrong shape is running it; its size does not matter
         plain(torch.zeros(1, 3, 64, 64))
-    except RuntimeError as error:
-        raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error
     unread = [name for name in own if STUDENT + name not in seen.names]
     if unread:
         raise unknown_tensors(origin, [STUDENT + name for name in unread])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
-from ..errors import CheckpointError
+from ..errors import tensors_of
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..graphs.tiny_vit import TinyViTArchitecture, TinyViTGraph
 from ..references.mobile_sam import MobileSamReference
@@ -37,11 +37,9 @@ def open_mobile_sam(
         single_mask="token0",
         sigmoid_iou=False,
     )
-    try:
+    with tensors_of(origin):
         encoder = TinyViTGraph(vit, tensors, "image_encoder.").eval()
         decoder = SamDecoderGraph(architecture, tensors, "prompt_encoder.", "mask_decoder.").eval()
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
     side = 4 * vit.grid
     return ExportSource(
         name="mobile_sam",

@@ -16,7 +16,7 @@ from torch import Tensor
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT, SAM2_NECK, SAM2_TRUNK
-from ..errors import CheckpointError
+from ..errors import CheckpointError, tensors_of
 from ..graphs.hiera import PATCH_STRIDE, HieraArchitecture, HieraGraph, plan_blocks
 from ..graphs.operators import count_children
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
@@ -258,7 +258,7 @@ def sam2_source(
     """
     arch = architecture
     decoder_architecture = DecoderArchitecture(image_size=arch.image_size, grid=arch.grid)
-    try:
+    with tensors_of(origin):
         encoder = HieraGraph(arch, tensors).eval()
         decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
         shapes = [
@@ -266,10 +266,6 @@ def sam2_source(
             (tensors[DECODER + "conv_s1.weight"].shape[0], arch.side(1), arch.side(1)),
             (tensors[SAM2_NECK + "1.conv.weight"].shape[0], arch.grid, arch.grid),
         ]
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error
     size = (arch.side(0), arch.side(0))
     return ExportSource(
         name=_name(version, arch),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT
-from ..errors import CheckpointError
+from ..errors import tensors_of
 from ..graphs.efficient_sam3 import EfficientSam3EncoderGraph, StudentArchitecture
 from ..graphs.sam3_encoder import Sam3Architecture, Sam3EncoderGraph
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
@@ -107,17 +107,13 @@ def sam3_source(
         heads=arch.decoder_heads,
         sigmoid_iou=sigmoid_iou,
     )
-    try:
+    with tensors_of(origin):
         encoder: nn.Module = (
             Sam3EncoderGraph(arch, tensors)
             if student is None
             else EfficientSam3EncoderGraph(student, tensors)
         ).eval()
         decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: tensor {error} is missing") from error
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{origin}: tensors do not fit together: {error}") from error
     grid = arch.grid
     name = "sam3" if sigmoid_iou else "sam3.1"
     return ExportSource(
