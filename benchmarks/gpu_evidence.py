@@ -66,13 +66,13 @@ SECTIONS = (
     Section("cuda", "device:cuda_layer", 40, needs_model=False),
     LANES,
     Section("onnxruntime-fp16-activations", "models:onnxruntime", 60, ("fp16-activations",)),
-    Section("onnxruntime-fp16", "models:onnxruntime", 60, ("fp16",)),
-    Section("numerics", "numerics:numerics", 75),
     Section("pytorch", "models:pytorch", 120),
-    Section("kernels", "device:kernels", 40),
+    Section("onnxruntime-fp16", "models:onnxruntime", 60, ("fp16",)),
     Section("onnxruntime-tf32", "models:onnxruntime", 50, ("tf32",)),
-    Section("onnxruntime-bf16", "models:onnxruntime", 50, ("bf16",)),
+    Section("numerics", "numerics:numerics", 75),
+    Section("kernels", "device:kernels", 40),
     Section("onnxruntime-fp32", "models:onnxruntime", 50, ("fp32",)),
+    Section("onnxruntime-bf16", "models:onnxruntime", 50, ("bf16",)),
     Section("tensorrt", "models:tensorrt", 120),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
+import importlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -26,7 +26,9 @@ def key_of(files: Iterable[Path], libraries: Iterable[str]) -> str:
     """A hash of files' names and contents, and of the versions of Python and libraries."""
     digest = hashlib.sha256(sys.version.encode())
     for name in sorted(libraries):
-        digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
+        # A package's own word: ONNX Runtime is installed by several names.
+        version = importlib.import_module(name).__version__
+        digest.update(f"{name}=={version}\n".encode())
     for path in sorted(set(files)):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(ROOT)} {content}\n".encode())

@@ -68,7 +68,15 @@ def test_nothing_of_an_attention_is_left(tiny_sam3: Path) -> None:
     fuse(model)
     after = Counter(node.op_type for node in model.graph)
     assert before["Softmax"] == before["Erf"] - 1 == 2
-    assert {after[name] for name in ("Softmax", "Split", "Concat", "Erf", "Div")} == {0}
+    assert {after[name] for name in ("Softmax", "Concat", "Erf", "Div")} == {0}
+    # Of each block: one product for three and those of the scores, one split for two rotations',
+    # and no bias of the values.
+    assert before["MatMul"] - after["MatMul"] == 2 * 4
+    assert before["Split"] - after["Split"] == 2
+    # Sums left: the biases of queries and keys.
+    scopes = ("blocks.0.attention/", "blocks.1.attention/")
+    sums = [node for node in model.graph if node.op_type == "Add" and node.name is not None]
+    assert len([node for node in sums if node.name.startswith(scopes)]) == 2 * 2
     # Four transposes of each block's heads, and that of its keys, are gone.
     assert before["Transpose"] - after["Transpose"] == 2 * 5
     assert model.graph.opset_imports[DOMAIN] == 1

@@ -75,16 +75,25 @@ class Cuda:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the GPU the calling thread's current one, and the caller's again afterwards."""
+        """Make the GPU the calling thread's current one, and the caller's again afterwards.
+
+        While one thread records a CUDA graph in the mode that ONNX Runtime does, CUDA refuses
+        other threads most calls, unless they say that recordings elsewhere do not concern them.
+        Within this block the calling thread says so.
+        """
         (before,) = self._call(self._runtime.cudaGetDevice)
         self._call(self._runtime.cudaSetDevice, self.index)
+        exchange = self._runtime.cudaThreadExchangeStreamCaptureMode
         try:
-            yield
+            own = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            (callers,) = self._call(exchange, own)
+            try:
+                yield
+            finally:
+                self._restore(exchange, callers)
         finally:
             if int(before) != self.index:
-                # A result must not be lost because the caller's own GPU cannot be used.
-                with contextlib.suppress(BackendError):
-                    self._call(self._runtime.cudaSetDevice, int(before))
+                self._restore(self._runtime.cudaSetDevice, int(before))
 
     def range(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """A block that has a name in a profile of Nsight Systems, where ``nvtx`` is installed."""
@@ -239,6 +248,11 @@ class Cuda:
             raise BackendError(f"CUDA is not usable: {error}") from error
         self._check(status, function.__name__)
         return tuple(results)
+
+    def _restore(self, function: Any, value: Any) -> None:
+        """Put back what was the caller's. No result must be lost because that fails."""
+        with contextlib.suppress(BackendError):
+            self._call(function, value)
 
     def _check(self, status: Any, call: str) -> None:
         if int(status) == 0:

@@ -132,9 +132,11 @@ def cuda_python(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> types.Modu
     runtime.cudaError_t = types.SimpleNamespace(
         cudaErrorMemoryAllocation=Status(2), cudaErrorInsufficientDriver=Status(35)
     )
+    runtime.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     defaults = {
         "cudaGetDevice": lambda: (Status(0), 0),
         "cudaSetDevice": lambda index: (Status(0),),
+        "cudaThreadExchangeStreamCaptureMode": lambda mode: (Status(0), 0),
         "cudaGetLastError": lambda: (Status(0),),
         "cudaGetErrorName": lambda status: (Status(0), b"cudaErrorName"),
         "cudaGetErrorString": lambda status: (Status(0), b"the reason"),
@@ -366,6 +368,25 @@ def test_the_callers_gpu_is_made_current_again(
     with cuda.active():
         assert current[-1] == 1
     assert current[1:] == calls
+
+
+def test_another_threads_recording_does_not_concern_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime records in CUDA's global mode, in which others may not even allocate."""
+    modes = [0]
+
+    def exchange(mode: int) -> tuple[Status, int]:
+        modes.append(mode)
+        return Status(0), modes[-2]
+
+    cuda_python(monkeypatch, cudaThreadExchangeStreamCaptureMode=exchange)
+    cuda = Cuda(0)
+    del modes[1:]
+    with pytest.raises(ValueError, match="of the caller"), cuda.active():
+        assert modes == [0, 1]
+        raise ValueError("of the caller")
+    assert modes == [0, 1, 0]
 
 
 def test_a_result_survives_a_caller_whose_gpu_cannot_be_used(
