@@ -76,15 +76,20 @@ ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancell
     check_cancelled(cancellation);
     const Manifest& about = manifest();
     const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
-    const Array<float> pixels = preprocess(about.image, image, geometry);
     return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.encode(pixels, cancellation), geometry, about.fingerprint,
-                             names_of(about.encoder.outputs)}));
+        ImageEmbedding::Data{data_->backend.encode(image, geometry, cancellation), geometry,
+                             about.fingerprint, names_of(about.encoder.outputs)}));
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
                            bool multimask_output, const Cancellation* cancellation) const {
-    const Manifest& about = manifest();
+    return decode_prompts(*this, embedding, prompts, multimask_output, cancellation, nullptr);
+}
+
+DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
+                            const Prompts& prompts, bool multimask_output,
+                            const Cancellation* cancellation, DeviceMasks* masks) {
+    const Manifest& about = model.manifest();
     const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
     if (embedding.fingerprint() != about.fingerprint) {
         throw EmbeddingError("the embedding was made by the bundle " +
@@ -109,8 +114,8 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
     if (has_score) {
         outputs.push_back(object_score);
     }
-    std::vector<Array<float>> results =
-        data_->backend.decode(*embedding.data().features, packed, outputs, cancellation);
+    std::vector<Array<float>> results = model.data().backend.decode(
+        *embedding.data().features, packed, outputs, cancellation, masks);
     DecodedMasks decoded{
         without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
     const Shape& shape = decoded.low_res_masks.shape();
