@@ -32,7 +32,7 @@ using Runner =
     std::function<EncodedImage(const ImageView& image, const ImageGeometry& geometry)>;
 
 /// What anything that computes in less than FP32 is held to.
-const ParityLimits& gate_limits();
+inline constexpr const ParityLimits& gate_limits = loosest_limits;
 
 /// What a backend is held to: the bundle's own limits in "fp32", the gate's in anything less.
 const ParityLimits& limits_for(const Manifest& manifest, const std::string& precision);

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "cancellation.hpp"
+#include "geometry.hpp"
 #include "log.hpp"
 #include "onnx_locations.hpp"
 #include "signature.hpp"
@@ -152,9 +153,29 @@ Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
 }
 
 Backend::Backend(const Bundle& bundle, const ModelOptions& options)
+    : Backend(bundle, options, choose_device(options.device), std::nullopt) {
+    if (device_.provider == Provider::tensorrt || device_.provider == Provider::tensorrt_rtx) {
+        engines_ = choose_engines(
+            bundle, name(), query_gpu(device_.number), options.engine_folder,
+            [&](const EngineSet& engines) {
+                const auto candidate =
+                    std::make_shared<const Backend>(bundle, options, device_, engines);
+                candidate->prepare();
+                const Runner runner = runner_of(*candidate, bundle.manifest, nullptr);
+                return [candidate, runner](const ImageView& image, const ImageGeometry& geometry) {
+                    return runner(image, geometry);
+                };
+            });
+    }
+}
+
+Backend::Backend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+                 std::optional<EngineSet> engines)
     : bundle_(bundle),
       threads_(options.threads),
       map_weights_(options.map_weights),
+      device_(device),
+      engines_(std::move(engines)),
       blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
                    bundle.manifest.prompts.mask_size.width}),
       encoder_(bundle.manifest.encoder,
@@ -165,13 +186,18 @@ Backend::Backend(const Bundle& bundle, const ModelOptions& options)
         throw InvalidInputError("threads", std::to_string(threads_),
                                 "a positive whole number, or 0 to leave it to ONNX Runtime");
     }
-    device_ = choose_device(options.device);
-    if (device_.provider == Provider::tensorrt || device_.provider == Provider::tensorrt_rtx) {
-        engines_ = choose_engines(
-            bundle, device_.provider == Provider::tensorrt ? "tensorrt" : "tensorrt-rtx",
-            query_gpu(device_.number), options.engine_folder);
-    }
     std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
+}
+
+std::string Backend::name() const {
+    switch (device_.provider) {
+        case Provider::tensorrt:
+            return "tensorrt";
+        case Provider::tensorrt_rtx:
+            return "tensorrt-rtx";
+        default:
+            return "onnxruntime";
+    }
 }
 
 std::shared_ptr<const Features> Backend::encode(const Array<float>& pixels,
@@ -396,6 +422,34 @@ std::shared_ptr<const FeatureTransfer> Backend::transfer() const {
             device_, engines_ ? engines_->features_dtype : encoder_.spec->outputs.at(0).dtype);
     }
     return transfer_;
+}
+
+std::vector<Array<float>> to_host(const Features& features) {
+    try {
+        std::vector<Array<float>> maps;
+        for (const Ort::Value& value : features.values) {
+            maps.push_back(features.transfer->to_host(value));
+        }
+        return maps;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("feature maps cannot be brought from " + features.device + ": " +
+                           error.what());
+    }
+}
+
+Runner runner_of(const Backend& backend, const Manifest& manifest,
+                 const Cancellation* cancellation) {
+    return [&backend, &spec = manifest.image, cancellation](const ImageView& image,
+                                                            const ImageGeometry& geometry) {
+        const std::shared_ptr<const Features> features =
+            backend.encode(preprocess(spec, image, geometry), cancellation);
+        return EncodedImage{
+            to_host(*features),
+            [&backend, features, cancellation](const PackedPrompts& prompts,
+                                               const std::vector<std::string>& outputs) {
+                return backend.decode(*features, prompts, outputs, cancellation);
+            }};
+    };
 }
 
 }  // namespace sam3rt

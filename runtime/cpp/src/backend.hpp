@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy.hpp"
 #include "bundle.hpp"
 #include "device.hpp"
 #include "engines.hpp"
@@ -49,8 +50,15 @@ public:
     /// Throws InvalidInputError where an option makes no sense, BackendError where the device is
     /// not usable here, or has no engines.
     Backend(const Bundle& bundle, const ModelOptions& options);
+    /// The same with these engines, or none, whether or not they are proven.
+    Backend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+            std::optional<EngineSet> engines);
 
     const Device& device() const { return device_; }
+    /// What computes: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+    std::string name() const;
+    /// What it computes in: "fp32", or the recipe of the engines.
+    std::string precision() const { return engines_ ? engines_->precision : "fp32"; }
 
     /// Run the encoder on float32 [1, 3, H, W]; the features stay on the device.
     std::shared_ptr<const Features> encode(const Array<float>& pixels,
@@ -107,5 +115,13 @@ private:
     mutable std::mutex transfer_mutex_;
     mutable std::shared_ptr<const FeatureTransfer> transfer_;
 };
+
+/// Copies of feature maps on the host, [1, C, h, w] each, finest first.
+/// Throws BackendError where they cannot be brought from the device.
+std::vector<Array<float>> to_host(const Features& features);
+
+/// What the accuracy gate runs. The backend and `cancellation`, which may be null, must outlive it.
+Runner runner_of(const Backend& backend, const Manifest& manifest,
+                 const Cancellation* cancellation);
 
 }  // namespace sam3rt

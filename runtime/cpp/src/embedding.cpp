@@ -257,18 +257,7 @@ std::size_t ImageEmbedding::nbytes() const noexcept {
     return total;
 }
 
-std::vector<Array<float>> ImageEmbedding::maps() const {
-    try {
-        std::vector<Array<float>> maps;
-        for (const Ort::Value& value : data_->features->values) {
-            maps.push_back(data_->features->transfer->to_host(value));
-        }
-        return maps;
-    } catch (const Ort::Exception& error) {
-        throw BackendError("feature maps cannot be brought from " + data_->features->device + ": " +
-                           error.what());
-    }
-}
+std::vector<Array<float>> ImageEmbedding::maps() const { return to_host(*data_->features); }
 
 void ImageEmbedding::save(const std::filesystem::path& path) const {
     write_embedding(path, data_->names, maps(), data_->geometry, data_->fingerprint);
