@@ -60,6 +60,25 @@ std::unique_ptr<const Backend> open_best(const Bundle& bundle, const ModelOption
 
 }  // namespace
 
+std::string Backend::name() const {
+    const Provider provider = device().provider;
+    const bool is_tensorrt = provider == Provider::tensorrt || provider == Provider::tensorrt_rtx;
+    return is_tensorrt ? name_of(provider) : "onnxruntime";
+}
+
+Runner runner_of(const Backend& backend, const Cancellation* cancellation) {
+    return [&backend, cancellation](const ImageView& image, const ImageGeometry& geometry) {
+        const std::shared_ptr<const Features> features =
+            backend.encode(image, geometry, cancellation);
+        return EncodedImage{
+            features->maps(),
+            [&backend, features, cancellation](const PackedPrompts& prompts,
+                                               const std::vector<std::string>& outputs) {
+                return backend.decode(*features, prompts, outputs, cancellation, nullptr);
+            }};
+    };
+}
+
 std::unique_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOptions& options) {
     require_positive("concurrent_encodes", options.concurrent_encodes);
     require_positive("concurrent_decodes", options.concurrent_decodes);

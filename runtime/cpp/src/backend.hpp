@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy.hpp"
 #include "bundle.hpp"
 #include "device.hpp"
 #include "geometry.hpp"
@@ -50,6 +51,10 @@ public:
     virtual ~Backend() = default;
 
     virtual const Device& device() const = 0;
+    /// What it computes in: "fp32", or the recipe of the engines.
+    virtual std::string precision() const = 0;
+    /// What computes: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+    std::string name() const;
 
     /// Preprocess a checked image and run the encoder on it; the features stay on the device.
     virtual std::shared_ptr<const Features> encode(const ImageView& image,
@@ -72,6 +77,9 @@ public:
 
     virtual bool encoder_loaded() const = 0;
 };
+
+/// What the accuracy gate runs. The backend and `cancellation`, which may be null, must outlive it.
+Runner runner_of(const Backend& backend, const Cancellation* cancellation);
 
 /// The backend for what options ask for. "auto" takes the first that works of TensorRT, ONNX
 /// Runtime with CUDA, and ONNX Runtime on the CPU, as far as they are built in; the log says why

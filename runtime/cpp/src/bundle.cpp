@@ -13,6 +13,7 @@ namespace sam3rt {
 namespace {
 
 const std::string manifest_name = "bundle.json";
+const std::string object_score = "object_score_logits";
 const std::string format_name = "sam3rt-bundle";
 constexpr std::int64_t format_version = 1;
 // A manifest lists two graphs and their tensors; anything near this size is not one of ours.
@@ -156,11 +157,9 @@ SourceSpec read_source(const JsonValue& value) {
 ParityLimits read_limits(const JsonValue& value) {
     value.check_fields({"feature_error", "feature_cosine", "logit_error", "iou_error", "mask_iou"});
     ParityLimits limits;
-    limits.feature_error = value.field("feature_error").number();
-    limits.feature_cosine = value.field("feature_cosine").number();
-    limits.logit_error = value.field("logit_error").number();
-    limits.iou_error = value.field("iou_error").number();
-    limits.mask_iou = value.field("mask_iou").number();
+    for (const NamedLimit& limit : named_limits) {
+        limits.*limit.value = value.field(limit.name).number();
+    }
     return limits;
 }
 
@@ -273,6 +272,14 @@ void check_rules(const Manifest& manifest) {
     if (manifest.masks.low_res_limit && !(*manifest.masks.low_res_limit > 0)) {
         refuse("\"masks.low_res_limit\" is not positive");
     }
+    for (const NamedLimit& limit : named_limits) {
+        const double value = manifest.parity_limits.*limit.value;
+        const double loosest = loosest_limits.*limit.value;
+        if (limit.at_least ? value < loosest : value > loosest) {
+            refuse("\"parity.limits." + std::string(limit.name) + "\" is " +
+                   std::to_string(value) + ", wider than " + std::to_string(loosest));
+        }
+    }
 }
 
 void check_digest(const std::string& digest, const FileEntry& entry) {
@@ -313,6 +320,22 @@ bool is_inside(const fs::path& path, const fs::path& folder) {
     const fs::path base = fs::canonical(folder);
     return std::mismatch(base.begin(), base.end(), target.begin(), target.end()).first ==
            base.end();
+}
+
+bool has_object_score(const Manifest& manifest) {
+    const auto& outputs = manifest.decoder.outputs;
+    return std::any_of(outputs.begin(), outputs.end(),
+                       [](const TensorSpec& spec) { return spec.name == object_score; });
+}
+
+std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimask) {
+    std::vector<std::string> outputs =
+        multimask ? std::vector<std::string>{"pred_masks", "iou_scores"}
+                  : std::vector<std::string>{"single_pred_masks", "single_iou_scores"};
+    if (has_object_score(manifest)) {
+        outputs.push_back(object_score);
+    }
+    return outputs;
 }
 
 std::vector<FileEntry> Manifest::files() const {

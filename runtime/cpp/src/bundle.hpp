@@ -1,7 +1,10 @@
 // Bundles: a folder with two ONNX graphs and everything a consumer must know about them.
 #pragma once
 
+#include <array>
 #include <filesystem>
+#include <string>
+#include <vector>
 
 #include "files.hpp"
 #include "sam3rt/sam3rt.hpp"
@@ -15,6 +18,33 @@ struct Bundle {
     /// The content of bundle.json.
     std::string text;
 };
+
+/// One of a manifest's limits: its name, and where it stands.
+struct NamedLimit {
+    const char* name;
+    double ParityLimits::* value;
+    /// Whether a figure must reach it rather than stay below it.
+    bool at_least;
+};
+
+/// All of them, by name.
+inline constexpr std::array<NamedLimit, 5> named_limits = {{
+    {"feature_cosine", &ParityLimits::feature_cosine, true},
+    {"feature_error", &ParityLimits::feature_error, false},
+    {"iou_error", &ParityLimits::iou_error, false},
+    {"logit_error", &ParityLimits::logit_error, false},
+    {"mask_iou", &ParityLimits::mask_iou, true},
+}};
+
+/// Beyond these a graph is broken, whatever its manifest allows: they are what is asked of types
+/// narrower than FP32.
+inline constexpr ParityLimits loosest_limits{0.1, 0.999, 0.1, 0.05, 0.99};
+
+/// Whether the decoder says of each object how sure it is that there is one.
+bool has_object_score(const Manifest& manifest);
+
+/// The decoder's outputs that a call needs: logits, IoUs and, where there is one, the object score.
+std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimask);
 
 /// Read a bundle's manifest and check it against itself and, if asked to, its files.
 /// Throws BundleError, naming the file at fault.

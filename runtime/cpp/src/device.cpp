@@ -34,8 +34,10 @@ const Entry& entry_of(Provider provider) {
 
 }  // namespace
 
+std::string name_of(Provider provider) { return entry_of(provider).name; }
+
 std::string Device::name() const {
-    const std::string name = entry_of(provider).name;
+    const std::string name = name_of(provider);
     return on_gpu() ? name + ":" + std::to_string(number) : name;
 }
 

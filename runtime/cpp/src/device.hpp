@@ -18,6 +18,9 @@ struct Device {
     std::string name() const;
 };
 
+/// What callers call a provider, such as "tensorrt-rtx".
+std::string name_of(Provider provider);
+
 /// The device that a caller named. Throws InvalidInputError where the text makes no sense.
 Device parse_device(const std::string& text);
 

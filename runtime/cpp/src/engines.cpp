@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
+#include <sstream>
 #include <system_error>
 #include <vector>
 
 #include "bundle.hpp"
 #include "json_reader.hpp"
+#include "log.hpp"
 #include "onnx_locations.hpp"
 #include "verdicts.hpp"
 
@@ -40,6 +43,11 @@ struct Engine {
 struct Pair {
     Engine encoder;
     Engine decoder;
+
+    std::string precision() const {
+        return encoder.recipe == decoder.recipe ? encoder.recipe
+                                                : encoder.recipe + "+" + decoder.recipe;
+    }
 };
 
 Engine read_sidecar(const fs::path& folder, const std::string& role) {
@@ -183,11 +191,27 @@ std::size_t rank(const Engine& engine) {
                                     order.begin());
 }
 
+/// Whether an engine is for a version of TensorRT, or none is asked for. Some releases of TensorRT for
+/// Python leave the fourth number out; TensorRT itself refuses what differs in it alone.
+bool is_of(const Engine& engine, const std::string& version) {
+    const auto numbers = [](const std::string& text) {
+        std::vector<std::string> parts;
+        std::istringstream stream(text);
+        for (std::string part; std::getline(stream, part, '.') && parts.size() < 3;) {
+            parts.push_back(part);
+        }
+        return parts;
+    };
+    return version.empty() || numbers(engine.tensorrt_version) == numbers(version);
+}
+
 /// What an engine has to fit.
 struct Target {
     const Bundle& bundle;
     std::string backend;
     Machine machine;
+    /// Of the TensorRT that loads engines itself, or empty.
+    std::string version;
 
     bool takes(const Engine& engine) const {
         const std::string& capability = machine.gpu.compute_capability;
@@ -197,7 +221,7 @@ struct Target {
                                                           capability) != targets.end();
         const bool failed_here = engine.state == "refused" && engine.gpu == machine.gpu &&
                                  engine.driver_version == machine.driver_version;
-        return engine.backend == backend && fits_gpu && !failed_here &&
+        return engine.backend == backend && fits_gpu && !failed_here && is_of(engine, version) &&
                engine.fingerprint == bundle.manifest.fingerprint;
     }
 
@@ -212,16 +236,13 @@ struct Target {
         return engines;
     }
 
-    /// What this machine knows of a pair, if anything. TensorRT itself refuses engines of another
-    /// version than its own, so the sidecars' word for the version is enough.
-    std::optional<Verdict> verdict_on(const Pair& pair) const {
-        const std::string& encoder = pair.encoder.recipe;
-        const std::string& decoder = pair.decoder.recipe;
-        return load_verdict({bundle.manifest.fingerprint, backend, pair.encoder.tensorrt_version,
-                             machine.gpu.name + ", " + machine.gpu.compute_capability +
-                                 ", driver " + machine.driver_version,
-                             encoder == decoder ? encoder : encoder + "+" + decoder,
-                             pair.encoder.file.sha256 + " " + pair.decoder.file.sha256});
+    /// What a verdict on a pair is about. TensorRT itself refuses engines of another version than
+    /// its own, so the sidecars' word for the version is enough.
+    VerdictSubject subject_of(const Pair& pair) const {
+        return {bundle.manifest.fingerprint, backend, pair.encoder.tensorrt_version,
+                machine.gpu.name + ", " + machine.gpu.compute_capability + ", driver " +
+                    machine.driver_version,
+                pair.precision(), pair.encoder.file.sha256 + " " + pair.decoder.file.sha256};
     }
 
     std::string command(const std::string& name) const {
@@ -245,11 +266,40 @@ void check(const Engine& engine) {
     check_wrapper(content, name, engine.file.file);
 }
 
+/// Judges pairs of engines that nobody has judged here.
+class Prover {
+public:
+    explicit Prover(const Target& target) : target_(target) {}
+
+    /// The parity record is read before the engines are, since it is not their fault if it is
+    /// damaged.
+    void read_record() {
+        if (!record_) {
+            record_.emplace(load_record(target_.bundle));
+            // A warning, because a service that starts would seem to hang.
+            log(LogLevel::warning,
+                target_.backend + " engines are compared with the parity record, once on this "
+                                  "machine; at full size that takes a minute or two");
+        }
+    }
+
+    Verdict prove(const Runner& runner, const VerdictSubject& subject) const {
+        const Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
+        save_verdict(subject, verdict);
+        return verdict;
+    }
+
+private:
+    const Target& target_;
+    std::optional<ParityRecord> record_;
+};
+
 }  // namespace
 
 EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
-                         const fs::path& engine_folder) {
-    const Target target{bundle, backend, machine};
+                         const fs::path& engine_folder, const OpenEngines& open,
+                         const std::string& loaded_by) {
+    const Target target{bundle, backend, machine, loaded_by};
     std::vector<Pair> pairs;
     const std::vector<Engine> decoders = target.fitting("decoder");
     for (const Engine& encoder : target.fitting("encoder")) {
@@ -263,8 +313,9 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
     if (pairs.empty()) {
         throw BackendError(bundle.path.string() + " has no " + backend +
                            " engines of this bundle for " + machine.gpu.name +
-                           " (compute capability " + machine.gpu.compute_capability +
-                           "); build them on this machine: " + target.command("build"));
+                           " (compute capability " + machine.gpu.compute_capability + ")" +
+                           (loaded_by.empty() ? "" : " and version " + loaded_by) +
+                           "; build them on this machine: " + target.command("build"));
     }
     std::vector<Pair> chosen = pairs;
     if (!engine_folder.empty()) {
@@ -276,26 +327,57 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
                                " holds none of the engines that fit: " + names_of(pairs));
         }
     }
-    std::string failures;
-    bool is_unproven = false;
+    std::string problems;
+    std::set<std::string> failed_encoders;
+    Prover prover(target);
     for (const Pair& pair : chosen) {
-        const std::optional<Verdict> verdict = target.verdict_on(pair);
-        if (verdict && verdict->passed) {
-            check(pair.encoder);
-            check(pair.decoder);
-            return {pair.encoder.wrapper(), pair.decoder.wrapper(), pair.encoder.features_dtype};
+        if (failed_encoders.count(pair.encoder.file.sha256) != 0) {
+            continue;
         }
-        is_unproven = is_unproven || !verdict;
-        if (verdict) {
-            failures += "; " + name_of(pair) + " failed the gate: " + verdict->explanation;
+        const VerdictSubject subject = target.subject_of(pair);
+        std::optional<Verdict> verdict = load_verdict(subject);
+        if (!verdict) {
+            prover.read_record();
         }
+        const EngineSet engines{pair.encoder.wrapper(), pair.decoder.wrapper(),
+                                pair.encoder.features_dtype, pair.precision(),
+                                {pair.encoder.folder, pair.encoder.file},
+                                {pair.decoder.folder, pair.decoder.file}};
+        std::string problem;
+        try {
+            if (loaded_by.empty() && (!verdict || verdict->passed)) {
+                check(pair.encoder);
+                check(pair.decoder);
+            }
+            if (!verdict) {
+                verdict = prover.prove(open(engines), subject);
+            } else if (verdict->passed && !loaded_by.empty()) {
+                open(engines);
+            }
+        } catch (const BackendError& error) {
+            problem = error.what();
+        } catch (const BundleError& error) {
+            if (chosen.size() == 1) {
+                throw;
+            }
+            problem = error.what();
+        }
+        if (problem.empty() && verdict->passed) {
+            log(LogLevel::info, "computing in " + engines.precision + problems);
+            return engines;
+        }
+        if (problem.empty()) {
+            problem = "fails the gate on this machine: " + verdict->explanation;
+            if (verdict->encoder_failed) {
+                failed_encoders.insert(pair.encoder.file.sha256);
+            }
+        }
+        problems += "; not " + name_of(pair) + ": " + problem;
+        log(LogLevel::warning, "not " + name_of(pair) + ": " + problem);
     }
-    throw BackendError("the " + backend + " engines of " + bundle.path.string() +
-                       " have not passed the gate on this machine, for this user, with this GPU "
-                       "and driver" +
-                       failures + "; " +
-                       (is_unproven ? "prove them: " + target.command("verify")
-                                    : "build others: " + target.command("build")));
+    throw BackendError("none of the " + backend + " engines of " + bundle.path.string() +
+                       " can serve on this machine" + problems +
+                       "; build others: " + target.command("build"));
 }
 
 }  // namespace sam3rt

@@ -46,7 +46,12 @@ JsonDocument::~JsonDocument() = default;
 
 JsonValue JsonDocument::root() const { return JsonValue(*document_, file_); }
 
-std::string json_text(const std::string& text) { return Json(text).dump(-1, ' ', true); }
+std::string json_text(const std::string& text) {
+    // A message of somebody else's may hold anything.
+    return Json(text).dump(-1, ' ', true, Json::error_handler_t::replace);
+}
+
+std::string json_number(double number) { return Json(number).dump(); }
 
 void JsonValue::refuse(const std::string& expected) const {
     throw BundleError("field '" + where_ + "' is " + shown(value_) + ", expected " + expected,

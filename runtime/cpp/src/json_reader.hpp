@@ -67,4 +67,7 @@ private:
 /// A text as JSON, of ASCII characters only.
 std::string json_text(const std::string& text);
 
+/// A finite number as JSON, in as few digits as read back as the same number.
+std::string json_number(double number);
+
 }  // namespace sam3rt

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 
+#include "accuracy.hpp"
 #include "cancellation.hpp"
 #include "embedding.hpp"
 #include "geometry.hpp"
@@ -14,8 +15,6 @@
 
 namespace sam3rt {
 namespace {
-
-const std::string object_score = "object_score_logits";
 
 std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> names;
@@ -104,16 +103,7 @@ DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
         return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
                 std::nullopt, packed.warning};
     }
-    std::vector<std::string> outputs =
-        multimask_output ? std::vector<std::string>{"pred_masks", "iou_scores"}
-                         : std::vector<std::string>{"single_pred_masks", "single_iou_scores"};
-    const auto& known = about.decoder.outputs;
-    const bool has_score = std::any_of(known.begin(), known.end(), [](const TensorSpec& spec) {
-        return spec.name == object_score;
-    });
-    if (has_score) {
-        outputs.push_back(object_score);
-    }
+    const std::vector<std::string> outputs = decoder_outputs(about, multimask_output);
     std::vector<Array<float>> results = model.data().backend.decode(
         *embedding.data().features, packed, outputs, cancellation, masks);
     DecodedMasks decoded{
@@ -124,7 +114,7 @@ DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
         throw BackendError("the decoder returned masks and scores that do not fit each other");
     }
     require_finite(decoded.iou_predictions);
-    if (has_score) {
+    if (has_object_score(about)) {
         require_finite(results[2]);
         const auto count = static_cast<std::int64_t>(results[2].size());
         decoded.object_score_logits = without_batch(results[2], 2).reshaped({count});
@@ -158,6 +148,23 @@ void Model::warm_up() const {
     click.point_coords = Array<float>::rows({{4, 4}});
     click.point_labels = Array<std::int64_t>::list({1});
     decode(encode({black.data(), side, side}), click);
+}
+
+VerifyReport Model::verify(const Cancellation* cancellation) const {
+    const ParityRecord record = load_record(data_->bundle);
+    const Backend& backend = data_->backend;
+    return judge(run_record(runner_of(backend, manifest(), cancellation), manifest(), record,
+                            limits_for(manifest(), backend.precision())));
+}
+
+Health Model::health(const Cancellation* cancellation) const {
+    const Backend& backend = data_->backend;
+    Health health = check_health(runner_of(backend, manifest(), cancellation), data_->bundle,
+                                 limits_for(manifest(), backend.precision()));
+    health.backend = backend.name();
+    health.device = device();
+    health.precision = backend.precision();
+    return health;
 }
 
 bool Model::encoder_loaded() const { return data_->backend.encoder_loaded(); }

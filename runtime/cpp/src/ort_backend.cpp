@@ -79,8 +79,12 @@ class OrtBackend : public Backend {
 public:
     /// Throws BackendError where the device is not usable here, or has no engines.
     OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device);
+    /// The same with these engines, or none, whether or not they are proven.
+    OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+               std::optional<EngineSet> engines);
 
     const Device& device() const override { return device_; }
+    std::string precision() const override { return engines_ ? engines_->precision : "fp32"; }
     std::shared_ptr<const Features> encode(const ImageView& image, const ImageGeometry& geometry,
                                            const Cancellation* cancellation) const override;
     std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const override;
@@ -297,23 +301,37 @@ std::vector<Array<float>> OrtFeatures::maps() const {
 }
 
 OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device)
-    : bundle_(bundle),
-      threads_(options.threads),
-      map_weights_(options.map_weights),
-      device_(device),
-      blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
-                   bundle.manifest.prompts.mask_size.width}),
-      encoder_(bundle.manifest.encoder, options.concurrent_encodes),
-      decoder_(bundle.manifest.decoder, options.concurrent_decodes) {
+    : OrtBackend(bundle, options, device, std::nullopt) {
     const std::string failure = ort_failure(device);
     if (!failure.empty()) {
         throw BackendError("device '" + options.device + "' was asked for, but " + failure);
     }
     if (device.provider == Provider::tensorrt || device.provider == Provider::tensorrt_rtx) {
         engines_ = choose_engines(
-            bundle, device.provider == Provider::tensorrt ? "tensorrt" : "tensorrt-rtx",
-            query_gpu(device.number), options.engine_folder);
+            bundle, name(), query_gpu(device.number), options.engine_folder,
+            [&](const EngineSet& engines) {
+                const auto candidate =
+                    std::make_shared<const OrtBackend>(bundle, options, device, engines);
+                candidate->prepare();
+                const Runner runner = runner_of(*candidate, nullptr);
+                return [candidate, runner](const ImageView& image, const ImageGeometry& geometry) {
+                    return runner(image, geometry);
+                };
+            });
     }
+}
+
+OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+                       std::optional<EngineSet> engines)
+    : bundle_(bundle),
+      threads_(options.threads),
+      map_weights_(options.map_weights),
+      device_(device),
+      engines_(std::move(engines)),
+      blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
+                   bundle.manifest.prompts.mask_size.width}),
+      encoder_(bundle.manifest.encoder, options.concurrent_encodes),
+      decoder_(bundle.manifest.decoder, options.concurrent_decodes) {
     std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
 }
 

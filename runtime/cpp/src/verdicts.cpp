@@ -3,14 +3,18 @@
 #include <pwd.h>
 #include <unistd.h>
 
-#include <array>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <map>
+#include <mutex>
 #include <system_error>
 #include <vector>
 
+#include "bundle.hpp"
 #include "files.hpp"
 #include "json_reader.hpp"
+#include "log.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "sha256.hpp"
 
@@ -22,15 +26,6 @@ namespace {
 const std::string format_name = "sam3rt-verdict-2";
 constexpr std::uint64_t max_verdict_bytes = std::uint64_t{1} << 20;
 
-/// GATE_LIMITS of sam3rt.accuracy.gate, as JSON writes them: a verdict by other limits is another.
-constexpr std::array<std::pair<const char*, const char*>, 5> gate_limits = {{
-    {"feature_cosine", "0.999"},
-    {"feature_error", "0.1"},
-    {"iou_error", "0.05"},
-    {"logit_error", "0.1"},
-    {"mask_iou", "0.99"},
-}};
-
 /// The texts of a verdict's key. Its limits stand beside them.
 std::map<std::string, std::string> key_of(const VerdictSubject& subject) {
     return {{"backend", subject.backend},         {"files", subject.files},
@@ -38,11 +33,12 @@ std::map<std::string, std::string> key_of(const VerdictSubject& subject) {
             {"processor", subject.processor},     {"version", subject.version}};
 }
 
-/// The name of a verdict's file: a hash of its key as Python's json.dumps writes it, sorted.
-std::string file_name(const VerdictSubject& subject) {
+/// A verdict's key as Python's json.dumps writes it, sorted. A verdict by other limits is another.
+std::string key_text(const VerdictSubject& subject) {
     std::string limits;
-    for (const auto& [name, value] : gate_limits) {
-        limits += (limits.empty() ? "" : ", ") + json_text(name) + ": " + value;
+    for (const NamedLimit& limit : named_limits) {
+        limits += (limits.empty() ? "" : ", ") + json_text(limit.name) + ": " +
+                  json_number(loosest_limits.*limit.value);
     }
     std::map<std::string, std::string> fields;
     for (const auto& [name, value] : key_of(subject)) {
@@ -53,25 +49,85 @@ std::string file_name(const VerdictSubject& subject) {
     for (const auto& [name, value] : fields) {
         text += (text.empty() ? "{" : ", ") + json_text(name) + ": " + value;
     }
-    text += "}";
+    return text + "}";
+}
+
+/// The name of a verdict's file, with a hash of its key.
+std::string file_name(const VerdictSubject& subject) {
+    const std::string key = key_text(subject);
     return subject.backend + "-" + subject.precision + "-" +
-           sha256_hex(text.data(), text.size()).substr(0, 16) + ".json";
+           sha256_hex(key.data(), key.size()).substr(0, 16) + ".json";
 }
 
 bool is_about(const JsonValue& key, const VerdictSubject& subject) {
-    std::map<std::string, std::string> expected = key_of(subject);
-    for (const auto& [name, value] : key.fields()) {
-        if (name == "limits") {
-            for (const auto& [limit, number] : gate_limits) {
-                if (value.field(limit).number() != std::strtod(number, nullptr)) {
-                    return false;
-                }
-            }
-        } else if (value.text() != expected[name]) {
+    const std::map<std::string, std::string> expected = key_of(subject);
+    for (const auto& [name, value] : expected) {
+        if (key.field(name).text() != value) {
             return false;
         }
     }
-    return key.fields().size() == expected.size() + 1;
+    const JsonValue limits = key.field("limits");
+    for (const NamedLimit& limit : named_limits) {
+        if (limits.field(limit.name).number() != loosest_limits.*limit.value) {
+            return false;
+        }
+    }
+    return key.fields().size() == expected.size() + 1 &&
+           limits.fields().size() == named_limits.size();
+}
+
+/// Parse a verdict's file. Throws BundleError where it is damaged or about something else.
+Verdict parse(const Bytes& content, const std::string& name, const VerdictSubject& subject) {
+    const JsonDocument document(content.data(), content.size(), name);
+    const JsonValue root = document.root();
+    if (root.field("format").text() != format_name || !is_about(root.field("key"), subject)) {
+        throw BundleError("is about something else", name);
+    }
+    Verdict verdict{root.field("passed").boolean(), root.field("explanation").text(), {}, false};
+    verdict.encoder_failed = root.field("encoder_failed").boolean();
+    for (const auto& [figure, value] : root.field("figures").fields()) {
+        verdict.figures[figure] =
+            value.is_null() ? std::numeric_limits<double>::quiet_NaN() : value.number();
+    }
+    return verdict;
+}
+
+std::string text_of(const VerdictSubject& subject, const Verdict& verdict) {
+    std::string figures;
+    for (const auto& [name, value] : verdict.figures) {
+        // JSON has no NaN; null is read back as one.
+        figures += (figures.empty() ? "" : ", ") + json_text(name) + ": " +
+                   (std::isfinite(value) ? json_number(value) : "null");
+    }
+    const auto boolean = [](bool value) { return value ? "true" : "false"; };
+    return "{\n  \"format\": " + json_text(format_name) + ",\n  \"key\": " + key_text(subject) +
+           ",\n  \"passed\": " + boolean(verdict.passed) + ",\n  \"explanation\": " +
+           json_text(verdict.explanation) + ",\n  \"figures\": {" + figures +
+           "},\n  \"encoder_failed\": " + boolean(verdict.encoder_failed) + "\n}\n";
+}
+
+/// For a cache folder that cannot be written: this process need not repeat what it has found.
+class Unwritten {
+public:
+    void remember(const std::string& name, const Verdict& verdict) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        verdicts_.insert_or_assign(name, verdict);
+    }
+    std::optional<Verdict> find(const std::string& name) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = verdicts_.find(name);
+        return found == verdicts_.end() ? std::nullopt : std::optional<Verdict>(found->second);
+    }
+
+private:
+    std::mutex mutex_;
+    std::map<std::string, Verdict> verdicts_;
+};
+
+Unwritten& unwritten() {
+    // Never destroyed: models of static lifetime may be loaded, or live on, after other statics.
+    static auto* const verdicts = new Unwritten;
+    return *verdicts;
 }
 
 fs::path home_folder() {
@@ -108,23 +164,39 @@ fs::path verdict_folder() {
 
 std::optional<Verdict> load_verdict(const VerdictSubject& subject) {
     const fs::path folder = verdict_folder();
-    if (folder.empty()) {
-        return std::nullopt;
-    }
     const std::string name = file_name(subject);
-    try {
-        const Bytes content = read_file(folder / name, max_verdict_bytes, Links::refuse);
-        const JsonDocument document(content.data(), content.size(), name);
-        const JsonValue root = document.root();
-        if (root.field("format").text() != format_name || !is_about(root.field("key"), subject)) {
-            return std::nullopt;
+    if (!folder.empty()) {
+        try {
+            return parse(read_file(folder / name, max_verdict_bytes, Links::refuse), name, subject);
+        } catch (const BundleError& error) {  // whatever lies there, it is as good as none
+            log(LogLevel::info, std::string("ignoring a verdict: ") + error.what());
+        } catch (const std::system_error& error) {
+            if (error.code() != std::errc::no_such_file_or_directory) {
+                log(LogLevel::info, std::string("ignoring a verdict: ") + error.what());
+            }
         }
-        return Verdict{root.field("passed").boolean(), root.field("explanation").text()};
-    } catch (const BundleError&) {
-        return std::nullopt;
-    } catch (const std::system_error&) {
-        return std::nullopt;
     }
+    return unwritten().find(name);
+}
+
+void save_verdict(const VerdictSubject& subject, const Verdict& verdict) {
+    const fs::path folder = verdict_folder();
+    const std::string name = file_name(subject);
+    const std::string text = text_of(subject, verdict);
+    std::string problem = "there is no home folder";
+    if (!folder.empty()) {
+        try {
+            fs::create_directories(folder);
+            write_atomically(folder / name,
+                             [&text](const Write& write) { write(text.data(), text.size()); });
+            return;
+        } catch (const std::system_error& error) {
+            problem = error.what();
+        }
+    }
+    log(LogLevel::info,
+        "the verdict cannot be kept (" + problem + "): the next process repeats it");
+    unwritten().remember(name, verdict);
 }
 
 }  // namespace sam3rt

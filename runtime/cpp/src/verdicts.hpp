@@ -1,10 +1,11 @@
 // What the gate found on this machine, as the Python runtime remembers it.
 //
 // Verdicts lie in the user's cache folder and nowhere else: one that came with a bundle would be
-// somebody else's claim. This library writes none; `sam3rt verify` does.
+// somebody else's claim. Python and C++ read each other's.
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 
@@ -28,11 +29,18 @@ struct Verdict {
     bool passed = false;
     /// How it failed, or that it did not.
     std::string explanation;
+    /// The worst figure of each output and metric, by their names.
+    std::map<std::string, double> figures;
+    /// Whether the feature maps were wrong already.
+    bool encoder_failed = false;
 };
 
 /// The verdict remembered for a subject, if there is one. A file that is damaged, a link, or about
 /// something else is as good as none.
 std::optional<Verdict> load_verdict(const VerdictSubject& subject);
+
+/// Remember a verdict. Where nothing can be written, this process alone remembers it.
+void save_verdict(const VerdictSubject& subject, const Verdict& verdict);
 
 /// Where verdicts lie, by each system's custom; empty where there is no home folder.
 std::filesystem::path verdict_folder();

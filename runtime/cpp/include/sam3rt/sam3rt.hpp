@@ -577,6 +577,54 @@ struct ModelOptions {
     std::filesystem::path engine_folder;
 };
 
+/// One comparison with a bundle's parity record.
+struct Measurement {
+    /// The image or case it is about, such as "image 0" or "click_0".
+    std::string case_name;
+    /// Which of the outputs, such as "features 0", "logits", "masks" or "predicted IoU".
+    std::string output;
+    /// What was measured, such as "cosine", "relative error" or "mean IoU".
+    std::string metric;
+    /// The figure; NaN where outputs hold NaN.
+    double value = 0;
+    /// The figure allowed.
+    double limit = 0;
+    /// Whether the figure must reach the limit rather than stay below it.
+    bool at_least = false;
+
+    /// Whether the figure is within its limit; NaN never is.
+    bool passed() const noexcept { return at_least ? value >= limit : value <= limit; }
+};
+
+/// How a model's outputs compare with its bundle's parity record.
+struct VerifyReport {
+    /// Whether something was compared and all of it is within its limits.
+    bool passed = false;
+    /// How the worst failures fail, or that nothing does.
+    std::string explanation;
+    /// Every comparison that was made.
+    std::vector<Measurement> measurements;
+};
+
+/// What a model answered to a known question.
+struct Health {
+    /// Whether every output was within its limits.
+    bool healthy = false;
+    /// What was not, or empty.
+    std::string problem;
+    /// What runs the graphs: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+    std::string backend;
+    /// Where, such as "cpu" or "cuda:0".
+    std::string device;
+    /// What they compute in: "fp32", or the recipe of the engines.
+    std::string precision;
+    /// Of the bundle.
+    std::string fingerprint;
+    /// Time of one encoder run and of one decoder run, or 0 where it failed.
+    double encode_seconds = 0;
+    double decode_seconds = 0;
+};
+
 /// A bundle on a device. Holds no per-image state; copies are cheap and share what is loaded; every
 /// method may be called from many threads at once.
 ///
@@ -620,6 +668,19 @@ public:
 
     /// Load both graphs and run each once, so that the first request is not the slow one.
     void warm_up() const;
+
+    /// Run the bundle's parity record, encoder and decoder, and compare every output: with the
+    /// bundle's own limits in FP32, with the gate's in anything less, as `sam3rt verify` does. At the
+    /// published SAM 3's size it takes a minute or two. The files' hashes are another matter, see
+    /// ModelOptions::check_files.
+    /// Throws BundleError where the record is damaged, or a graph is; BackendError where the device
+    /// failed; CancelledError where `cancellation` is given and says so.
+    VerifyReport verify(const Cancellation* cancellation = nullptr) const;
+
+    /// Put a known question to the model and judge the answer, as a readiness probe: one small image
+    /// and one prompt, about as much as one request. Throws nothing for a model that is not well;
+    /// CancelledError where `cancellation` is given and says so.
+    Health health(const Cancellation* cancellation = nullptr) const;
 
     /// Whether the encoder's graph has been loaded so far. Does not wait for one that is loading.
     bool encoder_loaded() const;
