@@ -11,7 +11,7 @@ void require_positive(const std::string& argument, int value) {
     }
 }
 
-std::unique_ptr<const Backend> open_named(const Bundle& bundle, const ModelOptions& options) {
+std::shared_ptr<const Backend> open_named(const Bundle& bundle, const ModelOptions& options) {
     const Device device = parse_device(options.device);
 #if SAM3RT_TENSORRT
     if (device.provider == built_in_tensorrt()) {
@@ -27,7 +27,7 @@ std::unique_ptr<const Backend> open_named(const Bundle& bundle, const ModelOptio
 #endif
 }
 
-std::unique_ptr<const Backend> open_best(const Bundle& bundle, const ModelOptions& options) {
+std::shared_ptr<const Backend> open_best(const Bundle& bundle, const ModelOptions& options) {
     std::string passed_over;
 #if SAM3RT_TENSORRT
     const Device gpu{built_in_tensorrt(), 0};
@@ -79,7 +79,7 @@ Runner runner_of(const Backend& backend, const Cancellation* cancellation) {
     };
 }
 
-std::unique_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOptions& options) {
+std::shared_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOptions& options) {
     require_positive("concurrent_encodes", options.concurrent_encodes);
     require_positive("concurrent_decodes", options.concurrent_decodes);
     if (options.threads < 0) {
@@ -88,5 +88,11 @@ std::unique_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOpt
     }
     return options.device == "auto" ? open_best(bundle, options) : open_named(bundle, options);
 }
+
+#if !SAM3RT_ONNXRUNTIME
+void set_ort_environment(OrtEnv* /*environment*/) {
+    throw StateError("this library was built without ONNX Runtime");
+}
+#endif
 
 }  // namespace sam3rt

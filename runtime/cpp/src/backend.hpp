@@ -86,17 +86,17 @@ Runner runner_of(const Backend& backend, const Cancellation* cancellation);
 /// one was passed over. What a backend keeps of the bundle is a reference.
 /// Throws InvalidInputError where an option makes no sense, BackendError where the device is not
 /// usable here or has no engines, BundleError where an engine was changed.
-std::unique_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOptions& options);
+std::shared_ptr<const Backend> open_backend(const Bundle& bundle, const ModelOptions& options);
 
 /// ONNX Runtime on a device, for open_backend, if the library is built with it.
-std::unique_ptr<const Backend> open_ort_backend(const Bundle& bundle, const ModelOptions& options,
+std::shared_ptr<const Backend> open_ort_backend(const Bundle& bundle, const ModelOptions& options,
                                                 const Device& device);
 
 /// Empty where ONNX Runtime can compute on a device, else why not.
 std::string ort_failure(const Device& device);
 
 /// TensorRT itself on a GPU, likewise.
-std::unique_ptr<const Backend> open_tensorrt_backend(const Bundle& bundle,
+std::shared_ptr<const Backend> open_tensorrt_backend(const Bundle& bundle,
                                                      const ModelOptions& options,
                                                      const Device& device);
 

@@ -98,9 +98,9 @@ DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
     check_cancelled(cancellation);
     const std::int64_t objects = packed.points.shape()[0];
     if (objects == 0) {
-        const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
+        const std::int64_t count = multimask_output ? about.masks.multimask : 1;
         const Size& size = about.masks.low_res_size;
-        return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
+        return {Array<float>({0, count, size.height, size.width}), Array<float>({0, count}),
                 std::nullopt, packed.warning};
     }
     const std::vector<std::string> outputs = decoder_outputs(about, multimask_output);
@@ -153,13 +153,13 @@ void Model::warm_up() const {
 VerifyReport Model::verify(const Cancellation* cancellation) const {
     const ParityRecord record = load_record(data_->bundle);
     const Backend& backend = data_->backend;
-    return judge(run_record(runner_of(backend, manifest(), cancellation), manifest(), record,
+    return judge(run_record(runner_of(backend, cancellation), manifest(), record,
                             limits_for(manifest(), backend.precision())));
 }
 
 Health Model::health(const Cancellation* cancellation) const {
     const Backend& backend = data_->backend;
-    Health health = check_health(runner_of(backend, manifest(), cancellation), data_->bundle,
+    Health health = check_health(runner_of(backend, cancellation), data_->bundle,
                                  limits_for(manifest(), backend.precision()));
     health.backend = backend.name();
     health.device = device();

@@ -15,7 +15,7 @@ struct Model::Data {
           backend(*owned_backend) {}
 
     const Bundle bundle;
-    const std::unique_ptr<const Backend> owned_backend;
+    const std::shared_ptr<const Backend> owned_backend;
     const Backend& backend;
     mutable ResamplingCache resampling;
 };

@@ -604,9 +604,9 @@ std::string ort_failure(const Device& device) {
     }
 }
 
-std::unique_ptr<const Backend> open_ort_backend(const Bundle& bundle, const ModelOptions& options,
+std::shared_ptr<const Backend> open_ort_backend(const Bundle& bundle, const ModelOptions& options,
                                                 const Device& device) {
-    return std::make_unique<OrtBackend>(bundle, options, device);
+    return std::make_shared<const OrtBackend>(bundle, options, device);
 }
 
 }  // namespace sam3rt

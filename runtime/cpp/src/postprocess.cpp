@@ -124,6 +124,27 @@ std::vector<std::string> finish_rle(const Array<float>& low_res, const Resamplin
     return texts;
 }
 
+void pack_masks(const Array<std::uint8_t>& masks, std::uint8_t* out) {
+    const Shape& shape = masks.shape();
+    const auto width = static_cast<std::size_t>(shape[3]);
+    const auto rows = static_cast<std::size_t>(shape[0] * shape[1] * shape[2]);
+    for (std::size_t row = 0; row < rows; ++row) {
+        pack_row(masks.data() + row * width, width, out + row * ((width + 7) / 8));
+    }
+}
+
+std::vector<std::string> encode_masks(const Array<std::uint8_t>& masks) {
+    const Shape& shape = masks.shape();
+    const auto height = static_cast<std::size_t>(shape[2]);
+    const auto width = static_cast<std::size_t>(shape[3]);
+    std::vector<std::string> texts;
+    for (std::int64_t i = 0; i < shape[0] * shape[1]; ++i) {
+        texts.push_back(compressed_runs(masks.data() + static_cast<std::size_t>(i) * height * width,
+                                        height, width));
+    }
+    return texts;
+}
+
 void finish_logits(const Array<float>& low_res, const Resampling& resampling,
                    const Cleaning& cleaning, const Cancellation* cancellation, float* out) {
     std::vector<float> scratch;

@@ -33,6 +33,15 @@ auto idle_on_error(const Cuda& cuda, Stream stream, const Function& function) {
     }
 }
 
+/// Set the shapes of all inputs of a layout but the job's.
+void set_shapes(EngineContext& context, const Layout& layout) {
+    for (const Slot& slot : layout.slots()) {
+        if (slot.name != job_name) {
+            context.set_shape(slot.name, slot.shape);
+        }
+    }
+}
+
 /// Set the addresses of all tensors of a layout in a block but the job's.
 void set_addresses(EngineContext& context, const Layout& layout, const Block& block) {
     for (const Slot& slot : layout.slots()) {
@@ -364,15 +373,16 @@ DecoderLane::Run& DecoderLane::run_for(const ShapeClass& shape) {
     }
     Run run{shape, network_.inputs(shape), network_.masks(shape), network_.outputs(shape), nullptr};
     auto context = network_.decoder().make_context();
-    for (const Layout* layout : {network_.features().get(), &run.inputs, &run.masks}) {
-        for (const Slot& slot : layout->slots()) {
-            if (slot.name != job_name) {
-                context->set_shape(slot.name, slot.shape);
-            }
-        }
-    }
+    set_shapes(*context, *network_.features());
+    set_shapes(*context, run.inputs);
+    set_shapes(*context, run.masks);
     make_room(scratch_, context->scratch_bytes());
-    make_room(masks_, run.masks.nbytes());
+    if (make_room(masks_, run.masks.nbytes())) {
+        // What a decoder multiplies by 0 must be a number.
+        const std::vector<std::uint8_t> zeros(run.masks.nbytes());
+        cuda_.upload(masks_.address, zeros.data(), zeros.size(), stream_);
+        cuda_.synchronize(stream_);
+    }
     make_room(outputs_, run.outputs.nbytes());
     context->set_scratch(scratch_.address, scratch_.nbytes);
     set_addresses(*context, *network_.features(), features_);
@@ -396,14 +406,16 @@ DecoderLane::Run& DecoderLane::run_for(const ShapeClass& shape) {
     return runs_.front();
 }
 
-void DecoderLane::make_room(Block& block, std::size_t bytes) {
+bool DecoderLane::make_room(Block& block, std::size_t bytes) {
     bytes = std::max<std::size_t>(bytes, 1);
-    if (block.nbytes < bytes) {
-        // What was recorded knows the old address.
-        runs_.clear();
-        block = Block();
-        block = memory_->allocate(bytes);
+    if (block.nbytes >= bytes) {
+        return false;
     }
+    // What was recorded knows the old address.
+    runs_.clear();
+    block = Block();
+    block = memory_->allocate(bytes);
+    return true;
 }
 
 void DecoderLane::fill_prompts(const Run& run, const PackedPrompts& prompts, std::size_t first,

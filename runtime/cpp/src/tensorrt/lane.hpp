@@ -149,7 +149,8 @@ private:
     };
 
     Run& run_for(const ShapeClass& shape);
-    void make_room(Block& block, std::size_t bytes);
+    /// Whether the block is a new one.
+    bool make_room(Block& block, std::size_t bytes);
     void fill_prompts(const Run& run, const PackedPrompts& prompts, std::size_t first,
                       std::size_t count);
     MaskJob job_for(DevicePointer logits, std::int64_t planes, const ImageGeometry& geometry,

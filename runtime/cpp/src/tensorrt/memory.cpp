@@ -100,8 +100,12 @@ void Layout::add(std::string name, Shape shape, ElementType type) {
 }
 
 const Slot& Layout::operator[](const std::string& name) const {
-    return *std::find_if(slots_.begin(), slots_.end(),
-                         [&name](const Slot& slot) { return slot.name == name; });
+    const auto found = std::find_if(slots_.begin(), slots_.end(),
+                                    [&name](const Slot& slot) { return slot.name == name; });
+    if (found == slots_.end()) {
+        throw BackendError("the engines have no tensor " + name);
+    }
+    return *found;
 }
 
 Block::~Block() {

@@ -92,9 +92,15 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
         const auto found = decoder_->tensors().find(name);
         if (found != decoder_->tensors().end() && !found->second.is_input) {
             output_names_.push_back(name);
-            const bool is_logits = name == "pred_masks" || name == "single_pred_masks";
-            fits_kernels_ =
-                fits_kernels_ && (!is_logits || found->second.type == ElementType::float32);
+            if (name == "pred_masks" || name == "single_pred_masks") {
+                const Size& size = manifest.masks.low_res_size;
+                const Shape& shape = found->second.shape;
+                if (shape.size() != 5 || shape[3] != size.height || shape[4] != size.width) {
+                    throw BackendError("the decoder engine makes " + name +
+                                       " of another size than the manifest says");
+                }
+                fits_kernels_ = fits_kernels_ && found->second.type == ElementType::float32;
+            }
         }
     }
     max_objects_ = most(decoder_->tensor("input_points"), 1);

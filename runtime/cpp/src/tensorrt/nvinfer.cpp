@@ -13,7 +13,7 @@
 #include "sha256.hpp"
 
 #ifndef TRT_MAJOR_RTX
-static_assert(NV_TENSORRT_MAJOR >= 10, "TensorRT 10.3 or newer is needed");
+static_assert(NV_TENSORRT_VERSION >= 100300, "TensorRT 10.3 or newer is needed");
 #endif
 
 namespace sam3rt {
