@@ -12,9 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from tests.support import conformance
 from tests.support.conformance import Refusal
+from tests.support.records import ChangedRunner
 from tests.support.vectors import Document, as_image, as_prompts
 
 import sam3rt
+from sam3rt.accuracy.gate import GATE_LIMITS, judge
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
+from sam3rt.accuracy.verdicts import StoredVerdict
 from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.engines import EngineTarget, candidates
 from sam3rt.bundle import FileEntry, ImageSpec, PromptSpec, TensorSpec, parse_manifest
@@ -110,6 +115,24 @@ class PythonRuntime:
             return candidates(bundle, target)[0].encoder.path.parent.name
 
         return [outcome(lambda path=path: chosen(path)) for path in bundles]
+
+    def load_records(self, folders: Sequence[Path]) -> list[Any]:
+        def read(path: Path) -> None:
+            load_record(sam3rt.open_bundle(path, check_files=False))
+
+        return [outcome(lambda path=path: read(path)) for path in folders]
+
+    def judge(self, bundle: Path, changes: Sequence[Sequence[Document]]) -> list[Any]:
+        opened = sam3rt.open_bundle(bundle)
+        backend = sam3rt.load_model(bundle, backend="onnxruntime", device="cpu").backend
+        record = load_record(opened)
+        found = []
+        for changed in changes:
+            runner = ChangedRunner(backend, opened, changed)
+            verdict = judge(verify(runner, opened.manifest, record, GATE_LIMITS))
+            wrong = sorted(f"{m.subject} {m.metric}" for m in verdict.failures)
+            found.append((verdict.passed, StoredVerdict.of(verdict).encoder_failed, wrong))
+        return found
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         specs = [

@@ -108,8 +108,10 @@ class CppRuntime:
             "gpu": machine["gpu"][0],
             "compute_capability": machine["gpu"][1],
             "driver_version": machine["driver_version"],
+            # TensorRT refuses engines of another version than its own, which only it knows.
+            "otherwise": "fails",
         }
-        # This runtime takes only what is proven; what fits is the question here.
+        # What fits is the question here, so all that Python would try is proven.
         cache = {"XDG_CACHE_HOME": str(self._folder / "cache")}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", cache["XDG_CACHE_HOME"])
@@ -119,6 +121,19 @@ class CppRuntime:
                 prove_engines(path, machine)
         results = self._build.run([{**step, "path": path} for path in bundles], env=cache)
         return [outcome(r, r.value and Path(r.value["encoder"]).parent.name) for r in results]
+
+    def load_records(self, folders: Sequence[Path]) -> list[Any]:
+        results = self._build.run([{"op": "load_record", "path": path} for path in folders])
+        return [outcome(result) for result in results]
+
+    def judge(self, bundle: Path, changes: Sequence[Sequence[Document]]) -> list[Any]:
+        steps = [{"op": "judge", "path": bundle, "changes": changed} for changed in changes]
+        found = []
+        for result in self._build.run(steps):
+            verdict, report = result.value["verdict"], result.value["report"]
+            wrong = sorted(" ".join(m[:3]) for m in report["measurements"] if not m[-1])
+            found.append((verdict["passed"], verdict["encoder_failed"], wrong))
+        return found
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         specs = [*vectors["maps"].items()]

@@ -1,6 +1,7 @@
 """Which TensorRT engines the C++ runtime uses, beyond the vectors: links, wrappers, verdicts.
 
-Nothing here runs an engine: that needs a GPU.
+Nothing here runs an engine: that needs a GPU. Where engines are to be judged, the bundle's own
+graphs on the CPU stand in for them, with outputs that a test may change.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from typing import Any
 
 import pytest
 from tests.support.cpp_driver import Build, Result, Step, prove_engines, with_wrapper
-from tests.support.helpers import tiny_bundle
+from tests.support.records import recorded_bundle
 from tests.support.vectors import add_engine, load
+
+from sam3rt.accuracy.verdicts import StoredVerdict, load_verdict
+from sam3rt.backends.tensorrt.driver import Gpu
+from sam3rt.backends.tensorrt.engines import EngineTarget, candidates, subject_of
+from sam3rt.bundle import open_bundle
 
 FP16 = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
 FP32 = "nvidia-l4-sm89-tensorrt-10.3.0-fp32"
@@ -30,8 +36,7 @@ class Engines:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder
-        tiny_bundle(folder)
+        self.path = recorded_bundle(folder).path
 
     def add(self, name: str, role: str, **changes: Any) -> Path:
         """Add an engine with a sidecar that fits, but for the changes."""
@@ -50,18 +55,39 @@ class Engines:
         """Remember a verdict on every pair, as the Python runtime does; the files of verdicts."""
         return prove_engines(self.path, load("engines")["machine"], passed=passed)
 
-    def choose(self, build: Build, engine_folder: Path | str = "", backend: str = "") -> Result:
-        """Let the C++ runtime choose for the machine of the vectors."""
+    def verdicts(self) -> dict[tuple[str, str], StoredVerdict | None]:
+        """What the Python runtime knows of each pair."""
+        bundle = open_bundle(self.path, check_files=False)
         machine = load("engines")["machine"]
-        return build.one(
-            op="choose_engines",
-            path=self.path,
-            backend=backend or machine["backend"],
-            gpu=machine["gpu"][0],
-            compute_capability=machine["gpu"][1],
-            driver_version=machine["driver_version"],
-            engine_folder=engine_folder,
-        )
+        target = EngineTarget(**{**machine, "gpu": Gpu(*machine["gpu"])})
+        return {
+            (pair.encoder.path.parent.name, pair.decoder.path.parent.name): load_verdict(
+                bundle, subject_of(pair, target)
+            )
+            for pair in candidates(bundle, target)
+        }
+
+    def step(self, engine_folder: Path | str = "", backend: str = "", **stand_ins: Any) -> Step:
+        """Choose for the machine of the vectors. What is not proven cannot be opened, unless
+        ``otherwise``, or ``engines`` by "ENCODER DECODER", says how its outputs are changed."""
+        machine = load("engines")["machine"]
+        return {
+            "op": "choose_engines",
+            "path": self.path,
+            "backend": backend or machine["backend"],
+            "gpu": machine["gpu"][0],
+            "compute_capability": machine["gpu"][1],
+            "driver_version": machine["driver_version"],
+            "engine_folder": engine_folder,
+            "otherwise": "fails",
+            **stand_ins,
+        }
+
+    def choose(
+        self, build: Build, engine_folder: Path | str = "", backend: str = "", **stand_ins: Any
+    ) -> Result:
+        """Let the C++ runtime choose."""
+        return build.run([self.step(engine_folder, backend, **stand_ins)])[0]
 
 
 @pytest.fixture
@@ -79,6 +105,8 @@ def test_the_only_pair_is_chosen(cpp_build: Build, engines: Engines) -> None:
         "encoder": str(folder / "encoder_ctx.onnx"),
         "decoder": str(folder / "decoder_ctx.onnx"),
         "features_dtype": "float16",
+        "precision": "fp16",
+        "opened": [],
     }
 
 
@@ -94,18 +122,104 @@ def test_what_a_sidecar_says_proves_nothing(cpp_build: Build, engines: Engines) 
     """The verdicts of this machine's user count, and whoever made a bundle cannot write them."""
     engines.pair(FP16)
     message = engines.choose(cpp_build).refusal("BackendError")
-    assert f"sam3rt verify {engines.path} --backend tensorrt" in message
+    assert f"not {FP16}: no memory" in message
     # One that nobody has run anywhere, from an ahead-of-time build.
     engines.pair(FP16, state="unproven", gpu=None, targets=["8.9"])
-    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    assert "no memory" in engines.choose(cpp_build).refusal("BackendError")
     engines.prove()
     assert engines.choose(cpp_build).error is None
+
+
+# What fits each pair's outputs to what it is to be judged as.
+WRONG: dict[str, Any] = {
+    "passes": [],
+    "encoder": [{"output": "image_embeddings.0", "scale": 2}],
+    "decoder": [{"output": "pred_masks", "scale": -1}],
+    "cannot be opened": "fails",
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "opened", "chosen"),
+    [
+        ("passes", ["a a"], ("a", "a")),
+        ("encoder", ["a a", "b a"], ("b", "a")),
+        ("decoder", ["a a", "a b"], ("a", "b")),
+        ("cannot be opened", ["a a", "a b"], ("a", "b")),
+    ],
+)
+def test_engines_that_nobody_has_judged_are_judged_and_remembered(
+    cpp_build: Build,
+    engines: Engines,
+    first: str,
+    opened: list[str],
+    chosen: tuple[str, str],
+) -> None:
+    engines.pair("a")
+    engines.pair("b", recipe="fp32")
+    stand_ins = {"engines": {"a a": WRONG[first]}, "otherwise": []}
+    before, after = cpp_build.run([engines.step(**stand_ins)] * 2)
+    for result in (before, after):
+        found = tuple(Path(result.value[role]).parent.name for role in ("encoder", "decoder"))
+        assert found == chosen
+        assert (
+            result.value["precision"]
+            == {"aa": "fp16", "ba": "fp32+fp16", "ab": "fp16+fp32"}["".join(chosen)]
+        )
+    assert before.value["opened"] == opened
+    # What could not be opened has no verdict, and is tried again.
+    assert after.value["opened"] == (["a a"] if first == "cannot be opened" else [])
+    # Another process, and Python, go by the same verdicts.
+    assert (
+        engines.choose(cpp_build, otherwise="fails").value["precision"] == before.value["precision"]
+    )
+    verdicts = {result: known for result, known in engines.verdicts().items() if known}
+    assert verdicts.keys() == {tuple(pair.split()) for pair in opened} - (
+        {("a", "a")} if first == "cannot be opened" else set()
+    )
+    assert [known.passed for known in verdicts.values()].count(True) == 1
+    if first in ("encoder", "decoder"):
+        assert not verdicts["a", "a"].passed
+        assert verdicts["a", "a"].encoder_failed == (first == "encoder")
+        assert "allowed" in verdicts["a", "a"].explanation
+
+
+def test_when_none_passes_all_are_named(cpp_build: Build, engines: Engines) -> None:
+    engines.pair("a")
+    engines.pair("b", recipe="fp32")
+    message = engines.choose(cpp_build, otherwise=WRONG["decoder"]).refusal("BackendError")
+    for name in ("a", "a with the decoder of b", "b with the decoder of a", "b"):
+        assert f"not {name}: fails the gate on this machine: click " in message
+    assert f"sam3rt build {engines.path}" in message
+
+
+def test_a_damaged_record_is_not_the_engines_fault(cpp_build: Build, engines: Engines) -> None:
+    engines.pair(FP16)
+    (engines.path / "parity.npz").write_bytes(b"damaged")
+    engines.choose(cpp_build, otherwise=[]).refusal("BundleError", "parity.npz")
+    engines.prove()  # and what is proven needs none
+    assert engines.choose(cpp_build).error is None
+
+
+def test_a_verdict_that_cannot_be_kept_is_remembered_by_the_process(
+    cpp_build: Build, engines: Engines, tmp_path: Path
+) -> None:
+    engines.pair(FP16)
+    (tmp_path / "cache").write_text("no folder")
+    step = engines.step(otherwise=[])
+    log: list[Step] = [{"op": "log", "level": 1}, step, step, {"op": "log_lines"}]
+    _, first, second, lines = cpp_build.run(log)
+    assert (first.value["opened"], second.value["opened"]) == ([f"{FP16} {FP16}"], [])
+    assert any("cannot be kept" in text for _, text in lines.value)
+    # One line, so that a service that starts for the first time does not seem to hang.
+    assert sum("once on this machine" in text for _, text in lines.value) == 1
 
 
 def test_a_verdict_that_failed(cpp_build: Build, engines: Engines) -> None:
     engines.pair(FP16)
     engines.prove(passed=False)
-    message = engines.choose(cpp_build).refusal("BackendError")
+    # It is not tried again.
+    message = engines.choose(cpp_build, otherwise=[]).refusal("BackendError")
     assert "all masks are empty" in message
     assert f"sam3rt build {engines.path}" in message
     engines.pair(FP16, state="refused")
@@ -134,7 +248,7 @@ def test_a_verdict_on_something_else(cpp_build: Build, engines: Engines, change:
     else:
         new[change] = old[change][::-1]
     path.write_text(json.dumps({**document, "key": new}))
-    assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+    assert "no memory" in engines.choose(cpp_build).refusal("BackendError")
     path.write_text(json.dumps(document))
     assert engines.choose(cpp_build).error is None
 
@@ -149,11 +263,13 @@ def test_a_verdict_that_cannot_be_read(cpp_build: Build, engines: Engines, tmp_p
         "[]",
         text[:-9],
         json.dumps({**changed, "passed": 1}),
+        json.dumps({**changed, "figures": [1]}),
+        json.dumps({k: v for k, v in changed.items() if k != "encoder_failed"}),
         json.dumps({**changed, "format": "sam3rt-verdict-1"}),
         " " * (1 << 20) + text,
     ):
         path.write_text(damaged)
-        assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+        assert "no memory" in engines.choose(cpp_build).refusal("BackendError")
     path.unlink()
     for make in (
         lambda: os.mkfifo(path),
@@ -162,7 +278,7 @@ def test_a_verdict_that_cannot_be_read(cpp_build: Build, engines: Engines, tmp_p
     ):
         (tmp_path / "verdict").write_text(text)
         make()
-        assert "sam3rt verify" in engines.choose(cpp_build).refusal("BackendError")
+        assert "no memory" in engines.choose(cpp_build).refusal("BackendError")
         path.unlink()
 
 

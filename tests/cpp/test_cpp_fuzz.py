@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.support.cpp_driver import SANITIZERS
 from tests.support.helpers import noise
@@ -17,7 +20,7 @@ SECONDS = 5
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("target", ["bundle", "embedding", "onnx", "c_api"])
+@pytest.mark.parametrize("target", ["bundle", "embedding", "onnx", "record", "c_api"])
 def test_nothing_that_comes_from_outside_breaks_it(
     cpp_builds: Path, tmp_path: Path, target: str
 ) -> None:
@@ -31,10 +34,18 @@ def test_nothing_that_comes_from_outside_breaks_it(
     fingerprint = model.manifest.fingerprint.encode()
     start = embedding.index(b'"sha256":"') + len(b'"sha256":"')
     unsigned = embedding[:start] + b"0" * 64 + embedding[start + 64 :]
+    pixels, record, array = noise(10, 14), io.BytesIO(), io.BytesIO()
+    np.savez_compressed(record, image_0=pixels, description=np.array("{}"))
+    np.save(array, pixels.astype(np.float32))
     seeds = {
         "bundle": [(bundle / "bundle.json").read_bytes()],
         "embedding": [unsigned.replace(fingerprint, b"a" * 64)],
         "onnx": [(bundle / f"{name}.onnx").read_bytes() for name in ("encoder", "decoder")],
+        "record": [
+            bytes([0]) + zlib.compress(pixels.tobytes(), wbits=-15),
+            bytes([1]) + record.getvalue(),
+            bytes([2]) + array.getvalue(),
+        ],
         "c_api": [bytes([1]) + embedding, bytes([2, 1, 2, 1, 2, 1, 2]) * 40, bytes([0, 9, 9]) * 50],
     }
     corpus, artifacts = tmp_path / "corpus", tmp_path / "artifacts"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.support.helpers import flip, sign, tiny_bundle
+from tests.support.helpers import flip, relist, sign, tiny_bundle
+from tests.support.records import BOMBS, read_record, recorded_bundle, write_record
 from tests.support.vectors import (
     DTYPES,
     ROOT,
@@ -79,6 +81,15 @@ class Runtime(Protocol):
 
     def read_embeddings(self, paths: Sequence[Path], vectors: Document) -> list[Any]:
         """Read embeddings of the model that the vectors describe: maps and both sizes."""
+
+    def load_records(self, folders: Sequence[Path]) -> list[Any]:
+        """Read the parity records of bundles."""
+
+    def judge(self, bundle: Path, changes: Sequence[Sequence[Document]]) -> list[Any]:
+        """What the gate says of a bundle's outputs after changes.
+
+        For each: whether they pass, whether the encoder is to blame, and what is off.
+        """
 
     def call(self, bundle: Path, steps: Sequence[Document]) -> list[Any]:
         """Call a predictor's methods in turn; the shape of the masks of each prediction."""
@@ -273,9 +284,11 @@ def check_onnx_files(runtime: Runtime, folder: Path) -> None:
 def check_engines(runtime: Runtime, folder: Path) -> None:
     vectors = load("engines")
     bundles = []
+    # A runtime reads the record before it tries engines that are not proven.
+    base = recorded_bundle(folder / "base").path
     for number, case in enumerate(vectors["cases"]):
         bundles.append(folder / f"bundle{number}")
-        tiny_bundle(bundles[-1])
+        shutil.copytree(base, bundles[-1])
         for entry in case["engines"]:
             for role in entry.get("roles", ("encoder", "decoder")):
                 patch = entry.get(role, entry.get("patch", ()))
@@ -285,6 +298,62 @@ def check_engines(runtime: Runtime, folder: Path) -> None:
         [case.get("chosen") or Refusal(*case["error"]) for case in vectors["cases"]],
         [case["name"] for case in vectors["cases"]],
     )
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def check_judgements(runtime: Runtime, folder: Path) -> None:
+    cases = load("records")["answers"]
+    bundle = recorded_bundle(folder / "bundle").path
+    same(
+        runtime.judge(bundle, [case["changes"] for case in cases]),
+        [(case["passed"], case["encoder_failed"], sorted(case["wrong"])) for case in cases],
+        [case["name"] for case in cases],
+    )
+
+
+def check_records(runtime: Runtime, folder: Path) -> None:
+    vectors = load("records")
+    whole = recorded_bundle(folder / "whole").path
+    folders: dict[str, Path] = {}
+
+    def copy(name: str) -> Path:
+        folders[name] = folder / f"record{len(folders)}"
+        folders[name].mkdir()
+        for path in whole.iterdir():
+            os.link(path, folders[name] / path.name)
+        for name_of_file in ("parity.npz", "bundle.json"):
+            path = folders[name] / name_of_file
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+        return folders[name]
+
+    for case in vectors["descriptions"]:
+        arrays, description = read_record(whole / "parity.npz")
+        write_record(copy(case["name"]), arrays, patched(description, case["patch"]))
+    for case in vectors["arrays"]:
+        arrays, description = read_record(whole / "parity.npz")
+        new = case["replaced_by"]
+        if new is None:
+            del arrays[case["array"]]
+        else:
+            value = float(new.get("value", 0))
+            arrays[case["array"]] = np.full(new["shape"], value, new.get("dtype", "float32"))
+        write_record(copy(case["name"]), arrays, description)
+    content = (whole / "parity.npz").read_bytes()
+    files = {name: bomb() for name, bomb in BOMBS.items()}
+    files |= {"empty": b"", "a text": b"PK"}
+    files |= {f"cut to {size} bytes": content[:size] for size in range(0, len(content), 97)}
+    for name, damaged in files.items():
+        path = copy(name)
+        (path / "parity.npz").write_bytes(damaged)
+        relist(path)
+    path = copy("changed after it was listed")
+    (path / "parity.npz").write_bytes(flip(content, 100))
+    assert runtime.load_records([whole]) == [None]
+    refused(runtime.load_records([*folders.values()]), "BundleError", "parity.npz", [*folders])
 
 
 # --- embeddings -----------------------------------------------------------------------------------
@@ -357,6 +426,8 @@ CHECKS: tuple[Callable[[Runtime, Path], None], ...] = (
     check_signatures,
     check_onnx_files,
     check_engines,
+    check_judgements,
+    check_records,
     check_embeddings,
     check_calls,
 )

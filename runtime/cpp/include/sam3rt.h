@@ -68,6 +68,8 @@ typedef struct sam3rt_predictor sam3rt_predictor;
 typedef struct sam3rt_prediction sam3rt_prediction;
 typedef struct sam3rt_cancellation sam3rt_cancellation;
 typedef struct sam3rt_buffer sam3rt_buffer;
+typedef struct sam3rt_report sam3rt_report;
+typedef struct sam3rt_health sam3rt_health;
 
 /* --- versions ----------------------------------------------------------------------------------
  */
@@ -306,6 +308,59 @@ SAM3RT_API sam3rt_status sam3rt_model_decode(const sam3rt_model* model,
                                              const sam3rt_prompts* prompts, int32_t single_mask,
                                              const sam3rt_cancellation* cancellation,
                                              sam3rt_prediction** prediction, sam3rt_error** error);
+
+/* --- accuracy ----------------------------------------------------------------------------------
+ */
+
+/* Runs the bundle's parity record, encoder and decoder, and compares every output: with the bundle's
+ * own limits in FP32, with the gate's in anything less. At the published SAM 3's size it takes a
+ * minute or two. `cancellation` may be NULL. SAM3RT_OK says that the comparisons were made, and
+ * sam3rt_report_passed how they came out. */
+SAM3RT_API sam3rt_status sam3rt_model_verify(const sam3rt_model* model,
+                                             const sam3rt_cancellation* cancellation,
+                                             sam3rt_report** report, sam3rt_error** error);
+
+/* Whether something was compared and all of it is within its limits: 0 or 1. */
+SAM3RT_API int32_t sam3rt_report_passed(const sam3rt_report* report);
+/* How the worst failures fail, or that nothing does; lives as long as the report. */
+SAM3RT_API const char* sam3rt_report_explanation(const sam3rt_report* report);
+/* How many comparisons were made. */
+SAM3RT_API size_t sam3rt_report_count(const sam3rt_report* report);
+/* Of comparison `index`: the image or case it is about, such as "image 0"; which of the outputs, such
+ * as "masks"; what was measured, such as "mean IoU". Empty texts where there is none. They live as
+ * long as the report. */
+SAM3RT_API const char* sam3rt_report_case(const sam3rt_report* report, size_t index);
+SAM3RT_API const char* sam3rt_report_output(const sam3rt_report* report, size_t index);
+SAM3RT_API const char* sam3rt_report_metric(const sam3rt_report* report, size_t index);
+/* The figure, NaN where outputs hold NaN; the figure allowed; whether it must reach that rather than
+ * stay below it, and whether it does so: 0 or 1. Where there is none, 0. */
+SAM3RT_API double sam3rt_report_value(const sam3rt_report* report, size_t index);
+SAM3RT_API double sam3rt_report_limit(const sam3rt_report* report, size_t index);
+SAM3RT_API int32_t sam3rt_report_at_least(const sam3rt_report* report, size_t index);
+SAM3RT_API int32_t sam3rt_report_is_within(const sam3rt_report* report, size_t index);
+SAM3RT_API void sam3rt_report_free(sam3rt_report* report);
+
+/* Puts a known question to the model and judges the answer, as a readiness probe: one small image and
+ * one prompt, about as much as one request. A model that is not well is SAM3RT_OK, too:
+ * sam3rt_health_is_healthy says it. `cancellation` may be NULL. */
+SAM3RT_API sam3rt_status sam3rt_model_health(const sam3rt_model* model,
+                                             const sam3rt_cancellation* cancellation,
+                                             sam3rt_health** health, sam3rt_error** error);
+
+/* Whether every output was within its limits: 0 or 1. */
+SAM3RT_API int32_t sam3rt_health_is_healthy(const sam3rt_health* health);
+/* What was not, or an empty text; what runs the graphs ("onnxruntime", "tensorrt" or "tensorrt-rtx"),
+ * where, and in which precision ("fp32", or the recipe of the engines); the bundle's fingerprint. They
+ * live as long as the object. */
+SAM3RT_API const char* sam3rt_health_problem(const sam3rt_health* health);
+SAM3RT_API const char* sam3rt_health_backend(const sam3rt_health* health);
+SAM3RT_API const char* sam3rt_health_device(const sam3rt_health* health);
+SAM3RT_API const char* sam3rt_health_precision(const sam3rt_health* health);
+SAM3RT_API const char* sam3rt_health_fingerprint(const sam3rt_health* health);
+/* Seconds of one encoder run and of one decoder run, or 0 where it failed. */
+SAM3RT_API double sam3rt_health_encode_seconds(const sam3rt_health* health);
+SAM3RT_API double sam3rt_health_decode_seconds(const sam3rt_health* health);
+SAM3RT_API void sam3rt_health_free(sam3rt_health* health);
 
 /* --- embeddings --------------------------------------------------------------------------------
  */

@@ -38,6 +38,12 @@ struct sam3rt_cancellation {
 struct sam3rt_buffer {
     std::vector<std::uint8_t> value;
 };
+struct sam3rt_report {
+    sam3rt::VerifyReport value;
+};
+struct sam3rt_health {
+    sam3rt::Health value;
+};
 
 namespace {
 
@@ -239,6 +245,17 @@ void store(const sam3rt::Size& size, int64_t* height, int64_t* width) {
     }
 }
 
+/// A comparison of a report; one without texts where there is none.
+const sam3rt::Measurement& measurement_of(const sam3rt_report* report, std::size_t index) {
+    static const sam3rt::Measurement none;
+    return index < sam3rt_report_count(report) ? report->value.measurements[index] : none;
+}
+
+const sam3rt::Health& value_of(const sam3rt_health* health) {
+    static const sam3rt::Health none;
+    return health == nullptr ? none : health->value;
+}
+
 sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
     const sam3rt_predict_options known = known_fields(options, "options");
     if (known.foreground < 0 || known.foreground > 255) {
@@ -425,6 +442,84 @@ sam3rt_status sam3rt_model_decode(const sam3rt_model* model, const sam3rt_embedd
         *prediction = new sam3rt_prediction{std::move(found), nullptr, nullptr};
     });
 }
+
+sam3rt_status sam3rt_model_verify(const sam3rt_model* model,
+                                  const sam3rt_cancellation* cancellation, sam3rt_report** report,
+                                  sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(report, "report");
+        *report = new sam3rt_report{
+            require(model, "model").value.verify(cancellation_of(cancellation))};
+    });
+}
+
+int32_t sam3rt_report_passed(const sam3rt_report* report) {
+    return report != nullptr && report->value.passed ? 1 : 0;
+}
+const char* sam3rt_report_explanation(const sam3rt_report* report) {
+    return report == nullptr ? "" : report->value.explanation.c_str();
+}
+size_t sam3rt_report_count(const sam3rt_report* report) {
+    return report == nullptr ? 0 : report->value.measurements.size();
+}
+const char* sam3rt_report_case(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).case_name.c_str();
+}
+const char* sam3rt_report_output(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).output.c_str();
+}
+const char* sam3rt_report_metric(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).metric.c_str();
+}
+double sam3rt_report_value(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).value;
+}
+double sam3rt_report_limit(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).limit;
+}
+int32_t sam3rt_report_at_least(const sam3rt_report* report, size_t index) {
+    return measurement_of(report, index).at_least ? 1 : 0;
+}
+int32_t sam3rt_report_is_within(const sam3rt_report* report, size_t index) {
+    return index < sam3rt_report_count(report) && measurement_of(report, index).passed() ? 1 : 0;
+}
+void sam3rt_report_free(sam3rt_report* report) { delete report; }
+
+sam3rt_status sam3rt_model_health(const sam3rt_model* model,
+                                  const sam3rt_cancellation* cancellation, sam3rt_health** health,
+                                  sam3rt_error** error) {
+    return guarded(error, [&] {
+        require(health, "health");
+        *health = new sam3rt_health{
+            require(model, "model").value.health(cancellation_of(cancellation))};
+    });
+}
+
+int32_t sam3rt_health_is_healthy(const sam3rt_health* health) {
+    return value_of(health).healthy ? 1 : 0;
+}
+const char* sam3rt_health_problem(const sam3rt_health* health) {
+    return value_of(health).problem.c_str();
+}
+const char* sam3rt_health_backend(const sam3rt_health* health) {
+    return value_of(health).backend.c_str();
+}
+const char* sam3rt_health_device(const sam3rt_health* health) {
+    return value_of(health).device.c_str();
+}
+const char* sam3rt_health_precision(const sam3rt_health* health) {
+    return value_of(health).precision.c_str();
+}
+const char* sam3rt_health_fingerprint(const sam3rt_health* health) {
+    return value_of(health).fingerprint.c_str();
+}
+double sam3rt_health_encode_seconds(const sam3rt_health* health) {
+    return value_of(health).encode_seconds;
+}
+double sam3rt_health_decode_seconds(const sam3rt_health* health) {
+    return value_of(health).decode_seconds;
+}
+void sam3rt_health_free(sam3rt_health* health) { delete health; }
 
 sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
                                     sam3rt_embedding** embedding, sam3rt_error** error) {

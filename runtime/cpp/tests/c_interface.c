@@ -258,6 +258,57 @@ static void check_refinement(const sam3rt_predictor* predictor, const sam3rt_pro
     sam3rt_prediction_free(first);
 }
 
+/* The bundle's own record passes, and says what was compared. */
+static void check_accuracy(const sam3rt_model* model) {
+    sam3rt_error* error = NULL;
+    sam3rt_report* report = NULL;
+    sam3rt_health* health = NULL;
+    sam3rt_cancellation* cancellation = NULL;
+    size_t index;
+    succeed(sam3rt_model_verify(model, NULL, &report, &error), &error, "verify");
+    expect(sam3rt_report_passed(report) == 1, sam3rt_report_explanation(report));
+    expect(sam3rt_report_count(report) > 10, "comparisons");
+    for (index = 0; index < sam3rt_report_count(report); ++index) {
+        const double value = sam3rt_report_value(report, index);
+        const double limit = sam3rt_report_limit(report, index);
+        expect(sam3rt_report_is_within(report, index) == 1, "a comparison");
+        expect(sam3rt_report_at_least(report, index) ? value >= limit : value <= limit, "a figure");
+        expect(strlen(sam3rt_report_case(report, index)) > 0 &&
+                   strlen(sam3rt_report_output(report, index)) > 0 &&
+                   strlen(sam3rt_report_metric(report, index)) > 0,
+               "what was compared");
+    }
+    expect(strlen(sam3rt_report_case(report, index)) == 0, "no comparison beyond the last");
+    expect(sam3rt_report_is_within(report, index) == 0, "and none that passes");
+    sam3rt_report_free(report);
+
+    succeed(sam3rt_model_health(model, NULL, &health, &error), &error, "health");
+    expect(sam3rt_health_is_healthy(health) == 1, sam3rt_health_problem(health));
+    expect(strcmp(sam3rt_health_backend(health), "onnxruntime") == 0, "backend");
+    expect(strcmp(sam3rt_health_device(health), "cpu") == 0, "device of a health check");
+    expect(strcmp(sam3rt_health_precision(health), "fp32") == 0, "precision");
+    expect(strcmp(sam3rt_health_fingerprint(health), sam3rt_model_fingerprint(model)) == 0,
+           "fingerprint of a health check");
+    expect(sam3rt_health_encode_seconds(health) > 0 && sam3rt_health_decode_seconds(health) > 0,
+           "times");
+    sam3rt_health_free(health);
+
+    report = NULL;
+    succeed(sam3rt_cancellation_new(0, &cancellation, &error), &error, "a cancellation");
+    sam3rt_cancellation_cancel(cancellation);
+    refuse(sam3rt_model_verify(model, cancellation, &report, &error), &error, SAM3RT_CANCELLED, "",
+           "verify that is cancelled");
+    sam3rt_cancellation_free(cancellation);
+    refuse(sam3rt_model_verify(model, NULL, NULL, &error), &error, SAM3RT_INVALID_INPUT, "report",
+           "verify into NULL");
+    refuse(sam3rt_model_health(NULL, NULL, &health, &error), &error, SAM3RT_INVALID_INPUT, "model",
+           "health of NULL");
+    expect(report == NULL, "nothing is stored where a call fails");
+    expect(sam3rt_report_passed(NULL) == 0 && sam3rt_health_is_healthy(NULL) == 0, "NULL is not well");
+    sam3rt_report_free(NULL);
+    sam3rt_health_free(NULL);
+}
+
 static unsigned char* read_pixels(const char* path, size_t bytes) {
     unsigned char* pixels = malloc(bytes);
     FILE* file = fopen(path, "rb");
@@ -313,6 +364,7 @@ int main(int count, char** arguments) {
     expect(sam3rt_model_encoder_loaded(model) == 1, "the encoder was used");
     sam3rt_embedding_image_size(embedding, &height, &width);
     expect(height == image.height && width == image.width, "size of the image");
+    check_accuracy(model);
     snprintf(path, sizeof path, "%s/image.embedding", arguments[5]);
     succeed(sam3rt_embedding_save(embedding, path, &error), &error, "save");
     refuse(sam3rt_embedding_save(embedding, "/nowhere/image.embedding", &error), &error,

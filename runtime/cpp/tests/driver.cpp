@@ -4,6 +4,7 @@
 //   driver STEPS.json RESULTS.json
 
 #include <chrono>
+#include <cmath>
 #include <ctime>
 #include <fstream>
 #include <functional>
@@ -14,6 +15,8 @@
 #include <sstream>
 #include <thread>
 
+#include "accuracy.hpp"
+#include "backend.hpp"
 #include "bundle.hpp"
 #include "components.hpp"
 #include "embedding.hpp"
@@ -21,13 +24,17 @@
 #include "files.hpp"
 #include "geometry.hpp"
 #include "gpu.hpp"
+#include "inflate.hpp"
 #include "npy.hpp"
+#include "npz.hpp"
 #include "onnx_locations.hpp"
 #include "postprocess.hpp"
 #include "prompts.hpp"
+#include "record.hpp"
 #include "resize.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "sha256.hpp"
+#include "verdicts.hpp"
 #if SAM3RT_ONNXRUNTIME
 #include "ort_session.hpp"
 #endif
@@ -436,15 +443,177 @@ json hash(const json& step) {
     return digest.hex_digest();
 }
 
+/// A figure; JSON has no NaN and no infinity.
+json as_json(double value) {
+    return std::isnan(value) ? json("nan") : std::isinf(value) ? json("inf") : json(value);
+}
+
+json as_json(const VerifyReport& report) {
+    json measurements = json::array();
+    for (const Measurement& m : report.measurements) {
+        measurements.push_back({m.case_name, m.output, m.metric, as_json(m.value),
+                                as_json(m.limit), m.at_least, m.passed()});
+    }
+    return {{"passed", report.passed},
+            {"explanation", report.explanation},
+            {"measurements", measurements}};
+}
+
+json as_json(const Verdict& verdict) {
+    json figures = json::object();
+    for (const auto& [name, value] : verdict.figures) {
+        figures[name] = as_json(value);
+    }
+    return {{"passed", verdict.passed},
+            {"explanation", verdict.explanation},
+            {"figures", figures},
+            {"encoder_failed", verdict.encoder_failed}};
+}
+
+/// Change an output as one of the steps says: {"output": NAME, "scale": FACTOR} or
+/// {"output": NAME, "at": INDEX, "value": NUMBER}.
+void change(const json& changes, const std::string& name, Array<float>& values) {
+    for (const json& entry : changes) {
+        if (text(entry, "output") != name) {
+            continue;
+        }
+        if (entry.contains("scale")) {
+            const float factor = entry["scale"];
+            std::transform(values.begin(), values.end(), values.data(),
+                           [factor](float value) { return factor * value; });
+        } else {
+            const json& value = entry.at("value");
+            values[entry.at("at")] =
+                value.is_string() ? std::stof(value.get<std::string>()) : value.get<float>();
+        }
+    }
+}
+
+/// The bundle on the CPU, with outputs changed on the way.
+Runner changed_runner(const Bundle& bundle, const json& changes) {
+    ModelOptions options;
+    options.threads = 1;
+    options.device = "cpu";
+    const std::shared_ptr<const Backend> backend = open_backend(bundle, options);
+    const Runner runner = runner_of(*backend, nullptr);
+    return [backend, runner, changes, &manifest = bundle.manifest](const ImageView& image,
+                                                                   const ImageGeometry& geometry) {
+        EncodedImage encoded = runner(image, geometry);
+        for (std::size_t i = 0; i < encoded.maps.size(); ++i) {
+            change(changes, manifest.encoder.outputs[i].name, encoded.maps[i]);
+        }
+        const auto decode = encoded.decode;
+        encoded.decode = [decode, changes](const PackedPrompts& prompts,
+                                           const std::vector<std::string>& outputs) {
+            std::vector<Array<float>> results = decode(prompts, outputs);
+            for (std::size_t i = 0; i < outputs.size(); ++i) {
+                change(changes, outputs[i], results[i]);
+            }
+            return results;
+        };
+        return encoded;
+    };
+}
+
+/// What the gate says of a bundle whose outputs are changed.
+json judge_changed(const json& step) {
+    const Bundle bundle = open_bundle(text(step, "path"), false);
+    const ParityRecord record = load_record(bundle);
+    const VerifyReport report =
+        judge(run_record(changed_runner(bundle, step.at("changes")), bundle.manifest, record,
+                         step.value("gate", true) ? gate_limits : bundle.manifest.parity_limits));
+    return {{"report", as_json(report)}, {"verdict", as_json(verdict_of(report))}};
+}
+
+json health(Session& session, const json& step) {
+    const Health found = session.models.at(text(step, "model")).health();
+    return {{"healthy", found.healthy},
+            {"problem", found.problem},
+            {"backend", found.backend},
+            {"device", found.device},
+            {"precision", found.precision},
+            {"fingerprint", found.fingerprint},
+            {"encode_seconds", found.encode_seconds},
+            {"decode_seconds", found.decode_seconds}};
+}
+
+json read_archive(const json& step) {
+    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    json names = json::array();
+    for (const auto& [name, array] : read_npz(content, "a.npz")) {
+        if (const auto* found = std::get_if<std::string>(&array)) {
+            names.push_back({name, *found});
+            continue;
+        }
+        const std::string path = result_path(step, std::to_string(names.size()));
+        names.push_back({name, nullptr});
+        std::visit(
+            [&path](const auto& values) {
+                if constexpr (!std::is_same_v<std::decay_t<decltype(values)>, std::string>) {
+                    write_npy(path, values);
+                }
+            },
+            array);
+    }
+    return names;
+}
+
+json unpack(const json& step) {
+    const Bytes packed = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const std::optional<Bytes> found = inflate(packed.data(), packed.size(), step.at("size"));
+    if (found) {
+        write_npy(result_path(step, "bytes"),
+                  Array<std::uint8_t>({static_cast<std::int64_t>(found->size())}, *found));
+    }
+    return found.has_value();
+}
+
+VerdictSubject subject_of(const json& step) {
+    return {text(step, "fingerprint"), text(step, "backend"),   text(step, "version"),
+            text(step, "processor"),   text(step, "precision"), text(step, "files")};
+}
+
+json remember(const json& step) {
+    Verdict verdict{step.at("passed"), text(step, "explanation"), {}, step.at("encoder_failed")};
+    for (const auto& [name, value] : step.at("figures").items()) {
+        verdict.figures[name] =
+            value.is_string() ? std::stod(value.get<std::string>()) : value.get<double>();
+    }
+    save_verdict(subject_of(step), verdict);
+    return nullptr;
+}
+
+json recall(const json& step) {
+    const std::optional<Verdict> verdict = load_verdict(subject_of(step));
+    return verdict ? as_json(*verdict) : json();
+}
+
+/// Choose engines; the CPU stands in for those that are opened to be judged, with the outputs
+/// changed as "engines" says for "ENCODER DECODER", their folders, or "otherwise" for any. What
+/// "fails" cannot be opened.
 json choose(const json& step) {
     const Machine machine{{text(step, "gpu"), text(step, "compute_capability")},
                           text(step, "driver_version")};
-    const EngineSet set =
-        choose_engines(open_bundle(text(step, "path"), false), text(step, "backend"), machine,
-                       step.value("engine_folder", ""));
+    const Bundle bundle = open_bundle(text(step, "path"), false);
+    json opened = json::array();
+    const auto open = [&](const EngineSet& engines) {
+        const std::string pair = engines.encoder.parent_path().filename().string() + " " +
+                                 engines.decoder.parent_path().filename().string();
+        opened.push_back(pair);
+        const json changes = step.value("engines", json::object())
+                                 .value(pair, step.value("otherwise", json::array()));
+        if (changes == "fails") {
+            throw BackendError("no memory");
+        }
+        return changed_runner(bundle, changes);
+    };
+    const EngineSet set = choose_engines(bundle, text(step, "backend"), machine,
+                                         step.value("engine_folder", ""), open);
     return {{"encoder", set.encoder.string()},
             {"decoder", set.decoder.string()},
-            {"features_dtype", set.features_dtype}};
+            {"features_dtype", set.features_dtype},
+            {"precision", set.precision},
+            {"opened", opened}};
 }
 
 json gpu(const json& step) {
@@ -721,6 +890,22 @@ const std::map<std::string, Step>& steps() {
          }},
         {"query_gpu", [](Session&, const json& s) { return gpu(s); }},
         {"choose_engines", [](Session&, const json& s) { return choose(s); }},
+        {"verify",
+         [](Session& all, const json& s) {
+             const Ending ending(s);
+             return as_json(all.models.at(text(s, "model")).verify(ending.get()));
+         }},
+        {"health", health},
+        {"judge", [](Session&, const json& s) { return judge_changed(s); }},
+        {"load_record",
+         [](Session&, const json& s) {
+             const ParityRecord record = load_record(open_bundle(text(s, "path"), false));
+             return json{record.images().size(), record.cases().size()};
+         }},
+        {"read_npz", [](Session&, const json& s) { return read_archive(s); }},
+        {"inflate", [](Session&, const json& s) { return unpack(s); }},
+        {"save_verdict", [](Session&, const json& s) { return remember(s); }},
+        {"load_verdict", [](Session&, const json& s) { return recall(s); }},
     };
     return table;
 }

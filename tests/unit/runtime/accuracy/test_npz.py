@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import struct
 import tracemalloc
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from tests.support.helpers import examples
+from tests.support.records import BOMBS
 
 from sam3rt import BundleError
 from sam3rt.accuracy import npz as _npz
@@ -28,21 +25,6 @@ PLAIN = hnp.arrays(
     st.sampled_from([np.float32, np.float64, np.int64, np.uint8, np.bool_, np.dtype("<U5")]),
     hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
 )
-
-
-def npy(shape: str, dtype: str = "<f4", data: bytes = b"", version: int = 1) -> bytes:
-    """An array file that says what it likes."""
-    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    size = struct.pack("<H" if version == 1 else "<I", len(header))
-    return b"\x93NUMPY" + bytes([version, 0]) + size + header + data
-
-
-def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content, compresslevel=1)
-    return stream.getvalue()
 
 
 @given(arrays=st.dictionaries(st.from_regex(r"[a-z]{1,9}", fullmatch=True), PLAIN, max_size=4))
@@ -70,40 +52,6 @@ def test_the_bundled_record_is_read_as_numpy_reads_it() -> None:
     assert set(found) == set(expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
-
-
-def lie_about_size(content: bytes, size: int) -> bytes:
-    """Change the unpacked size in the archive's directory."""
-    at = content.index(b"PK\x01\x02") + 24
-    return content[:at] + struct.pack("<I", size) + content[at + 4 :]
-
-
-BOMBS: dict[str, Callable[[], bytes]] = {
-    "a header that claims terabytes": lambda: zipped({"a.npy": npy("(1099511627776,)")}),
-    "a header that claims terabytes, version 2": lambda: zipped(
-        {"a.npy": npy("(1099511627776,)", version=2)}
-    ),
-    "a product beyond 64 bits": lambda: zipped(
-        {"a.npy": npy("(4294967296, 4294967296, 4294967296)")}
-    ),
-    "a negative side": lambda: zipped({"a.npy": npy("(-1,)")}),
-    "many of nothing": lambda: zipped({"a.npy": npy("(1099511627776,)", "<U0")}),
-    "one huge text": lambda: zipped({"a.npy": npy("()", "<U536870911")}),
-    "objects": lambda: zipped({"a.npy": npy("(1,)", "|O", b"\x80\x04N.")}),
-    "a structure": lambda: zipped({"a.npy": npy("(1,)", "V8", b"\0" * 8)}),
-    "zeros": lambda: zipped({"a.npy": npy("(67108864,)") + bytes(1 << 28)}),
-    "zeros in many arrays": lambda: zipped(
-        {f"{i}.npy": npy("(33554432,)", "|u1", bytes(1 << 25)) for i in range(9)}
-    ),
-    "many arrays": lambda: zipped({f"{i}.npy": b"" for i in range(5000)}),
-    "a size that is a lie": lambda: lie_about_size(zipped({"a.npy": npy("(9,)") + bytes(36)}), 5),
-    "another compression": lambda: zipped({"a.npy": npy("()", data=bytes(4))}, zipfile.ZIP_BZIP2),
-    "an array twice": lambda: zipped(
-        {"a.npy": npy("()", data=bytes(4)), "a": npy("()", data=bytes(4))}
-    ),
-    "a literal that is nested": lambda: zipped({"a.npy": npy("(" * 5000 + ")" * 5000)}),
-    "a long header": lambda: zipped({"a.npy": npy("(" + "1," * 30_000 + ")")}),
-}
 
 
 @pytest.mark.parametrize("name", BOMBS)
