@@ -72,9 +72,10 @@ public:
         if (!line || word != "stand-in") {
             throw BackendError("it is no engine");
         }
+        Ort::Env& ready = environment();
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(1);
-        session_ = std::make_unique<Ort::Session>(environment(), &*end + 1,
+        session_ = std::make_unique<Ort::Session>(ready, &*end + 1,
                                                   static_cast<std::size_t>(content.end() - end - 1),
                                                   options);
         Ort::AllocatorWithDefaultOptions allocator;
