@@ -189,7 +189,7 @@ def test_predictions_are_those_of_the_graphs(
     for found, prediction in zip(results[3:], expected, strict=True):
         assert_same(found, prediction)
     # Masks were made on the GPU, and by recorded graphs.
-    assert machine.done()["launches"] > 3
+    assert machine.done()["launches"] >= 3
     assert machine.done()["kernels"] > 20
 
 
@@ -241,7 +241,7 @@ def test_embeddings_travel(machine: Machine, bundle: Path, tiny_model: Any, tmp_
         step("save_embedding", path=tmp_path / "gpu.embedding"),
     )
     assert results[1].value["nbytes"] == expected.nbytes
-    for i, array in enumerate(expected.maps()):
+    for i, array in enumerate(expected.features.numpy()):
         np.testing.assert_allclose(results[2].arrays[str(i)], array, atol=1e-3)
         np.testing.assert_array_equal(results[4].arrays[str(i)], array)
     assert (tmp_path / "gpu.embedding").read_bytes() == (tmp_path / "cpu.embedding").read_bytes()
@@ -262,7 +262,8 @@ def test_engines_are_proved_at_the_first_load(
     assert f"not {wrong}: fails the gate on this machine" in text
     assert "compared with the parity record" in text
     assert first[3].value["healthy"], first[3].value
-    assert [first[3].value[name] for name in ("backend", "precision")] == ["tensorrt", "tf32"]
+    # The decoder beside the wrong encoder is a right one.
+    assert [first[3].value[name] for name in ("backend", "precision")] == ["tensorrt", "tf32+fp16"]
     verdicts = sorted((tmp_path / "cache" / "sam3rt" / "verdicts").iterdir())
     passed = [json.loads(path.read_text())["passed"] for path in verdicts]
     assert sorted(passed) == [False, True]

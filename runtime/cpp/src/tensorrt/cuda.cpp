@@ -287,13 +287,19 @@ std::vector<char> Cuda::compile(const char* source) const {
 }
 
 std::vector<Kernel> Cuda::load_kernels(const char* source, const std::vector<std::string>& names) {
-    const std::vector<char> image = compile(source);
-    check(driver_.load_module(&module_, image.data()), "cuModuleLoadData");
-    std::vector<Kernel> kernels(names.size());
-    for (std::size_t i = 0; i < names.size(); ++i) {
-        check(driver_.get_function(&kernels[i], module_, names[i].c_str()), "cuModuleGetFunction");
+    if (module_ == nullptr) {
+        const std::vector<char> image = compile(source);
+        check(driver_.load_module(&module_, image.data()), "cuModuleLoadData");
     }
-    return kernels;
+    if (kernels_.empty()) {
+        std::vector<Kernel> kernels(names.size());
+        for (std::size_t i = 0; i < names.size(); ++i) {
+            check(driver_.get_function(&kernels[i], module_, names[i].c_str()),
+                  "cuModuleGetFunction");
+        }
+        kernels_ = std::move(kernels);
+    }
+    return kernels_;
 }
 
 void Cuda::launch_kernel(Kernel kernel, unsigned blocks, unsigned threads, DevicePointer argument,

@@ -83,8 +83,9 @@ public:
     void launch(Graph graph, Stream stream) const;
     void destroy_graph(Graph graph) const noexcept;
 
-    /// Compile kernels for the GPU with NVRTC and load them, in the order of their names. Throws
-    /// BackendError where NVRTC is not there or refuses the source. They live as long as this.
+    /// Compile kernels for the GPU with NVRTC and load them, in the order of their names; at later
+    /// calls, those of the first. They live as long as this. Throws BackendError where NVRTC is not
+    /// there or refuses the source.
     std::vector<Kernel> load_kernels(const char* source, const std::vector<std::string>& names);
     /// Queue a kernel whose one argument is a device address.
     void launch_kernel(Kernel kernel, unsigned blocks, unsigned threads, DevicePointer argument,
@@ -102,6 +103,7 @@ private:
     int device_ = 0;
     void* context_ = nullptr;
     void* module_ = nullptr;
+    std::vector<Kernel> kernels_;
     /// Whether the GPU cannot be used in this process any more.
     mutable std::atomic<bool> lost_{false};
 };
