@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -416,3 +416,30 @@ def test_limits_of_engines(machine: Machine, bundle: Path) -> None:
     )
     assert results[3].arrays["masks"].shape == (5, 3, *IMAGE.shape[:2])
     assert "--max-points" in results[4].refusal("BackendError")
+
+
+def test_threads_share_lanes(cpp_builds: Path, bundle: Path, tmp_path: Path) -> None:
+    """Under ThreadSanitizer: the program that has its own test on the CPU."""
+    add_engines(bundle)
+    build = Build(cpp_builds / "thread", tmp_path)
+    environment = {
+        "LD_LIBRARY_PATH": str(build.path / "tests" / "stand_in"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    done = build.program("tests/threads", bundle, tmp_path, "tensorrt", env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+    assert done.stdout == "4 threads, 0 failures\n"
+
+
+def test_a_library_without_onnxruntime(cpp_builds: Path) -> None:
+    """It needs nothing of ONNX Runtime's, and has the same interfaces."""
+    library = cpp_builds / "tensorrt" / "libsam3rt.so"
+    needed = subprocess.run(
+        ["readelf", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "onnxruntime" not in needed
+    listing = subprocess.run(
+        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    shown = {line.split(" ", 2)[2] for line in listing.splitlines()}
+    assert shown == set((Path(__file__).with_name("symbols.txt")).read_text().splitlines())

@@ -32,5 +32,5 @@ configure tensorrt $stand_in -DSAM3RT_ONNXRUNTIME=OFF -DCMAKE_BUILD_TYPE=None \
     "-DCMAKE_CXX_FLAGS=-O0 -isystem $folder/dependencies/include/onnxruntime"
 ninja -C "$folder/release" --quiet install > /dev/null
 ninja -C "$folder/address" --quiet
-ninja -C "$folder/thread" --quiet threads stand_in_libcuda
+ninja -C "$folder/thread" --quiet threads stand_in_libcuda stand_in_libnvrtc
 ninja -C "$folder/tensorrt" --quiet driver stand_in_libcuda stand_in_libnvrtc sam3rt_shared
