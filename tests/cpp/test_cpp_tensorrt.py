@@ -399,7 +399,8 @@ def test_a_gpu_that_is_lost(machine: Machine, bundle: Path) -> None:
         STAND_IN_LOST="50",
     )
     failed = [result for result in results if result.error is not None]
-    assert failed and results[0].error is None
+    assert failed
+    assert results[0].error is None
     assert "cannot be used in this process any more" in failed[0].refusal("BackendError")
     assert results[-1].error is not None
 

@@ -50,8 +50,8 @@ std::shared_ptr<const Backend> open_best(const Bundle& bundle, const ModelOption
         device = Device{};
         passed_over += (passed_over.empty() ? "" : "; ") + ("CUDA cannot be used: " + failure);
     }
-    log(LogLevel::info, "device auto: " + device.name() +
-                            (passed_over.empty() ? "" : ", as " + passed_over));
+    log(LogLevel::info,
+        "device auto: " + device.name() + (passed_over.empty() ? "" : ", as " + passed_over));
     return open_ort_backend(bundle, options, device);
 #else
     throw BackendError(passed_over);

@@ -191,8 +191,8 @@ std::size_t rank(const Engine& engine) {
                                     order.begin());
 }
 
-/// Whether an engine is for a version of TensorRT, or none is asked for. Some releases of TensorRT for
-/// Python leave the fourth number out; TensorRT itself refuses what differs in it alone.
+/// Whether an engine is for a version of TensorRT, or none is asked for. Some releases of TensorRT
+/// for Python leave the fourth number out; TensorRT itself refuses what differs in it alone.
 bool is_of(const Engine& engine, const std::string& version) {
     const auto numbers = [](const std::string& text) {
         std::vector<std::string> parts;
@@ -239,10 +239,13 @@ struct Target {
     /// What a verdict on a pair is about. TensorRT itself refuses engines of another version than
     /// its own, so the sidecars' word for the version is enough.
     VerdictSubject subject_of(const Pair& pair) const {
-        return {bundle.manifest.fingerprint, backend, pair.encoder.tensorrt_version,
+        return {bundle.manifest.fingerprint,
+                backend,
+                pair.encoder.tensorrt_version,
                 machine.gpu.name + ", " + machine.gpu.compute_capability + ", driver " +
                     machine.driver_version,
-                pair.precision(), pair.encoder.file.sha256 + " " + pair.decoder.file.sha256};
+                pair.precision(),
+                pair.encoder.file.sha256 + " " + pair.decoder.file.sha256};
     }
 
     std::string command(const std::string& name) const {
@@ -277,9 +280,9 @@ public:
         if (!record_) {
             record_.emplace(load_record(target_.bundle));
             // A warning, because a service that starts would seem to hang.
-            log(LogLevel::warning,
-                target_.backend + " engines are compared with the parity record, once on this "
-                                  "machine; at full size that takes a minute or two");
+            log(LogLevel::warning, target_.backend +
+                                       " engines are compared with the parity record, once on this "
+                                       "machine; at full size that takes a minute or two");
         }
     }
 
@@ -339,8 +342,10 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        const EngineSet engines{pair.encoder.wrapper(), pair.decoder.wrapper(),
-                                pair.encoder.features_dtype, pair.precision(),
+        const EngineSet engines{pair.encoder.wrapper(),
+                                pair.decoder.wrapper(),
+                                pair.encoder.features_dtype,
+                                pair.precision(),
                                 {pair.encoder.folder, pair.encoder.file},
                                 {pair.decoder.folder, pair.decoder.file}};
         std::string problem;

@@ -50,8 +50,8 @@ using OpenEngines = std::function<Runner(const EngineSet& engines)>;
 /// as well, so that the next one is tried where one cannot be, and wrappers are not needed. The set
 /// that is returned is the one that was opened last. Who opens an engine hashes what it loads.
 ///
-/// Throws BackendError where none fits or none passes, saying what to do about it; BundleError where
-/// the bundle's parity record is damaged, or a file of the only engines was changed.
+/// Throws BackendError where none fits or none passes, saying what to do about it; BundleError
+/// where the bundle's parity record is damaged, or a file of the only engines was changed.
 EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
                          const std::filesystem::path& engine_folder, const OpenEngines& open,
                          const std::string& loaded_by = "");

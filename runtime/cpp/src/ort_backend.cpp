@@ -372,8 +372,7 @@ std::shared_ptr<const Features> OrtBackend::upload(const std::vector<Array<float
     }
 }
 
-std::vector<Array<float>> OrtBackend::decode(const Features& features,
-                                             const PackedPrompts& prompts,
+std::vector<Array<float>> OrtBackend::decode(const Features& features, const PackedPrompts& prompts,
                                              const std::vector<std::string>& outputs,
                                              const Cancellation* cancellation,
                                              DeviceMasks* /*masks*/) const {
@@ -408,8 +407,7 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features,
                 binding.BindOutput(output.c_str(), memory);
             }
             // One click keeps its memory for the next; more objects take several times as much.
-            run(decoder_, *session, binding, objects > 1 && first + count == objects,
-                cancellation);
+            run(decoder_, *session, binding, objects > 1 && first + count == objects, cancellation);
             const std::vector<Ort::Value> values = binding.GetOutputValues();
             for (std::size_t i = 0; i < values.size(); ++i) {
                 store(values[i], first, count, objects, results[i]);
@@ -550,7 +548,7 @@ void OrtBackend::check(const Ort::Session& session, const GraphSpec& spec, bool 
 }
 
 void OrtBackend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
-                  bool give_memory_back, const Cancellation* cancellation) const {
+                     bool give_memory_back, const Cancellation* cancellation) const {
     Ort::RunOptions options;
     if (give_memory_back && !device_.on_gpu()) {
         options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");

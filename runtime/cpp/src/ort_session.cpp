@@ -204,10 +204,8 @@ const Ort::Env& ort_environment() {
         // Threads that look out for work between runs would take processor time from others.
         Ort::ThreadingOptions threading;
         threading.SetGlobalSpinControl(0);
-        current_environment =
-            environment_of(Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt")
-                               .release(),
-                           true);
+        current_environment = environment_of(
+            Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt").release(), true);
     }
     return current_environment->value;
 }

@@ -116,11 +116,11 @@ void finish_bits(const Array<float>& low_res, const Resampling& resampling,
 std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
                                     const Cleaning& cleaning, const Cancellation* cancellation) {
     std::vector<std::string> texts;
-    for_each_mask(low_res, resampling, cleaning, cancellation,
-                  [&](std::size_t, const std::uint8_t* mask) {
-                      texts.push_back(compressed_runs(mask, resampling.rows.outputs(),
-                                                      resampling.columns.outputs()));
-                  });
+    for_each_mask(
+        low_res, resampling, cleaning, cancellation, [&](std::size_t, const std::uint8_t* mask) {
+            texts.push_back(
+                compressed_runs(mask, resampling.rows.outputs(), resampling.columns.outputs()));
+        });
     return texts;
 }
 

@@ -49,8 +49,8 @@ std::string mismatch(std::vector<LoadedTensor> found, const std::vector<TensorSp
     }
     const bool agrees = found.size() == wanted.size() &&
                         std::equal(found.begin(), found.end(), wanted.begin(), agree);
-    return agrees ? "" : "has " + kind + " " + text_of(found) + ", the manifest says " +
-                             text_of(wanted);
+    return agrees ? ""
+                  : "has " + kind + " " + text_of(found) + ", the manifest says " + text_of(wanted);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the C++ runtime for its tests: `release`, installed to `install`; `address`, with
-# AddressSanitizer and UndefinedBehaviorSanitizer; `thread`, with ThreadSanitizer; `tensorrt`, without
-# ONNX Runtime. The last three run engines in a stand-in for TensorRT, on one for the GPU.
+# AddressSanitizer and UndefinedBehaviorSanitizer; `thread`, with ThreadSanitizer; `tensorrt`,
+# without ONNX Runtime. The last three run engines in a stand-in for TensorRT and the GPU.
 #
 #   build_for_tests.sh FOLDER      (FOLDER/dependencies is what fetch_dependencies.sh made)
 set -euo pipefail
@@ -22,10 +22,12 @@ configure() {
 sanitized() {
     echo -DCMAKE_BUILD_TYPE=None "-DCMAKE_C_FLAGS=$1" "-DCMAKE_CXX_FLAGS=$1"
 }
-stand_in="-DSAM3RT_TENSORRT=ON -DSAM3RT_NVINFER_SOURCE=tests/stand_in/nvinfer.cpp"
-configure release -DSAM3RT_EXAMPLES=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$folder/install"
+stand_in="-DSAM3RT_TENSORRT=ON -DSAM3RT_NVINFER_SOURCE=$source/tests/stand_in/nvinfer.cpp"
+configure release -DSAM3RT_EXAMPLES=ON -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_INSTALL_PREFIX="$folder/install"
 # One build takes SHA-256 from OpenSSL where that is installed; this one has the portable code.
-configure address $stand_in -DSAM3RT_EXAMPLES=ON $(sanitized -O1) -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
+configure address $stand_in -DSAM3RT_EXAMPLES=ON $(sanitized -O1) \
+    -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
 configure thread $stand_in $(sanitized -O0) -DSAM3RT_SANITIZE=thread
 # The stand-in has graphs computed by ONNX Runtime, which the library knows nothing of.
 configure tensorrt $stand_in -DSAM3RT_ONNXRUNTIME=OFF -DCMAKE_BUILD_TYPE=None \

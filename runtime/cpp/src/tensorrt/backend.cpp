@@ -5,224 +5,26 @@
 // been compared with what the host does.
 #include "backend.hpp"
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
-#include <condition_variable>
-#include <exception>
-#include <mutex>
+#include <optional>
 
 #include "cancellation.hpp"
 #include "engines.hpp"
 #include "gpu.hpp"
 #include "log.hpp"
-#include "tensorrt/lane.hpp"
+#include "tensorrt/pool.hpp"
 #include "turnstile.hpp"
 
 namespace sam3rt {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-// After memory was too short for a lane, callers share those there are for this long.
-constexpr std::chrono::seconds retry_time{10};
 // Bytes of masks that are made at once; more objects take several turns.
 constexpr std::int64_t most_masks = std::int64_t{128} << 20;
 // Of values up to about 2.6; FP32 sums of matrix multiplications reach 1e-6.
 constexpr float pixel_error = 1e-3F;
 // The part of pixels whose logit is within rounding of the threshold.
 constexpr double differing_pixels = 1e-4;
-
-/// Decoder lanes for many threads.
-class DecoderLanes {
-public:
-    DecoderLanes(const Network& network, std::shared_ptr<Memory> memory, const Imaging& imaging,
-                 int limit)
-        : network_(network), memory_(std::move(memory)), imaging_(imaging), limit_(limit) {}
-
-    /// Use a lane, best one that holds these feature maps. Where memory is short, a lane that is not
-    /// needed is given up, and the call made again.
-    template <typename Function>
-    void run(const DeviceFeatures* features, const Cancellation* cancellation,
-             const Function& function) {
-        for (;;) {
-            std::unique_ptr<DecoderLane> lane = take(features, cancellation);
-            const Return back(*this, lane);
-            const Cuda::Active active(memory_->cuda());
-            try {
-                function(*lane);
-                return;
-            } catch (const OutOfDeviceMemoryError& error) {
-                if (!give_up_one(error)) {
-                    throw;
-                }
-            }
-        }
-    }
-
-    /// Use every lane that no call is using, and make as many as there may be. With little memory,
-    /// fewer.
-    template <typename Function>
-    void each(const Function& function) {
-        std::vector<std::unique_ptr<DecoderLane>> lanes;
-        std::exception_ptr failure;
-        try {
-            const Cuda::Active active(memory_->cuda());
-            while (std::unique_ptr<DecoderLane> lane = take_if_free()) {
-                lanes.push_back(std::move(lane));
-                function(*lanes.back());
-            }
-        } catch (const OutOfDeviceMemoryError& error) {
-            if (lanes.size() < 2) {
-                failure = std::current_exception();
-            } else {
-                lanes.pop_back();
-                count_one_less(error);
-            }
-        } catch (const Error&) {
-            failure = std::current_exception();
-        }
-        for (std::unique_ptr<DecoderLane>& lane : lanes) {
-            put_back(lane);
-        }
-        if (failure != nullptr) {
-            std::rethrow_exception(failure);
-        }
-    }
-
-    /// Give up a lane that nobody uses; whether there was one.
-    bool give_up_one(const BackendError& error) {
-        std::unique_ptr<DecoderLane> spare;
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (free_.empty()) {
-                return false;
-            }
-            spare = std::move(free_.front());
-            free_.erase(free_.begin());
-        }
-        spare.reset();
-        count_one_less(error);
-        return true;
-    }
-
-private:
-    /// Puts a lane back at the end of its use.
-    struct Return {
-        Return(DecoderLanes& owner, std::unique_ptr<DecoderLane>& used)
-            : lanes(owner), lane(used) {}
-        Return(const Return&) = delete;
-        Return& operator=(const Return&) = delete;
-        ~Return() { lanes.put_back(lane); }
-
-        DecoderLanes& lanes;
-        std::unique_ptr<DecoderLane>& lane;
-    };
-
-    std::unique_ptr<DecoderLane> take(const DeviceFeatures* features,
-                                      const Cancellation* cancellation) {
-        const OnCancel wake(cancellation, [this] {
-            {
-                // So that this cannot come between a waiter's look and its sleep.
-                const std::lock_guard<std::mutex> lock(mutex_);
-            }
-            changed_.notify_all();
-        });
-        for (;;) {
-            {
-                // Released before `wake` ends, which waits for the function above.
-                std::unique_lock<std::mutex> lock(mutex_);
-                changed_.wait(lock, [&] {
-                    return !free_.empty() || may_grow() || is_cancelled(cancellation);
-                });
-                if (!is_cancelled(cancellation) && !free_.empty()) {
-                    auto best = free_.begin();
-                    for (auto lane = free_.begin(); lane != free_.end(); ++lane) {
-                        if (features != nullptr && (*lane)->holds(*features)) {
-                            best = lane;
-                        }
-                    }
-                    std::unique_ptr<DecoderLane> lane = std::move(*best);
-                    free_.erase(best);
-                    return lane;
-                }
-                if (!is_cancelled(cancellation)) {
-                    ++count_;
-                }
-            }
-            check_cancelled(cancellation);
-            if (std::unique_ptr<DecoderLane> lane = make()) {
-                return lane;
-            }
-        }
-    }
-
-    /// A lane that no call is using, or a new one; nothing where there can be no more.
-    std::unique_ptr<DecoderLane> take_if_free() {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (!free_.empty()) {
-                std::unique_ptr<DecoderLane> lane = std::move(free_.front());
-                free_.erase(free_.begin());
-                return lane;
-            }
-            if (!may_grow()) {
-                return nullptr;
-            }
-            ++count_;
-        }
-        return make();
-    }
-
-    /// Make the lane that was counted, or nothing where memory is short.
-    std::unique_ptr<DecoderLane> make() {
-        try {
-            const Cuda::Active active(memory_->cuda());
-            return std::make_unique<DecoderLane>(network_, memory_, imaging_);
-        } catch (const BackendError& error) {
-            // One is needed; more are a matter of speed.
-            if (count_one_less(error) == 0) {
-                throw;
-            }
-            return nullptr;
-        }
-    }
-
-    void put_back(std::unique_ptr<DecoderLane>& lane) {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            // The one unused for longest stands first.
-            free_.push_back(std::move(lane));
-        }
-        changed_.notify_all();
-    }
-
-    bool may_grow() const {
-        return count_ == 0 || (count_ < limit_ && Clock::now() >= retry_at_);
-    }
-
-    int count_one_less(const BackendError& error) {
-        int left = 0;
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            left = --count_;
-            retry_at_ = Clock::now() + retry_time;
-        }
-        changed_.notify_all();
-        log(LogLevel::warning,
-            "no more than " + std::to_string(left) + " calls at a time: " + error.what());
-        return left;
-    }
-
-    const Network& network_;
-    const std::shared_ptr<Memory> memory_;
-    const Imaging& imaging_;
-    const int limit_;
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::vector<std::unique_ptr<DecoderLane>> free_;
-    int count_ = 0;
-    Clock::time_point retry_at_;
-};
 
 /// Load an engine from the content that was hashed.
 std::shared_ptr<Engine> load(const EngineFile& engine, const Machine& machine) {
@@ -310,7 +112,8 @@ public:
         if (points > network_.max_points()) {
             throw BackendError(std::to_string(points) +
                                " points for one object, corners and padding included; this engine "
-                               "takes " + std::to_string(network_.max_points()) +
+                               "takes " +
+                               std::to_string(network_.max_points()) +
                                ". Build one that takes more: sam3rt build --max-points");
         }
         const std::int64_t objects = prompts.points.shape()[0];
@@ -371,8 +174,8 @@ private:
         // Larger than the encoder's input and smaller, upright and lying.
         const std::vector<Size> sizes = {{side.height + side.height / 3, side.width / 2 + 1},
                                          {side.height / 3 + 1, side.width / 2 + 2}};
-        resizes_ = agrees("resizing images", [&](const Size& size) { return pixels_agree(size); },
-                          sizes);
+        resizes_ =
+            agrees("resizing images", [&](const Size& size) { return pixels_agree(size); }, sizes);
         makes_masks_ =
             agrees("making masks", [&](const Size& size) { return masks_agree(size); }, sizes);
     }
@@ -408,9 +211,8 @@ private:
         const Cuda::Active active(*cuda_);
         const Array<float> found = encoder_->pixels(view, geometry);
         const Array<float> expected = preprocess(spec, view, geometry);
-        return std::equal(found.begin(), found.end(), expected.begin(), [](float a, float b) {
-            return std::abs(a - b) <= pixel_error;
-        });
+        return std::equal(found.begin(), found.end(), expected.begin(),
+                          [](float a, float b) { return std::abs(a - b) <= pixel_error; });
     }
 
     bool masks_agree(const Size& size) const {

@@ -1,5 +1,5 @@
-// CUDA, as little of it as TensorRT needs around it: memory, streams, graphs and kernels of one GPU,
-// by the driver's own library, so that nothing here links to CUDA.
+// CUDA, as little of it as TensorRT needs around it: memory, streams, graphs and kernels of one
+// GPU, by the driver's own library, so that nothing here links to CUDA.
 #pragma once
 
 #include <atomic>

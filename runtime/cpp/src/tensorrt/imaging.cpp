@@ -25,10 +25,9 @@ void set(int (&target)[2], const Size& size) {
 }
 
 void set_step(float (&target)[2], const Size& from, const Size& to) {
-    target[0] = static_cast<float>(static_cast<double>(from.height) /
-                                   static_cast<double>(to.height));
-    target[1] = static_cast<float>(static_cast<double>(from.width) /
-                                   static_cast<double>(to.width));
+    target[0] =
+        static_cast<float>(static_cast<double>(from.height) / static_cast<double>(to.height));
+    target[1] = static_cast<float>(static_cast<double>(from.width) / static_cast<double>(to.width));
 }
 
 /// The most inputs that an output of a resize takes.
@@ -83,8 +82,8 @@ std::size_t Imaging::span_bytes(const ResizeJob& job) {
 std::size_t Imaging::weight_bytes(const ResizeJob& job) {
     std::size_t count = 0;
     for (int axis = 0; axis < 2; ++axis) {
-        count += static_cast<std::size_t>(job.filled[axis]) *
-                 static_cast<std::size_t>(job.taps[axis]);
+        count +=
+            static_cast<std::size_t>(job.filled[axis]) * static_cast<std::size_t>(job.taps[axis]);
     }
     return sizeof(float) * count;
 }

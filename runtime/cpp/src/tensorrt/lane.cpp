@@ -9,8 +9,8 @@
 namespace sam3rt {
 namespace {
 
-// Classes of shapes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
-// A warm-up makes nine; another nine are for calls in which each object has a mask prompt.
+// Classes of shapes whose contexts a lane keeps. Each holds a little device memory of TensorRT's
+// own. A warm-up makes nine; another nine are for calls in which each object has a mask prompt.
 constexpr std::size_t kept_classes = 18;
 
 std::uint64_t next_number() {
@@ -55,7 +55,8 @@ void set_addresses(EngineContext& context, const Layout& layout, const Block& bl
 void check_shapes(const EngineContext& context, const Layout& layout) {
     for (const Slot& slot : layout.slots()) {
         if (context.shape(slot.name) != slot.shape) {
-            throw BackendError("an engine makes " + slot.name + " of another shape than the "
+            throw BackendError("an engine makes " + slot.name +
+                               " of another shape than the "
                                "manifest says: build it again");
         }
     }
@@ -69,8 +70,9 @@ void store_labels(const std::int64_t* labels, std::size_t count, ElementType typ
         std::transform(labels, labels + count, reinterpret_cast<std::int32_t*>(target),
                        [](std::int64_t label) { return static_cast<std::int32_t>(label); });
     } else {
-        throw BackendError("the decoder engine takes labels that are not whole numbers: build it "
-                           "again");
+        throw BackendError(
+            "the decoder engine takes labels that are not whole numbers: build it "
+            "again");
     }
 }
 
@@ -258,8 +260,8 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
                          const std::vector<std::string>& outputs,
                          std::vector<Array<float>>& results, DeviceMasks* masks) {
     const bool own_masks = prompts.masks && prompts.masks->shape()[0] > 1;
-    const ShapeClass shape = network_.classify(static_cast<std::int64_t>(count),
-                                               prompts.points.shape()[1], own_masks);
+    const ShapeClass shape =
+        network_.classify(static_cast<std::int64_t>(count), prompts.points.shape()[1], own_masks);
     // What the buffers hold is known again when all went well.
     const bool is_held = holds(features);
     held_ = 0;
@@ -342,15 +344,14 @@ void DecoderLane::warm_up(const std::vector<ShapeClass>& shapes) {
     const std::vector<std::string>& names = network_.output_names();
     for (const ShapeClass& shape : shapes) {
         const PackedPrompts prompts{
-            Array<float>({shape.objects, shape.points, 2},
-                         std::vector<float>(static_cast<std::size_t>(
-                             shape.objects * shape.points * 2))),
-            Array<std::int64_t>({shape.objects, shape.points},
-                                std::vector<std::int64_t>(
-                                    static_cast<std::size_t>(shape.objects * shape.points),
-                                    padding_label)),
-            std::nullopt,
-            ""};
+            Array<float>(
+                {shape.objects, shape.points, 2},
+                std::vector<float>(static_cast<std::size_t>(shape.objects * shape.points * 2))),
+            Array<std::int64_t>(
+                {shape.objects, shape.points},
+                std::vector<std::int64_t>(static_cast<std::size_t>(shape.objects * shape.points),
+                                          padding_label)),
+            std::nullopt, ""};
         std::vector<Array<float>> results;
         const Layout outputs = network_.outputs(shape);
         for (const std::string& name : names) {
@@ -445,10 +446,10 @@ void DecoderLane::fill_prompts(const Run& run, const PackedPrompts& prompts, std
     std::uint8_t* const host = uploads_.pinned(slot.nbytes());
     std::fill_n(host, slot.nbytes(), std::uint8_t{0});
     const bool is_shared = prompts.masks->shape()[0] == 1;
-    const std::size_t plane = prompts.masks->size() /
-                              static_cast<std::size_t>(prompts.masks->shape()[0]);
-    store(prompts.masks->data() + (is_shared ? 0 : first * plane),
-          (is_shared ? 1 : count) * plane, slot.type, host);
+    const std::size_t plane =
+        prompts.masks->size() / static_cast<std::size_t>(prompts.masks->shape()[0]);
+    store(prompts.masks->data() + (is_shared ? 0 : first * plane), (is_shared ? 1 : count) * plane,
+          slot.type, host);
     cuda_.upload(masks_.address, host, slot.nbytes(), stream_);
 }
 
@@ -462,9 +463,9 @@ MaskJob DecoderLane::job_for(DevicePointer logits, std::int64_t planes,
     job.logits = logits;
     job.masks = making.masks;
     if (Imaging::cleans(job)) {
-        const std::size_t each = aligned(static_cast<std::size_t>(planes) * sizeof(float) *
-                                         static_cast<std::size_t>(job.size[0]) *
-                                         static_cast<std::size_t>(job.size[1]));
+        const std::size_t each =
+            aligned(static_cast<std::size_t>(planes) * sizeof(float) *
+                    static_cast<std::size_t>(job.size[0]) * static_cast<std::size_t>(job.size[1]));
         const DevicePointer search = search_.device(3 * each);
         job.cleaned = search;
         job.parents = search + each;

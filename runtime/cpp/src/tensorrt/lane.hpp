@@ -116,8 +116,8 @@ public:
                 const Imaging& imaging);
 
     /// Run the decoder on `count` objects of the prompts, at most as many as the engine takes, from
-    /// one on. The named outputs go to that place of `results`, [1, P, ...] each; masks of the first
-    /// one, if they are wanted, to that place of masks [P, C, H, W].
+    /// one on. The named outputs go to that place of `results`, [1, P, ...] each; masks of the
+    /// first one, if they are wanted, to that place of masks [P, C, H, W].
     void decode(const DeviceFeatures& features, const PackedPrompts& prompts, std::size_t first,
                 std::size_t count, const std::vector<std::string>& outputs,
                 std::vector<Array<float>>& results, DeviceMasks* masks);

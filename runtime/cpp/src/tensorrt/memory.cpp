@@ -117,8 +117,9 @@ Block::~Block() {
 Block Memory::allocate(std::size_t bytes, bool reusable) {
     if (reusable) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = std::find_if(spare_.begin(), spare_.end(),
-                                        [bytes](const auto& entry) { return entry.first == bytes; });
+        const auto found = std::find_if(spare_.begin(), spare_.end(), [bytes](const auto& entry) {
+            return entry.first == bytes;
+        });
         if (found != spare_.end()) {
             const DevicePointer address = found->second;
             spare_.erase(found);

@@ -55,7 +55,9 @@ public:
     Block() = default;
     Block(std::shared_ptr<Memory> memory, DevicePointer block_address, std::size_t bytes,
           bool is_reusable)
-        : address(block_address), nbytes(bytes), memory_(std::move(memory)),
+        : address(block_address),
+          nbytes(bytes),
+          memory_(std::move(memory)),
           reusable_(is_reusable) {}
     Block(Block&& other) noexcept { *this = std::move(other); }
     Block& operator=(Block&& other) noexcept {
@@ -75,8 +77,8 @@ private:
     bool reusable_ = false;
 };
 
-/// Hands out the memory of one GPU. A few blocks that went are kept for the next ones of their size,
-/// as embeddings are all of one size: allocating halts the device.
+/// Hands out the memory of one GPU. A few blocks that went are kept for the next ones of their
+/// size, as embeddings are all of one size: allocating halts the device.
 class Memory : public std::enable_shared_from_this<Memory> {
 public:
     explicit Memory(std::shared_ptr<const Cuda> cuda) : cuda_(std::move(cuda)) {}

@@ -47,7 +47,8 @@ void check(const std::string& role, const Engine& engine, const GraphSpec& graph
 /// The greatest size of an input along an axis.
 std::int64_t most(const EngineTensor& tensor, std::size_t axis) {
     if (tensor.most.size() != 4 || tensor.most[axis] < 1) {
-        throw BackendError("tensor " + tensor.name + " of an engine is of another shape than known: "
+        throw BackendError("tensor " + tensor.name +
+                           " of an engine is of another shape than known: "
                            "build it again");
     }
     return tensor.most[axis];
@@ -71,8 +72,8 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
     check("encoder", *encoder_, manifest.encoder);
     check("decoder", *decoder_, manifest.decoder);
     const EngineTensor& pixels = encoder_->tensor(manifest.encoder.inputs.at(0).name);
-    pixels_ = {pixels.name, {1, 3, manifest.image.size.height, manifest.image.size.width},
-               pixels.type};
+    pixels_ = {
+        pixels.name, {1, 3, manifest.image.size.height, manifest.image.size.width}, pixels.type};
     auto features = std::make_shared<Layout>();
     for (const TensorSpec& spec : manifest.encoder.outputs) {
         const ElementType type = encoder_->tensor(spec.name).type;
@@ -134,9 +135,9 @@ Layout Network::masks(const ShapeClass& shape) const {
 Layout Network::outputs(const ShapeClass& shape) const {
     Layout layout;
     for (const std::string& name : output_names_) {
-        const auto spec = std::find_if(manifest_.decoder.outputs.begin(),
-                                       manifest_.decoder.outputs.end(),
-                                       [&name](const TensorSpec& s) { return s.name == name; });
+        const auto spec =
+            std::find_if(manifest_.decoder.outputs.begin(), manifest_.decoder.outputs.end(),
+                         [&name](const TensorSpec& s) { return s.name == name; });
         // Objects are the outputs' only dynamic axis.
         layout.add(name, shape_of(*spec, shape.objects), decoder_->tensor(name).type);
     }

@@ -15,8 +15,8 @@ namespace sam3rt {
 
 /// The sizes of one decoder call. A CUDA graph is recorded for one size, and TensorRT spends time
 /// whenever sizes change, so calls are padded to few. Padding points carry a label that the decoder
-/// leaves out of every attention, and padding objects are independent of the others: neither changes
-/// a result.
+/// leaves out of every attention, and padding objects are independent of the others: neither
+/// changes a result.
 struct ShapeClass {
     std::int64_t objects;
     /// Of each object.

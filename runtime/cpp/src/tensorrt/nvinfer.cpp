@@ -19,8 +19,8 @@ static_assert(NV_TENSORRT_VERSION >= 100300, "TensorRT 10.3 or newer is needed")
 namespace sam3rt {
 namespace {
 
-/// Gives TensorRT's lines to the log and keeps the last errors for error messages. TensorRT calls it
-/// from its own threads.
+/// Gives TensorRT's lines to the log and keeps the last errors for error messages. TensorRT calls
+/// it from its own threads.
 class Logger : public nvinfer1::ILogger {
 public:
     void log(Severity severity, const char* text) noexcept override {
@@ -179,8 +179,8 @@ private:
 };
 
 #ifdef TRT_MAJOR_RTX
-/// What TensorRT for RTX compiled for this GPU, in a file that begins with the SHA-256 of the rest, as
-/// the Python runtime writes it. One that is damaged, or of another GPU, driver or version, is
+/// What TensorRT for RTX compiled for this GPU, in a file that begins with the SHA-256 of the rest,
+/// as the Python runtime writes it. One that is damaged, or of another GPU, driver or version, is
 /// ignored and replaced.
 class CompiledCache {
 public:
@@ -189,9 +189,9 @@ public:
         constexpr std::uint64_t limit = std::uint64_t{1} << 32;
         try {
             const Bytes raw = read_file(path_, limit);
-            if (raw.size() > digest_size && digest_of(raw.data() + digest_size,
-                                                      raw.size() - digest_size) ==
-                                                Bytes(raw.begin(), raw.begin() + digest_size)) {
+            if (raw.size() > digest_size &&
+                digest_of(raw.data() + digest_size, raw.size() - digest_size) ==
+                    Bytes(raw.begin(), raw.begin() + digest_size)) {
                 cache_->deserialize(raw.data() + digest_size, raw.size() - digest_size);
             }
         } catch (const std::system_error&) {
@@ -248,8 +248,8 @@ public:
             tensor.shape = shape_of(engine->getTensorShape(name));
             tensor.most = tensor.shape;
             if (tensor.is_input && is_dynamic(tensor.shape)) {
-                tensor.most = shape_of(
-                    engine->getProfileShape(name, 0, nvinfer1::OptProfileSelector::kMAX));
+                tensor.most =
+                    shape_of(engine->getProfileShape(name, 0, nvinfer1::OptProfileSelector::kMAX));
             }
             tensors_[name] = std::move(tensor);
         }

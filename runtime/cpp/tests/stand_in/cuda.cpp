@@ -1,6 +1,6 @@
-// Stands in for the NVIDIA driver's library, libcuda.so.1: a GPU whose memory is the host's. Work on
-// a stream is done when the stream is synchronized, and not before, so that nobody can read a result
-// that the GPU would not have yet. What is recorded can be launched again and again.
+// Stands in for the NVIDIA driver's library, libcuda.so.1: a GPU whose memory is the host's. Work
+// on a stream is done when the stream is synchronized, and not before, so that nobody can read a
+// result that the GPU would not have yet. What is recorded can be launched again and again.
 //
 // Of the environment it takes STAND_IN_MEMORY (bytes of device memory), STAND_IN_CAPTURE=0 (nothing
 // can be recorded), STAND_IN_LOST=N (the Nth synchronization and everything after it fail) and

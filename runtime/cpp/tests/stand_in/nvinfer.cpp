@@ -5,8 +5,8 @@
 // The line reads "stand-in OBJECTS POINTS TYPE FACTOR": the greatest sizes, the type of the feature
 // maps (float or half), and what all outputs are multiplied by, 1 for an engine that is right.
 //
-// STAND_IN_ONNXRUNTIME names ONNX Runtime's library; STAND_IN_TENSORRT is the version that TensorRT is
-// to have, or "none".
+// STAND_IN_ONNXRUNTIME names ONNX Runtime's library; STAND_IN_TENSORRT is the version that TensorRT
+// is to have, or "none".
 
 #if !SAM3RT_ONNXRUNTIME
 #define ORT_API_MANUAL_INIT
@@ -75,9 +75,8 @@ public:
         Ort::Env& ready = environment();
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(1);
-        session_ = std::make_unique<Ort::Session>(ready, &*end + 1,
-                                                  static_cast<std::size_t>(content.end() - end - 1),
-                                                  options);
+        session_ = std::make_unique<Ort::Session>(
+            ready, &*end + 1, static_cast<std::size_t>(content.end() - end - 1), options);
         Ort::AllocatorWithDefaultOptions allocator;
         for (std::size_t i = 0; i < session_->GetInputCount(); ++i) {
             add(session_->GetInputNameAllocated(i, allocator).get(), session_->GetInputTypeInfo(i),
@@ -179,26 +178,29 @@ public:
     bool can_be_recorded(Stream /*stream*/) const override { return true; }
 
     void enqueue(Stream stream) override {
-        static auto* const download =
-            in<int(void*, DevicePointer, std::size_t, Stream)>("libcuda.so.1", "cuMemcpyDtoHAsync_v2");
+        static auto* const download = in<int(void*, DevicePointer, std::size_t, Stream)>(
+            "libcuda.so.1", "cuMemcpyDtoHAsync_v2");
         static auto* const upload = in<int(DevicePointer, const void*, std::size_t, Stream)>(
             "libcuda.so.1", "cuMemcpyHtoDAsync_v2");
-        static auto* const call = in<int(Stream, void (*)(void*), void*)>("libcuda.so.1",
-                                                                          "cuLaunchHostFunc");
+        static auto* const call =
+            in<int(Stream, void (*)(void*), void*)>("libcuda.so.1", "cuLaunchHostFunc");
         bool done = scratch_ != 0;
         for (auto& [name, place] : places_) {
             done = done && place.address != 0;
             place.raw.resize(place.nbytes());
             if (place.tensor.is_input) {
-                done = done && download(place.raw.data(), place.address, place.raw.size(), stream) == 0;
+                done = done &&
+                       download(place.raw.data(), place.address, place.raw.size(), stream) == 0;
             }
         }
-        done = done && call(stream, [](void* context) {
-                           static_cast<StandInContext*>(context)->compute();
-                       }, this) == 0;
+        done = done &&
+               call(
+                   stream, [](void* context) { static_cast<StandInContext*>(context)->compute(); },
+                   this) == 0;
         for (auto& [name, place] : places_) {
             if (!place.tensor.is_input) {
-                done = done && upload(place.address, place.raw.data(), place.raw.size(), stream) == 0;
+                done =
+                    done && upload(place.address, place.raw.data(), place.raw.size(), stream) == 0;
             }
         }
         // As working memory would be written to.
@@ -215,7 +217,8 @@ private:
             Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
         const std::size_t count = element_count(place.shape);
         if (place.tensor.type == ElementType::int64) {
-            return Ort::Value::CreateTensor(memory, reinterpret_cast<std::int64_t*>(place.raw.data()),
+            return Ort::Value::CreateTensor(memory,
+                                            reinterpret_cast<std::int64_t*>(place.raw.data()),
                                             count, place.shape.data(), place.shape.size());
         }
         place.floats.resize(count);
