@@ -299,6 +299,12 @@ private:
 
 }  // namespace
 
+bool has_engines(const Bundle& bundle, const std::string& backend) {
+    const std::vector<Engine> engines = find_engines(bundle.path, "encoder");
+    return std::any_of(engines.begin(), engines.end(),
+                       [&backend](const Engine& engine) { return engine.backend == backend; });
+}
+
 EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
                          const fs::path& engine_folder, const OpenEngines& open,
                          const std::string& loaded_by) {

@@ -30,6 +30,9 @@ struct EngineSet {
     EngineFile decoder_engine;
 };
 
+/// Whether a bundle has engines of a backend, whatever they fit.
+bool has_engines(const Bundle& bundle, const std::string& backend);
+
 /// Makes engines ready to run, so that they can be compared with the bundle's parity record. The
 /// runner keeps what it needs. Throws BackendError or BundleError where they cannot be used.
 using OpenEngines = std::function<Runner(const EngineSet& engines)>;

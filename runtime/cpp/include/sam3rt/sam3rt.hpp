@@ -492,7 +492,8 @@ struct Manifest {
 /// Use the host's environment of ONNX Runtime, with its logger and its threads, in place of one of
 /// our own. A process has one environment: whoever creates it first decides. It must live for as
 /// long as anything of this library. Throws InvalidInputError where it is null, and StateError
-/// where the library has one already, because a model was loaded before.
+/// where the library has one already, because a model was loaded before, or was built without ONNX
+/// Runtime.
 SAM3RT_EXPORT void set_ort_environment(OrtEnv* environment);
 
 /// An image's feature maps on the device that made them, and where the image lies in them.
@@ -548,10 +549,12 @@ struct DecodedMasks {
 
 /// How a model is loaded.
 struct ModelOptions {
-    /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made, or
-    /// `sam3rt verify` proved, on this machine, for this user; "auto" takes CUDA where it works and
-    /// the CPU otherwise.
+    /// What runs the graphs. ONNX Runtime: "cpu"; "cuda" or "cuda:N". TensorRT: "tensorrt" or
+    /// "tensorrt-rtx", also with ":N", with engines that `sam3rt build` made; those that have not been
+    /// proved on this machine, for this user, are compared with the parity record first. Where this
+    /// library was built with TensorRT's headers, TensorRT is used without ONNX Runtime; otherwise by
+    /// its execution provider. "auto" takes the first that works of TensorRT without ONNX Runtime,
+    /// CUDA, and the CPU, and the log says why one was passed over.
     std::string device = "auto";
     /// Threads on the CPU, for each graph of the model; 0 shares one pool of threads, as many as
     /// the machine has cores, with all models of the process that do so. Neither takes processor
@@ -561,7 +564,8 @@ struct ModelOptions {
     /// How many threads may run the encoder at once; others wait for their turn. One encode uses
     /// all cores unless `threads` says otherwise, so more at once take more memory, not less time.
     int concurrent_encodes = 1;
-    /// The same for the decoder, which runs on at most 8 objects at a time.
+    /// The same for the decoder, which runs on at most 8 objects at a time, or in TensorRT on as many
+    /// as its engine takes. There, each of these has memory of its own on the device.
     int concurrent_decodes = 4;
     /// Hash every file against the manifest first. A graph and its weights are hashed in any case
     /// when they are loaded.
@@ -633,7 +637,7 @@ struct Health {
 class SAM3RT_EXPORT Model {
 public:
     /// Open a bundle folder, a relative one from the current folder as it is now. Graphs are loaded
-    /// at first use, or by prepare() or warm_up().
+    /// at first use, or by prepare() or warm_up(); engines, without ONNX Runtime, now.
     /// Throws InvalidInputError where an option makes no sense; BundleError where the bundle is
     /// missing, damaged, mixed, too new or not the expected one; BackendError where the device
     /// cannot be used here.

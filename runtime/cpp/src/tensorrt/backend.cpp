@@ -278,7 +278,13 @@ Provider built_in_tensorrt() {
 std::shared_ptr<const Backend> open_tensorrt_backend(const Bundle& bundle,
                                                      const ModelOptions& options,
                                                      const Device& device) {
-    const auto cuda = std::make_shared<Cuda>(device.number, query_gpu(device.number));
+    const Machine machine = query_gpu(device.number);
+    if (!has_engines(bundle, tensorrt_flavour())) {
+        throw BackendError(bundle.path.string() + " has no " + tensorrt_flavour() +
+                           " engines; build them on this machine: sam3rt build " +
+                           bundle.path.string() + " --backend " + tensorrt_flavour());
+    }
+    const auto cuda = std::make_shared<Cuda>(device.number, machine);
     std::string version;
     {
         const Cuda::Active active(*cuda);
@@ -286,7 +292,7 @@ std::shared_ptr<const Backend> open_tensorrt_backend(const Bundle& bundle,
     }
     std::shared_ptr<const TensorRtBackend> opened;
     choose_engines(
-        bundle, tensorrt_flavour(), cuda->machine(), options.engine_folder,
+        bundle, tensorrt_flavour(), machine, options.engine_folder,
         [&](const EngineSet& engines) {
             // The last one goes first: there may not be memory for both.
             opened.reset();

@@ -200,13 +200,17 @@ public:
         configuration.setRuntimeCache(*cache_);
     }
 
-    void save() const {
+    void save() {
         const std::unique_ptr<nvinfer1::IHostMemory> content(cache_->serialize());
         if (content == nullptr) {
             return;
         }
         const Bytes digest =
             digest_of(static_cast<const std::uint8_t*>(content->data()), content->size());
+        if (digest == saved_) {
+            return;
+        }
+        saved_ = digest;
         try {
             write_atomically(path_, [&](const Write& write) {
                 write(digest.data(), digest.size());
@@ -231,6 +235,8 @@ private:
 
     std::filesystem::path path_;
     std::unique_ptr<nvinfer1::IRuntimeCache> cache_;
+    /// The digest of what was saved last.
+    Bytes saved_;
 };
 #endif
 
