@@ -17,6 +17,7 @@ the decoder's attentions have biases of their own, and are small.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from .typed_graph import FLOAT, drop_unused_weights, new_weight, scope_of
 
 DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
+# Threads of one block, on every GPU.
+_MOST_THREADS = 1024
 
 
 def fuse(model: ir.Model) -> dict[str, int]:
@@ -67,30 +70,25 @@ def _fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         return
     if _ints(turned, "perm") != [0, 1, 3, 2] or _ints(merged, "perm") != _HEADS_FIRST:
         return
-    parts = [_Heads.of(value) for value in (scores.inputs[0], turned.inputs[0], mixed.inputs[1])]
-    query, key, value = parts
-    if query is None or key is None or value is None or value.rotary is not None:
+    found = [_Heads.of(value) for value in (scores.inputs[0], turned.inputs[0], mixed.inputs[1])]
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found) or not _belong_together(*parts):
         return
-    if (query.rotary is None) != (
-        key.rotary is None
-    ) or not query.sizes == key.sizes == value.sizes:
-        return
-    scope, before = scope_of(softmax), merged
-    made = _Maker(graph, before, scope)
-    _, tokens, heads, width = query.sizes
+    made = _Maker(graph, merged, scope_of(softmax))
+    _, tokens, heads, width = parts[0].sizes
+    weights = [part.linear.weight[:, part.order] for part in parts]
+    weight = made.constant("qkv", np.concatenate(weights, axis=1))
+    product = made.node("MatMul", [parts[0].linear.x, weight], shape=None)
+    split = made.split(product, [array.shape[1] for array in weights])
     together = made.constant("together", np.array([-1, tokens, heads * width], np.int64))
     given = []
-    linears = _merge_linears(made, [part.linear for part in (query, key, value)], merged)
-    for part, linear in zip((query, key, value), linears, strict=True):
-        x = made.node("Reshape", [linear, together], shape=("groups", tokens, heads * width))
-        if part.rotary is not None:
-            caches = [
-                made.constant(name, table)
-                for name, table in zip(("cos", "sin"), part.rotary, strict=True)
-            ]
-            first = made.constant("first_position", np.array([0], np.int64))
-            x = made.node("RotaryEmbedding", [x, first, *caches], DOMAIN, shape=x.shape)
-        given.append(x)
+    for index, (part, x) in enumerate(zip(parts, split, strict=True)):
+        bias, scope = part.linear.bias, part.linear.scope
+        if index < 2 or not _into_output_layer(made, merged, bias):
+            vector = made.constant(f"bias_{index}", bias[part.order])
+            x = made.node("Add", [x, vector], scope=scope, shape=None)
+        x = made.node("Reshape", [x, together], shape=("groups", tokens, heads * width))
+        given.append(x if part.rotary is None else _rotated(made, x, part.rotary, heads))
     # The scale is part of the query's weights.
     y = made.node(
         "MultiHeadAttention",
@@ -104,38 +102,35 @@ def _fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     _remove_unused(graph, merged)
 
 
-def _merge_linears(made: _Maker, linears: list[ir.Value], mixed: ir.Node) -> list[ir.Value]:
-    """Three linear layers of one input as one product, whose result is split.
+def _belong_together(query: _Heads, key: _Heads, value: _Heads) -> bool:
+    """Whether three layers of one input are an attention's, with no rotation but both's."""
+    return (
+        value.rotary is None
+        and (query.rotary is None) == (key.rotary is None)
+        and query.sizes == key.sizes == value.sizes
+        and query.linear.x is key.linear.x is value.linear.x
+    )
 
-    A product of three times the width keeps a GPU busier than three. The values' bias is added
-    where nothing needs to be done for it: the weights of a softmax add up to one, so that it goes
-    through the attention unchanged, and into the bias of the output layer.
 
-    Args:
-        made: makes nodes.
-        linears: queries, keys and values.
-        mixed: what the attention yields, before the output layer.
+def _rotated(made: _Maker, x: ir.Value, tables: tuple[Any, Any], heads: int) -> ir.Value:
+    """Queries or keys, turned by their positions.
+
+    ONNX Runtime's CUDA kernel has a block of threads for each token and head. Rotations that turn
+    neighbours do not need to know of heads, so that here one block turns as many heads as fit.
     """
-    found = [_Linear.of(value) for value in linears]
-    layers = [layer for layer in found if layer is not None]
-    if len(layers) < len(found) or any(layer.x is not layers[0].x for layer in layers):
-        return linears
-    weight = made.constant("qkv", np.concatenate([layer.weight for layer in layers], axis=1))
-    widths = [layer.weight.shape[1] for layer in layers]
-    product = made.node("MatMul", [layers[0].x, weight], shape=None)
-    sizes = made.constant("widths", np.array(widths, np.int64))
-    parts = made.split(product, sizes, linears)
-    biases = [layer.bias for layer in layers]
-    if _into_output_layer(made, mixed, biases[2]):
-        biases.pop()
-    for index, (name, bias) in enumerate(zip(("query", "key", "value"), biases, strict=False)):
-        vector = made.constant(f"{name}_bias", bias)
-        parts[index] = made.node("Add", [parts[index], vector], shape=parts[index].shape)
-    return parts
+    half = tables[0].shape[1]
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and 2 * half * n <= _MOST_THREADS]
+    count = max(fitting, default=1)
+    caches = [made.shared("rotary", np.tile(table, (1, count))) for table in tables]
+    first = made.constant("first_position", np.array([0], np.int64))
+    return made.node("RotaryEmbedding", [x, first, *caches], DOMAIN, shape=x.shape, interleaved=1)
 
 
 def _into_output_layer(made: _Maker, mixed: ir.Node, bias: Any) -> bool:
-    """Add a bias of what an attention mixes to that of the layer behind it, if there is one."""
+    """Add the values' bias to that of the layer behind an attention, if there is one.
+
+    The weights of a softmax add up to one, so that the bias goes through unchanged.
+    """
     reshaped = _only_user(mixed, "Reshape")
     product = None if reshaped is None else _only_user(reshaped, "MatMul")
     added = None if product is None else _only_user(product, "Add")
@@ -155,24 +150,26 @@ class _Linear:
         x: what it reads.
         weight: float32 [inputs, outputs].
         bias: float32 [outputs].
+        scope: the module's name.
     """
 
-    def __init__(self, x: ir.Value, weight: Any, bias: Any) -> None:
+    def __init__(self, x: ir.Value, weight: Any, bias: Any, scope: str) -> None:
         self.x = x
         self.weight = weight
         self.bias = bias
+        self.scope = scope
 
     @classmethod
-    def of(cls, value: ir.Value) -> _Linear | None:
+    def of(cls, value: ir.Value | None) -> _Linear | None:
         """The layer that yields a value, or ``None`` where something else does."""
         added = _made_by(value, "Add")
-        for product, bias in ([] if added is None else (added.inputs, added.inputs[::-1])):
+        for product, bias in [] if added is None else (added.inputs, added.inputs[::-1]):
             multiplied = _made_by(product, "MatMul")
             if multiplied is None or not _is_vector(bias):
                 continue
             x, weight = multiplied.inputs[0], _array(multiplied.inputs[1])
             if x is not None and weight is not None and weight.ndim == 2:
-                return cls(x, weight, _array(bias))
+                return cls(x, weight, _array(bias), scope_of(multiplied))
         return None
 
 
@@ -180,15 +177,24 @@ class _Heads:
     """A linear layer's result, split into heads and perhaps turned by position.
 
     Attributes:
-        linear: [B, T, heads * width].
+        linear: the layer, of [B, T, heads * width].
         sizes: of the split: (-1, tokens, heads, width).
         rotary: cosines and sines, float32 [tokens, width / 2] each, or ``None``.
     """
 
-    def __init__(self, linear: ir.Value, sizes: tuple[int, ...], rotary: Any) -> None:
+    def __init__(self, linear: _Linear, sizes: tuple[int, ...], rotary: Any) -> None:
         self.linear = linear
         self.sizes = sizes
         self.rotary = rotary
+
+    @property
+    def order(self) -> Any:
+        """Of its columns: a rotation turns neighbours, not the halves of a head."""
+        _, _, heads, width = self.sizes
+        columns = np.arange(heads * width)
+        return (
+            columns if self.rotary is None else columns.reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+        )
 
     @classmethod
     def of(cls, value: ir.Value | None) -> _Heads | None:
@@ -211,9 +217,10 @@ class _Heads:
             return None
         split = _made_by(transposed.inputs[0], "Reshape")
         sizes = None if split is None else _array(split.inputs[1])
-        if split is None or sizes is None or len(sizes) != 4 or split.inputs[0] is None:
+        linear = None if split is None else _Linear.of(split.inputs[0])
+        if linear is None or sizes is None or len(sizes) != 4:
             return None
-        return cls(split.inputs[0], tuple(int(side) for side in sizes), rotary)
+        return cls(linear, tuple(int(side) for side in sizes), rotary)
 
 
 def _swaps_halves(halves: ir.Node, value: ir.Value | None) -> bool:
@@ -337,9 +344,10 @@ class _Maker:
         domain: str = "",
         *,
         shape: Any,
+        scope: str | None = None,
         **attributes: Any,
     ) -> ir.Value:
-        name = f"{self.scope}/{operator}_fused_{self._count}"
+        name = f"{scope or self.scope}/{operator}_fused_{self._count}"
         self._count += 1
         node = ir.node(operator, given, attributes=attributes, domain=domain, name=name)
         (output,) = node.outputs
@@ -348,24 +356,32 @@ class _Maker:
         self._graph.insert_before(self._before, node)
         return output
 
-    def split(self, value: ir.Value, sizes: ir.Value, like: list[ir.Value]) -> list[ir.Value]:
+    def split(self, value: ir.Value, widths: list[int]) -> list[ir.Value]:
         """Parts of a value's last axis."""
         name = f"{self.scope}/Split_fused_{self._count}"
         self._count += 1
+        sizes = self.constant("widths", np.array(widths, np.int64))
         node = ir.node(
-            "Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(like), name=name
+            "Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(widths), name=name
         )
-        for index, (output, other) in enumerate(zip(node.outputs, like, strict=True)):
+        for index, output in enumerate(node.outputs):
             output.name, output.type = f"{name}.{index}", ir.TensorType(FLOAT)
-            output.shape = other.shape
         self._graph.insert_before(self._before, node)
         return list(node.outputs)
 
     def constant(self, name: str, array: Any) -> ir.Value:
         """A weight, made once for each module."""
         full = f"{self.scope}.fused_{name}"
-        known = self._graph.initializers.get(full)
-        return known or new_weight(self._graph, full, ir.tensor(array, name=full))
+        return self._weight(full, array)
+
+    def shared(self, name: str, array: Any) -> ir.Value:
+        """A weight, made once for all modules that have the same."""
+        content = np.ascontiguousarray(array)
+        return self._weight(f"{name}.{hashlib.sha256(content.tobytes()).hexdigest()[:16]}", content)
+
+    def _weight(self, name: str, array: Any) -> ir.Value:
+        known = self._graph.initializers.get(name)
+        return known or new_weight(self._graph, name, ir.tensor(array, name=name))
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
