@@ -27,6 +27,9 @@ ALIGNMENT = 256
 _SPARE_BLOCKS = 4
 # Images are of many sizes: spare blocks are kept for the sizes used last.
 _SPARE_SIZES = 3
+# Masks of a call lie in pinned memory that is the caller's until it drops them: to copy them to
+# other memory takes half of a click's time. Beyond so many bytes they are copied all the same.
+_MOST_LENT = 256 << 20
 # Calls after which a buffer is replaced by a smaller one, if none of them needed half of it.
 _CALLS_BEFORE_SHRINKING = 64
 
@@ -162,10 +165,55 @@ class _Heap:
         self._cuda.free(address)
 
 
+class _PinnedHeap:
+    """Pinned memory for callers, of which no more than a limit is taken."""
+
+    def __init__(self, cuda: Cuda, limit: int) -> None:
+        self._cuda = cuda
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._arrays: dict[int, NDArray[np.uint8]] = {}
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The address, or ``None`` where there is not enough."""
+        with self._lock:
+            if nbytes + sum(array.nbytes for array in self._arrays.values()) > self._limit:
+                return None
+            try:
+                array = self._cuda.allocate_host(nbytes)
+            except BackendError:
+                return None
+            address = int(array.ctypes.data)
+            self._arrays[address] = array
+            return address
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            array = self._arrays.pop(address)
+        self._cuda.free_host(array)
+
+
+class _Lent:
+    """Pinned memory that is a caller's: the base of every array over it.
+
+    Attributes:
+        __array_interface__: what NumPy makes an array from.
+    """
+
+    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
+        self._memory = memory
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
 class _SpareBlocks:
     """Freed blocks that are kept for the next ones of their size."""
 
-    def __init__(self, heap: _Heap) -> None:
+    def __init__(self, heap: _Heap | _PinnedHeap) -> None:
         self._heap = heap
         self._lock = threading.Lock()
         # The size used last stands last.
@@ -206,10 +254,12 @@ class _Returns:
 
     Attributes:
         spare: blocks that are kept for the next ones.
+        spare_lent: pinned memory that was lent, likewise.
     """
 
-    def __init__(self, cuda: Cuda, heap: _Heap) -> None:
+    def __init__(self, cuda: Cuda, heap: _Heap, lendable: _PinnedHeap) -> None:
         self.spare = _SpareBlocks(heap)
+        self.spare_lent = _SpareBlocks(lendable)
         self._cuda = cuda
         # A deque's append needs no lock, so it can be called wherever an object dies.
         self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -239,6 +289,7 @@ class _Returns:
         with contextlib.suppress(BackendError), self._cuda.active():
             self.give_back()
             self.spare.free_all()
+            self.spare_lent.free_all()
 
 
 class Memory:
@@ -252,7 +303,8 @@ class Memory:
     def __init__(self, cuda: Cuda, limit: int | None = None) -> None:
         self._cuda = cuda
         self._heap = _Heap(cuda, limit)
-        self._returns = _Returns(cuda, self._heap)
+        self._lendable = _PinnedHeap(cuda, _MOST_LENT)
+        self._returns = _Returns(cuda, self._heap, self._lendable)
         weakref.finalize(self, self._returns.close).atexit = False
 
     def allocate(self, nbytes: int) -> Block:
@@ -284,6 +336,29 @@ class Memory:
         self.give_back_after(buffer, self._cuda.free_host, buffer.array)
         return buffer
 
+    def lend(self, nbytes: int) -> NDArray[np.uint8] | None:
+        """Pinned host memory that the caller keeps as long as any array over it lives.
+
+        Returns:
+            uint8 [nbytes], or ``None`` where too much is lent already.
+        """
+        self.collect()
+        # In steps of a megabyte, so that calls of similar sizes share spare memory.
+        size = -(-nbytes >> 20) << 20
+        spare = self._returns.spare_lent
+        allocation = spare.take(size)
+        if allocation is None:
+            address = self._lendable.allocate(size)
+            if address is None:
+                spare.free_all()
+                address = self._lendable.allocate(size)
+            if address is None:
+                return None
+            allocation = _Allocation(address, size)
+        lent = _Lent(self, allocation.address, nbytes)
+        self.give_back_after(lent, spare.keep, allocation)
+        return np.asarray(lent)
+
     def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
         """Call ``give_back(what)`` some time after the owner has died."""
         weakref.finalize(owner, self._returns.add, give_back, what).atexit = False
@@ -301,9 +376,10 @@ class Memory:
             return self._heap.allocate(nbytes)
 
     def release_spare(self) -> None:
-        """Give back the blocks that are kept for the next embeddings and images."""
+        """Give back what is kept for the next embeddings, images and masks."""
         self.collect()
         self._returns.spare.free_all()
+        self._returns.spare_lent.free_all()
 
 
 class _Sized:
