@@ -18,10 +18,11 @@ from ...errors import BackendError
 from ...geometry import ImageGeometry
 from ...masks import MaskOptions
 from ...prompts import PackedPrompts
+from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
 from .imaging import MASK_JOB, MASKING, DeviceImaging
-from .memory import Block, GrowingBuffer, Layout, Memory, Workspace, aligned
+from .memory import Block, Layout, Memory, aligned
 from .network import JOB, Network
 from .replay import Replay
 from .shapes import ShapeClass, classify

@@ -17,7 +17,8 @@ from tests.support.fake_cuda import FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateError, load_model
-from sam3rt.backends.tensorrt.memory import GrowingBuffer, Memory
+from sam3rt.backends.tensorrt.buffers import GrowingBuffer
+from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.backends.tensorrt.offer import allow_imaging
 
 PROMPTS = Prompts([[225, 150]], [1])
