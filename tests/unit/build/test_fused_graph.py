@@ -19,8 +19,9 @@ from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import preprocess
 from sam3rt.prompts import PackedPrompts, decoder_inputs
-from sam3rt_build.fused_graph import DOMAIN, fuse
+from sam3rt_build.fused_graph import fuse
 from sam3rt_build.graph_files import load_graph, save_graph
+from sam3rt_build.graph_patterns import DOMAIN
 from sam3rt_build.typed_graph import Role
 
 

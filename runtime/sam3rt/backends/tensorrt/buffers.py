@@ -1,4 +1,4 @@
-"""Buffers of a lane: replaced when more is needed, or by name at addresses that recorded runs keep."""
+"""Buffers of a lane: grown when more is needed, or at addresses that recorded runs keep."""
 
 from __future__ import annotations
 
