@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from benchmarks.gpu_sections.record import Record, Settings
-from benchmarks.gpu_sections.timing import times
+from benchmarks.gpu_sections.timing import device_times, times
 from tests.support import gpu_checks
 
 from sam3rt import GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
@@ -21,6 +22,7 @@ from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import open_lanes
 from sam3rt.backends.onnxruntime.typed import Graphs, find_typed
 from sam3rt.backends.tensorrt import LaneBackend
+from sam3rt.embedding import ImageEmbedding
 from sam3rt.geometry import preprocess
 from sam3rt_bench.pytorch_backend import PyTorchBackend
 from sam3rt_bench.timing import Effort, alternate
@@ -81,8 +83,10 @@ def measure(record: Record, settings: Settings, model: SegmentationModel) -> Non
         # What SAM 3's predictor does by default: three masks, holes filled, as uint8.
         return model.segment(embedding, prompts, multimask, max_hole_area=holes, dtype=np.uint8)
 
+    pixels, _ = preprocess(manifest.image, image)
     calls: dict[str, Callable[[], Any]] = {
         "encode": lambda: model.encode(image),
+        "encode, resized before": lambda: backend.encode(pixels),
         "one click": lambda: segment(_clicks(1)),
         "one click, single mask": lambda: segment(_clicks(1), False),
         "four boxes": lambda: segment(_boxes(4)),
@@ -116,43 +120,59 @@ def _gate(backend: Backend) -> Any:
 
 
 def pytorch(record: Record, settings: Settings) -> None:
-    """PyTorch eager in FP32, in BF16 by autocast, and compiled: in one process, in turn."""
+    """PyTorch eager in FP32, in BF16 by autocast, and compiled: in one process, in turn.
+
+    What takes long comes last: the gate's calls compile the decoder for one size after another.
+    """
     bundle = open_bundle(settings.bundle, check_files=False)
     names = ["fp32", "bf16", "compile-bf16"]
     if settings.small:
         names.pop()  # compiling takes longer than everything else
     pixels, where = preprocess(bundle.manifest.image, gpu_checks.picture(1080, 1920))
+    device = "cuda:0" if settings.device == "cuda" else "cpu"
     models: dict[str, SegmentationModel] = {}
     for name in names:
-        device = "cuda:0" if settings.device == "cuda" else "cpu"
         backend = PyTorchBackend(
             bundle, settings.checkpoint, precision=name, device=device, threads=None
         )
         models[name] = SegmentationModel(bundle, backend)
-        record.attempt(f"{name}, gate", _gate, backend)
-        record.attempt(f"{name}, first run", times, lambda b=backend: b.encode(pixels), 0.0)
-    effort = Effort(30, min(20.0, max(1.0, settings.seconds_left / 3)), 2)
+        record.attempt(f"{name}, first run", _seconds, lambda b=backend: b.encode(pixels))
+    effort = Effort(30, min(10.0, max(1.0, settings.seconds_left / 4)), 2)
     if settings.small:
         effort = Effort(3, 0.5, 1)
-    encodes = {name: lambda m=model: m.backend.encode(pixels) for name, model in models.items()}
-    for name, found in alternate(encodes, effort).items():
-        record.put(f"{name}, encode", {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
-    features = {name: model.backend.encode(pixels) for name, model in models.items()}
-    from sam3rt.embedding import ImageEmbedding
 
+    def in_turn(what: str, calls: dict[str, Callable[[], Any]]) -> None:
+        for name, found in alternate(calls, effort).items():
+            record.put(f"{name}, {what}", {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
+
+    in_turn("encode", {n: lambda m=m: m.backend.encode(pixels) for n, m in models.items()})
+    there = torch.from_numpy(pixels).to(device)
+    for name, model in models.items():
+        alone = lambda b=model.backend: b.encode_tensor(there)  # type: ignore[attr-defined]  # noqa: E731
+        record.put(
+            f"{name}, encoder alone", device_times(alone, settings.device, effort.repetitions)
+        )
     tensors = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
     embeddings = {
-        name: ImageEmbedding(maps, where, bundle.manifest.fingerprint, tensors)
-        for name, maps in features.items()
+        name: ImageEmbedding(
+            model.backend.encode(pixels), where, bundle.manifest.fingerprint, tensors
+        )
+        for name, model in models.items()
     }
     for label, prompts in (("one click", _clicks(1)), ("four boxes", _boxes(4))):
-        clicks = {
+        calls = {
             name: lambda m=model, e=embeddings[name], p=prompts: m.decode(e, p)
             for name, model in models.items()
         }
-        for name, found in alternate(clicks, effort).items():
-            key = f"{name}, logits of {label}"
-            record.put(key, {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
+        in_turn(f"logits of {label}", calls)
+    for name, model in models.items():
+        record.attempt(f"{name}, gate", _gate, model.backend)
+
+
+def _seconds(call: Callable[[], Any]) -> dict[str, float]:
+    begun = time.monotonic()
+    call()
+    return {"seconds": time.monotonic() - begun}
 
 
 def tensorrt(record: Record, settings: Settings) -> None:

@@ -101,11 +101,14 @@ class PyTorchBackend(Backend):
 
     def _encode(self, pixels: NDArray[np.float32]) -> TorchFeatures:
         """Returns when the encoder is done."""
-        with self._context():
-            maps = self._run_encoder(torch.from_numpy(pixels).to(self.device))
-            tensors = tuple(tensor.float() for tensor in maps)
+        tensors = self.encode_tensor(torch.from_numpy(pixels).to(self.device))
         self._wait()
         return TorchFeatures(tensors)
+
+    def encode_tensor(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Queue the encoder on float32 [1, 3, H, W] of the device; the feature maps in FP32."""
+        with self._context():
+            return tuple(tensor.float() for tensor in self._run_encoder(pixels))
 
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]

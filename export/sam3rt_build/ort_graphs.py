@@ -33,8 +33,8 @@ from sam3rt.errors import InvalidInputError
 
 from .fused_graph import fuse
 from .graph_files import load_graph, save_graph
-from .recipes import BF16, Recipe, recipe_named
-from .typed_graph import Role, apply_recipe
+from .recipes import BF16, PRODUCTS, Recipe, recipe_named
+from .typed_graph import FLOAT, Role, apply_recipe
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,7 +103,15 @@ def _write(bundle: Bundle, name: str, say: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix=".build-", dir=bundle.path / ENGINES) as made:
         folder = Path(made) / target.name
         folder.mkdir()
-        files = {role: _write_graph(bundle, role, name, folder, say) for role in _ROLES}
+        files: dict[Role, tuple[FileEntry, ...]] = {}
+        narrow: list[str] = []
+        for role in _ROLES:
+            model, fused = typed_graph(bundle, role, name)
+            files[role] = _write_graph(
+                model, fused, folder / f"{role}.onnx", f"{role} in {name}", say
+            )
+            if not _has_fp32_products(model):
+                narrow.append(files[role][0].file)
         sidecar = TypedSidecar(
             bundle_fingerprint=bundle.manifest.fingerprint,
             recipe=name,
@@ -111,6 +119,7 @@ def _write(bundle: Bundle, name: str, say: Callable[[str], None]) -> Path:
             features_dtype=encoder.features_dtype,
             encoder=files["encoder"],
             decoder=files["decoder"],
+            narrow=tuple(narrow),
         )
         write_typed_sidecar(folder, sidecar)
         if target.exists():
@@ -120,11 +129,16 @@ def _write(bundle: Bundle, name: str, say: Callable[[str], None]) -> Path:
 
 
 def _write_graph(
-    bundle: Bundle, role: Role, name: str, folder: Path, say: Callable[[str], None]
+    model: ir.Model, fused: dict[str, int], path: Path, what: str, say: Callable[[str], None]
 ) -> tuple[FileEntry, ...]:
-    model, fused = typed_graph(bundle, role, name)
-    path = folder / f"{role}.onnx"
     beside = save_graph(model, path)
     operators = ", ".join(f"{count} {name}" for name, count in fused.items()) or "nothing fused"
-    say(f"wrote the {role} in {name}: {path.stat().st_size / 1e6:.1f} MB, {operators}")
+    say(f"wrote the {what}: {path.stat().st_size / 1e6:.1f} MB, {operators}")
     return (file_entry(path), *(file_entry(file) for file in beside))
+
+
+def _has_fp32_products(model: ir.Model) -> bool:
+    return any(
+        node.op_type in PRODUCTS and node.inputs[0] is not None and node.inputs[0].dtype == FLOAT
+        for node in model.graph
+    )

@@ -126,7 +126,7 @@ class SegmentationModel:
             EmbeddingError: the embedding belongs to another bundle or backend.
             BackendError: the backend failed.
         """
-        packed = self._pack(prompts, embedding)
+        packed = self._pack(prompts, embedding.geometry)
         return self.decode_packed(embedding, packed, multimask_output)
 
     def decode_packed(
@@ -173,15 +173,9 @@ class SegmentationModel:
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
         embedding = self.upload(embedding)
-        results, masks = self.backend.decode_masks(
-            embedding.features,
-            self._pack(prompts, embedding),
-            decoder_outputs(self.manifest, multimask_output),
-            embedding.geometry,
-            MaskOptions(threshold, max_hole_area, max_sprinkle_area, return_logits, dtype),
-            self.on_stage,
-        )
-        return self._decoded(results), masks
+        options = MaskOptions(threshold, max_hole_area, max_sprinkle_area, return_logits, dtype)
+        packed = self._pack(prompts, embedding.geometry)
+        return self._segment(embedding, packed, multimask_output, options)
 
     def segment_image(
         self,
@@ -222,23 +216,19 @@ class SegmentationModel:
         if points is not None:
             points, labels = with_labels(points, labels)
         prompts = Prompts(points, labels, boxes, mask_input)
-        rgb = None
+        own = self.manifest.masks.max_hole_area
+        holes = own if max_hole_area is None else max_hole_area
+        options = MaskOptions(threshold, holes, max_sprinkle_area, dtype=np.bool_)
+        # What is wrong with a prompt is said before the image is encoded.
         if isinstance(image, ImageEmbedding):
-            embedding = image
+            rgb, packed = None, self._pack(prompts, image.geometry)
+            embedding = self.upload(image)
         else:
             rgb = load_image(image, bgr)
+            where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
+            packed = self._pack(prompts, where)
             embedding = self.encode(rgb)
-        decoded, masks = self.segment(
-            embedding,
-            prompts,
-            bool(multimask_output),
-            threshold=threshold,
-            max_hole_area=self.manifest.masks.max_hole_area
-            if max_hole_area is None
-            else max_hole_area,
-            max_sprinkle_area=max_sprinkle_area,
-            dtype=np.bool_,
-        )
+        decoded, masks = self._segment(embedding, packed, bool(multimask_output), options)
         return arrange(
             masks,
             decoded.iou_predictions,
@@ -262,9 +252,22 @@ class SegmentationModel:
             self._score_unit = "log_odds" if log_odds else "iou"
         return self._score_unit
 
-    def _pack(self, prompts: Prompts, embedding: ImageEmbedding) -> PackedPrompts:
+    def _pack(self, prompts: Prompts, where: ImageGeometry) -> PackedPrompts:
         with timed("pack prompts", self.on_stage):
-            return pack(prompts, self.manifest.prompts, embedding.geometry)
+            return pack(prompts, self.manifest.prompts, where)
+
+    def _segment(
+        self,
+        embedding: ImageEmbedding,
+        prompts: PackedPrompts,
+        multimask_output: bool,
+        options: MaskOptions,
+    ) -> tuple[DecodedMasks, NDArray[Any]]:
+        outputs = decoder_outputs(self.manifest, multimask_output)
+        results, masks = self.backend.decode_masks(
+            embedding.features, prompts, outputs, embedding.geometry, options, self.on_stage
+        )
+        return self._decoded(results), masks
 
     def _decoded(self, results: list[NDArray[np.float32]]) -> DecodedMasks:
         """Name the decoder's outputs, once they can be answers at all.

@@ -328,7 +328,7 @@ def test_verdicts_travel_both_ways(
         "files": "a b",
     }
     subject: Step = {"fingerprint": recorded.manifest.fingerprint, **fields}
-    figures = {"masks mean IoU": 0.1 + 0.2, "features 0 cosine": math.nan, "logits error": 3e-9}
+    figures = {"masks mean IoU": 0.1 + 0.2, "features 0 cosine": math.nan, "logits error": 1e300}
     verdict = StoredVerdict(False, 'n\u00f6 "mask"\n', figures, True)
     saved: Step = {
         "op": "save_verdict",

@@ -326,6 +326,17 @@ def test_changed_engine(cpp_build: Build, engines: Engines, role: str) -> None:
     assert "link" in engines.choose(cpp_build).refusal("BundleError", f"{role}.engine")
 
 
+def test_a_changed_engine_beside_a_whole_pair(cpp_build: Build, engines: Engines) -> None:
+    engines.pair("a")
+    engines.pair("b", recipe="fp32")
+    engines.prove()
+    (engines.path / "engines" / "a" / "encoder.engine").write_bytes(b"changed")
+    assert engines.choose(cpp_build).value["precision"] == "fp32+fp16"
+    (engines.path / "engines" / "b" / "encoder.engine").unlink()
+    message = engines.choose(cpp_build).refusal("BackendError")
+    assert message.count("encoder.engine: ") == 4
+
+
 @pytest.mark.parametrize("linked", ["engines", f"engines/{FP16}", "engines/{}/encoder.engine.json"])
 def test_engines_behind_a_link_that_leaves_the_bundle_are_passed_over(
     cpp_build: Build, engines: Engines, tmp_path: Path, linked: str

@@ -280,10 +280,11 @@ def _skip(
 def _rotary(a: dict[str, Any], x: Tensor, first: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = 2 * cos.shape[1]
     heads = x.unflatten(-1, (-1, width))
-    real, imaginary = heads.chunk(2, -1)
+    real, imaginary = heads.unflatten(-1, (-1, 2)).unbind(-1)
     c, s = (table[: x.shape[1], None] for table in (cos, sin))
-    turned = torch.cat([real * c - imaginary * s, imaginary * c + real * s], -1)
-    return turned.flatten(-2)
+    turned = torch.stack([real * c - imaginary * s, imaginary * c + real * s], -1)
+    assert a["interleaved"] == 1
+    return turned.flatten(-3)
 
 
 def _attention(a: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

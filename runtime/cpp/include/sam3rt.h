@@ -245,7 +245,9 @@ typedef struct sam3rt_model_options {
     int32_t skip_file_checks;
     /* Refuse any bundle but the one with this fingerprint; NULL takes any. */
     const char* expected_fingerprint;
-    /* The engine folder to use in place of the fastest recipe that is proven; NULL for none. */
+    /* For TensorRT, the engine folder to use in place of the fastest recipe that passes the gate; NULL
+     * for none. Engines that nobody has judged on this machine are compared with the bundle's parity
+     * record when a model is loaded, once, which at full size takes a minute or two. */
     const char* engine_folder;
     /* How many threads may run the encoder at once, and the decoder; others wait for their turn. 0
      * stands for the defaults, 1 and 4. */

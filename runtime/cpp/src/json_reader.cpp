@@ -88,12 +88,12 @@ bool JsonValue::is_text() const { return value_.is_string(); }
 
 bool JsonValue::has(const std::string& name) const { return value_.contains(name); }
 
-double JsonValue::number() const {
+double JsonValue::number(double limit) const {
     if (!value_.is_number()) {
         refuse("a number");
     }
     const double number = value_.get<double>();
-    if (!(std::abs(number) <= 1e30)) {
+    if (!(std::abs(number) <= limit)) {
         refuse("a number of ordinary size");
     }
     return number;

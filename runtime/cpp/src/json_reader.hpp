@@ -18,8 +18,8 @@ public:
 
     std::string text() const;
     std::int64_t whole_number() const;
-    /// A number of ordinary size: at most 1e30 either way.
-    double number() const;
+    /// A number of ordinary size: at most 1e30 either way, unless `limit` says otherwise.
+    double number(double limit = 1e30) const;
     bool boolean() const;
     bool is_null() const;
     bool is_text() const;

@@ -233,8 +233,11 @@ void ParityRecord::read_images(std::size_t count, std::size_t levels) {
         }
         features_.emplace_back();
         for (std::size_t level = 0; level < levels; ++level) {
-            features_.back().push_back(
-                take<float>("features_" + number + "_" + std::to_string(level)));
+            const std::string name = "features_" + number + "_" + std::to_string(level);
+            features_.back().push_back(take<float>(name));
+            if (features_.back().back().size() == 0) {
+                refuse("proves nothing: " + name + " is empty");
+            }
         }
     }
 }

@@ -87,7 +87,8 @@ Verdict parse(const Bytes& content, const std::string& name, const VerdictSubjec
     verdict.encoder_failed = root.field("encoder_failed").boolean();
     for (const auto& [figure, value] : root.field("figures").fields()) {
         verdict.figures[figure] =
-            value.is_null() ? std::numeric_limits<double>::quiet_NaN() : value.number();
+            value.is_null() ? std::numeric_limits<double>::quiet_NaN()
+                            : value.number(std::numeric_limits<double>::max());
     }
     return verdict;
 }

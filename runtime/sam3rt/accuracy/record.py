@@ -175,8 +175,8 @@ class ParityRecord:
         """Refuse a record that leaves an output of the model unproven.
 
         Raises:
-            ValueError: it has no image, no decoder call, or an output of another shape than the
-                model's.
+            ValueError: it has no image, no decoder call, or an output of another shape or type than
+                the model's.
         """
         images, cases = self.images(), self.cases()
         if not images or not cases:
@@ -189,37 +189,54 @@ class ParityRecord:
                 f"it has {self._description['levels']} feature maps, the encoder makes "
                 f"{len(manifest.encoder.outputs)}"
             )
+        for index in range(len(images)):
+            for level in range(self._description["levels"]):
+                array = self._arrays[f"features_{index}_{level}"]
+                if array.dtype != np.float32 or not array.size:
+                    raise ValueError(
+                        f"image {index} has features {level} that are {array.dtype} of shape "
+                        f"{array.shape}"
+                    )
         height, width = manifest.masks.low_res_size
         masks = manifest.masks.multimask + 1
         rows, columns = -(-height // LOGIT_STRIDE), -(-width // LOGIT_STRIDE)
         for case in cases:
-            objects = len(case.prompts.labels)
+            objects = case.prompts.labels.shape[0] if case.prompts.labels.ndim else 0
             shapes = {"logits": (objects, masks, rows, columns), "iou": (objects, masks)}
-            if has_object_score(manifest):
+            if has_object_score(manifest) or f"{case.name}/object_score" in self._arrays:
                 shapes["object_score"] = (objects,)
             shapes["masks"] = (-(-objects * masks * height * width // 8),)
             for part, shape in shapes.items():
-                array = self._arrays.get(f"{case.name}/{part}")
-                if not objects or array is None or array.shape != shape:
+                found = self._arrays.get(f"{case.name}/{part}")
+                dtype = np.uint8 if part == "masks" else np.float32
+                if not objects or found is None or found.shape != shape or found.dtype != dtype:
                     raise ValueError(
-                        f"case {case.name} has {part} of shape "
-                        f"{None if array is None else array.shape}, expected {shape}"
+                        f"case {case.name} has {part} of "
+                        f"{None if found is None else (found.shape, found.dtype)}, expected "
+                        f"{(shape, np.dtype(dtype))}"
                     )
-                if not np.isfinite(array).all():
+                if not np.isfinite(found).all():
                     raise ValueError(f"case {case.name} has {part} that are not finite")
             points, labels, prompt = case.prompts.points, case.prompts.labels, case.prompts.masks
             if (
                 labels.ndim != 2
                 or labels.dtype != np.int64
+                or points.dtype != np.float32
                 or points.shape != (*labels.shape, 2)
                 or not np.isfinite(points).all()
             ):
-                raise ValueError(f"case {case.name} has points of shape {points.shape}")
-            if prompt is not None and prompt.shape not in (
-                (1, *manifest.prompts.mask_size),
-                (objects, *manifest.prompts.mask_size),
+                raise ValueError(
+                    f"case {case.name} has points that are {points.dtype} of shape {points.shape}"
+                )
+            if prompt is not None and (
+                prompt.dtype != np.float32
+                or prompt.shape
+                not in ((1, *manifest.prompts.mask_size), (objects, *manifest.prompts.mask_size))
             ):
-                raise ValueError(f"case {case.name} has a mask prompt of shape {prompt.shape}")
+                raise ValueError(
+                    f"case {case.name} has a mask prompt that is {prompt.dtype} of shape "
+                    f"{prompt.shape}"
+                )
 
     def images(self) -> list[NDArray[np.uint8]]:
         """The images, uint8 [H, W, 3] each."""

@@ -35,6 +35,8 @@ def test_the_command_writes_every_recipe(bundle: Path, capsys: pytest.CaptureFix
     found = find_typed(open_bundle(bundle))
     assert [graphs.precision for graphs in found] == list(TYPED_ORDER)
     assert [graphs.tf32 for graphs in found] == [False, False, True]
+    # Decoders keep heads in FP32; with BF16, convolutions stay there, too.
+    assert [graphs.narrow for graphs in found] == [("encoder.onnx",), ("encoder.onnx",), ()]
     assert find_engines(open_bundle(bundle)) == ()
     open_bundle(bundle).check_files()
     assert not list((bundle / "engines").glob(".build-*"))

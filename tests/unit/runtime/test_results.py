@@ -118,6 +118,14 @@ def test_any_form_of_an_image_and_of_points_will_do(
     assert small.segment_image(rgb, [5, 6], 0).prompts[0].labels.tolist() == [0]
 
 
+def test_a_wrong_prompt_is_found_before_the_image_is_encoded(
+    small: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "encode", None)
+    with pytest.raises(PromptError, match="box"):
+        small.segment_image(noise(30, 40), boxes=[1, 2, 3])
+
+
 def test_files_are_read_upright(small: SegmentationModel, tmp_path: Path) -> None:
     rgb = noise(30, 40)
     picture = PIL.Image.fromarray(np.rot90(rgb))

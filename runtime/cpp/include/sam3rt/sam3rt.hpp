@@ -550,11 +550,13 @@ struct DecodedMasks {
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs. ONNX Runtime: "cpu"; "cuda" or "cuda:N". TensorRT: "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", with engines that `sam3rt build` made; those that have not been
-    /// proved on this machine, for this user, are compared with the parity record first. Where this
-    /// library was built with TensorRT's headers, TensorRT is used without ONNX Runtime; otherwise by
-    /// its execution provider. "auto" takes the first that works of TensorRT without ONNX Runtime,
-    /// CUDA, and the CPU, and the log says why one was passed over.
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; where this library
+    /// was built with TensorRT's headers, without ONNX Runtime, and else by its execution provider.
+    /// "auto" takes the first that works of TensorRT without ONNX Runtime, CUDA and the CPU; the log
+    /// says why one was passed over. Engines serve once they have passed the gate on this machine,
+    /// for this user: those that nobody has judged here are compared with the bundle's parity record
+    /// when a model is loaded, once, which at full size takes a minute or two. The verdicts lie in
+    /// the user's cache folder; Python goes by the same.
     std::string device = "auto";
     /// Threads on the CPU, for each graph of the model; 0 shares one pool of threads, as many as
     /// the machine has cores, with all models of the process that do so. Neither takes processor
@@ -576,8 +578,8 @@ struct ModelOptions {
     bool map_weights = false;
     /// Refuse any bundle but the one with this fingerprint, if it is given.
     std::optional<std::string> expected_fingerprint;
-    /// For TensorRT: the engine folder to use, in place of the fastest recipe that is proven. A
-    /// path, or the name of a folder in the bundle's "engines".
+    /// For TensorRT: the engine folder to use, in place of the fastest recipe that passes. A path,
+    /// or the name of a folder in the bundle's "engines".
     std::filesystem::path engine_folder;
 };
 

@@ -22,7 +22,8 @@ class Writer {
 public:
     Writer& number(std::size_t value, std::size_t bytes) {
         for (std::size_t i = 0; i < bytes; ++i) {
-            content.push_back(static_cast<std::uint8_t>(value >> (8U * i)));
+            content.push_back(static_cast<std::uint8_t>(value));
+            value >>= 8U;
         }
         return *this;
     }

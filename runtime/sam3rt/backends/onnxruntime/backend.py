@@ -167,7 +167,9 @@ class OnnxRuntimeBackend(Backend):
             BackendError: ONNX Runtime cannot load it, or not on the device that was asked for.
             BundleError: the files are not what the manifest says, or not those of a bundle.
         """
-        cuda = cuda_options(self._device_id, self._graphs) if self._kind == "cuda" else None
+        cuda = None
+        if self._kind == "cuda":
+            cuda = cuda_options(self._device_id, self._graphs, graph)
         return open_session(
             self._graphs,
             graph,

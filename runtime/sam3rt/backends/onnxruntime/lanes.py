@@ -114,11 +114,13 @@ def _open(
     """
     if records:
         try:
-            session = open_session(graphs, graph, cuda_options(cuda.index, graphs, records=True))
+            session = open_session(
+                graphs, graph, cuda_options(cuda.index, graphs, graph, records=True)
+            )
             return SessionEngine(session, cuda, max_images, True)
         except BackendError as error:
             _LOG.info("%s runs without a CUDA graph: %s", graph.model.file, str(error))
-    session = open_session(graphs, graph, cuda_options(cuda.index, graphs))
+    session = open_session(graphs, graph, cuda_options(cuda.index, graphs, graph))
     return SessionEngine(session, cuda, max_images, False)
 
 

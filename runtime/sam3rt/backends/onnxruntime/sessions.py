@@ -22,18 +22,21 @@ ORT_TYPES = {
 }
 
 
-def cuda_options(device_id: int, graphs: Graphs, *, records: bool = False) -> dict[str, Any]:
+def cuda_options(
+    device_id: int, graphs: Graphs, graph: GraphSpec, *, records: bool = False
+) -> dict[str, Any]:
     """Options of the CUDA provider.
 
     Args:
         device_id: the GPU's number.
-        graphs: what is run.
+        graphs: what it belongs to.
+        graph: what is run.
         records: whether runs are recorded as CUDA graphs; all inputs and outputs must be bound.
     """
     options: dict[str, Any] = {
         "device_id": device_id,
         # Unless told otherwise, the provider computes in TF32.
-        "use_tf32": int(graphs.tf32),
+        "use_tf32": int(graphs.allows_tf32(graph)),
         # The default doubles what it has taken whenever it needs more.
         "arena_extend_strategy": "kSameAsRequested",
     }

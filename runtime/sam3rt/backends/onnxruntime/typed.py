@@ -42,6 +42,7 @@ class Graphs:
         bundle: the folder that they lie in, and a manifest that describes them.
         precision: what they compute in: ``"fp32"``, ``"tf32"`` or the name of a recipe.
         tf32: whether CUDA may round the factors of FP32 products to TF32.
+        narrow: the model files without any FP32 product.
         is_fused: whether they may hold ONNX Runtime's own operators.
         digest: of the files, where they are not the bundle's own; else empty.
     """
@@ -51,6 +52,15 @@ class Graphs:
     tf32: bool = False
     is_fused: bool = False
     digest: str = ""
+    narrow: tuple[str, ...] = ()
+
+    def allows_tf32(self, graph: GraphSpec) -> bool:
+        """Whether CUDA may use TF32 in one of them.
+
+        Where there is no FP32 product, that changes none. It must be allowed all the same: ONNX
+        Runtime keeps FP16 convolutions off the tensor cores, too, where TF32 is not.
+        """
+        return self.tf32 or graph.model.file in self.narrow
 
 
 class TypedSidecar(Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +70,7 @@ class TypedSidecar(Struct, frozen=True, forbid_unknown_fields=True):
         bundle_fingerprint: of the bundle that they were made from.
         recipe: one of :data:`TYPED_ORDER`.
         tf32: whether what they leave in FP32 may be multiplied in TF32.
+        narrow: the model files without any FP32 product.
         features_dtype: type of the feature maps between the two.
         encoder: its file, and those beside it that hold weights.
         decoder: likewise.
@@ -73,6 +84,7 @@ class TypedSidecar(Struct, frozen=True, forbid_unknown_fields=True):
     features_dtype: Literal["float16", "float32"]
     encoder: tuple[FileEntry, ...]
     decoder: tuple[FileEntry, ...]
+    narrow: tuple[str, ...] = ()
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -137,7 +149,7 @@ def _read(bundle: Bundle, folder: Path, recipe: str) -> Graphs:
         decoder=_retyped(manifest.decoder, sidecar.decoder, sidecar.features_dtype),
     )
     digest = " ".join(entry.sha256 for entry in (*sidecar.encoder, *sidecar.decoder))
-    return Graphs(Bundle(folder, described), recipe, sidecar.tf32, True, digest)
+    return Graphs(Bundle(folder, described), recipe, sidecar.tf32, True, digest, sidecar.narrow)
 
 
 def _retyped(graph: GraphSpec, files: tuple[FileEntry, ...], features: str) -> GraphSpec:

@@ -129,6 +129,7 @@ class LaneBackend(Backend):
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self._max_images = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
+        self._masks_each = network.masks_each
         self._dlpack_device = cuda.dlpack_device
         self.imaging = imaging
         self.imaging_fits = imaging.available and network.makes_plain_logits
@@ -165,7 +166,7 @@ class LaneBackend(Backend):
     ) -> list[NDArray[np.float32]]:
         self._check_points(prompts)
         block = self._block(features)
-        return self._pool.run(lambda lane: lane.decode(block, prompts, outputs)[0], holding=block)
+        return self._pool.run(lambda lane: lane.decode(block, prompts, outputs), holding=block)
 
     def encode_image(
         self,
@@ -230,17 +231,24 @@ class LaneBackend(Backend):
         block = self._block(features)
         at_once = self.imaging.objects_at_once(geometry, self._limits.objects)
 
-        def decode(lane: Lane) -> list[tuple[list[NDArray[np.float32]], NDArray[Any] | None]]:
-            return [
-                lane.decode(block, part, outputs, (geometry, options), options.dtype)
-                for part in prompts.split(at_once)
-            ]
+        shape = (len(prompts.labels), self._masks_each[outputs[0]], *geometry.original_size)
+
+        def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], NDArray[np.uint8]]:
+            masks, done, runs = lane.room_for_masks(shape), 0, []
+            for part in prompts.split(at_once):
+                room = masks.part(done, done + len(part.labels))
+                runs.append(lane.decode(block, part, outputs, (geometry, options), room))
+                done += len(part.labels)
+            return runs, masks.array
 
         with timed("decode", on_stage):
-            runs = self._pool.run(decode, holding=block)
-        found = zip(*(arrays for arrays, _ in runs), strict=True)
-        masks = [part for _, part in runs if part is not None]
-        return [_joined(parts, axis=1) for parts in found], _joined(masks, axis=0)
+            runs, masks = self._pool.run(decode, holding=block)
+        found = zip(*runs, strict=True)
+        # Bytes of 0 and 1 are what a bool is, too.
+        dtype = np.dtype(options.dtype)
+        return [_joined(parts, axis=1) for parts in found], (
+            masks.view(dtype) if dtype.itemsize == 1 else masks.astype(dtype)
+        )
 
     def make_masks(
         self, logits: NDArray[np.float32], geometry: ImageGeometry, options: MaskOptions

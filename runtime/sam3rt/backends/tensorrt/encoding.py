@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from ...errors import BackendError
 from ...geometry import ImageGeometry
+from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .imaging import RESIZE_JOB, RESIZING, DeviceImaging
-from .memory import Block, GrowingBuffer, Memory, Workspace, aligned
+from .memory import Block, Memory, aligned
 from .network import Network
 from .replay import Replay
 

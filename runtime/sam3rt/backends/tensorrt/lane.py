@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -10,17 +11,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ...bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
 from ...errors import BackendError
 from ...geometry import ImageGeometry
 from ...masks import MaskOptions
 from ...prompts import PackedPrompts
+from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
 from .imaging import MASK_JOB, MASKING, DeviceImaging
-from .memory import Block, GrowingBuffer, Layout, Memory, Workspace, aligned
+from .memory import Block, Layout, Memory, aligned
 from .network import JOB, Network
 from .replay import Replay
 from .shapes import ShapeClass, classify
@@ -30,6 +32,22 @@ from .shapes import ShapeClass, classify
 _KEPT_CLASSES = 18
 
 Pictures = tuple[ImageGeometry, MaskOptions]
+
+
+class Masks(NamedTuple):
+    """Where masks go.
+
+    Attributes:
+        array: uint8 [P, C, H, W], contiguous.
+        is_pinned: whether the GPU can write there.
+    """
+
+    array: NDArray[np.uint8]
+    is_pinned: bool
+
+    def part(self, start: int, stop: int) -> Masks:
+        """That of some of the objects."""
+        return Masks(self.array[start:stop], self.is_pinned)
 
 
 class DecoderRun(NamedTuple):
@@ -132,8 +150,8 @@ class Lane:
         prompts: PackedPrompts,
         names: Sequence[str],
         pictures: Pictures | None = None,
-        dtype: DTypeLike = np.uint8,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[Any] | None]:
+        masks: Masks | None = None,
+    ) -> list[NDArray[np.float32]]:
         """Run the decoder, and make masks of its first output where it is said how.
 
         Args:
@@ -141,10 +159,10 @@ class Lane:
             prompts: at most as many objects and points as the engine takes.
             names: the outputs wanted; the first is the mask logits.
             pictures: where the image lies, and how logits become masks.
-            dtype: of the masks.
+            masks: where masks go; see :meth:`room_for_masks`.
 
         Returns:
-            The outputs, float32, in the order of the names, and masks [P, C, H, W] of 0 and 1.
+            The outputs, float32, in the order of the names.
         """
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
@@ -155,7 +173,7 @@ class Lane:
             logits = run.outputs.slots[names[0]]
             outputs_at = self._workspace["outputs"].address
             run.prompt[JOB][...] = 0
-            made: tuple[int, int] | None = None
+            made: int | None = None
             if pictures is not None:
                 planes = objects * logits.shape[2]
                 made = self._give_job(run.prompt[JOB], outputs_at + logits.offset, planes, pictures)
@@ -164,22 +182,21 @@ class Lane:
             run.replay.queue()
             host = self._results.pinned(end - start)
             self._cuda.download(host, outputs_at + start, self._stream)
-            masks = None if made is None else self._queue_download(*made)
+            if made is not None and masks is not None:
+                self._bring_masks(made, masks)
             self._cuda.synchronize(self._stream)
             if run.replay.record():
                 self._network.keep_kernels(shape)
         slots = [run.outputs.slots[name] for name in names]
         # The pinned buffers are the next call's: what leaves is a copy.
-        outputs = [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
-        if masks is None or pictures is None:
-            return outputs, None
-        return outputs, _as_masks(masks, (objects, logits.shape[2]), pictures[0], dtype)
+        return [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
 
     def make_masks(
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
         """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
         at = aligned(MASK_JOB.itemsize)
+        masks = self.room_for_masks((*logits.shape[:2], *where.original_size))
         with self._idle_on_error():
             host = self._staging.pinned(at + logits.nbytes)
             block = self._staging.block(len(host))
@@ -189,9 +206,16 @@ class Lane:
             host[at:].view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
             self._imaging.queue(MASKING, block.address, self._stream)
-            masks = self._queue_download(*made)
-            self._cuda.synchronize(self._stream)
-        return _as_masks(masks, logits.shape[:2], where, np.uint8)
+            self._bring_masks(made, masks)
+        return masks.array
+
+    def room_for_masks(self, shape: tuple[int, ...]) -> Masks:
+        """Host memory for masks [P, C, H, W], which the caller keeps."""
+        nbytes = math.prod(shape)
+        lent = self._memory.lend(nbytes) if nbytes else None
+        if lent is None:
+            return Masks(np.empty(shape, np.uint8), False)
+        return Masks(lent.reshape(shape), True)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
@@ -264,13 +288,11 @@ class Lane:
         self._cuda.synchronize(self._stream)
         return block
 
-    def _give_job(
-        self, job: NDArray[Any], logits: int, planes: int, pictures: Pictures
-    ) -> tuple[int, int]:
+    def _give_job(self, job: NDArray[Any], logits: int, planes: int, pictures: Pictures) -> int:
         """Fill in the job of making masks.
 
         Returns:
-            Where the masks will be, and how many bytes they take.
+            Where the masks will be.
         """
         where, options = pictures
         height, width = where.original_size
@@ -283,12 +305,16 @@ class Lane:
             names = ("cleaned", "parents", "areas")
             addresses |= {name: search + i * each for i, name in enumerate(names)}
         job[...] = self._imaging.mask_job(planes, where, options, **addresses)
-        return masks, nbytes
+        return masks
 
-    def _queue_download(self, masks: int, nbytes: int) -> NDArray[np.uint8]:
-        host = self._pictures.pinned(nbytes)
-        self._cuda.download(host, masks, self._stream)
-        return host
+    def _bring_masks(self, made: int, masks: Masks) -> None:
+        """Copy masks to the host, and wait for the stream."""
+        array = masks.array
+        host = array.reshape(-1) if masks.is_pinned else self._pictures.pinned(array.nbytes)
+        self._cuda.download(host, made, self._stream)
+        self._cuda.synchronize(self._stream)
+        if not masks.is_pinned:
+            array.reshape(-1)[...] = host
 
     def _bring(self, features: Block) -> None:
         """Copy feature maps to the fixed buffers, unless they are there."""
@@ -363,10 +389,3 @@ class Lane:
 
         replay = Replay(work, context, cuda, self._memory, stream, workspace.generation)
         return DecoderRun(shape, inputs, prompt, masks, outputs, replay)
-
-
-def _as_masks(
-    host: NDArray[np.uint8], planes: tuple[int, ...], where: ImageGeometry, dtype: DTypeLike
-) -> NDArray[Any]:
-    """A copy of masks in pinned memory, [P, C, H, W] in the caller's type."""
-    return host.reshape(*planes, *where.original_size).astype(dtype)

@@ -27,8 +27,9 @@ ALIGNMENT = 256
 _SPARE_BLOCKS = 4
 # Images are of many sizes: spare blocks are kept for the sizes used last.
 _SPARE_SIZES = 3
-# Calls after which a buffer is replaced by a smaller one, if none of them needed half of it.
-_CALLS_BEFORE_SHRINKING = 64
+# Masks of a call lie in pinned memory that is the caller's until it drops them: to copy them to
+# other memory takes half of a click's time. Beyond so many bytes they are copied all the same.
+_MOST_LENT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,55 @@ class _Heap:
         self._cuda.free(address)
 
 
+class _PinnedHeap:
+    """Pinned memory for callers, of which no more than a limit is taken."""
+
+    def __init__(self, cuda: Cuda, limit: int) -> None:
+        self._cuda = cuda
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._arrays: dict[int, NDArray[np.uint8]] = {}
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The address, or ``None`` where there is not enough."""
+        with self._lock:
+            if nbytes + sum(array.nbytes for array in self._arrays.values()) > self._limit:
+                return None
+            try:
+                array = self._cuda.allocate_host(nbytes)
+            except BackendError:
+                return None
+            address = int(array.ctypes.data)
+            self._arrays[address] = array
+            return address
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            array = self._arrays.pop(address)
+        self._cuda.free_host(array)
+
+
+class _Lent:
+    """Pinned memory that is a caller's: the base of every array over it.
+
+    Attributes:
+        __array_interface__: what NumPy makes an array from.
+    """
+
+    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
+        self._memory = memory
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
 class _SpareBlocks:
     """Freed blocks that are kept for the next ones of their size."""
 
-    def __init__(self, heap: _Heap) -> None:
+    def __init__(self, heap: _Heap | _PinnedHeap) -> None:
         self._heap = heap
         self._lock = threading.Lock()
         # The size used last stands last.
@@ -206,10 +252,12 @@ class _Returns:
 
     Attributes:
         spare: blocks that are kept for the next ones.
+        spare_lent: pinned memory that was lent, likewise.
     """
 
-    def __init__(self, cuda: Cuda, heap: _Heap) -> None:
+    def __init__(self, cuda: Cuda, heap: _Heap, lendable: _PinnedHeap) -> None:
         self.spare = _SpareBlocks(heap)
+        self.spare_lent = _SpareBlocks(lendable)
         self._cuda = cuda
         # A deque's append needs no lock, so it can be called wherever an object dies.
         self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -239,6 +287,7 @@ class _Returns:
         with contextlib.suppress(BackendError), self._cuda.active():
             self.give_back()
             self.spare.free_all()
+            self.spare_lent.free_all()
 
 
 class Memory:
@@ -252,7 +301,8 @@ class Memory:
     def __init__(self, cuda: Cuda, limit: int | None = None) -> None:
         self._cuda = cuda
         self._heap = _Heap(cuda, limit)
-        self._returns = _Returns(cuda, self._heap)
+        self._lendable = _PinnedHeap(cuda, _MOST_LENT)
+        self._returns = _Returns(cuda, self._heap, self._lendable)
         weakref.finalize(self, self._returns.close).atexit = False
 
     def allocate(self, nbytes: int) -> Block:
@@ -284,6 +334,29 @@ class Memory:
         self.give_back_after(buffer, self._cuda.free_host, buffer.array)
         return buffer
 
+    def lend(self, nbytes: int) -> NDArray[np.uint8] | None:
+        """Pinned host memory that the caller keeps as long as any array over it lives.
+
+        Returns:
+            uint8 [nbytes], or ``None`` where too much is lent already.
+        """
+        self.collect()
+        # In steps of a megabyte, so that calls of similar sizes share spare memory.
+        size = -(-nbytes >> 20) << 20
+        spare = self._returns.spare_lent
+        allocation = spare.take(size)
+        if allocation is None:
+            address = self._lendable.allocate(size)
+            if address is None:
+                spare.free_all()
+                address = self._lendable.allocate(size)
+            if address is None:
+                return None
+            allocation = _Allocation(address, size)
+        lent = _Lent(self, allocation.address, nbytes)
+        self.give_back_after(lent, spare.keep, allocation)
+        return np.asarray(lent)
+
     def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
         """Call ``give_back(what)`` some time after the owner has died."""
         weakref.finalize(owner, self._returns.add, give_back, what).atexit = False
@@ -301,97 +374,10 @@ class Memory:
             return self._heap.allocate(nbytes)
 
     def release_spare(self) -> None:
-        """Give back the blocks that are kept for the next embeddings and images."""
+        """Give back what is kept for the next embeddings, images and masks."""
         self.collect()
         self._returns.spare.free_all()
-
-
-class _Sized:
-    """How large a buffer should be: as large as it has lately had to be.
-
-    Attributes:
-        nbytes: its size.
-    """
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._peak = 0
-        self._calls = 0
-
-    def change(self, nbytes: int) -> bool:
-        """Note what is needed; whether the buffer's size has changed."""
-        self._peak = max(self._peak, nbytes)
-        self._calls += 1
-        wanted = max(self.nbytes, nbytes)
-        if self._calls == _CALLS_BEFORE_SHRINKING:
-            if self._peak <= self.nbytes // 2:
-                wanted = self._peak
-            self._peak = self._calls = 0
-        changed = wanted != self.nbytes
-        self.nbytes = wanted
-        return changed
-
-
-class GrowingBuffer:
-    """Device and pinned memory that is replaced when more is needed, or lately much less was.
-
-    Args:
-        memory: gives it.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._block: Block | None = None
-        self._block_size = _Sized()
-        self._pinned: PinnedBuffer | None = None
-        self._pinned_size = _Sized()
-
-    def block(self, nbytes: int) -> Block:
-        """Device memory of at least that size. Nothing may be queued that uses the last one."""
-        if self._block_size.change(nbytes) or self._block is None:
-            self._block = None
-            self._block = self._memory.allocate(self._block_size.nbytes)
-        return self._block
-
-    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """Pinned memory of that size."""
-        if self._pinned_size.change(nbytes) or self._pinned is None:
-            self._pinned = None
-            self._pinned = self._memory.allocate_pinned(self._pinned_size.nbytes)
-        return self._pinned.array[:nbytes]
-
-
-class Workspace:
-    """Device memory by name, whose addresses recorded runs keep.
-
-    Args:
-        memory: gives it.
-
-    Attributes:
-        generation: rises whenever something moves, which makes runs recorded before worthless.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._blocks: dict[str, Block] = {}
-        self.generation = 0
-
-    def fit(self, **sizes: int) -> None:
-        """Have room for so many bytes under each name. The stream must be idle.
-
-        Raises:
-            BackendError: there is not enough device memory.
-        """
-        for name, nbytes in sizes.items():
-            block = self._blocks.get(name)
-            if block is None or block.nbytes < nbytes:
-                self.generation += 1
-                self._blocks.pop(name, None)
-                del block
-                self._blocks[name] = self._memory.allocate(max(1, nbytes))
-
-    def __getitem__(self, name: str) -> Block:
-        return self._blocks[name]
+        self._returns.spare_lent.free_all()
 
 
 def aligned(nbytes: int) -> int:

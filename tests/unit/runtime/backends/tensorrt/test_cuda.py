@@ -383,9 +383,9 @@ def test_another_threads_recording_does_not_concern_a_call(
     cuda_python(monkeypatch, cudaThreadExchangeStreamCaptureMode=exchange)
     cuda = Cuda(0)
     del modes[1:]
-    with pytest.raises(ValueError, match="of the caller"), cuda.active():
+    with contextlib.suppress(ValueError), cuda.active():
         assert modes == [0, 1]
-        raise ValueError("of the caller")
+        raise ValueError
     assert modes == [0, 1, 0]
 
 

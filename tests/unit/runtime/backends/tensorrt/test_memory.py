@@ -17,7 +17,8 @@ from tests.support.fake_cuda import FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateError, load_model
-from sam3rt.backends.tensorrt.memory import GrowingBuffer, Memory
+from sam3rt.backends.tensorrt.buffers import GrowingBuffer
+from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.backends.tensorrt.offer import allow_imaging
 
 PROMPTS = Prompts([[225, 150]], [1])
@@ -50,6 +51,69 @@ def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() ->
         pinned = [len(buffer.pinned(n)) for n in (10, 500, *[20] * 130)]
         assert pinned[1] == 500
         assert cuda.live["pinned"] <= 3
+
+
+def test_lent_memory_is_the_callers_until_the_last_array_over_it_is_gone() -> None:
+    cuda = FakeCuda()
+    memory = Memory(cuda)
+    with cuda.active():
+        first = memory.lend(1000)
+        assert first is not None
+        first[:] = 7
+        view = first.reshape(10, 100)[3:].view(np.bool_)
+        address = first.ctypes.data
+        del first
+        gc.collect()
+        second = memory.lend(1000)
+        assert second is not None
+        assert second.ctypes.data != address
+        second[:] = 9
+        assert view.tobytes() == bytes([7]) * 700
+        del view
+        third = memory.lend(2000)
+        assert third is not None
+        assert third.ctypes.data == address
+        assert cuda.live["pinned"] == 2
+
+
+def test_no_more_than_a_limit_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sam3rt.backends.tensorrt.memory._MOST_LENT", 4 << 20)
+    cuda = FakeCuda()
+    memory = Memory(cuda)
+    with cuda.active():
+        held = [memory.lend(1 << 20) for _ in range(4)]
+        assert all(array is not None for array in held)
+        assert memory.lend(1) is None
+        held.clear()
+        # Another size: what is spare makes room for it.
+        large = memory.lend(3 << 20)
+        assert large is not None
+        assert cuda.live["pinned"] == 1
+
+
+def test_masks_beyond_what_may_be_lent_are_the_same(
+    rig: Rig, chelsea: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def masks(most: int, dtype: type) -> NDArray[np.uint8]:
+        monkeypatch.setattr("sam3rt.backends.tensorrt.memory._MOST_LENT", most)
+        model = rig.model()
+        allow_imaging(model.backend)
+        # More than the backend makes at once.
+        monkeypatch.setattr("sam3rt.backends.tensorrt.imaging._MOST_MASKS", 2 * 3 * 300 * 451)
+        found = [
+            model.segment(model.encode(chelsea), many(5), dtype=dtype, max_hole_area=4)[1]
+            for _ in range(2)
+        ]
+        # A later call does not write into what an earlier one gave.
+        assert np.array_equal(*found)
+        model.close()
+        return found[0]
+
+    lent, copied = masks(64 << 20, np.uint8), masks(0, np.uint8)
+    assert lent.any()
+    assert np.array_equal(lent, copied)
+    assert masks(64 << 20, np.bool_).dtype == np.bool_
+    assert np.array_equal(masks(64 << 20, np.float32), copied.astype(np.float32))
 
 
 def test_spare_blocks_are_kept_for_few_sizes() -> None:
