@@ -28,8 +28,8 @@ import sam3rt
 
 FOLDER = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
 IMAGE = noise(50, 70)
-CLICK = {"point_coords": [[30, 25], [8, 9], [60, 40]], "point_labels": [1, 0, 1]}
-BOX = {"box": [[1, 2, 30, 40], [5, 6, 50, 44], [9, 9, 20, 20]]}
+CLICK: dict[str, Any] = {"point_coords": [[30, 25], [8, 9], [60, 40]], "point_labels": [1, 0, 1]}
+BOX: dict[str, Any] = {"box": [[1, 2, 30, 40], [5, 6, 50, 44], [9, 9, 20, 20]]}
 
 
 @dataclass(frozen=True)
