@@ -36,8 +36,8 @@ using OpenEngines = std::function<Runner(const EngineSet& engines)>;
 /// `backend` is "tensorrt" or "tensorrt-rtx". `engine_folder`, if not empty, is the folder that
 /// must hold one of the engines: a path, or a name below BUNDLE/engines.
 ///
-/// Throws BackendError where none fits or none passes, saying what to do about it; BundleError where
-/// the bundle's parity record is damaged, or a file of the only engines was changed.
+/// Throws BackendError where none fits or none passes, saying what to do about it; BundleError
+/// where the bundle's parity record is damaged, or a file of the only engines was changed.
 EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
                          const std::filesystem::path& engine_folder, const OpenEngines& open);
 
