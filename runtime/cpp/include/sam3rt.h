@@ -245,9 +245,9 @@ typedef struct sam3rt_model_options {
     int32_t skip_file_checks;
     /* Refuse any bundle but the one with this fingerprint; NULL takes any. */
     const char* expected_fingerprint;
-    /* For TensorRT, the engine folder to use in place of the fastest recipe that passes the gate; NULL
-     * for none. Engines that nobody has judged on this machine are compared with the bundle's parity
-     * record when a model is loaded, once, which at full size takes a minute or two. */
+    /* For TensorRT, the engine folder to use in place of the fastest recipe that passes the gate;
+     * NULL for none. Engines that nobody has judged on this machine are compared with the bundle's
+     * parity record when a model is loaded, once, which at full size takes a minute or two. */
     const char* engine_folder;
     /* How many threads may run the encoder at once, and the decoder; others wait for their turn. 0
      * stands for the defaults, 1 and 4. */
@@ -314,10 +314,10 @@ SAM3RT_API sam3rt_status sam3rt_model_decode(const sam3rt_model* model,
 /* --- accuracy ----------------------------------------------------------------------------------
  */
 
-/* Runs the bundle's parity record, encoder and decoder, and compares every output: with the bundle's
- * own limits in FP32, with the gate's in anything less. At the published SAM 3's size it takes a
- * minute or two. `cancellation` may be NULL. SAM3RT_OK says that the comparisons were made, and
- * sam3rt_report_passed how they came out. */
+/* Runs the bundle's parity record, encoder and decoder, and compares every output: with the
+ * bundle's own limits in FP32, with the gate's in anything less. At the published SAM 3's size it
+ * takes a minute or two. `cancellation` may be NULL. SAM3RT_OK says that the comparisons were made,
+ * and sam3rt_report_passed how they came out. */
 SAM3RT_API sam3rt_status sam3rt_model_verify(const sam3rt_model* model,
                                              const sam3rt_cancellation* cancellation,
                                              sam3rt_report** report, sam3rt_error** error);
@@ -328,22 +328,22 @@ SAM3RT_API int32_t sam3rt_report_passed(const sam3rt_report* report);
 SAM3RT_API const char* sam3rt_report_explanation(const sam3rt_report* report);
 /* How many comparisons were made. */
 SAM3RT_API size_t sam3rt_report_count(const sam3rt_report* report);
-/* Of comparison `index`: the image or case it is about, such as "image 0"; which of the outputs, such
- * as "masks"; what was measured, such as "mean IoU". Empty texts where there is none. They live as
- * long as the report. */
+/* Of comparison `index`: the image or case it is about, such as "image 0"; which of the outputs,
+ * such as "masks"; what was measured, such as "mean IoU". Empty texts where there is none. They
+ * live as long as the report. */
 SAM3RT_API const char* sam3rt_report_case(const sam3rt_report* report, size_t index);
 SAM3RT_API const char* sam3rt_report_output(const sam3rt_report* report, size_t index);
 SAM3RT_API const char* sam3rt_report_metric(const sam3rt_report* report, size_t index);
-/* The figure, NaN where outputs hold NaN; the figure allowed; whether it must reach that rather than
- * stay below it, and whether it does so: 0 or 1. Where there is none, 0. */
+/* The figure, NaN where outputs hold NaN; the figure allowed; whether it must reach that rather
+ * than stay below it, and whether it does so: 0 or 1. Where there is none, 0. */
 SAM3RT_API double sam3rt_report_value(const sam3rt_report* report, size_t index);
 SAM3RT_API double sam3rt_report_limit(const sam3rt_report* report, size_t index);
 SAM3RT_API int32_t sam3rt_report_at_least(const sam3rt_report* report, size_t index);
 SAM3RT_API int32_t sam3rt_report_is_within(const sam3rt_report* report, size_t index);
 SAM3RT_API void sam3rt_report_free(sam3rt_report* report);
 
-/* Puts a known question to the model and judges the answer, as a readiness probe: one small image and
- * one prompt, about as much as one request. A model that is not well is SAM3RT_OK, too:
+/* Puts a known question to the model and judges the answer, as a readiness probe: one small image
+ * and one prompt, about as much as one request. A model that is not well is SAM3RT_OK, too:
  * sam3rt_health_is_healthy says it. `cancellation` may be NULL. */
 SAM3RT_API sam3rt_status sam3rt_model_health(const sam3rt_model* model,
                                              const sam3rt_cancellation* cancellation,
@@ -351,9 +351,9 @@ SAM3RT_API sam3rt_status sam3rt_model_health(const sam3rt_model* model,
 
 /* Whether every output was within its limits: 0 or 1. */
 SAM3RT_API int32_t sam3rt_health_is_healthy(const sam3rt_health* health);
-/* What was not, or an empty text; what runs the graphs ("onnxruntime", "tensorrt" or "tensorrt-rtx"),
- * where, and in which precision ("fp32", or the recipe of the engines); the bundle's fingerprint. They
- * live as long as the object. */
+/* What was not, or an empty text; what runs the graphs ("onnxruntime", "tensorrt" or
+ * "tensorrt-rtx"), where, and in which precision ("fp32", or the recipe of the engines); the
+ * bundle's fingerprint. They live as long as the object. */
 SAM3RT_API const char* sam3rt_health_problem(const sam3rt_health* health);
 SAM3RT_API const char* sam3rt_health_backend(const sam3rt_health* health);
 SAM3RT_API const char* sam3rt_health_device(const sam3rt_health* health);

@@ -189,7 +189,7 @@ private:
         member.size = number(at + 24, 4);
         member.start = number(at + 42, 4);
         if ((number(at + 8, 2) & ~std::size_t{harmless_flags}) != 0) {
-            refuse(shown(member.name) + " is encrypted, or packed in a way that NumPy does not use");
+            refuse(shown(member.name) + " is encrypted or packed as NumPy does not do it");
         }
         at += directory_bytes + name_size + number(at + 30, 2) + number(at + 32, 2);
         return member;

@@ -550,13 +550,13 @@ struct DecodedMasks {
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs. ONNX Runtime: "cpu"; "cuda" or "cuda:N". TensorRT: "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; where this library
-    /// was built with TensorRT's headers, without ONNX Runtime, and else by its execution provider.
-    /// "auto" takes the first that works of TensorRT without ONNX Runtime, CUDA and the CPU; the log
-    /// says why one was passed over. Engines serve once they have passed the gate on this machine,
-    /// for this user: those that nobody has judged here are compared with the bundle's parity record
-    /// when a model is loaded, once, which at full size takes a minute or two. The verdicts lie in
-    /// the user's cache folder; Python goes by the same.
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; where this
+    /// library was built with TensorRT's headers, without ONNX Runtime, and else by its execution
+    /// provider. "auto" takes the first that works of TensorRT without ONNX Runtime, CUDA and the
+    /// CPU; the log says why one was passed over. Engines serve once they have passed the gate on
+    /// this machine, for this user: those that nobody has judged here are compared with the
+    /// bundle's parity record when a model is loaded, once, which at full size takes a minute or
+    /// two. The verdicts lie in the user's cache folder; Python goes by the same.
     std::string device = "auto";
     /// Threads on the CPU, for each graph of the model; 0 shares one pool of threads, as many as
     /// the machine has cores, with all models of the process that do so. Neither takes processor
@@ -676,16 +676,16 @@ public:
     void warm_up() const;
 
     /// Run the bundle's parity record, encoder and decoder, and compare every output: with the
-    /// bundle's own limits in FP32, with the gate's in anything less, as `sam3rt verify` does. At the
-    /// published SAM 3's size it takes a minute or two. The files' hashes are another matter, see
-    /// ModelOptions::check_files.
+    /// bundle's own limits in FP32, with the gate's in anything less, as `sam3rt verify` does. At
+    /// the published SAM 3's size it takes a minute or two. Files are hashed by load, see
+    /// ModelOptions::check_files, and graphs when they are loaded.
     /// Throws BundleError where the record is damaged, or a graph is; BackendError where the device
     /// failed; CancelledError where `cancellation` is given and says so.
     VerifyReport verify(const Cancellation* cancellation = nullptr) const;
 
-    /// Put a known question to the model and judge the answer, as a readiness probe: one small image
-    /// and one prompt, about as much as one request. Throws nothing for a model that is not well;
-    /// CancelledError where `cancellation` is given and says so.
+    /// Put a known question to the model and judge the answer, as a readiness probe: one small
+    /// image and one prompt, about as much as one request. Throws nothing for a model that is not
+    /// well; CancelledError where `cancellation` is given and says so.
     Health health(const Cancellation* cancellation = nullptr) const;
 
     /// Whether the encoder's graph has been loaded so far. Does not wait for one that is loading.

@@ -127,7 +127,7 @@ def mark_sidecars(
 ) -> tuple[EngineFile, EngineFile]:
     """Leave a verdict in the sidecars of an encoder and a decoder.
 
-    It is for runtimes that can prove nothing themselves; this one goes by its own verdicts. A pair
+    It is for people and tools that read sidecars; both runtimes go by their own verdicts. A pair
     that failed leaves nothing on the decoder, as it may have been the encoder's fault.
 
     Returns:
