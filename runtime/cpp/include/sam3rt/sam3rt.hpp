@@ -566,8 +566,9 @@ struct ModelOptions {
     /// How many threads may run the encoder at once; others wait for their turn. One encode uses
     /// all cores unless `threads` says otherwise, so more at once take more memory, not less time.
     int concurrent_encodes = 1;
-    /// The same for the decoder, which runs on at most 8 objects at a time, or in TensorRT on as many
-    /// as its engine takes. There, each of these has memory of its own on the device.
+    /// The same for the decoder, which runs on at most 8 objects at a time. Without ONNX Runtime,
+    /// it runs on as many objects as the engine takes, each of these threads has memory of its own
+    /// on the device, and one thread at a time runs the encoder.
     int concurrent_decodes = 4;
     /// Hash every file against the manifest first. A graph and its weights are hashed in any case
     /// when they are loaded.
