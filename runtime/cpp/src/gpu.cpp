@@ -45,7 +45,7 @@ std::string driver_version() {
 Machine query_gpu(int number) {
     const Library library = open_library("libcuda.so.1");
     if (library == nullptr) {
-        throw BackendError("TensorRT needs an NVIDIA driver, and there is none here");
+        throw BackendError("tensorrt needs an NVIDIA driver, and there is none here");
     }
     std::array<char, 256> name{};
     int device = 0;

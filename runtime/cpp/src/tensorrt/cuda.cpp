@@ -144,7 +144,7 @@ struct Cuda::Driver {
         static const Driver driver = [] {
             void* library = ::dlopen("libcuda.so.1", RTLD_NOW);
             if (library == nullptr) {
-                throw BackendError("TensorRT needs an NVIDIA driver, and there is none here");
+                throw BackendError("tensorrt needs an NVIDIA driver, and there is none here");
             }
             return Driver(Functions(library, "the NVIDIA driver's library"));
         }();
