@@ -230,7 +230,7 @@ typedef struct sam3rt_prompts {
 
 /* Use the host's environment of ONNX Runtime (an OrtEnv*), with its logger and its threads, in
  * place of one of the library's own. It must live for as long as anything of the library. A state
- * error where a model was loaded before. */
+ * error where a model was loaded before, or the library was built without ONNX Runtime. */
 SAM3RT_API sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error);
 
 typedef struct sam3rt_model_options {
@@ -259,7 +259,7 @@ typedef struct sam3rt_model_options {
 } sam3rt_model_options;
 
 /* Opens a bundle folder, a relative one from the current folder as it is now; `options` may be
- * NULL. Graphs are loaded at first use. */
+ * NULL. Graphs are loaded at first use; engines, without ONNX Runtime, now. */
 SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                            sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);

@@ -18,9 +18,10 @@ struct Device {
     std::string name() const;
 };
 
-/// The device a caller asked for; "auto" is CUDA where it works, and the CPU otherwise.
-/// Throws InvalidInputError where the text makes no sense, and BackendError where this ONNX Runtime
-/// or this machine cannot do it.
-Device choose_device(const std::string& text);
+/// What callers call a provider, such as "tensorrt-rtx".
+std::string name_of(Provider provider);
+
+/// The device that a caller named. Throws InvalidInputError where the text makes no sense.
+Device parse_device(const std::string& text);
 
 }  // namespace sam3rt

@@ -246,18 +246,9 @@ Size ImageEmbedding::input_size() const noexcept { return data_->geometry.input_
 const std::string& ImageEmbedding::fingerprint() const noexcept { return data_->fingerprint; }
 const std::vector<std::string>& ImageEmbedding::names() const noexcept { return data_->names; }
 
-std::size_t ImageEmbedding::nbytes() const noexcept {
-    std::size_t total = 0;
-    for (const Ort::Value& value : data_->features->values) {
-        const auto info = value.GetTensorTypeAndShapeInfo();
-        const std::size_t width =
-            info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2 : 4;
-        total += width * info.GetElementCount();
-    }
-    return total;
-}
+std::size_t ImageEmbedding::nbytes() const noexcept { return data_->features->nbytes(); }
 
-std::vector<Array<float>> ImageEmbedding::maps() const { return to_host(*data_->features); }
+std::vector<Array<float>> ImageEmbedding::maps() const { return data_->features->maps(); }
 
 void ImageEmbedding::save(const std::filesystem::path& path) const {
     write_embedding(path, data_->names, maps(), data_->geometry, data_->fingerprint);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <system_error>
 #include <vector>
 
@@ -190,11 +191,27 @@ std::size_t rank(const Engine& engine) {
                                     order.begin());
 }
 
+/// Whether an engine is for a version of TensorRT, or none is asked for. Some releases of TensorRT
+/// for Python leave the fourth number out; TensorRT itself refuses what differs in it alone.
+bool is_of(const Engine& engine, const std::string& version) {
+    const auto numbers = [](const std::string& text) {
+        std::vector<std::string> parts;
+        std::istringstream stream(text);
+        for (std::string part; std::getline(stream, part, '.') && parts.size() < 3;) {
+            parts.push_back(part);
+        }
+        return parts;
+    };
+    return version.empty() || numbers(engine.tensorrt_version) == numbers(version);
+}
+
 /// What an engine has to fit.
 struct Target {
     const Bundle& bundle;
     std::string backend;
     Machine machine;
+    /// Of the TensorRT that loads engines itself, or empty.
+    std::string version;
 
     bool takes(const Engine& engine) const {
         const std::string& capability = machine.gpu.compute_capability;
@@ -204,7 +221,7 @@ struct Target {
                                                           capability) != targets.end();
         const bool failed_here = engine.state == "refused" && engine.gpu == machine.gpu &&
                                  engine.driver_version == machine.driver_version;
-        return engine.backend == backend && fits_gpu && !failed_here &&
+        return engine.backend == backend && fits_gpu && !failed_here && is_of(engine, version) &&
                engine.fingerprint == bundle.manifest.fingerprint;
     }
 
@@ -222,10 +239,13 @@ struct Target {
     /// What a verdict on a pair is about. TensorRT itself refuses engines of another version than
     /// its own, so the sidecars' word for the version is enough.
     VerdictSubject subject_of(const Pair& pair) const {
-        return {bundle.manifest.fingerprint, backend, pair.encoder.tensorrt_version,
+        return {bundle.manifest.fingerprint,
+                backend,
+                pair.encoder.tensorrt_version,
                 machine.gpu.name + ", " + machine.gpu.compute_capability + ", driver " +
                     machine.driver_version,
-                pair.precision(), pair.encoder.file.sha256 + " " + pair.decoder.file.sha256};
+                pair.precision(),
+                pair.encoder.file.sha256 + " " + pair.decoder.file.sha256};
     }
 
     std::string command(const std::string& name) const {
@@ -252,7 +272,7 @@ void check(const Engine& engine) {
 /// Judges pairs of engines that nobody has judged here.
 class Prover {
 public:
-    Prover(const Target& target, const OpenEngines& open) : target_(target), open_(open) {}
+    explicit Prover(const Target& target) : target_(target) {}
 
     /// The parity record is read before the engines are, since it is not their fault if it is
     /// damaged.
@@ -260,30 +280,35 @@ public:
         if (!record_) {
             record_.emplace(load_record(target_.bundle));
             // A warning, because a service that starts would seem to hang.
-            log(LogLevel::warning,
-                target_.backend + " engines are compared with the parity record, once on this "
-                                  "machine; at full size that takes a minute or two");
+            log(LogLevel::warning, target_.backend +
+                                       " engines are compared with the parity record, once on this "
+                                       "machine; at full size that takes a minute or two");
         }
     }
 
-    Verdict prove(const EngineSet& engines, const VerdictSubject& subject) const {
-        const Verdict verdict =
-            sam3rt::prove(open_(engines), target_.bundle.manifest, *record_);
+    Verdict prove(const Runner& runner, const VerdictSubject& subject) const {
+        const Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
         save_verdict(subject, verdict);
         return verdict;
     }
 
 private:
     const Target& target_;
-    const OpenEngines& open_;
     std::optional<ParityRecord> record_;
 };
 
 }  // namespace
 
+bool has_engines(const Bundle& bundle, const std::string& backend) {
+    const std::vector<Engine> engines = find_engines(bundle.path, "encoder");
+    return std::any_of(engines.begin(), engines.end(),
+                       [&backend](const Engine& engine) { return engine.backend == backend; });
+}
+
 EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const Machine& machine,
-                         const fs::path& engine_folder, const OpenEngines& open) {
-    const Target target{bundle, backend, machine};
+                         const fs::path& engine_folder, const OpenEngines& open,
+                         const std::string& loaded_by) {
+    const Target target{bundle, backend, machine, loaded_by};
     std::vector<Pair> pairs;
     const std::vector<Engine> decoders = target.fitting("decoder");
     for (const Engine& encoder : target.fitting("encoder")) {
@@ -297,8 +322,9 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
     if (pairs.empty()) {
         throw BackendError(bundle.path.string() + " has no " + backend +
                            " engines of this bundle for " + machine.gpu.name +
-                           " (compute capability " + machine.gpu.compute_capability +
-                           "); build them on this machine: " + target.command("build"));
+                           " (compute capability " + machine.gpu.compute_capability + ")" +
+                           (loaded_by.empty() ? "" : " and version " + loaded_by) +
+                           "; build them on this machine: " + target.command("build"));
     }
     std::vector<Pair> chosen = pairs;
     if (!engine_folder.empty()) {
@@ -312,7 +338,7 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
     }
     std::string problems;
     std::set<std::string> failed_encoders;
-    Prover prover(target, open);
+    Prover prover(target);
     for (const Pair& pair : chosen) {
         if (failed_encoders.count(pair.encoder.file.sha256) != 0) {
             continue;
@@ -322,16 +348,22 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        const EngineSet engines{pair.encoder.wrapper(), pair.decoder.wrapper(),
-                                pair.encoder.features_dtype, pair.precision()};
+        const EngineSet engines{pair.encoder.wrapper(),
+                                pair.decoder.wrapper(),
+                                pair.encoder.features_dtype,
+                                pair.precision(),
+                                {pair.encoder.folder, pair.encoder.file},
+                                {pair.decoder.folder, pair.decoder.file}};
         std::string problem;
         try {
-            if (!verdict || verdict->passed) {
+            if (loaded_by.empty() && (!verdict || verdict->passed)) {
                 check(pair.encoder);
                 check(pair.decoder);
             }
             if (!verdict) {
-                verdict = prover.prove(engines, subject);
+                verdict = prover.prove(open(engines), subject);
+            } else if (verdict->passed && !loaded_by.empty()) {
+                open(engines);
             }
         } catch (const BackendError& error) {
             problem = error.what();

@@ -1,6 +1,5 @@
 #include "log.hpp"
 
-#include <cstdio>
 #include <memory>
 #include <mutex>
 
@@ -23,21 +22,6 @@ std::shared_ptr<const Sink>& current_sink() {
 std::shared_ptr<const Sink> sink() {
     const std::lock_guard<std::mutex> lock(sink_mutex);
     return current_sink();
-}
-
-LogLevel level_of(OrtLoggingLevel severity) {
-    switch (severity) {
-        case ORT_LOGGING_LEVEL_VERBOSE:
-            return LogLevel::debug;
-        case ORT_LOGGING_LEVEL_INFO:
-            return LogLevel::info;
-        case ORT_LOGGING_LEVEL_WARNING:
-            return LogLevel::warning;
-        case ORT_LOGGING_LEVEL_ERROR:
-        case ORT_LOGGING_LEVEL_FATAL:
-            break;
-    }
-    return LogLevel::error;
 }
 
 }  // namespace
@@ -68,38 +52,9 @@ void log(LogLevel level, const std::string& line) noexcept {
     }
 }
 
-OrtLoggingLevel ort_log_level() noexcept {
+std::optional<LogLevel> log_level() noexcept {
     const std::shared_ptr<const Sink> found = sink();
-    if (found == nullptr) {
-        return ORT_LOGGING_LEVEL_ERROR;
-    }
-    switch (found->level) {
-        case LogLevel::debug:
-            return ORT_LOGGING_LEVEL_VERBOSE;
-        case LogLevel::info:
-            return ORT_LOGGING_LEVEL_INFO;
-        case LogLevel::warning:
-            return ORT_LOGGING_LEVEL_WARNING;
-        case LogLevel::error:
-            break;
-    }
-    return ORT_LOGGING_LEVEL_ERROR;
-}
-
-void ORT_API_CALL log_ort_line(void* /*unused*/, OrtLoggingLevel severity, const char* /*category*/,
-                               const char* /*id*/, const char* location,
-                               const char* message) noexcept {
-    if (sink() == nullptr) {
-        if (severity >= ORT_LOGGING_LEVEL_ERROR) {
-            std::fprintf(stderr, "onnxruntime: %s (%s)\n", message, location);
-        }
-        return;
-    }
-    try {
-        log(level_of(severity), std::string("onnxruntime: ") + message + " (" + location + ")");
-    } catch (const std::bad_alloc&) {
-        // Then there is no line.
-    }
+    return found == nullptr ? std::nullopt : std::optional<LogLevel>(found->level);
 }
 
 }  // namespace sam3rt

@@ -1,8 +1,7 @@
 // Lines for whoever operates the process.
 #pragma once
 
-#include <onnxruntime_c_api.h>
-
+#include <optional>
 #include <string>
 
 #include "sam3rt/sam3rt.hpp"
@@ -15,11 +14,7 @@ bool is_logged(LogLevel level) noexcept;
 /// Give a line to the callback, if there is one that wants it.
 void log(LogLevel level, const std::string& line) noexcept;
 
-/// The least severe lines that are wanted of ONNX Runtime.
-OrtLoggingLevel ort_log_level() noexcept;
-
-/// What our environment of ONNX Runtime gives its lines to: the callback, or stderr without one.
-void ORT_API_CALL log_ort_line(void* unused, OrtLoggingLevel severity, const char* category,
-                               const char* id, const char* location, const char* message) noexcept;
+/// The least severe lines that the callback wants; nothing without a callback.
+std::optional<LogLevel> log_level() noexcept;
 
 }  // namespace sam3rt

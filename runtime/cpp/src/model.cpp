@@ -75,15 +75,20 @@ ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancell
     check_cancelled(cancellation);
     const Manifest& about = manifest();
     const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
-    const Array<float> pixels = preprocess(about.image, image, geometry);
     return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.encode(pixels, cancellation), geometry, about.fingerprint,
-                             names_of(about.encoder.outputs)}));
+        ImageEmbedding::Data{data_->backend.encode(image, geometry, cancellation), geometry,
+                             about.fingerprint, names_of(about.encoder.outputs)}));
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
                            bool multimask_output, const Cancellation* cancellation) const {
-    const Manifest& about = manifest();
+    return decode_prompts(*this, embedding, prompts, multimask_output, cancellation, nullptr);
+}
+
+DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
+                            const Prompts& prompts, bool multimask_output,
+                            const Cancellation* cancellation, DeviceMasks* masks) {
+    const Manifest& about = model.manifest();
     const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
     if (embedding.fingerprint() != about.fingerprint) {
         throw EmbeddingError("the embedding was made by the bundle " +
@@ -93,14 +98,14 @@ DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& promp
     check_cancelled(cancellation);
     const std::int64_t objects = packed.points.shape()[0];
     if (objects == 0) {
-        const std::int64_t masks = multimask_output ? about.masks.multimask : 1;
+        const std::int64_t count = multimask_output ? about.masks.multimask : 1;
         const Size& size = about.masks.low_res_size;
-        return {Array<float>({0, masks, size.height, size.width}), Array<float>({0, masks}),
+        return {Array<float>({0, count, size.height, size.width}), Array<float>({0, count}),
                 std::nullopt, packed.warning};
     }
     const std::vector<std::string> outputs = decoder_outputs(about, multimask_output);
-    std::vector<Array<float>> results =
-        data_->backend.decode(*embedding.data().features, packed, outputs, cancellation);
+    std::vector<Array<float>> results = model.data().backend.decode(
+        *embedding.data().features, packed, outputs, cancellation, masks);
     DecodedMasks decoded{
         without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
     const Shape& shape = decoded.low_res_masks.shape();
@@ -148,13 +153,13 @@ void Model::warm_up() const {
 VerifyReport Model::verify(const Cancellation* cancellation) const {
     const ParityRecord record = load_record(data_->bundle);
     const Backend& backend = data_->backend;
-    return judge(run_record(runner_of(backend, manifest(), cancellation), manifest(), record,
+    return judge(run_record(runner_of(backend, cancellation), manifest(), record,
                             limits_for(manifest(), backend.precision())));
 }
 
 Health Model::health(const Cancellation* cancellation) const {
     const Backend& backend = data_->backend;
-    Health health = check_health(runner_of(backend, manifest(), cancellation), data_->bundle,
+    Health health = check_health(runner_of(backend, cancellation), data_->bundle,
                                  limits_for(manifest(), backend.precision()));
     health.backend = backend.name();
     health.device = device();

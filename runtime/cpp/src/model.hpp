@@ -10,11 +10,19 @@ namespace sam3rt {
 
 struct Model::Data {
     Data(Bundle opened, const ModelOptions& options)
-        : bundle(std::move(opened)), backend(bundle, options) {}
+        : bundle(std::move(opened)),
+          owned_backend(open_backend(bundle, options)),
+          backend(*owned_backend) {}
 
     const Bundle bundle;
-    const Backend backend;
+    const std::shared_ptr<const Backend> owned_backend;
+    const Backend& backend;
     mutable ResamplingCache resampling;
 };
+
+/// Model::decode, which may make masks on the device as well.
+DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
+                            const Prompts& prompts, bool multimask_output,
+                            const Cancellation* cancellation, DeviceMasks* masks);
 
 }  // namespace sam3rt

@@ -1,6 +1,7 @@
 #include "ort_session.hpp"
 
 #include <array>
+#include <cstdio>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -49,6 +50,53 @@ std::string identity_model(ONNXTensorElementDataType type) {
     const Message graph =
         Message().message(1, node).text(2, "copy").message(11, value("x")).message(12, value("y"));
     return Message().number(1, 8).message(7, graph).message(8, Message().number(2, 13)).bytes();
+}
+
+LogLevel level_of(OrtLoggingLevel severity) {
+    switch (severity) {
+        case ORT_LOGGING_LEVEL_VERBOSE:
+            return LogLevel::debug;
+        case ORT_LOGGING_LEVEL_INFO:
+            return LogLevel::info;
+        case ORT_LOGGING_LEVEL_WARNING:
+            return LogLevel::warning;
+        case ORT_LOGGING_LEVEL_ERROR:
+        case ORT_LOGGING_LEVEL_FATAL:
+            break;
+    }
+    return LogLevel::error;
+}
+
+/// The least severe lines that are wanted of ONNX Runtime.
+OrtLoggingLevel ort_log_level() noexcept {
+    switch (log_level().value_or(LogLevel::error)) {
+        case LogLevel::debug:
+            return ORT_LOGGING_LEVEL_VERBOSE;
+        case LogLevel::info:
+            return ORT_LOGGING_LEVEL_INFO;
+        case LogLevel::warning:
+            return ORT_LOGGING_LEVEL_WARNING;
+        case LogLevel::error:
+            break;
+    }
+    return ORT_LOGGING_LEVEL_ERROR;
+}
+
+/// What our environment gives its lines to: the callback, or stderr without one.
+void ORT_API_CALL log_ort_line(void* /*unused*/, OrtLoggingLevel severity, const char* /*category*/,
+                               const char* /*id*/, const char* location,
+                               const char* message) noexcept {
+    if (!log_level()) {
+        if (severity >= ORT_LOGGING_LEVEL_ERROR) {
+            std::fprintf(stderr, "onnxruntime: %s (%s)\n", message, location);
+        }
+        return;
+    }
+    try {
+        log(level_of(severity), std::string("onnxruntime: ") + message + " (" + location + ")");
+    } catch (const std::bad_alloc&) {
+        // Then there is no line.
+    }
 }
 
 void require_version() {
@@ -126,6 +174,17 @@ void append_tensorrt(Ort::SessionOptions& options, const std::string& number) {
 
 }  // namespace
 
+const std::map<std::string, ONNXTensorElementDataType>& element_types() {
+    static const std::map<std::string, ONNXTensorElementDataType> types = {
+        {"float32", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+        {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+        {"int64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+        {"int32", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+        {"bool", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL},
+    };
+    return types;
+}
+
 void set_ort_environment(OrtEnv* environment) {
     if (environment == nullptr) {
         throw InvalidInputError("environment", "NULL", "an OrtEnv of this process");
@@ -145,10 +204,8 @@ const Ort::Env& ort_environment() {
         // Threads that look out for work between runs would take processor time from others.
         Ort::ThreadingOptions threading;
         threading.SetGlobalSpinControl(0);
-        current_environment =
-            environment_of(Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt")
-                               .release(),
-                           true);
+        current_environment = environment_of(
+            Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt").release(), true);
     }
     return current_environment->value;
 }

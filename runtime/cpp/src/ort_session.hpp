@@ -3,6 +3,9 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include <map>
+#include <string>
+
 #include "device.hpp"
 
 namespace sam3rt {
@@ -10,6 +13,9 @@ namespace sam3rt {
 /// The process's environment: the host's, or one of our own. Throws BackendError where the ONNX
 /// Runtime library is older than the headers this library was built with.
 const Ort::Env& ort_environment();
+
+/// ONNX Runtime's element types by the manifest's names.
+const std::map<std::string, ONNXTensorElementDataType>& element_types();
 
 /// Options for a session on a device, whose operators run on `threads` threads of its own, or with
 /// 0 on those that all sessions of the process share. Throws Ort::Exception where the provider

@@ -116,11 +116,32 @@ void finish_bits(const Array<float>& low_res, const Resampling& resampling,
 std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
                                     const Cleaning& cleaning, const Cancellation* cancellation) {
     std::vector<std::string> texts;
-    for_each_mask(low_res, resampling, cleaning, cancellation,
-                  [&](std::size_t, const std::uint8_t* mask) {
-                      texts.push_back(compressed_runs(mask, resampling.rows.outputs(),
-                                                      resampling.columns.outputs()));
-                  });
+    for_each_mask(
+        low_res, resampling, cleaning, cancellation, [&](std::size_t, const std::uint8_t* mask) {
+            texts.push_back(
+                compressed_runs(mask, resampling.rows.outputs(), resampling.columns.outputs()));
+        });
+    return texts;
+}
+
+void pack_masks(const Array<std::uint8_t>& masks, std::uint8_t* out) {
+    const Shape& shape = masks.shape();
+    const auto width = static_cast<std::size_t>(shape[3]);
+    const auto rows = static_cast<std::size_t>(shape[0] * shape[1] * shape[2]);
+    for (std::size_t row = 0; row < rows; ++row) {
+        pack_row(masks.data() + row * width, width, out + row * ((width + 7) / 8));
+    }
+}
+
+std::vector<std::string> encode_masks(const Array<std::uint8_t>& masks) {
+    const Shape& shape = masks.shape();
+    const auto height = static_cast<std::size_t>(shape[2]);
+    const auto width = static_cast<std::size_t>(shape[3]);
+    std::vector<std::string> texts;
+    for (std::int64_t i = 0; i < shape[0] * shape[1]; ++i) {
+        texts.push_back(compressed_runs(masks.data() + static_cast<std::size_t>(i) * height * width,
+                                        height, width));
+    }
     return texts;
 }
 

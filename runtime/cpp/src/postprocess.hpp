@@ -42,6 +42,10 @@ void finish_bits(const Array<float>& low_res, const Resampling& resampling,
 std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
                                     const Cleaning& cleaning, const Cancellation* cancellation);
 
+/// Masks of 0 and 1, [P, C, H, W], as bits, or as run lengths, likewise.
+void pack_masks(const Array<std::uint8_t>& masks, std::uint8_t* out);
+std::vector<std::string> encode_masks(const Array<std::uint8_t>& masks);
+
 /// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits at `out`.
 void finish_logits(const Array<float>& low_res, const Resampling& resampling,
                    const Cleaning& cleaning, const Cancellation* cancellation, float* out);

@@ -28,24 +28,45 @@ Array<T> without_single_object(Array<T> array) {
     return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
 }
 
-/// Of each object's masks keep only that of the highest predicted IoU.
-void keep_best(DecodedMasks& decoded) {
-    const Shape& shape = decoded.low_res_masks.shape();
-    const auto objects = static_cast<std::size_t>(shape[0]);
-    const auto masks = static_cast<std::size_t>(shape[1]);
-    Array<float> low_res({shape[0], 1, shape[2], shape[3]});
-    Array<float> scores({shape[0], 1});
-    for (std::size_t object = 0; object < objects; ++object) {
-        const float* own = decoded.iou_predictions.data() + object * masks;
-        const float* best = std::max_element(own, own + masks);
-        scores[object] = *best;
-        const std::size_t size = low_res.size() / objects;
-        const auto index = object * masks + static_cast<std::size_t>(best - own);
-        std::copy_n(decoded.low_res_masks.data() + index * size, size,
-                    low_res.data() + object * size);
+/// Of [P, C, h, w], the plane of each object that is given by its index: [P, 1, h, w].
+template <typename T>
+Array<T> planes_of(const Array<T>& all, const std::vector<std::size_t>& indices) {
+    const Shape& shape = all.shape();
+    Array<T> chosen({shape[0], 1, shape[2], shape[3]});
+    for (std::size_t object = 0; object < indices.size(); ++object) {
+        const std::size_t size = chosen.size() / indices.size();
+        const std::size_t plane = object * static_cast<std::size_t>(shape[1]) + indices[object];
+        std::copy_n(all.data() + plane * size, size, chosen.data() + object * size);
     }
-    decoded.low_res_masks = std::move(low_res);
+    return chosen;
+}
+
+/// Of each object's masks keep only that of the highest predicted IoU.
+void keep_best(DecodedMasks& decoded, DeviceMasks& made) {
+    const Shape& shape = decoded.low_res_masks.shape();
+    const auto masks = static_cast<std::size_t>(shape[1]);
+    Array<float> scores({shape[0], 1});
+    std::vector<std::size_t> best;
+    for (std::size_t object = 0; object < scores.size(); ++object) {
+        const float* own = decoded.iou_predictions.data() + object * masks;
+        best.push_back(static_cast<std::size_t>(std::max_element(own, own + masks) - own));
+        scores[object] = own[best.back()];
+    }
+    decoded.low_res_masks = planes_of(decoded.low_res_masks, best);
     decoded.iou_predictions = std::move(scores);
+    if (made.masks) {
+        made.masks = planes_of(*made.masks, best);
+    }
+}
+
+/// Masks of 0 and 1 with another value for foreground.
+Array<std::uint8_t> with_foreground(Array<std::uint8_t> masks, std::uint8_t foreground) {
+    if (foreground != 1) {
+        std::transform(masks.begin(), masks.end(), masks.data(), [foreground](std::uint8_t mask) {
+            return static_cast<std::uint8_t>(mask * foreground);
+        });
+    }
+    return masks;
 }
 
 /// Throws InvalidInputError where the options contradict each other.
@@ -156,16 +177,18 @@ void Predictor::reset() noexcept {
 Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
                                  const PredictOptions& options) const {
     check_options(options);
-    DecodedMasks decoded = model_.decode(embedding, prompts, options.multimask_output,
-                                         options.cancellation);
+    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
+    DeviceMasks made{embedding.data().geometry, cleaning, std::nullopt};
+    DecodedMasks decoded =
+        decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
+                       options.return_logits ? nullptr : &made);
     if (options.best_mask_only) {
-        keep_best(decoded);
+        keep_best(decoded, made);
     }
     const Manifest& about = model_.manifest();
     const Shape& low_res = decoded.low_res_masks.shape();
     const std::shared_ptr<const Resampling> resampling = model_.data().resampling.find(
         embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
-    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     Prediction prediction;
     prediction.shape = full_shape(decoded.low_res_masks, *resampling);
     if (options.form == MaskForm::bits) {
@@ -175,11 +198,20 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
         finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation,
                       memory_for(options, prediction.shape, prediction.logits));
     } else if (options.form == MaskForm::rle) {
-        prediction.rle =
-            finish_rle(decoded.low_res_masks, *resampling, cleaning, options.cancellation);
+        prediction.rle = made.masks ? encode_masks(*made.masks)
+                                    : finish_rle(decoded.low_res_masks, *resampling, cleaning,
+                                                 options.cancellation);
+    } else if (made.masks && options.form == MaskForm::bytes && options.output == nullptr) {
+        prediction.masks = with_foreground(std::move(*made.masks), options.foreground);
     } else {
         std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
-        if (options.form == MaskForm::bits) {
+        if (made.masks && options.form == MaskForm::bits) {
+            pack_masks(*made.masks, masks);
+        } else if (made.masks) {
+            const Array<std::uint8_t> all =
+                with_foreground(std::move(*made.masks), options.foreground);
+            std::copy(all.begin(), all.end(), masks);
+        } else if (options.form == MaskForm::bits) {
             finish_bits(decoded.low_res_masks, *resampling, cleaning, options.cancellation, masks);
         } else {
             finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,

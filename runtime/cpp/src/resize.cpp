@@ -244,14 +244,6 @@ std::vector<typename Kind::Pixel> resize_rows(const Source& rows,
     return result;
 }
 
-/// Which axis is resized first matters where intermediate values are rounded. Pillow, since its
-/// version 13, begins with the rows where those lose more than twice as many as the columns do, and
-/// otherwise, like every earlier version, with the columns.
-bool rows_first(const ImageView& image, const Size& target) {
-    return target.height < image.height &&
-           image.height - target.height > 2 * (image.width - target.width);
-}
-
 /// Both axes; one that keeps its size is left as it is.
 template <typename Kind, typename Prepare>
 std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& target,
@@ -282,13 +274,25 @@ std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& tar
     if (new_width == width) {
         return rows(source);
     }
-    if (rows_first(image, target)) {
+    if (rows_first({image.height, image.width}, target)) {
         return columns(rows_of(rows(source), width));
     }
     return rows(rows_of(columns(source), new_width));
 }
 
 }  // namespace
+
+bool rows_first(const Size& source, const Size& target) {
+    return target.height < source.height &&
+           source.height - target.height > 2 * (source.width - target.width);
+}
+
+void copy_as_rgb(const ImageView& image, std::uint8_t* out) {
+    const ImageRows rows(image);
+    for (std::size_t y = 0; y < rows.height; ++y, out += rows.width * channels) {
+        std::copy_n(rows.row(y), rows.width * channels, out);
+    }
+}
 
 bool is_nv12(PixelFormat format) {
     return format == PixelFormat::nv12 || format == PixelFormat::nv12_bt709;

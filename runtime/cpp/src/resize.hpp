@@ -15,6 +15,14 @@ bool is_nv12(PixelFormat format);
 /// How many bytes a pixel takes, in the first plane where there are several.
 std::size_t bytes_per_pixel(PixelFormat format);
 
+/// Whether rows are resized before columns. It matters where intermediate values are rounded.
+/// Pillow, since its version 13, begins with the rows where those lose more than twice as many as
+/// the columns do, and otherwise, like every earlier version, with the columns.
+bool rows_first(const Size& source, const Size& target);
+
+/// Copy an image to height * width * 3 bytes, interleaved.
+void copy_as_rgb(const ImageView& image, std::uint8_t* out);
+
 /// Resize an image, rounding to whole levels after each axis, to the last bit as Pillow 13 does it
 /// for 8-bit images. Returns height * width * 3 values, interleaved.
 std::vector<std::uint8_t> resize_rounded(const ImageView& image, const Size& target);

@@ -1,20 +1,24 @@
 // Whether a graph takes and returns what its manifest says.
 #pragma once
 
-#include <onnxruntime_cxx_api.h>
-
-#include <map>
 #include <string>
+#include <vector>
 
 #include "sam3rt/sam3rt.hpp"
 
 namespace sam3rt {
 
-/// ONNX Runtime's element types by the manifest's names.
-const std::map<std::string, ONNXTensorElementDataType>& element_types();
+/// An input or output as it was loaded: type and sizes; -1 stands for a dynamic axis.
+struct LoadedTensor {
+    std::string name;
+    std::string dtype;
+    Shape shape;
+};
 
-/// Compare names, types, ranks and fixed sizes of a graph's inputs and outputs with what is
-/// promised. Throws BundleError, naming the graph's file.
-void check_signature(const Ort::Session& session, const GraphSpec& promised);
+/// How names, types, ranks and fixed sizes differ from what is promised, such as "has inputs [...],
+/// the manifest says [...]"; empty where they do not. What `is_retyped` was made from the graph, as
+/// an engine is: types may be other ones, and tensors may come in any order.
+std::string signature_mismatch(const GraphSpec& promised, std::vector<LoadedTensor> inputs,
+                               std::vector<LoadedTensor> outputs, bool is_retyped = false);
 
 }  // namespace sam3rt

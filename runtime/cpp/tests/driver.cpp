@@ -28,7 +28,6 @@
 #include "npy.hpp"
 #include "npz.hpp"
 #include "onnx_locations.hpp"
-#include "ort_session.hpp"
 #include "postprocess.hpp"
 #include "prompts.hpp"
 #include "record.hpp"
@@ -36,6 +35,9 @@
 #include "sam3rt/sam3rt.hpp"
 #include "sha256.hpp"
 #include "verdicts.hpp"
+#if SAM3RT_ONNXRUNTIME
+#include "ort_session.hpp"
+#endif
 
 namespace {
 
@@ -431,18 +433,6 @@ json read_embedding_file(const json& step) {
         {as_json(stored.geometry.original_size), as_json(stored.geometry.input_size)});
 }
 
-/// What a GPU's memory would be reached by, over the host's memory.
-json copy_through_identity(const json& step) {
-    Array<float> array = read_npy<float>(text(step, "array"));
-    const Copier copier(Device{}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    const Ort::Value host = Ort::Value::CreateTensor<float>(
-        host_memory(), array.data(), array.size(), array.shape().data(), array.shape().size());
-    const Ort::Value back = copier.to_host(copier.to_device(host));
-    write_npy(result_path(step, "copy"), Array<float>(back.GetTensorTypeAndShapeInfo().GetShape(),
-                                                      back.GetTensorData<float>(), array.size()));
-    return back.GetTensorData<float>() != array.data();
-}
-
 json hash(const json& step) {
     const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
     Sha256 digest;
@@ -503,8 +493,9 @@ void change(const json& changes, const std::string& name, Array<float>& values) 
 Runner changed_runner(const Bundle& bundle, const json& changes) {
     ModelOptions options;
     options.threads = 1;
-    const auto backend = std::make_shared<const Backend>(bundle, options, Device{}, std::nullopt);
-    const Runner runner = runner_of(*backend, bundle.manifest, nullptr);
+    options.device = "cpu";
+    const std::shared_ptr<const Backend> backend = open_backend(bundle, options);
+    const Runner runner = runner_of(*backend, nullptr);
     return [backend, runner, changes, &manifest = bundle.manifest](const ImageView& image,
                                                                    const ImageGeometry& geometry) {
         EncodedImage encoded = runner(image, geometry);
@@ -716,6 +707,19 @@ json rest_after_decode(Session& session, const json& step) {
     return static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
 }
 
+#if SAM3RT_ONNXRUNTIME
+/// What a GPU's memory would be reached by, over the host's memory.
+json copy_through_identity(const json& step) {
+    Array<float> array = read_npy<float>(text(step, "array"));
+    const Copier copier(Device{}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    const Ort::Value host = Ort::Value::CreateTensor<float>(
+        host_memory(), array.data(), array.size(), array.shape().data(), array.shape().size());
+    const Ort::Value back = copier.to_host(copier.to_device(host));
+    write_npy(result_path(step, "copy"), Array<float>(back.GetTensorTypeAndShapeInfo().GetShape(),
+                                                      back.GetTensorData<float>(), array.size()));
+    return back.GetTensorData<float>() != array.data();
+}
+
 int host_lines = 0;
 
 void ORT_API_CALL count_line(void*, OrtLoggingLevel, const char*, const char*, const char*,
@@ -731,6 +735,7 @@ json set_environment() {
     set_ort_environment(*environment);
     return nullptr;
 }
+#endif
 
 std::mutex lines_mutex;
 json lines = json::array();
@@ -860,15 +865,17 @@ const std::map<std::string, Step>& steps() {
         {"components", [](Session&, const json& s) { return components(s); }},
         {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
         {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
-        {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"onnx_locations", [](Session&, const json& s) { return onnx_locations(s); }},
         {"image_geometry", [](Session&, const json& s) { return image_geometry(s); }},
         {"memory", [](Session&, const json&) { return memory(); }},
         {"encode_at_once", encode_at_once},
         {"threads", [](Session&, const json&) { return count_threads(); }},
         {"rest_after_decode", rest_after_decode},
+#if SAM3RT_ONNXRUNTIME
+        {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"set_environment", [](Session&, const json&) { return set_environment(); }},
         {"host_lines", [](Session&, const json&) { return json(host_lines); }},
+#endif
         {"moved_from", [](Session&, const json&) { return moved_from(); }},
         {"copy_file",
          [](Session&, const json& s) {

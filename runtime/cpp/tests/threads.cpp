@@ -2,7 +2,7 @@
 // others, from a model whose graphs nobody has loaded yet, and must get what one thread gets alone.
 // Then they encode until they are stopped.
 //
-//   threads BUNDLE FOLDER
+//   threads BUNDLE FOLDER [DEVICE]
 
 #include <algorithm>
 #include <atomic>
@@ -75,13 +75,15 @@ int calls_that_do_not_end(const sam3rt::Model& model, const sam3rt::ImageView& i
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 3) {
-        std::cerr << "usage: threads BUNDLE FOLDER\n";
+    if (count != 3 && count != 4) {
+        std::cerr << "usage: threads BUNDLE FOLDER [DEVICE]\n";
         return 2;
     }
     sam3rt::ModelOptions options;
-    options.device = "cpu";
+    options.device = count == 4 ? arguments[3] : "cpu";
     options.threads = 1;
+    // Fewer than threads, so that some wait.
+    options.concurrent_decodes = thread_count - 1;
     const sam3rt::Array<std::uint8_t> pixels = picture();
     const sam3rt::ImageView image{pixels.data(), height, width};
 

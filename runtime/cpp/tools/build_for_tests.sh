@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the C++ runtime for its tests: `release`, installed to `install`; `address`, with
-# AddressSanitizer and UndefinedBehaviorSanitizer; `thread`, with ThreadSanitizer.
+# AddressSanitizer and UndefinedBehaviorSanitizer; `thread`, with ThreadSanitizer; `tensorrt`,
+# without ONNX Runtime. The last three run engines in a stand-in for TensorRT and the GPU.
 #
 #   build_for_tests.sh FOLDER      (FOLDER/dependencies is what fetch_dependencies.sh made)
 set -euo pipefail
@@ -12,7 +13,7 @@ folder=$(cd "$1" && pwd)
 configure() {
     cmake -G Ninja -S "$source" -B "$folder/$1" "${@:2}" \
         -DCMAKE_PREFIX_PATH="$folder/dependencies" -DONNXRUNTIME_ROOT="$folder/dependencies" \
-        -DSAM3RT_TESTS=ON -DSAM3RT_EXAMPLES=ON -DSAM3RT_WARNINGS_AS_ERRORS=ON \
+        -DSAM3RT_TESTS=ON -DSAM3RT_WARNINGS_AS_ERRORS=ON \
         > "$folder/$1.log" || { cat "$folder/$1.log"; exit 1; }
 }
 
@@ -21,10 +22,17 @@ configure() {
 sanitized() {
     echo -DCMAKE_BUILD_TYPE=None "-DCMAKE_C_FLAGS=$1" "-DCMAKE_CXX_FLAGS=$1"
 }
-configure release -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$folder/install"
+stand_in="-DSAM3RT_TENSORRT=ON -DSAM3RT_NVINFER_SOURCE=$source/tests/stand_in/nvinfer.cpp"
+configure release -DSAM3RT_EXAMPLES=ON -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_INSTALL_PREFIX="$folder/install"
 # One build takes SHA-256 from OpenSSL where that is installed; this one has the portable code.
-configure address $(sanitized -O1) -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
-configure thread $(sanitized -O0) -DSAM3RT_SANITIZE=thread
+configure address $stand_in -DSAM3RT_EXAMPLES=ON $(sanitized -O1) \
+    -DSAM3RT_SANITIZE=address,undefined -DSAM3RT_OPENSSL=OFF
+configure thread $stand_in $(sanitized -O0) -DSAM3RT_SANITIZE=thread
+# The stand-in has graphs computed by ONNX Runtime, which the library knows nothing of.
+configure tensorrt $stand_in -DSAM3RT_ONNXRUNTIME=OFF -DCMAKE_BUILD_TYPE=None \
+    "-DCMAKE_CXX_FLAGS=-O0 -isystem $folder/dependencies/include/onnxruntime"
 ninja -C "$folder/release" --quiet install > /dev/null
 ninja -C "$folder/address" --quiet
-ninja -C "$folder/thread" --quiet threads
+ninja -C "$folder/thread" --quiet threads stand_in_libcuda stand_in_libnvrtc
+ninja -C "$folder/tensorrt" --quiet driver stand_in_libcuda stand_in_libnvrtc sam3rt_shared

@@ -492,7 +492,8 @@ struct Manifest {
 /// Use the host's environment of ONNX Runtime, with its logger and its threads, in place of one of
 /// our own. A process has one environment: whoever creates it first decides. It must live for as
 /// long as anything of this library. Throws InvalidInputError where it is null, and StateError
-/// where the library has one already, because a model was loaded before.
+/// where the library has one already, because a model was loaded before, or was built without ONNX
+/// Runtime.
 SAM3RT_EXPORT void set_ort_environment(OrtEnv* environment);
 
 /// An image's feature maps on the device that made them, and where the image lies in them.
@@ -548,9 +549,11 @@ struct DecodedMasks {
 
 /// How a model is loaded.
 struct ModelOptions {
-    /// What runs the graphs, by ONNX Runtime: "cpu"; "cuda" or "cuda:N"; "tensorrt" or
-    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; "auto" takes
-    /// CUDA where it works and the CPU otherwise. Engines serve once they have passed the gate on
+    /// What runs the graphs. ONNX Runtime: "cpu"; "cuda" or "cuda:N". TensorRT: "tensorrt" or
+    /// "tensorrt-rtx", also with ":N", which use engines that `sam3rt build` made; where this
+    /// library was built with TensorRT's headers, without ONNX Runtime, and else by its execution
+    /// provider. "auto" takes the first that works of TensorRT without ONNX Runtime, CUDA and the
+    /// CPU; the log says why one was passed over. Engines serve once they have passed the gate on
     /// this machine, for this user: those that nobody has judged here are compared with the
     /// bundle's parity record when a model is loaded, once, which at full size takes a minute or
     /// two. The verdicts lie in the user's cache folder; Python goes by the same.
@@ -563,7 +566,9 @@ struct ModelOptions {
     /// How many threads may run the encoder at once; others wait for their turn. One encode uses
     /// all cores unless `threads` says otherwise, so more at once take more memory, not less time.
     int concurrent_encodes = 1;
-    /// The same for the decoder, which runs on at most 8 objects at a time.
+    /// The same for the decoder, which runs on at most 8 objects at a time. Without ONNX Runtime,
+    /// it runs on as many objects as the engine takes, each of these threads has memory of its own
+    /// on the device, and one thread at a time runs the encoder.
     int concurrent_decodes = 4;
     /// Hash every file against the manifest first. A graph and its weights are hashed in any case
     /// when they are loaded.
@@ -635,7 +640,7 @@ struct Health {
 class SAM3RT_EXPORT Model {
 public:
     /// Open a bundle folder, a relative one from the current folder as it is now. Graphs are loaded
-    /// at first use, or by prepare() or warm_up().
+    /// at first use, or by prepare() or warm_up(); engines, without ONNX Runtime, now.
     /// Throws InvalidInputError where an option makes no sense; BundleError where the bundle is
     /// missing, damaged, mixed, too new or not the expected one; BackendError where the device
     /// cannot be used here.

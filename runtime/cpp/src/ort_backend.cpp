@@ -1,0 +1,610 @@
+// Runs the two graphs of a bundle in ONNX Runtime, on one device.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <mutex>
+
+#include "backend.hpp"
+#include "cancellation.hpp"
+#include "engines.hpp"
+#include "log.hpp"
+#include "onnx_locations.hpp"
+#include "ort_session.hpp"
+#include "signature.hpp"
+#include "turnstile.hpp"
+
+namespace sam3rt {
+namespace {
+
+/// What ONNX Runtime calls its providers.
+const char* ort_name(Provider provider) {
+    switch (provider) {
+        case Provider::cuda:
+            return "CUDAExecutionProvider";
+        case Provider::tensorrt:
+            return "TensorrtExecutionProvider";
+        case Provider::tensorrt_rtx:
+            return "NvTensorRTRTXExecutionProvider";
+        case Provider::cpu:
+            break;
+    }
+    return "CPUExecutionProvider";
+}
+
+/// Brings float32 maps to a device and back, in the type that the graphs use for them.
+class FeatureTransfer {
+public:
+    /// `dtype` is "float32" or "float16".
+    FeatureTransfer(const Device& device, const std::string& dtype);
+
+    Array<float> to_host(const Ort::Value& value) const;
+    Ort::Value to_device(const Array<float>& map) const;
+
+private:
+    bool half_;
+    /// Absent on the CPU, whose memory is the host's.
+    std::optional<Copier> copier_;
+};
+
+/// One image's feature maps, wherever ONNX Runtime keeps them.
+class OrtFeatures : public Features {
+public:
+    /// The session is the one whose allocator the values are from, if any.
+    OrtFeatures(std::vector<Ort::Value> maps, std::shared_ptr<const FeatureTransfer> transfer,
+                std::string device, std::shared_ptr<Ort::Session> owner)
+        : owner_(std::move(owner)),
+          transfer_(std::move(transfer)),
+          device_(std::move(device)),
+          values_(std::move(maps)) {}
+
+    std::string device() const override { return device_; }
+    std::size_t nbytes() const override;
+    std::vector<Array<float>> maps() const override;
+
+    const std::vector<Ort::Value>& values() const { return values_; }
+
+private:
+    // Destroyed after the values.
+    std::shared_ptr<Ort::Session> owner_;
+    std::shared_ptr<const FeatureTransfer> transfer_;
+    std::string device_;
+    std::vector<Ort::Value> values_;
+};
+
+/// The two graphs as sessions, created at first use.
+class OrtBackend : public Backend {
+public:
+    /// Throws BackendError where the device is not usable here, or has no engines.
+    OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device);
+    /// The same with these engines, or none, whether or not they are proven.
+    OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+               std::optional<EngineSet> engines);
+
+    const Device& device() const override { return device_; }
+    std::string precision() const override { return engines_ ? engines_->precision : "fp32"; }
+    std::shared_ptr<const Features> encode(const ImageView& image, const ImageGeometry& geometry,
+                                           const Cancellation* cancellation) const override;
+    std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const override;
+    std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
+                                     const std::vector<std::string>& outputs,
+                                     const Cancellation* cancellation,
+                                     DeviceMasks* masks) const override;
+    void prepare() const override;
+    bool encoder_loaded() const override;
+
+private:
+    /// A session that is made when it is first asked for.
+    struct Graph {
+        explicit Graph(const GraphSpec& graph_spec, int places)
+            : spec(&graph_spec), turnstile(places) {}
+
+        const GraphSpec* spec;
+        mutable std::mutex mutex;
+        mutable std::shared_ptr<Ort::Session> session;
+        /// Why it could not be made. A service would otherwise try again at every request.
+        mutable std::exception_ptr failure;
+        mutable std::atomic<bool> loaded{false};
+        /// Bounds how many runs hold working memory at once.
+        mutable Turnstile turnstile;
+    };
+
+    std::shared_ptr<Ort::Session> session_of(const Graph& graph, bool try_again = false) const;
+    std::shared_ptr<Ort::Session> load(const Graph& graph) const;
+    std::shared_ptr<Ort::Session> load_wrapped(const Graph& graph) const;
+    Ort::SessionOptions options_for(const Graph& graph) const;
+    void check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const;
+    void run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
+             bool give_memory_back, const Cancellation* cancellation) const;
+    std::shared_ptr<const FeatureTransfer> transfer() const;
+
+    const Bundle& bundle_;
+    int threads_;
+    bool map_weights_;
+    Device device_;
+    std::optional<EngineSet> engines_;
+    Array<float> blank_mask_;
+    Graph encoder_;
+    Graph decoder_;
+    mutable std::mutex transfer_mutex_;
+    mutable std::shared_ptr<const FeatureTransfer> transfer_;
+};
+
+/// The decoder's working memory grows with the objects of a run; more at a time are no faster.
+constexpr std::size_t objects_per_run = 8;
+
+/// A tensor over the memory of an array, which must outlive it.
+template <typename T>
+Ort::Value view(const Array<T>& array, const Shape& shape) {
+    // ONNX Runtime's interface has no tensors of constant memory; inputs are only read.
+    return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()), array.size(),
+                                       shape.data(), shape.size());
+}
+
+/// A tensor [1, count, ...] over `count` entries of the first axis of an array.
+template <typename T>
+Ort::Value view(const Array<T>& array, std::size_t first, std::size_t count) {
+    Shape shape = {1};
+    shape.insert(shape.end(), array.shape().begin(), array.shape().end());
+    const std::size_t step = array.size() / static_cast<std::size_t>(shape[1]);
+    shape[1] = static_cast<std::int64_t>(count);
+    return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()) + first * step,
+                                       count * step, shape.data(), shape.size());
+}
+
+Array<float> copy_of(const Ort::Value& value) {
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+        throw BackendError("a graph returned a tensor of another type than float32");
+    }
+    return Array<float>(info.GetShape(), value.GetTensorData<float>(), info.GetElementCount());
+}
+
+/// Put a tensor [1, count, ...] at entry `first` of an array [1, objects, ...], which is made by
+/// the first of them.
+void store(const Ort::Value& value, std::size_t first, std::size_t count, std::size_t objects,
+           Array<float>& result) {
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    Shape shape = info.GetShape();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.size() < 2 ||
+        shape[0] != 1 || shape[1] != static_cast<std::int64_t>(count)) {
+        throw BackendError("the decoder returned a tensor that is not one float32 row per object");
+    }
+    shape[1] = static_cast<std::int64_t>(objects);
+    if (first == 0) {
+        result = Array<float>(shape);
+    }
+    if (result.shape() != shape) {
+        throw BackendError("the decoder returned tensors of changing shapes");
+    }
+    std::copy_n(value.GetTensorData<float>(), info.GetElementCount(),
+                result.data() + first * (result.size() / objects));
+}
+
+/// Memory for a feature map, outside of what ONNX Runtime reuses between runs: maps live long, and
+/// would keep that from being given back.
+Ort::Value empty_map(const TensorSpec& spec) {
+    Shape shape = {1};
+    for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
+        shape.push_back(std::get<std::int64_t>(spec.shape[axis]));
+    }
+    Ort::AllocatorWithDefaultOptions allocator;
+    return Ort::Value::CreateTensor(allocator, shape.data(), shape.size(),
+                                    element_types().at(spec.dtype));
+}
+
+LoadedTensor loaded_tensor(const std::string& name, const Ort::TypeInfo& type) {
+    if (type.GetONNXType() != ONNX_TYPE_TENSOR) {
+        return {name, "no tensor", {}};
+    }
+    const auto info = type.GetTensorTypeAndShapeInfo();
+    std::string dtype = "another type";
+    for (const auto& [known, element] : element_types()) {
+        if (element == info.GetElementType()) {
+            dtype = known;
+        }
+    }
+    return {name, dtype, info.GetShape()};
+}
+
+std::vector<Bytes> read_weights(const std::filesystem::path& folder,
+                                const std::vector<FileEntry>& files) {
+    std::vector<Bytes> weights;
+    for (const FileEntry& entry : files) {
+        weights.push_back(read_checked(folder, entry));
+    }
+    return weights;
+}
+
+/// Give a session the content of files in place of the files. A session copies what it needs when
+/// it is made.
+void add_weights(Ort::SessionOptions& options, const std::vector<FileEntry>& files,
+                 std::vector<Bytes>& weights) {
+    std::vector<std::string> names;
+    std::vector<char*> contents;
+    std::vector<std::size_t> lengths;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+        names.push_back(files[i].file);
+        contents.push_back(reinterpret_cast<char*>(weights[i].data()));
+        lengths.push_back(weights[i].size());
+    }
+    if (!names.empty()) {
+        options.AddExternalInitializersFromFilesInMemory(names, contents, lengths);
+    }
+}
+
+FeatureTransfer::FeatureTransfer(const Device& device, const std::string& dtype)
+    : half_(dtype == "float16") {
+    if (!half_ && dtype != "float32") {
+        throw BackendError("feature maps of type " + dtype + " are not known");
+    }
+    if (device.on_gpu()) {
+        copier_.emplace(device, element_types().at(dtype));
+    }
+}
+
+Array<float> FeatureTransfer::to_host(const Ort::Value& value) const {
+    std::optional<Ort::Value> copied;
+    if (copier_) {
+        copied.emplace(copier_->to_host(value));
+    }
+    const Ort::Value& host = copied ? *copied : value;
+    const auto info = host.GetTensorTypeAndShapeInfo();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
+        return copy_of(host);
+    }
+    Array<float> map(info.GetShape());
+    const auto* values = host.GetTensorData<Ort::Float16_t>();
+    std::transform(values, values + map.size(), map.data(),
+                   [](const Ort::Float16_t& number) { return number.ToFloat(); });
+    return map;
+}
+
+Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
+    Ort::AllocatorWithDefaultOptions allocator;
+    const Shape& shape = map.shape();
+    Ort::Value host{nullptr};
+    if (half_) {
+        host = Ort::Value::CreateTensor<Ort::Float16_t>(allocator, shape.data(), shape.size());
+        std::transform(map.begin(), map.end(), host.GetTensorMutableData<Ort::Float16_t>(),
+                       [](float number) { return Ort::Float16_t(number); });
+    } else {
+        host = Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
+        std::copy(map.begin(), map.end(), host.GetTensorMutableData<float>());
+    }
+    return copier_ ? copier_->to_device(host) : std::move(host);
+}
+
+std::size_t OrtFeatures::nbytes() const {
+    std::size_t total = 0;
+    for (const Ort::Value& value : values_) {
+        const auto info = value.GetTensorTypeAndShapeInfo();
+        const std::size_t width =
+            info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2 : 4;
+        total += width * info.GetElementCount();
+    }
+    return total;
+}
+
+std::vector<Array<float>> OrtFeatures::maps() const {
+    try {
+        std::vector<Array<float>> maps;
+        for (const Ort::Value& value : values_) {
+            maps.push_back(transfer_->to_host(value));
+        }
+        return maps;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("feature maps cannot be brought from " + device_ + ": " + error.what());
+    }
+}
+
+OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device)
+    : OrtBackend(bundle, options, device, std::nullopt) {
+    const std::string failure = ort_failure(device);
+    if (!failure.empty()) {
+        throw BackendError("device '" + options.device + "' was asked for, but " + failure);
+    }
+    if (device.provider == Provider::tensorrt || device.provider == Provider::tensorrt_rtx) {
+        engines_ = choose_engines(
+            bundle, name(), query_gpu(device.number), options.engine_folder,
+            [&](const EngineSet& engines) {
+                const auto candidate =
+                    std::make_shared<const OrtBackend>(bundle, options, device, engines);
+                candidate->prepare();
+                const Runner runner = runner_of(*candidate, nullptr);
+                return [candidate, runner](const ImageView& image, const ImageGeometry& geometry) {
+                    return runner(image, geometry);
+                };
+            });
+    }
+}
+
+OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device,
+                       std::optional<EngineSet> engines)
+    : bundle_(bundle),
+      threads_(options.threads),
+      map_weights_(options.map_weights),
+      device_(device),
+      engines_(std::move(engines)),
+      blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
+                   bundle.manifest.prompts.mask_size.width}),
+      encoder_(bundle.manifest.encoder, options.concurrent_encodes),
+      decoder_(bundle.manifest.decoder, options.concurrent_decodes) {
+    std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
+}
+
+std::shared_ptr<const Features> OrtBackend::encode(const ImageView& image,
+                                                   const ImageGeometry& geometry,
+                                                   const Cancellation* cancellation) const {
+    const Array<float> pixels = preprocess(bundle_.manifest.image, image, geometry);
+    std::shared_ptr<Ort::Session> session = session_of(encoder_);
+    try {
+        Ort::IoBinding binding(*session);
+        binding.BindInput(encoder_.spec->inputs[0].name.c_str(), view(pixels, pixels.shape()));
+        for (const TensorSpec& output : encoder_.spec->outputs) {
+            if (device_.on_gpu()) {
+                binding.BindOutput(output.name.c_str(), memory_of(device_));
+            } else {
+                binding.BindOutput(output.name.c_str(), empty_map(output));
+            }
+        }
+        run(encoder_, *session, binding, true, cancellation);
+        return std::make_shared<OrtFeatures>(binding.GetOutputValues(), transfer(), device_.name(),
+                                             device_.on_gpu() ? session : nullptr);
+    } catch (const Ort::Exception& error) {
+        throw BackendError(std::string("ONNX Runtime failed in the encoder: ") + error.what());
+    }
+}
+
+std::shared_ptr<const Features> OrtBackend::upload(const std::vector<Array<float>>& maps) const {
+    try {
+        const std::shared_ptr<const FeatureTransfer> way = transfer();
+        std::vector<Ort::Value> values;
+        for (const Array<float>& map : maps) {
+            values.push_back(way->to_device(map));
+        }
+        return std::make_shared<OrtFeatures>(std::move(values), way, device_.name(), nullptr);
+    } catch (const Ort::Exception& error) {
+        throw BackendError("feature maps cannot be brought to " + device_.name() + ": " +
+                           error.what());
+    }
+}
+
+std::vector<Array<float>> OrtBackend::decode(const Features& features, const PackedPrompts& prompts,
+                                             const std::vector<std::string>& outputs,
+                                             const Cancellation* cancellation,
+                                             DeviceMasks* /*masks*/) const {
+    const auto* own = dynamic_cast<const OrtFeatures*>(&features);
+    if (own == nullptr || own->device() != device_.name()) {
+        throw EmbeddingError("the embedding is on " + features.device() + ", this model runs on " +
+                             device_.name() + "; save the embedding and load it with this model");
+    }
+    const std::shared_ptr<Ort::Session> session = session_of(decoder_);
+    const auto objects = static_cast<std::size_t>(prompts.points.shape()[0]);
+    const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
+    const Ort::MemoryInfo memory = host_memory();
+    std::vector<Array<float>> results(outputs.size());
+    try {
+        for (std::size_t first = 0; first < objects; first += objects_per_run) {
+            const std::size_t count = std::min(objects_per_run, objects - first);
+            Ort::IoBinding binding(*session);
+            for (std::size_t i = 0; i < own->values().size(); ++i) {
+                binding.BindInput(encoder_.spec->outputs[i].name.c_str(), own->values()[i]);
+            }
+            binding.BindInput("input_points", view(prompts.points, first, count));
+            binding.BindInput("input_labels", view(prompts.labels, first, count));
+            if (!prompts.masks) {
+                binding.BindInput("input_masks", view(blank_mask_, blank_mask_.shape()));
+            } else if (prompts.masks->shape()[0] == 1) {
+                binding.BindInput("input_masks", view(*prompts.masks, 0, 1));
+            } else {
+                binding.BindInput("input_masks", view(*prompts.masks, first, count));
+            }
+            binding.BindInput("has_input_masks", view(present, present.shape()));
+            for (const std::string& output : outputs) {
+                binding.BindOutput(output.c_str(), memory);
+            }
+            // One click keeps its memory for the next; more objects take several times as much.
+            run(decoder_, *session, binding, objects > 1 && first + count == objects, cancellation);
+            const std::vector<Ort::Value> values = binding.GetOutputValues();
+            for (std::size_t i = 0; i < values.size(); ++i) {
+                store(values[i], first, count, objects, results[i]);
+            }
+        }
+        return results;
+    } catch (const Ort::Exception& error) {
+        throw BackendError(std::string("ONNX Runtime failed in the decoder: ") + error.what());
+    }
+}
+
+void OrtBackend::prepare() const {
+    session_of(encoder_, true);
+    session_of(decoder_, true);
+}
+
+bool OrtBackend::encoder_loaded() const { return encoder_.loaded; }
+
+std::shared_ptr<Ort::Session> OrtBackend::session_of(const Graph& graph, bool try_again) const {
+    // Two threads may ask for a session at once; it must be made once.
+    const std::lock_guard<std::mutex> lock(graph.mutex);
+    if (graph.session == nullptr) {
+        if (graph.failure != nullptr && !try_again) {
+            std::rethrow_exception(graph.failure);
+        }
+        try {
+            const auto start = std::chrono::steady_clock::now();
+            graph.session = engines_ ? load_wrapped(graph) : load(graph);
+            graph.loaded = true;
+            const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+            log(LogLevel::info, graph.spec->model.file + " of " + bundle_.manifest.name +
+                                    " loaded on " + device_.name() + " in " +
+                                    std::to_string(seconds.count()) + " s");
+        } catch (const Error& error) {
+            graph.failure = std::current_exception();
+            log(LogLevel::error, error.what());
+            throw;
+        }
+    }
+    return graph.session;
+}
+
+Ort::SessionOptions OrtBackend::options_for(const Graph& graph) const {
+    Ort::SessionOptions options = session_options(device_, threads_);
+    if (&graph == &encoder_) {
+        // A memory pattern plans all of a run's buffers as one block, from the second run on and
+        // beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
+        options.DisableMemPattern();
+    }
+    return options;
+}
+
+std::shared_ptr<Ort::Session> OrtBackend::load(const Graph& graph) const {
+    const GraphSpec& spec = *graph.spec;
+    const Bytes content = read_checked(bundle_.path, spec.model);
+    check_onnx(content, spec.model.file, spec.external_data);
+    try {
+        Ort::SessionOptions options = options_for(graph);
+        std::shared_ptr<Ort::Session> session;
+        if (map_weights_ && !spec.external_data.empty()) {
+            for (const FileEntry& entry : spec.external_data) {
+                check_length(bundle_.path, entry);
+            }
+            const std::filesystem::path path = bundle_.path / spec.model.file;
+            session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
+        } else {
+            // What is loaded is what was hashed, whatever happens to the files meanwhile.
+            std::vector<Bytes> weights = read_weights(bundle_.path, spec.external_data);
+            add_weights(options, spec.external_data, weights);
+            session = std::make_shared<Ort::Session>(ort_environment(), content.data(),
+                                                     content.size(), options);
+        }
+        check(*session, spec, false);
+        return session;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("ONNX Runtime cannot load " + spec.model.file + ": " + error.what());
+    }
+}
+
+std::shared_ptr<Ort::Session> OrtBackend::load_wrapped(const Graph& graph) const {
+    const std::filesystem::path& path = &graph == &encoder_ ? engines_->encoder : engines_->decoder;
+    try {
+        Ort::SessionOptions options = options_for(graph);
+        // The engine is the whole graph: a node on the CPU would mean that it was not used.
+        options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
+        auto session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
+        check(*session, *graph.spec, true);
+        return session;
+    } catch (const Ort::Exception& error) {
+        throw BackendError("ONNX Runtime cannot load the engine of " + path.string() + ": " +
+                           error.what());
+    }
+}
+
+void OrtBackend::check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const {
+    Ort::AllocatorWithDefaultOptions allocator;
+    const std::string& file = spec.model.file;
+    const auto stored =
+        session.GetModelMetadata().LookupCustomMetadataMapAllocated("sam3rt.export_id", allocator);
+    const std::string export_id = stored == nullptr ? "" : stored.get();
+    // A wrapper need not say it: its engine's sidecar names the bundle.
+    if (export_id != bundle_.manifest.export_id && !(wrapped && export_id.empty())) {
+        throw BundleError("belongs to export " +
+                              (export_id.empty() ? "unknown" : export_id.substr(0, 16)) +
+                              "..., the bundle is " + bundle_.manifest.export_id.substr(0, 16) +
+                              "...: encoder and decoder are mixed",
+                          file);
+    }
+    GraphSpec promised = spec;
+    if (wrapped) {
+        // Engines may pass feature maps in half precision.
+        for (std::vector<TensorSpec>* specs : {&promised.inputs, &promised.outputs}) {
+            for (TensorSpec& tensor : *specs) {
+                const auto& maps = bundle_.manifest.encoder.outputs;
+                if (std::any_of(maps.begin(), maps.end(), [&tensor](const TensorSpec& map) {
+                        return map.name == tensor.name;
+                    })) {
+                    tensor.dtype = engines_->features_dtype;
+                }
+            }
+        }
+    }
+    std::vector<LoadedTensor> inputs;
+    for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
+        inputs.push_back(loaded_tensor(session.GetInputNameAllocated(i, allocator).get(),
+                                       session.GetInputTypeInfo(i)));
+    }
+    std::vector<LoadedTensor> outputs;
+    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
+        outputs.push_back(loaded_tensor(session.GetOutputNameAllocated(i, allocator).get(),
+                                        session.GetOutputTypeInfo(i)));
+    }
+    const std::string mismatch =
+        signature_mismatch(promised, std::move(inputs), std::move(outputs));
+    if (!mismatch.empty()) {
+        throw BundleError(mismatch, file);
+    }
+}
+
+void OrtBackend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
+                     bool give_memory_back, const Cancellation* cancellation) const {
+    Ort::RunOptions options;
+    if (give_memory_back && !device_.on_gpu()) {
+        options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
+    }
+    const Turn turn(graph.turnstile, cancellation);
+    check_cancelled(cancellation);
+    const OnCancel stop(cancellation, [&options] { options.SetTerminate(); });
+    try {
+        session.Run(options, binding);
+    } catch (const Ort::Exception&) {
+        check_cancelled(cancellation);
+        throw;
+    }
+    if (device_.on_gpu()) {
+        binding.SynchronizeOutputs();
+    }
+}
+
+std::shared_ptr<const FeatureTransfer> OrtBackend::transfer() const {
+    const std::lock_guard<std::mutex> lock(transfer_mutex_);
+    if (transfer_ == nullptr) {
+        transfer_ = std::make_shared<FeatureTransfer>(
+            device_, engines_ ? engines_->features_dtype : encoder_.spec->outputs.at(0).dtype);
+    }
+    return transfer_;
+}
+
+}  // namespace
+
+std::string ort_failure(const Device& device) {
+    ort_environment();
+    const std::vector<std::string> names = Ort::GetAvailableProviders();
+    const char* const name = ort_name(device.provider);
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+        return std::string("this ONNX Runtime (") + OrtGetApiBase()->GetVersionString() +
+               ") was built without " + name;
+    }
+    if (!device.on_gpu()) {
+        return "";
+    }
+    // ONNX Runtime lists its CUDA provider even where there is no driver.
+    try {
+        const Copier copier(device, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+        std::array<float, 1> number = {1};
+        const std::array<std::int64_t, 1> shape = {1};
+        copier.to_device(Ort::Value::CreateTensor<float>(
+            host_memory(), number.data(), number.size(), shape.data(), shape.size()));
+        return "";
+    } catch (const Ort::Exception& error) {
+        return std::string("it is not usable here: ") + error.what();
+    }
+}
+
+std::shared_ptr<const Backend> open_ort_backend(const Bundle& bundle, const ModelOptions& options,
+                                                const Device& device) {
+    return std::make_shared<const OrtBackend>(bundle, options, device);
+}
+
+}  // namespace sam3rt
