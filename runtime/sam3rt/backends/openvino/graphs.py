@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import openvino as ov
@@ -15,11 +13,8 @@ from numpy.typing import NDArray
 
 from ...bundle.contract import HAS_MASKS, MASKS, LoadedGraph
 from ...features import Features
+from ..kept import Kept
 from .split import split
-
-# Images whose share of the decoder's work is kept: about 32 MB each for SAM 3, on top of their
-# features. Calls on more images in turn compute it anew.
-KEPT_IMAGES = 4
 
 
 class CompiledGraph:
@@ -86,9 +81,8 @@ class Decoder:
         self._image = None if image is None else (load(image), cut)
         self._dense = None if dense is None else (load(dense), _names(dense))
         self._points = load(model)
-        self._lock = threading.Lock()
-        # The one used last comes last.
-        self._kept: WeakKeyDictionary[Features, dict[str, Any]] = WeakKeyDictionary()
+        self._of_image: Kept[dict[str, Any]] = Kept()
+        self._of_no_mask: Kept[dict[str, Any]] = Kept()
 
     def run(
         self,
@@ -111,36 +105,20 @@ class Decoder:
         Returns:
             Copies, in the order asked for.
         """
-        values = {**prompts, **self._of_image(features, tensors, prompts, not has_mask)}
+        values = {**prompts, **dict(zip(self._maps, tensors, strict=True))}
+        if self._image is not None:
+            image = self._image
+            values |= self._of_image.get(features, lambda: _copies(*image, values))
         with ExitStack() as stack:
-            if self._dense is not None and has_mask:
+            if self._dense is not None and not has_mask:
+                dense = self._dense
+                values |= self._of_no_mask.get(features, lambda: _copies(*dense, values))
+            elif self._dense is not None:
                 graph, names = self._dense
                 request = stack.enter_context(graph.results(values))
-                values.update((name, request.get_tensor(name)) for name in names)
+                values |= {name: request.get_tensor(name) for name in names}
             request = stack.enter_context(self._points.results(values))
             return [np.array(request.get_tensor(name).data) for name in outputs]
-
-    def _of_image(
-        self,
-        features: Features,
-        tensors: Sequence[Any],
-        prompts: Mapping[str, Any],
-        with_dense: bool,
-    ) -> dict[str, Any]:
-        """The feature maps and what follows from them, and from no mask prompt if there is none."""
-        with self._lock:
-            found = dict(self._kept.pop(features, {}))
-        if not found:
-            found = dict(zip(self._maps, tensors, strict=True))
-            if self._image is not None:
-                found |= _copies(*self._image, found)
-        if with_dense and self._dense is not None and self._dense[1][0] not in found:
-            found |= _copies(*self._dense, {**prompts, **found})
-        with self._lock:
-            self._kept[features] = found
-            while len(self._kept) > KEPT_IMAGES:
-                self._kept.pop(next(iter(self._kept)), None)
-        return found
 
 
 def _names(model: Any) -> list[str]:

@@ -14,6 +14,7 @@ from openvino import opset13
 from tests.support.helpers import noise
 
 from sam3rt import Prompts, SegmentationModel, load_model
+from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.openvino import graphs
 from sam3rt.backends.openvino.split import split
 
@@ -144,16 +145,16 @@ def test_what_an_image_decides_is_computed_once(
 def test_few_images_are_kept_and_none_that_is_gone(
     model: SegmentationModel, runs: Counter[str]
 ) -> None:
-    embeddings = [model.encode(noise(9, 9, seed=i)) for i in range(graphs.KEPT_IMAGES + 1)]
+    embeddings = [model.encode(noise(9, 9, seed=i)) for i in range(KEPT_IMAGES + 1)]
     for embedding in embeddings:
         model.decode(embedding, CLICK)
-    kept = model.backend._decoder()._kept  # type: ignore[attr-defined]
-    assert len(kept) == graphs.KEPT_IMAGES
+    decoder = model.backend._decoder()  # type: ignore[attr-defined]
+    assert len(decoder._of_image) == len(decoder._of_no_mask) == KEPT_IMAGES
     model.decode(embeddings[1], CLICK)
-    assert runs["image"] == graphs.KEPT_IMAGES + 1
+    assert runs["image"] == KEPT_IMAGES + 1
     model.decode(embeddings[0], CLICK)
     model.decode(embeddings[1], CLICK)
-    assert runs["image"] == graphs.KEPT_IMAGES + 2, "the one that was used longest ago goes"
+    assert runs["image"] == KEPT_IMAGES + 2, "the one that was used longest ago goes"
     del embeddings, embedding
     gc.collect()
-    assert len(kept) == 0
+    assert len(decoder._of_image) == len(decoder._of_no_mask) == 0
