@@ -46,8 +46,16 @@ def split_onnx(content: bytes, inputs: Iterable[str]) -> Parts | None:
         inputs: names of those inputs.
 
     Returns:
-        ``None`` where one of them is also read behind the cut, or none alone.
+        ``None`` where one of them is also read behind the cut, or none alone, and where values have
+        odd names or descriptions: whoever loads the whole judges those.
     """
+    try:
+        return _split(content, inputs)
+    except ValueError:  # Malformed and Refused among them
+        return None
+
+
+def _split(content: bytes, inputs: Iterable[str]) -> Parts | None:
     graph = next(f for f in fields(content, 0, len(content), "ModelProto") if f.number == 7)
     parts = list(fields(content, graph.start, graph.end, "GraphProto"))
     nodes = [_node(content, field) for field in parts if field.number == _NODE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from ...bundle.contract import EXPORT_ID, LoadedTensor, check_graph, graph_sourc
 from ...bundle.onnx_split import Parts, split_onnx
 from ...errors import BackendError, BundleError
 from .typed import Graphs
+
+_LOG = logging.getLogger(__name__)
 
 _CUDA = "CUDAExecutionProvider"
 # By ONNX Runtime's names: NumPy's.
@@ -122,20 +125,24 @@ def open_parts(
         threads: see :func:`open_session`.
 
     Returns:
-        ``None`` where it cannot be cut.
+        ``None`` where it cannot be cut, or not be loaded like that.
 
     Raises:
-        BackendError, BundleError: see :func:`open_session`.
+        BundleError: see :func:`open_session`.
     """
     if graph.external_data:
         return None
     parts = split_onnx(load_graph(graphs.bundle, graph).model, inputs)
     if parts is None:
         return None
-    first, rest = (
-        _session(part, _options(threads, memory_pattern=True), graph)
-        for part in (parts.first, parts.rest)
-    )
+    try:
+        first, rest = (
+            _session(part, _options(threads, memory_pattern=True), graph)
+            for part in (parts.first, parts.rest)
+        )
+    except BackendError as error:
+        _LOG.info("%s is loaded as a whole: %s", graph.model.file, str(error))
+        return None
     _check([first, rest], graphs.bundle, graph, parts)
     return SessionParts(first, rest, parts.cut)
 

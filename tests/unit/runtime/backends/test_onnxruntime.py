@@ -35,6 +35,7 @@ from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.bundle.default import default_bundle_path
+from sam3rt.bundle.onnx_split import split_onnx
 from sam3rt.prompts import PackedPrompts, pack
 
 CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
@@ -351,6 +352,22 @@ def test_parts_of_the_decoder_give_what_the_whole_gives(
         close(found.iou_predictions, expected.iou_predictions, 1e-5)
 
 
+def test_a_decoder_whose_parts_cannot_be_loaded_is_loaded_whole(
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(content: bytes, inputs: Any) -> Any:
+        parts = split_onnx(content, inputs)
+        assert parts is not None
+        return parts._replace(rest=parts.rest[:-1])
+
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.sessions.split_onnx", damaged)
+    whole = load_model(tiny_model.bundle.path, backend="onnxruntime", device="cpu")
+    maps = whole.backend.upload(list(embedding.numpy().values()))
+    theirs = ImageEmbedding(maps, embedding.geometry, embedding.fingerprint, embedding.names)
+    found, expected = whole.decode(theirs, CLICK), tiny_model.decode(embedding, CLICK)
+    close(found.low_res_masks, expected.low_res_masks, 1e-5)
+
+
 def test_what_an_image_decides_is_computed_once(
     tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +380,7 @@ def test_what_an_image_decides_is_computed_once(
         return run(self, graph, session, *arguments)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "_run", counting)
-    embeddings = [model.encode(noise(9, 9, seed)) for seed in range(KEPT_IMAGES + 1)]
+    embeddings = [model.encode(noise(50, 70, seed)) for seed in range(KEPT_IMAGES + 1)]
     mask = np.zeros((1, 16, 16))
     for embedding in embeddings:
         model.decode(embedding, CLICK)

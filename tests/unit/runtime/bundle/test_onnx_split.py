@@ -119,6 +119,17 @@ def test_what_cannot_be_cut(nodes: tuple[Any, ...]) -> None:
     assert split_onnx(file(*nodes), ["x"]) is None
 
 
+@pytest.mark.parametrize(
+    ("plain", "odd"),
+    [(b"square", b"squar\xff"), (b"Z\x13\n\x01x", b"Z\x13\x7a\x01x")],
+    ids=["name", "description of an input"],
+)
+def test_odd_files_are_left_to_others(plain: bytes, odd: bytes) -> None:
+    content = file(*WHOLE)
+    assert plain in content
+    assert split_onnx(content.replace(plain, odd), ["x"]) is None
+
+
 def test_the_bundled_decoder_has_its_weights_once() -> None:
     bundle = open_bundle(default_bundle_path())
     content = Path(bundle.file(bundle.manifest.decoder.model)).read_bytes()
