@@ -86,6 +86,9 @@ class SimulatedBackend(OnnxRuntimeBackend):
         path = str(self.bundle.file(graph.model))
         return ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
 
+    def create_parts(self, graph: GraphSpec) -> None:
+        """Nothing: the decoder stays whole."""
+
 
 def _simulated(
     bundle: Bundle, role: Role, recipe: Recipe, features: FeaturesType, folder: Path

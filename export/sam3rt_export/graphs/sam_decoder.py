@@ -281,7 +281,10 @@ class SamDecoderGraph(nn.Module):
         for block in self.blocks:
             queries, keys = block(queries, keys, query_pe, image_pe, padding, tokens)
         placed = keys + image_pe
-        queries = self.final_norm(queries + self.final(queries + query_pe, placed, keys, tokens))
+        # Nothing reads what the prompt's own tokens would learn from the image here.
+        count = self.output_tokens.shape[1]
+        queries, query_pe = queries[:, :count], query_pe[:, :count]
+        queries = self.final_norm(queries + self.final(queries + query_pe, placed, keys, count))
 
         first = int(arch.object_score)
         iou = self.iou_head(queries[:, first])

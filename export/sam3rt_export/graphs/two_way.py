@@ -116,7 +116,9 @@ class ImageToToken(Attention):
         self.q_bias = nn.Parameter(q[1].reshape(self.heads, self.head_dim, 1))
         self.v = Linear(v[0].T, v[1])
         self.out = self.head_rows(out[0].T)
-        self.out_bias = nn.Parameter(out[1])
+        # A head's weights sum to one, so that a share of the bias in each of its values adds up to
+        # the bias. Values are few; the result has a row for each image token.
+        self.out_bias = nn.Parameter(out[1] / self.heads)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, tokens: int
@@ -126,12 +128,11 @@ class ImageToToken(Attention):
         key = self.per_head(torch.matmul(key, self.k), tokens)
         offset = regroup(torch.matmul(key, self.q_bias) + padding, -1, 1, columns)
         key = regroup(torch.matmul(key, self.q), -1, columns, self.width)
-        value = torch.matmul(self.per_head(self.v(value), tokens), self.out)
+        value = torch.matmul(self.per_head(self.v(value), tokens), self.out) + self.out_bias
         scores = torch.matmul(query, key.transpose(1, 2)) + offset
         weights = torch.softmax(regroup(scores, -1, image_tokens, self.heads, tokens), dim=-1)
         weights = regroup(weights, -1, image_tokens, columns)
-        mixed = torch.matmul(weights, regroup(value, -1, columns, self.width))
-        return mixed + self.out_bias
+        return torch.matmul(weights, regroup(value, -1, columns, self.width))
 
 
 class TwoWayBlock(nn.Module):

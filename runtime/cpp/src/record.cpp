@@ -28,6 +28,14 @@ bool is_finite(const Array<float>& values) {
     return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
 }
 
+/// What is compared: a number that is not finite may lie between those on record.
+Array<float> nan_unless_finite(Array<float> part, const Array<float>& whole) {
+    if (!is_finite(whole)) {
+        std::fill_n(part.data(), part.size(), std::numeric_limits<float>::quiet_NaN());
+    }
+    return part;
+}
+
 /// The largest absolute value; NaN where one is NaN.
 double largest(const Array<float>& values) {
     float found = 0;
@@ -311,10 +319,7 @@ void ParityRecord::compare_features(std::size_t image, const std::vector<Array<f
     }
     const std::string name = "image " + std::to_string(image);
     for (std::size_t level = 0; level < maps.size(); ++level) {
-        Array<float> actual = subsample_features(maps[level]);
-        if (!is_finite(maps[level])) {  // one number may lie between those on record
-            std::fill_n(actual.data(), actual.size(), std::numeric_limits<float>::quiet_NaN());
-        }
+        const Array<float> actual = nan_unless_finite(subsample_features(maps[level]), maps[level]);
         const std::string output = "features " + std::to_string(level);
         found.push_back({name, output, "cosine", cosine(actual, expected[level]),
                          limits.feature_cosine, true});
@@ -332,7 +337,9 @@ void ParityRecord::compare_case(const RecordCase& entry, const CaseAnswer& answe
         found.push_back({entry.name, output, metric, value, limit, at_least});
     };
     add("logits", "relative error",
-        relative_error(subsample_logits(answer.logits), expected.logits), limits.logit_error);
+        relative_error(nan_unless_finite(subsample_logits(answer.logits), answer.logits),
+                       expected.logits),
+        limits.logit_error);
     const auto [mean, least] = mask_ious(answer.logits, expected.masks);
     add("masks", "mean IoU", mean, limits.mask_iou, true);
     // Five times the mean's allowance: a small mask loses a percent to a few pixels next to zero.

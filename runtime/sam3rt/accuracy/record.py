@@ -267,9 +267,7 @@ class ParityRecord:
             )
         for level, array in enumerate(maps):
             expected = self._arrays[f"features_{index}_{level}"]
-            actual = subsample_features(array)
-            if not np.isfinite(array).all():  # one number may lie between those on record
-                actual = np.full_like(actual, np.nan)
+            actual = _nan_unless_finite(subsample_features(array), array)
             case, output = f"image {index}", f"features {level}"
             yield Measurement(
                 case, output, "cosine", cosine(actual, expected), limits.feature_cosine, True
@@ -291,7 +289,9 @@ class ParityRecord:
             case.name,
             "logits",
             "relative error",
-            relative_error(_subsample_logits(actual.logits), logits),
+            relative_error(
+                _nan_unless_finite(_subsample_logits(actual.logits), actual.logits), logits
+            ),
             limits.logit_error,
         )
         bits = self._arrays[f"{case.name}/masks"]
@@ -364,6 +364,11 @@ def subsample_features(array: NDArray[np.float32]) -> NDArray[np.float32]:
     """Every fourth channel and about 24 rows and columns of a map [1, C, h, w]."""
     stride = max(1, array.shape[-1] // 24)
     return np.ascontiguousarray(array[0, ::CHANNEL_STRIDE, ::stride, ::stride])
+
+
+def _nan_unless_finite(part: NDArray[np.float32], whole: NDArray[np.float32]) -> NDArray[Any]:
+    """What is compared: a number that is not finite may lie between those on record."""
+    return part if np.isfinite(whole).all() else np.full_like(part, np.nan)
 
 
 def _subsample_logits(logits: NDArray[np.float32]) -> NDArray[np.float32]:

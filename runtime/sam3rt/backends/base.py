@@ -134,13 +134,18 @@ class Backend(abc.ABC):
             StateError: the process was forked after the model was loaded.
         """
         self.check_process()
-        runs = []
-        for part in prompts.split(self._objects_at_once):
+        objects, at_once = len(prompts.labels), self._objects_at_once
+        results: list[NDArray[np.float32]] = []
+        for index, part in enumerate(prompts.split(at_once)):
             with self._decoder_turn:
-                runs.append(self._decode(features, part, outputs))
-        if not runs:
-            return [self._no_objects(name) for name in outputs]
-        return [p[0] if len(p) == 1 else np.concatenate(p, axis=1) for p in zip(*runs, strict=True)]
+                run = self._decode(features, part, outputs)
+            if objects <= at_once:
+                return run
+            # Joined as they come: parts and the whole side by side would be twice the memory.
+            results = results or [np.empty([1, objects, *r.shape[2:]], np.float32) for r in run]
+            for whole, piece in zip(results, run, strict=True):
+                whole[:, index * at_once :][:, : piece.shape[1]] = piece
+        return results or [self._no_objects(name) for name in outputs]
 
     def encode_image(
         self,

@@ -88,6 +88,7 @@ MESSAGES: dict[str, dict[int, _Rule]] = {
         16: _MANY,  # metadata_props
     },
     "StringStringEntryProto": {1: _ONE, 2: _ONE},  # key, value
+    "ValueInfoProto": {1: _ONE, 2: _ONE, 3: _ONE, 4: _MANY},  # name, type, doc_string, metadata
 }
 
 

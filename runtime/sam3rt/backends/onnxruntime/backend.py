@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,17 +14,19 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...bundle import Bundle, GraphSpec
+from ...bundle.contract import HAS_MASKS, MASKS
 from ...errors import BackendError
 from ...features import Features
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend
-from .sessions import cuda_options, open_session
+from ..kept import Kept
+from .sessions import SessionParts, cuda_options, open_parts, open_session
 from .typed import Graphs
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OrtFeatures(Features):
     """Feature maps held by ONNX Runtime.
 
@@ -78,6 +80,7 @@ class OnnxRuntimeBackend(Backend):
         self._kind, _, number = device.partition(":")
         self._device_id = int(number or 0)
         self._features = self._graphs.bundle.manifest.encoder.outputs
+        self._of_no_mask: Kept[dict[str, Any]] = Kept()
         # Two threads may ask for a session at once; it must be made once.
         self._lock = threading.Lock()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
@@ -86,6 +89,7 @@ class OnnxRuntimeBackend(Backend):
         """Let go of both sessions; calls under way keep theirs to their end."""
         super().close()
         with self._lock:
+            self._of_no_mask = Kept()
             for name in ("_encoder_session", "_decoder_session"):
                 self.__dict__.pop(name, None)
 
@@ -100,29 +104,37 @@ class OnnxRuntimeBackend(Backend):
         return {"onnxruntime": ort.__version__}
 
     def _encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
-        session = self._encoder()
-        binding = session.io_binding()
-        binding.bind_cpu_input(self.bundle.manifest.encoder.inputs[0].name, pixels)
-        for spec in self._features:
-            binding.bind_output(spec.name, self._kind, self._device_id)
-        self._run(session, binding, "encoder")
+        given = {self.bundle.manifest.encoder.inputs[0].name: pixels}
+        names = [spec.name for spec in self._features]
+        binding = self._run("encoder", self._encoder(), {}, given, names, self._kind)
         return OrtFeatures(tuple(binding.get_outputs()))
 
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         own = self._own(features, OrtFeatures)
-        session = self._decoder()
-        binding = session.io_binding()
-        for spec, value in zip(self._features, own.values, strict=True):
-            binding.bind_ortvalue_input(spec.name, value)
-        # The binding does not keep arrays alive; this local does until the run is over.
-        inputs = decoder_inputs(prompts, self._no_mask)
-        for name, array in inputs:
-            binding.bind_cpu_input(name, array)
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        self._run(session, binding, "decoder")
+        maps = {s.name: value for s, value in zip(self._features, own.values, strict=True)}
+        given = dict(decoder_inputs(prompts, self._no_mask))
+        decoder = self._decoder()
+        if not isinstance(decoder, SessionParts):
+            return self._decoded(decoder, maps, given, outputs)
+        masks = {name: given.pop(name) for name in (MASKS, HAS_MASKS)}
+
+        def first() -> dict[str, Any]:
+            binding = self._run("decoder", decoder.first, maps, masks, decoder.cut, "cpu")
+            return dict(zip(decoder.cut, binding.get_outputs(), strict=True))
+
+        cut = self._of_no_mask.get(own, first) if prompts.masks is None else first()
+        return self._decoded(decoder.rest, cut, given, outputs)
+
+    def _decoded(
+        self,
+        session: Any,
+        values: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str],
+    ) -> list[NDArray[np.float32]]:
+        binding = self._run("decoder", session, values, arrays, outputs, "cpu")
         return list(binding.copy_outputs_to_cpu())
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OrtFeatures:
@@ -136,11 +148,33 @@ class OnnxRuntimeBackend(Backend):
             )
         )
 
-    def _run(self, session: Any, binding: Any, graph: str) -> None:
+    def _run(
+        self,
+        graph: str,
+        session: Any,
+        values: Mapping[str, Any],
+        arrays: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str],
+        kind: str,
+    ) -> Any:
+        """Run a session on values of its own and on arrays of the host.
+
+        Returns:
+            The binding that holds the outputs.
+        """
+        binding = session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        # The binding does not keep arrays alive; the caller does until the run is over.
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for name in outputs:
+            binding.bind_output(name, kind, 0 if kind == "cpu" else self._device_id)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises classes of its own for each status
             raise BackendError(f"ONNX Runtime failed in the {graph}: {error}") from error
+        return binding
 
     def _encoder(self) -> Any:
         with self._lock:
@@ -158,7 +192,24 @@ class OnnxRuntimeBackend(Backend):
 
     @cached_property
     def _decoder_session(self) -> Any:
-        return self.create_session(self._graphs.bundle.manifest.decoder, memory_pattern=True)
+        graph = self._graphs.bundle.manifest.decoder
+        return self.create_parts(graph) or self.create_session(graph, memory_pattern=True)
+
+    def create_parts(self, graph: GraphSpec) -> SessionParts | None:
+        """Check and load the decoder, cut behind what an image and a mask prompt decide.
+
+        Backends that make their graphs themselves replace this.
+
+        Returns:
+            ``None`` where it is to be loaded as a whole.
+
+        Raises:
+            BackendError, BundleError: see :meth:`create_session`.
+        """
+        if self._kind != "cpu":
+            return None
+        inputs = [*(spec.name for spec in self._features), MASKS, HAS_MASKS]
+        return open_parts(self._graphs, graph, inputs, threads=self._threads)
 
     def create_session(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:
         """Check and load one graph. Backends that make their graphs themselves replace this.

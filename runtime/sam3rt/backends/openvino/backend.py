@@ -6,12 +6,11 @@ import io
 import logging
 import re
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import openvino as ov
@@ -23,7 +22,6 @@ from ...accuracy.verdicts import Subject, load_verdict
 from ...bundle import Bundle, GraphSpec
 from ...bundle.contract import (
     EXPORT_ID,
-    LoadedGraph,
     LoadedTensor,
     check_graph,
     graph_source,
@@ -35,7 +33,10 @@ from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
 from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
+from .graphs import CompiledGraph, Decoder
 from .hidden_layers import split_hidden_layers
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _has_tiles() -> bool:
     return processor_has("amx_bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenVinoFeatures(Features):
     """Feature maps held by OpenVINO.
 
@@ -237,14 +238,10 @@ class OpenVinoBackend(Backend):
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         own = self._own(features, OpenVinoFeatures)
-        names = [spec.name for spec in self.bundle.manifest.encoder.outputs]
-        with self._decoder().request() as request, _failures("decoder"):
-            for name, tensor in zip(names, own.tensors, strict=True):
-                request.set_tensor(name, tensor)
-            for name, array in decoder_inputs(prompts, self._no_mask):
-                request.set_tensor(name, ov.Tensor(array))
-            request.infer()
-            return [np.array(request.get_tensor(name).data) for name in outputs]
+        given = {name: ov.Tensor(array) for name, array in decoder_inputs(prompts, self._no_mask)}
+        decoder, has_mask = self._decoder(), prompts.masks is not None
+        with _failures("decoder"):
+            return decoder.run(own, own.tensors, given, outputs, has_mask=has_mask)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
         """Copy feature maps into OpenVINO's memory."""
@@ -253,25 +250,33 @@ class OpenVinoBackend(Backend):
             tensor.data[...] = array
         return OpenVinoFeatures(tensors)
 
-    def _encoder(self) -> _CompiledGraph:
+    def _encoder(self) -> CompiledGraph:
         with self._lock:
             return self._compiled_encoder
 
-    def _decoder(self) -> _CompiledGraph:
+    def _decoder(self) -> Decoder:
         with self._lock:
             return self._compiled_decoder
 
     @cached_property
-    def _compiled_encoder(self) -> _CompiledGraph:
-        return self._compile(self.bundle.manifest.encoder, _RECIPES[self.precision][0], batch=1)
+    def _compiled_encoder(self) -> CompiledGraph:
+        manifest, exact = self.bundle.manifest, _RECIPES[self.precision][0]
+        return self._load(manifest.encoder, exact, lambda model, load: load(model), batch=1)
 
     @cached_property
-    def _compiled_decoder(self) -> _CompiledGraph:
-        return self._compile(self.bundle.manifest.decoder, _RECIPES[self.precision][1])
+    def _compiled_decoder(self) -> Decoder:
+        manifest, exact = self.bundle.manifest, _RECIPES[self.precision][1]
+        maps = [spec.name for spec in manifest.encoder.outputs]
+        return self._load(manifest.decoder, exact, lambda model, load: Decoder(model, maps, load))
 
-    def _compile(
-        self, graph: GraphSpec, exact: re.Pattern[str] | None, batch: int | None = None
-    ) -> _CompiledGraph:
+    def _load(
+        self,
+        graph: GraphSpec,
+        exact: re.Pattern[str] | None,
+        make: Callable[[Any, Callable[[Any], CompiledGraph]], T],
+        batch: int | None = None,
+    ) -> T:
+        """Read and check a graph, type it as a recipe wants it, and compile it or its parts."""
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
@@ -294,7 +299,10 @@ class OpenVinoBackend(Backend):
                 if _has_tiles():
                     split_hidden_layers(model, _PART_WIDTH, exact)
                 matmuls_in_bf16(model, exact)
-            return _CompiledGraph(self._core.compile_model(model, "CPU", options), loaded)
+            return make(
+                model,
+                lambda part: CompiledGraph(self._core.compile_model(part, "CPU", options), loaded),
+            )
         except BundleError:
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and classes of its own
@@ -310,32 +318,6 @@ class OpenVinoBackend(Backend):
             [_loaded(port) for port in model.inputs],
             [_loaded(port) for port in model.outputs],
         )
-
-
-class _CompiledGraph:
-    """A compiled graph and the requests to run it that are not in use.
-
-    A request holds the tensors of its last run; each run replaces all its inputs.
-
-    Args:
-        compiled: an ``openvino.CompiledModel``.
-        loaded: whose memory it may use.
-    """
-
-    def __init__(self, compiled: Any, loaded: LoadedGraph | None) -> None:
-        self._compiled = compiled
-        self._loaded = loaded
-        self._idle: deque[Any] = deque()
-
-    @contextmanager
-    def request(self) -> Iterator[Any]:
-        """A request of the caller's own for the length of the block; dropped if it raises."""
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
-        yield request
-        self._idle.append(request)
 
 
 @contextmanager

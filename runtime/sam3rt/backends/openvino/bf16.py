@@ -102,9 +102,11 @@ def _follows_from_matmuls(ports: list[Any]) -> bool:
 def _is_widened(source: Any) -> bool:
     """Whether an FP32 value is a BF16 one, converted."""
     node = source.get_node()
-    if node.get_type_name() != "Convert":
-        return False
-    return _type_name(node.input_value(0)) == "bf16"
+    return _is_conversion(node) and _type_name(node.input_value(0)) == "bf16"
+
+
+def _is_conversion(node: Any) -> bool:
+    return bool(node.get_type_name() == "Convert")
 
 
 def _type_name(port: Any) -> str:
@@ -135,4 +137,7 @@ def _narrowed(source: Any) -> Any:
         node.input(0).replace_source_output(_narrowed(node.input_value(0)))
         node.validate_and_infer_types()
         return source
+    for target in source.get_target_inputs():
+        if _type_name(target.get_node().output(0)) == "bf16" and _is_conversion(target.get_node()):
+            return target.get_node().output(0)
     return opset13.convert(source, "bf16").output(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,20 @@ def test_many_objects_are_decoded_in_several_runs_to_the_same_result(
         np.testing.assert_allclose(
             found.low_res_masks[index], alone.low_res_masks[0], rtol=0, atol=1e-3
         )
+
+
+def test_many_objects_take_the_memory_of_their_masks_once(tiny_model: SegmentationModel) -> None:
+    count = 16 * OBJECTS_AT_ONCE
+    prompts = Prompts(box=np.tile([1.0, 2, 6, 7], (count, 1)))
+    embedding = tiny_model.encode(noise(9, 9))
+    tiny_model.decode(embedding, prompts)
+    tracemalloc.start()
+    try:
+        found = tiny_model.decode(embedding, prompts)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * found.low_res_masks.nbytes
 
 
 def test_no_objects_give_empty_outputs(tiny_model: SegmentationModel) -> None:

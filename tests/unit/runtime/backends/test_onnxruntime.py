@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -29,9 +30,12 @@ from sam3rt import (
     open_bundle,
 )
 from sam3rt.backends import create_backend
+from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
+from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.bundle.default import default_bundle_path
+from sam3rt.bundle.onnx_split import split_onnx
 from sam3rt.prompts import PackedPrompts, pack
 
 CLICK = Prompts(point_coords=[[30, 25]], point_labels=[1])
@@ -256,7 +260,7 @@ def test_nonsense_threads_are_refused(tiny: Path, threads: Any) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_reach_the_sessions(tiny_sam3: Path, sessions: list[Any], threads: int) -> None:
     load_model(tiny_sam3, device="cpu", threads=threads, check_files=False).backend.prepare()
-    assert [s.get_session_options().intra_op_num_threads for s in sessions] == [threads] * 2
+    assert [s.get_session_options().intra_op_num_threads for s in sessions] == [threads] * 3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -287,18 +291,22 @@ def test_graphs_are_loaded_when_they_are_needed(
     assert not sessions
     model.decode(loaded, CLICK)
     model.decode(loaded, CLICK)
-    assert len(sessions) == 1  # the decoder alone
+    assert len(sessions) == 2  # the decoder alone, in its two parts
     model.encode(noise(5, 5))
-    assert len(sessions) == 2
+    assert len(sessions) == 3
 
 
 def test_prepare_loads_both_graphs_once(tiny_sam3: Path, sessions: list[Any]) -> None:
     model = load_model(tiny_sam3, device="cpu", check_files=False)
     model.backend.prepare()
-    assert [s.get_inputs()[0].name for s in sessions] == ["pixel_values", "image_embeddings.0"]
+    assert [s.get_inputs()[0].name for s in sessions] == [
+        "pixel_values",
+        "image_embeddings.0",
+        "input_points",
+    ]
     model.backend.prepare()
     model.warm_up()
-    assert len(sessions) == 2
+    assert len(sessions) == 3
 
 
 def test_first_use_from_eight_threads_loads_each_graph_once(
@@ -319,9 +327,72 @@ def test_first_use_from_eight_threads_loads_each_graph_once(
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(8)))
-    assert len(sessions) == 2
+    assert len(sessions) == 3
     for result in results:
         np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_parts_of_the_decoder_give_what_the_whole_gives(
+    tiny_model: SegmentationModel,
+    embedding: ImageEmbedding,
+    masks: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = np.linspace(-9, 9, 256 * masks).reshape(masks, 1, 16, 16) if masks else None
+    prompts = Prompts(box=[[1, 2, 6, 7], [0, 0, 3, 3]], mask_input=given)
+    monkeypatch.setattr(OnnxRuntimeBackend, "create_parts", lambda self, graph: None)
+    whole = load_model(tiny_model.bundle.path, backend="onnxruntime", device="cpu")
+    maps = whole.backend.upload(list(embedding.numpy().values()))
+    theirs = ImageEmbedding(maps, embedding.geometry, embedding.fingerprint, embedding.names)
+    expected = whole.decode(theirs, prompts)
+    for _ in range(2):
+        found = tiny_model.decode(embedding, prompts)
+        close(found.low_res_masks, expected.low_res_masks, 1e-5)
+        close(found.iou_predictions, expected.iou_predictions, 1e-5)
+
+
+def test_a_decoder_whose_parts_cannot_be_loaded_is_loaded_whole(
+    tiny_model: SegmentationModel, embedding: ImageEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(content: bytes, inputs: Any) -> Any:
+        parts = split_onnx(content, inputs)
+        assert parts is not None
+        return parts._replace(rest=parts.rest[:-1])
+
+    monkeypatch.setattr("sam3rt.backends.onnxruntime.sessions.split_onnx", damaged)
+    whole = load_model(tiny_model.bundle.path, backend="onnxruntime", device="cpu")
+    maps = whole.backend.upload(list(embedding.numpy().values()))
+    theirs = ImageEmbedding(maps, embedding.geometry, embedding.fingerprint, embedding.names)
+    found, expected = whole.decode(theirs, CLICK), tiny_model.decode(embedding, CLICK)
+    close(found.low_res_masks, expected.low_res_masks, 1e-5)
+
+
+def test_what_an_image_decides_is_computed_once(
+    tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_sam3, backend="onnxruntime", device="cpu")
+    runs: list[str] = []
+    run = OnnxRuntimeBackend._run
+
+    def counting(self: Any, graph: str, session: Any, *arguments: Any) -> Any:
+        runs.append(session.get_inputs()[0].name)
+        return run(self, graph, session, *arguments)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "_run", counting)
+    embeddings = [model.encode(noise(50, 70, seed)) for seed in range(KEPT_IMAGES + 1)]
+    mask = np.zeros((1, 16, 16))
+    for embedding in embeddings:
+        model.decode(embedding, CLICK)
+        model.decode(embedding, CLICK)
+    assert runs.count("image_embeddings.0") == KEPT_IMAGES + 1
+    model.decode(embeddings[-1], Prompts([[5, 3]], [1], mask_input=mask))
+    assert runs.count("image_embeddings.0") == KEPT_IMAGES + 2
+    kept = model.backend._of_no_mask  # type: ignore[attr-defined]
+    assert len(kept) == KEPT_IMAGES
+    del embeddings, embedding
+    gc.collect()
+    assert len(kept) == 0
 
 
 def test_images_are_encoded_from_threads_as_alone(tiny_model: SegmentationModel) -> None:

@@ -149,20 +149,21 @@ def test_threads_reach_the_graphs(
     small_bundle: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     made: list[Any] = []
-    original = backend_module._CompiledGraph
+    original = backend_module.CompiledGraph
 
     def spy(compiled: Any, loaded: Any) -> Any:
         made.append(compiled)
         return original(compiled, loaded)
 
-    monkeypatch.setattr(backend_module, "_CompiledGraph", spy)
+    monkeypatch.setattr(backend_module, "CompiledGraph", spy)
     model = load_model(
         small_bundle, backend="openvino", precision="fp32", threads=threads, check_files=False
     )
     assert not made
     model.backend.prepare()
     model.backend.prepare()
-    assert [graph.get_property("INFERENCE_NUM_THREADS") for graph in made] == [threads] * 2
+    # The encoder, and the decoder's three parts.
+    assert [graph.get_property("INFERENCE_NUM_THREADS") for graph in made] == [threads] * 4
 
 
 # --- what it computes -----------------------------------------------------------------------------
