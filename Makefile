@@ -42,8 +42,8 @@ test-gpu: ## Run what needs an NVIDIA GPU, in the environment of $(PYTHON)
 $(TEST_ENV)/onnxruntime-web-1.30.0.tgz: $(TEST_ENV)/.done
 	cd $(TEST_ENV) && npm pack --silent onnxruntime-web@1.30.0 || echo "npm: no onnxruntime-web"
 
-# Three builds: as users make it, and with the sanitizers that exclude each other. For the last
-# one, only the program that runs threads is built.
+# Four builds: as users make it, with the sanitizers that exclude each other, and without ONNX
+# Runtime. With the thread sanitizer only the program that runs threads is built.
 test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
 	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
 	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp --numprocesses auto --dist loadscope
