@@ -132,7 +132,8 @@ def open_parts(
     """
     if graph.external_data:
         return None
-    parts = split_onnx(load_graph(graphs.bundle, graph).model, inputs)
+    loaded = load_graph(graphs.bundle, graph, is_fused=graphs.is_fused)
+    parts = split_onnx(loaded.model, inputs)
     if parts is None:
         return None
     try:
