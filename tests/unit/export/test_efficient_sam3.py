@@ -35,7 +35,7 @@ from sam3rt_build.typed_graph import FLOAT, apply_recipe, node_types, scope_of
 from sam3rt_export import SourceOptions, export_bundle
 from sam3rt_export.errors import CheckpointError
 from sam3rt_export.exporter import ExportOptions
-from sam3rt_export.graphs.efficient_sam3 import Upsample, bilinear
+from sam3rt_export.graphs.efficient_sam3 import EfficientSam3EncoderGraph, Upsample, bilinear
 from sam3rt_export.graphs.efficient_vit import LinearAttention
 from sam3rt_export.graphs.rep_vit import merged_mixer
 from sam3rt_export.graphs.tiny_vit import TinyViTArchitecture
@@ -120,17 +120,45 @@ def test_grids_of_tiny_vit_are_rounded_up() -> None:
 # --- reading checkpoints --------------------------------------------------------------------------
 
 
+# Tensors of the trunk and the parameters in them, as counted in the authors' own models.
+COUNTS = {
+    "repvit_m0_9": (707, 14_551_264),
+    "repvit_m1_1": (653, 17_739_408),
+    "repvit_m2_3": (1463, 32_499_848),
+    "tinyvit_5m": (300, 14_839_060),
+    "tinyvit_11m": (300, 20_446_084),
+    "tinyvit_21m": (300, 30_650_496),
+    "efficientvit_b0": (194, 10_253_936),
+    "efficientvit_b1": (269, 14_346_336),
+    "efficientvit_b2": (362, 24_810_480),
+}
+
+
 @pytest.mark.parametrize("model", golden_students.MODELS)
-def test_the_authors_name_of_a_student_is_found(model: str) -> None:
-    shapes = golden_students.keys(model)
-    tensors = {n: torch.empty(1).expand(s) if s else torch.empty(()) for n, s in shapes.items()}
-    student = read_student(tensors, 1008)
-    assert student.variant == model
-    assert (student.image_size, student.grid) == (1008, 72)
+def test_the_rule_for_sizes_gives_the_authors_own_keys(model: str) -> None:
+    assert golden_students.keys_of(model) == golden_students.keys(model)
+
+
+@pytest.mark.parametrize("model", golden_students.SIZES)
+@torch.no_grad()
+def test_every_published_size_is_recognized_and_fits_together(model: str) -> None:
+    sizes, shapes = golden_students.SIZES[model], golden_students.keys_of(model)
+    shapes |= golden_students.keys("head")
+    # Without values, running a model tells in no time whether its shapes fit together.
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+        student = read_student(tensors, 1008)
+        encoder = EfficientSam3EncoderGraph(student, tensors)
+        maps = [tuple(level.shape) for level in encoder(torch.empty(2, 3, 1008, 1008))]
+    assert maps == [(2, 32, 288, 288), (2, 64, 144, 144), (2, 256, 72, 72)]
+    assert (student.variant, student.image_size, student.grid) == (model, 1008, 72)
     if student.tiny_vit is not None:
-        assert student.tiny_vit.depths == (2, 2, 6, 2)
-        assert student.tiny_vit.heads[1:] == (4, 5, 10)
+        assert student.tiny_vit.depths == sizes.depths
+        assert student.tiny_vit.heads[1:] == sizes.heads[1:]
         assert student.tiny_vit.windows[1:] == (7, 14, 7)
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(STUDENT)}
+    parameters = sum(t.numel() for n, t in own.items() if t.ndim and "running_" not in n)
+    assert (len(own), parameters) == COUNTS[model]
 
 
 @pytest.mark.parametrize("family", STUDENTS)

@@ -1,0 +1,223 @@
+"""Checkpoints of the published sizes, made from a seed: exported, verified, run.
+
+    python -m benchmarks.checkpoints MODEL ... [--backends NAME ...] [--one-scene] [--rounds N]
+        [--threads N] [--scratch FOLDER] [--output FILE]
+
+A MODEL is ``sam3``, ``sam3.1`` (the same weights under its names), ``sam3@672``, ``sam2.1_small``
+(tiny, small, base_plus, large) or an EfficientSAM3 such as ``repvit_m1_1``. Each is written as its
+authors write it, exported, and checked by ``sam3rt verify`` on each backend in FP32. Its encoder is
+timed as in :mod:`benchmarks.encoders`, and a click and a box are answered. SAM 3.1 must answer as
+the SAM 3 before it: masks and logits equal, scores as log-odds.
+
+Every step is a process of its own, so its peak of memory is its own. Only one bundle lies on the
+disk at a time. The result is published after each model; exits with 1 where a model fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.report import conditions, publish
+
+_BACKENDS = ("onnxruntime", "openvino")
+_CALLS: dict[str, dict[str, Any]] = {
+    "point": {"point_coords": [[320, 240]], "point_labels": [1]},
+    "box": {"box": [150, 100, 420, 330], "multimask_output": False},
+}
+
+
+def make(model: str, path: Path) -> dict[str, Any]:
+    """Write a checkpoint; what is in it."""
+    import torch
+    from tests.golden.efficientsam3 import synthetic as efficient_sam3
+    from tests.golden.sam2 import synthetic as sam2
+    from tests.golden.sam3 import synthetic as sam3
+    from tests.support.export_helpers import as_multiplex
+
+    arrays: dict[str, Any]
+    if model.startswith("sam3"):
+        arrays = dict(sam3.full_size_checkpoint())
+    elif model.startswith("sam2.1_"):
+        arrays = dict(sam2.full_size_checkpoint(model.removeprefix("sam2.1_")))
+    else:
+        arrays = dict(efficient_sam3.checkpoint(model))
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+    if model == "sam3.1":
+        tensors = as_multiplex(tensors)
+    torch.save(tensors if model.startswith("sam2") else {"model": tensors}, path)
+    # What the export does not read: the count of batches, and the decoder for 16 objects.
+    others = ("num_batches_tracked", "tracker.model.sam_mask_decoder.")
+    read = [t for n, t in tensors.items() if not any(part in n for part in others)]
+    return {
+        "tensors": len(tensors),
+        "read": len(read),
+        "parameters": sum(t.numel() for t in read if t.is_floating_point()),
+    }
+
+
+def draw(path: Path) -> None:
+    """The first of the scenes that an export is compared on, as a file."""
+    from PIL import Image
+
+    from sam3rt_export.parity_inputs import default_images
+
+    Image.fromarray(default_images()[0]).save(path)
+
+
+def command(arguments: list[str]) -> dict[str, Any]:
+    """A command of ``sam3rt``: its last line, times in seconds and peak of memory in MB."""
+    from sam3rt.cli import main
+    from sam3rt_bench.starts import peak_host_mb
+
+    start = time.perf_counter()
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        status = main(arguments)
+    print(shown.getvalue(), end="", file=sys.stderr)
+    return {
+        "status": status,
+        "said": [line.strip() for line in shown.getvalue().splitlines()[1:]],
+        "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(time.process_time(), 1),
+        "peak_mb": peak_host_mb(),
+    }
+
+
+def encode(backend: str, encoder: Path, rounds: int) -> dict[str, Any]:
+    """Processor time of a run of the encoder on one thread, seconds, and the peak of memory."""
+    from benchmarks.encoders import on_onnxruntime, on_openvino, timed
+
+    from sam3rt_bench.starts import peak_host_mb
+
+    load = {"onnxruntime": on_onnxruntime, "openvino": on_openvino}[backend]
+    return {**timed(load(encoder), rounds), "peak_mb": peak_host_mb()}
+
+
+def answers(bundle: Path, threads: int) -> dict[str, Any]:
+    """What the predictor answers: masks, scores and low-resolution logits of each call."""
+    from tests.golden.efficientsam3 import synthetic
+
+    import sam3rt
+
+    model = sam3rt.load_model(bundle, backend="onnxruntime", device="cpu", threads=threads)
+    predictor = sam3rt.SAM3InteractiveImagePredictor(model)
+    predictor.set_image(synthetic.image())
+    return {call: predictor.predict(**arguments) for call, arguments in _CALLS.items()}
+
+
+def compare(found: dict[str, Any], sam3: dict[str, Any]) -> dict[str, Any]:
+    """SAM 3.1's answers beside SAM 3's of the same weights."""
+    result: dict[str, Any] = {}
+    for call, (masks, scores, low_res) in found.items():
+        other_masks, other_scores, other_low_res = sam3[call]
+        odds = np.log(other_scores / (1 - other_scores))
+        result[call] = {
+            "different_mask_pixels": int((masks != other_masks).sum()),
+            "mask_pixels": int(masks.sum()),
+            "largest_logit_difference": float(abs(low_res - other_low_res).max()),
+            "largest_log_odds_difference": float(abs(scores - odds).max()),
+        }
+    return result
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(
+    name: str, options: argparse.Namespace, scratch: Path, sam3: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything about one model; answers of SAM 3 are put into ``sam3``, to compare later ones."""
+    model, _, size = name.partition("@")
+    checkpoint, bundle = scratch / f"{model}.pt", scratch / "bundle"
+    result: dict[str, Any] = {"checkpoint": apart(make, model, checkpoint)}
+    arguments = ["export", str(checkpoint), "--output", str(bundle)]
+    arguments += ["--image-size", size] if size else []
+    if options.one_scene:
+        apart(draw, scratch / "scene.png")
+        arguments += ["--parity-image", str(scratch / "scene.png")]
+    try:
+        result["export"] = apart(command, arguments)
+        if result["export"]["status"]:
+            return result
+        checkpoint.unlink()
+        files = [f for f in bundle.iterdir() if f.name.startswith("encoder")]
+        result["encoder_mb"] = round(sum(f.stat().st_size for f in files) / 1e6, 1)
+        for backend in options.backends:
+            verify = ["verify", str(bundle), "--backend", backend, "--device", "cpu"]
+            verify += ["--precision", "fp32", "--threads", str(options.threads)]
+            result[f"verify {backend}"] = apart(command, verify)
+        for backend in options.backends:
+            result[f"encode {backend}"] = apart(
+                encode, backend, bundle / "encoder.onnx", options.rounds
+            )
+        found = apart(answers, bundle, options.threads)
+        result["answers"] = {
+            call: {
+                "mask_pixels": [int(mask.sum()) for mask in masks],
+                "scores": np.round(scores, 6).tolist(),
+                "largest_logit": round(float(abs(low_res).max()), 3),
+                "finite": bool(np.isfinite(low_res).all()),
+            }
+            for call, (masks, scores, low_res) in found.items()
+        }
+        if name == "sam3":
+            sam3.update(found)
+        elif name == "sam3.1" and sam3:
+            result["beside sam3"] = compare(found, sam3)
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+        checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def passes(result: dict[str, Any]) -> bool:
+    """Whether a model was exported, verified and answered."""
+    beside = result.get("beside sam3", {}).values()
+    return (
+        all(part.get("status", 0) == 0 for part in result.values() if isinstance(part, dict))
+        and "answers" in result
+        and all(call["finite"] for call in result["answers"].values())
+        and all(call["different_mask_pixels"] == 0 for call in beside)
+    )
+
+
+def main() -> int:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS)
+    parser.add_argument("--one-scene", action="store_true", help="compare on one image, not two")
+    parser.add_argument("--rounds", type=int, default=1, help="counted runs of an encoder")
+    parser.add_argument("--threads", type=int, default=2, help="for everything but those")
+    parser.add_argument("--scratch", type=Path, help="folder for up to 8 GB of files")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    document = conditions("onnxruntime", "openvino", "torch", "transformers")
+    models: dict[str, Any] = {}
+    document["models"] = models
+    sam3: dict[str, Any] = {}
+    for name in options.models:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            models[name] = measure(name, options, Path(folder), sam3)
+        models[name]["passes"] = passes(models[name])
+        publish(document, options.output)
+    return 0 if all(result["passes"] for result in models.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
