@@ -1,13 +1,14 @@
 """Checkpoints of the published sizes, made from a seed: exported, verified, run.
 
-    python -m benchmarks.checkpoints MODEL ... [--backends NAME ...] [--one-scene] [--rounds N]
-        [--threads N] [--scratch FOLDER] [--output FILE]
+    python -m benchmarks.checkpoints MODEL ... [--sam3 BUNDLE] [--backends NAME ...] [--one-scene]
+        [--rounds N] [--threads N] [--scratch FOLDER] [--output FILE]
 
 A MODEL is ``sam3``, ``sam3.1`` (the same weights under its names), ``sam3@672``, ``sam2.1_small``
 (tiny, small, base_plus, large) or an EfficientSAM3 such as ``repvit_m1_1``. Each is written as its
 authors write it, exported, and checked by ``sam3rt verify`` on each backend in FP32. Its encoder is
 timed as in :mod:`benchmarks.encoders`, and a click and a box are answered. SAM 3.1 must answer as
-the SAM 3 before it: masks and logits equal, scores as log-odds.
+SAM 3, which comes before it or is an export of the same weights that ``--sam3`` names: masks and
+logits equal, scores as log-odds.
 
 Every step is a process of its own, so its peak of memory is its own. Only one bundle lies on the
 disk at a time. The result is published after each model; exits with 1 where a model fails.
@@ -31,6 +32,8 @@ from typing import Any
 import numpy as np
 from benchmarks.report import conditions, publish
 
+from sam3rt.bundle import open_bundle
+
 _BACKENDS = ("onnxruntime", "openvino")
 _CALLS: dict[str, dict[str, Any]] = {
     "point": {"point_coords": [[320, 240]], "point_labels": [1]},
@@ -44,7 +47,7 @@ def make(model: str, path: Path) -> dict[str, Any]:
     from tests.golden.efficientsam3 import synthetic as efficient_sam3
     from tests.golden.sam2 import synthetic as sam2
     from tests.golden.sam3 import synthetic as sam3
-    from tests.support.export_helpers import as_multiplex
+    from tests.support.export_helpers import NECK, USED, as_multiplex
 
     arrays: dict[str, Any]
     if model.startswith("sam3"):
@@ -54,16 +57,21 @@ def make(model: str, path: Path) -> dict[str, Any]:
     else:
         arrays = dict(efficient_sam3.checkpoint(model))
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+    # What the export reads: not the rest of the tracker, the neck's fourth level and counters.
+    read = [
+        tensor
+        for name, tensor in tensors.items()
+        if (name.startswith(USED) or model.startswith("sam2"))
+        and not name.startswith(NECK + "3.")
+        and not name.endswith("num_batches_tracked")
+    ]
     if model == "sam3.1":
         tensors = as_multiplex(tensors)
     torch.save(tensors if model.startswith("sam2") else {"model": tensors}, path)
-    # What the export does not read: the count of batches, and the decoder for 16 objects.
-    others = ("num_batches_tracked", "tracker.model.sam_mask_decoder.")
-    read = [t for n, t in tensors.items() if not any(part in n for part in others)]
     return {
         "tensors": len(tensors),
         "read": len(read),
-        "parameters": sum(t.numel() for t in read if t.is_floating_point()),
+        "values": sum(tensor.numel() for tensor in read),
     }
 
 
@@ -156,6 +164,7 @@ def measure(
             return result
         checkpoint.unlink()
         files = [f for f in bundle.iterdir() if f.name.startswith("encoder")]
+        result["fingerprint"] = open_bundle(bundle, check_files=False).manifest.fingerprint
         result["encoder_mb"] = round(sum(f.stat().st_size for f in files) / 1e6, 1)
         for backend in options.backends:
             verify = ["verify", str(bundle), "--backend", backend, "--device", "cpu"]
@@ -200,6 +209,7 @@ def main() -> int:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--sam3", type=Path, metavar="BUNDLE", help="what SAM 3.1 is held to")
     parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS)
     parser.add_argument("--one-scene", action="store_true", help="compare on one image, not two")
     parser.add_argument("--rounds", type=int, default=1, help="counted runs of an encoder")
@@ -211,6 +221,9 @@ def main() -> int:
     models: dict[str, Any] = {}
     document["models"] = models
     sam3: dict[str, Any] = {}
+    if options.sam3:
+        sam3 = apart(answers, options.sam3, options.threads)
+        document["sam3"] = open_bundle(options.sam3, check_files=False).manifest.fingerprint
     for name in options.models:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
             models[name] = measure(name, options, Path(folder), sam3)
