@@ -57,11 +57,11 @@ def make(model: str, path: Path) -> dict[str, Any]:
     else:
         arrays = dict(efficient_sam3.checkpoint(model))
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
-    # What the export reads: not the rest of the tracker, the neck's fourth level and counters.
-    read = [
+    # The parts that are exported: not the rest of the tracker, and not the neck's fourth level.
+    exported = [
         tensor
         for name, tensor in tensors.items()
-        if (name.startswith(USED) or model.startswith("sam2"))
+        if name.startswith((*USED, "image_encoder.", "sam_", "no_mem_embed"))
         and not name.startswith(NECK + "3.")
         and not name.endswith("num_batches_tracked")
     ]
@@ -70,8 +70,8 @@ def make(model: str, path: Path) -> dict[str, Any]:
     torch.save(tensors if model.startswith("sam2") else {"model": tensors}, path)
     return {
         "tensors": len(tensors),
-        "read": len(read),
-        "values": sum(tensor.numel() for tensor in read),
+        "tensors_in_exported_parts": len(exported),
+        "values_in_them": sum(tensor.numel() for tensor in exported),
     }
 
 
