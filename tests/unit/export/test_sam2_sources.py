@@ -70,9 +70,11 @@ def model_of(state: Tensors) -> Any:
 
 @torch.no_grad()
 def differences(one: ExportSource, other: ExportSource) -> float:
-    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    points, labels = 64 * torch.rand(1, 2, 3, 2), torch.tensor([[[1, 0, -1], [2, 3, 1]]])
-    masks = torch.randn(1, 1, 16, 16)
+    seeded = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 64, generator=seeded)
+    points = 64 * torch.rand(1, 2, 3, 2, generator=seeded)
+    labels = torch.tensor([[[1, 0, -1], [2, 3, 1]]])
+    masks = torch.randn(1, 1, 16, 16, generator=seeded)
     found = []
     for source in (one, other):
         maps = source.encoder(pixels)
@@ -198,14 +200,15 @@ def test_a_lora_adapter(state: Tensors, checkpoint: Path, tmp_path: Path) -> Non
 
     module = "image_encoder.trunk.blocks.2.attn.qkv"
     rows, columns = state[f"{module}.weight"].shape
-    a, b = torch.randn(2, columns), torch.randn(rows, 2)
+    seeded = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, columns, generator=seeded), torch.randn(rows, 2, generator=seeded)
     pair = {f"base_model.model.{module}.lora_{n}.weight": t for n, t in (("A", a), ("B", b))}
     save_file(pair, tmp_path / "lora.safetensors")
     options = SourceOptions(lora=tmp_path / "lora.safetensors", lora_alpha=4.0)
     merged = state | {f"{module}.weight": state[f"{module}.weight"] + 2.0 * b @ a}
     torch.save(merged, tmp_path / "merged.pt")
     # Not nearer than FP32's rounding: the two add up in other orders.
-    assert differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-5
+    assert differences(open_source(checkpoint, options), open_source(tmp_path / "merged.pt")) < 1e-4
     assert differences(open_source(checkpoint, options), open_source(checkpoint)) > 1e-2
 
 
