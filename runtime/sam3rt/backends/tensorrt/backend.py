@@ -24,7 +24,7 @@ from .driver import Device
 from .engines import EngineFile, EngineSet, EngineTarget
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
-from .lane import Lane
+from .lane import Lane, Pictures
 from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool
@@ -237,7 +237,7 @@ class LaneBackend(Backend):
             masks, done, runs = lane.room_for_masks(shape), 0, []
             for part in prompts.split(at_once):
                 room = masks.part(done, done + len(part.labels))
-                runs.append(lane.decode(block, part, outputs, (geometry, options), room))
+                runs.append(lane.decode(block, part, outputs, Pictures(geometry, options, room)))
                 done += len(part.labels)
             return runs, masks.array
 

@@ -31,8 +31,6 @@ from .shapes import ShapeClass, classify
 # A warm-up makes nine; another nine are for calls in which each object has a mask prompt.
 _KEPT_CLASSES = 18
 
-Pictures = tuple[ImageGeometry, MaskOptions]
-
 
 class Masks(NamedTuple):
     """Where masks go.
@@ -48,6 +46,20 @@ class Masks(NamedTuple):
     def part(self, start: int, stop: int) -> Masks:
         """That of some of the objects."""
         return Masks(self.array[start:stop], self.is_pinned)
+
+
+class Pictures(NamedTuple):
+    """What masks are made, and where they go.
+
+    Attributes:
+        where: where the image lies.
+        options: how logits become masks.
+        masks: where they go; see :meth:`Lane.room_for_masks`.
+    """
+
+    where: ImageGeometry
+    options: MaskOptions
+    masks: Masks
 
 
 class DecoderRun(NamedTuple):
@@ -150,7 +162,6 @@ class Lane:
         prompts: PackedPrompts,
         names: Sequence[str],
         pictures: Pictures | None = None,
-        masks: Masks | None = None,
     ) -> list[NDArray[np.float32]]:
         """Run the decoder, and make masks of its first output where it is said how.
 
@@ -158,8 +169,7 @@ class Lane:
             features: the feature maps' block, from any lane.
             prompts: at most as many objects and points as the engine takes.
             names: the outputs wanted; the first is the mask logits.
-            pictures: where the image lies, and how logits become masks.
-            masks: where masks go; see :meth:`room_for_masks`.
+            pictures: the masks to make.
 
         Returns:
             The outputs, float32, in the order of the names.
@@ -173,18 +183,18 @@ class Lane:
             logits = run.outputs.slots[names[0]]
             outputs_at = self._workspace["outputs"].address
             run.prompt[JOB][...] = 0
-            made: int | None = None
+            made = 0
             if pictures is not None:
-                planes = objects * logits.shape[2]
-                made = self._give_job(run.prompt[JOB], outputs_at + logits.offset, planes, pictures)
+                made = self._give_job(run.prompt[JOB], outputs_at + logits.offset, pictures)
             self._bring(features)
             self._send(run, prompts)
             run.replay.queue()
             host = self._results.pinned(end - start)
             self._cuda.download(host, outputs_at + start, self._stream)
-            if made is not None and masks is not None:
-                self._bring_masks(made, masks)
-            self._cuda.synchronize(self._stream)
+            if pictures is None:
+                self._cuda.synchronize(self._stream)
+            else:
+                self._bring_masks(made, pictures.masks)
             if run.replay.record():
                 self._network.keep_kernels(shape)
         slots = [run.outputs.slots[name] for name in names]
@@ -201,8 +211,8 @@ class Lane:
             host = self._staging.pinned(at + logits.nbytes)
             block = self._staging.block(len(host))
             job = host[: MASK_JOB.itemsize].view(MASK_JOB)
-            planes = logits.shape[0] * logits.shape[1]
-            made = self._give_job(job, block.address + at, planes, (where, options))
+            pictures = Pictures(where, options, masks)
+            made = self._give_job(job, block.address + at, pictures)
             host[at:].view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
             self._imaging.queue(MASKING, block.address, self._stream)
@@ -288,16 +298,15 @@ class Lane:
         self._cuda.synchronize(self._stream)
         return block
 
-    def _give_job(self, job: NDArray[Any], logits: int, planes: int, pictures: Pictures) -> int:
+    def _give_job(self, job: NDArray[Any], logits: int, pictures: Pictures) -> int:
         """Fill in the job of making masks.
 
         Returns:
             Where the masks will be.
         """
-        where, options = pictures
-        height, width = where.original_size
-        nbytes = planes * height * width
-        masks = self._pictures.block(nbytes).address
+        where, options, (array, _) = pictures
+        planes = array.shape[0] * array.shape[1]
+        masks = self._pictures.block(array.nbytes).address
         addresses = {"logits": logits, "masks": masks}
         if options.max_hole_area > 0 or options.max_sprinkle_area > 0:
             each = aligned(planes * self._imaging.plane_bytes)
