@@ -9,6 +9,12 @@ from .onnx_wire import Field, fields, message_field
 
 # GraphProto's fields.
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
+# The messages whose names matter, and the field that holds them.
+_NAMED = {
+    _INITIALIZER: ("TensorProto", 8),
+    _INPUT: ("ValueInfoProto", 1),
+    _VALUE_INFO: ("ValueInfoProto", 1),
+}
 # TypeProto of a tensor of float32 and any shape.
 _FLOAT32 = bytes([0x0A, 2, 8, 1])
 
@@ -60,7 +66,8 @@ def _split(content: bytes, inputs: Iterable[str]) -> Parts | None:
     parts = list(fields(content, graph.start, graph.end, "GraphProto"))
     nodes = [_node(content, field) for field in parts if field.number == _NODE]
     given = {name.encode() for name in inputs}
-    constant = {_name(content, f, "TensorProto", 8) for f in parts if f.number == _INITIALIZER}
+    names = {f: _name(content, f, *_NAMED[f.number]) for f in parts if f.number in _NAMED}
+    constant = {name for field, name in names.items() if field.number == _INITIALIZER}
     readers: dict[bytes, set[bytes]] = {}
     for node in nodes:
         for name in node.inputs:
@@ -85,7 +92,7 @@ def _split(content: bytes, inputs: Iterable[str]) -> Parts | None:
     if not cut or read_late & given:
         return None
 
-    infos = {_name(content, f, "ValueInfoProto", 1): f for f in parts if f.number == _VALUE_INFO}
+    infos = {name: field for field, name in names.items() if field.number == _VALUE_INFO}
     described = [
         content[infos[name].start : infos[name].end]
         if name in infos
@@ -106,9 +113,9 @@ def _split(content: bytes, inputs: Iterable[str]) -> Parts | None:
             if field.number == _NODE:
                 stays = field in kept
             elif field.number == _INITIALIZER:
-                stays = _name(content, field, "TensorProto", 8) in read
+                stays = names[field] in read
             elif field.number == _INPUT:
-                stays = (_name(content, field, "ValueInfoProto", 1) in given) == is_first
+                stays = (names[field] in given) == is_first
             elif field.number == _OUTPUT:
                 stays = not is_first
             else:
@@ -119,8 +126,8 @@ def _split(content: bytes, inputs: Iterable[str]) -> Parts | None:
         whole = message_field(7, b"".join(body))
         return content[: graph.tag] + whole + content[graph.end :]
 
-    names = [_name(content, f, "ValueInfoProto", 1) for f in parts if f.number == _INPUT]
-    return Parts(part(first, True), part(late, False), _decoded(cut), _decoded(names))
+    whole = [name for field, name in names.items() if field.number == _INPUT]
+    return Parts(part(first, True), part(late, False), _decoded(cut), _decoded(whole))
 
 
 def _decoded(names: Iterable[bytes]) -> tuple[str, ...]:
