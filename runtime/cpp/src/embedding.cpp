@@ -1,7 +1,6 @@
 #include "embedding.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -87,7 +86,7 @@ void replace_first(std::string& text, const std::string& old, const std::string&
 
 /// Throws EmbeddingError.
 void require_finite(const Array<float>& map, const std::string& name, const std::string& subject) {
-    if (!std::all_of(map.begin(), map.end(), [](float value) { return std::isfinite(value); })) {
+    if (!is_finite(map)) {
         throw EmbeddingError(subject + ": the feature map " + name + " holds NaN or an infinity");
     }
 }

@@ -1,5 +1,8 @@
 #include "errors.hpp"
 
+#include <algorithm>
+#include <cmath>
+
 namespace sam3rt {
 
 // Defined here so that each class has its type information in this library alone.
@@ -19,6 +22,10 @@ InvalidInputError::InvalidInputError(std::string argument, const std::string& go
 
 BundleError::BundleError(const std::string& message, std::string file)
     : Error(file.empty() ? message : file + ": " + message), file_(std::move(file)) {}
+
+bool is_finite(const Array<float>& values) {
+    return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+}
 
 std::string shape_text(const Shape& shape) {
     std::string text = "(";

@@ -1,4 +1,4 @@
-// What error messages share.
+// What checks and error messages share.
 #pragma once
 
 #include <limits>
@@ -13,5 +13,8 @@ inline constexpr std::size_t max_elements = std::numeric_limits<std::size_t>::ma
 
 /// A shape as Python writes it, such as "(3,)" or "(2, 5)".
 std::string shape_text(const Shape& shape);
+
+/// Whether no value is NaN or an infinity.
+bool is_finite(const Array<float>& values);
 
 }  // namespace sam3rt

@@ -1,12 +1,11 @@
 #include "model.hpp"
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 
 #include "accuracy.hpp"
 #include "cancellation.hpp"
 #include "embedding.hpp"
+#include "errors.hpp"
 #include "geometry.hpp"
 
 #ifndef SAM3RT_VERSION
@@ -37,7 +36,7 @@ Array<float> without_batch(Array<float>& array, std::size_t rank) {
 /// Scores are few and depend on everything before them, so that checking them costs nothing and
 /// notices what went wrong there.
 void require_finite(const Array<float>& scores) {
-    if (!std::all_of(scores.begin(), scores.end(), [](float s) { return std::isfinite(s); })) {
+    if (!is_finite(scores)) {
         throw BackendError(
             "the decoder returned scores that are not finite: the embedding or the device is at "
             "fault");

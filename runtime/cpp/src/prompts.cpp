@@ -39,7 +39,7 @@ struct Boxes {
 
 void require_finite(const Array<float>& array, const std::string& argument,
                     const std::string& expected) {
-    if (!std::all_of(array.begin(), array.end(), [](float v) { return std::isfinite(v); })) {
+    if (!is_finite(array)) {
         throw PromptError(argument, "NaN or infinite values", "finite numbers, " + expected);
     }
 }

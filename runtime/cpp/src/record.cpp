@@ -24,10 +24,6 @@ constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
 std::int64_t divided_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
 
-bool is_finite(const Array<float>& values) {
-    return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
-}
-
 /// What is compared: a number that is not finite may lie between those on record.
 Array<float> nan_unless_finite(Array<float> part, const Array<float>& whole) {
     if (!is_finite(whole)) {
