@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,9 @@ from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import open_lanes
 from sam3rt.backends.onnxruntime.typed import Graphs, find_typed
 from sam3rt.backends.tensorrt import LaneBackend
-from sam3rt.embedding import ImageEmbedding
 from sam3rt.geometry import preprocess
 from sam3rt_bench.pytorch_backend import PyTorchBackend
-from sam3rt_bench.timing import Effort, alternate
+from sam3rt_bench.timing import Effort, alternate, timed
 
 _BATCHES = (1, 2, 4)
 
@@ -128,15 +127,17 @@ def pytorch(record: Record, settings: Settings) -> None:
     names = ["fp32", "bf16", "compile-bf16"]
     if settings.small:
         names.pop()  # compiling takes longer than everything else
-    pixels, where = preprocess(bundle.manifest.image, gpu_checks.picture(1080, 1920))
+    image = gpu_checks.picture(1080, 1920)
+    pixels, _ = preprocess(bundle.manifest.image, image)
     device = "cuda:0" if settings.device == "cuda" else "cpu"
-    models: dict[str, SegmentationModel] = {}
+    backends: dict[str, PyTorchBackend] = {}
     for name in names:
-        backend = PyTorchBackend(
+        backend = backends[name] = PyTorchBackend(
             bundle, settings.checkpoint, precision=name, device=device, threads=None
         )
-        models[name] = SegmentationModel(bundle, backend)
-        record.attempt(f"{name}, first run", _seconds, lambda b=backend: b.encode(pixels))
+        record.attempt(
+            f"{name}, first run", lambda b=backend: {"seconds": timed(lambda: b.encode(pixels))[0]}
+        )
     effort = Effort(30, min(10.0, max(1.0, settings.seconds_left / 4)), 2)
     if settings.small:
         effort = Effort(3, 0.5, 1)
@@ -145,34 +146,20 @@ def pytorch(record: Record, settings: Settings) -> None:
         for name, found in alternate(calls, effort).items():
             record.put(f"{name}, {what}", {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
 
-    in_turn("encode", {n: lambda m=m: m.backend.encode(pixels) for n, m in models.items()})
+    in_turn("encode", {n: partial(b.encode, pixels) for n, b in backends.items()})
     there = torch.from_numpy(pixels).to(device)
-    for name, model in models.items():
-        alone = lambda b=model.backend: b.encode_tensor(there)  # type: ignore[attr-defined]  # noqa: E731
+    for name, backend in backends.items():
+        alone = partial(backend.encode_tensor, there)
         record.put(
             f"{name}, encoder alone", device_times(alone, settings.device, effort.repetitions)
         )
-    tensors = tuple(spec.name for spec in bundle.manifest.encoder.outputs)
-    embeddings = {
-        name: ImageEmbedding(
-            model.backend.encode(pixels), where, bundle.manifest.fingerprint, tensors
-        )
-        for name, model in models.items()
-    }
+    models = {name: SegmentationModel(bundle, backend) for name, backend in backends.items()}
+    embeddings = {name: model.encode(image) for name, model in models.items()}
     for label, prompts in (("one click", _clicks(1)), ("four boxes", _boxes(4))):
-        calls = {
-            name: lambda m=model, e=embeddings[name], p=prompts: m.decode(e, p)
-            for name, model in models.items()
-        }
+        calls = {n: partial(m.decode, embeddings[n], prompts) for n, m in models.items()}
         in_turn(f"logits of {label}", calls)
-    for name, model in models.items():
-        record.attempt(f"{name}, gate", _gate, model.backend)
-
-
-def _seconds(call: Callable[[], Any]) -> dict[str, float]:
-    begun = time.monotonic()
-    call()
-    return {"seconds": time.monotonic() - begun}
+    for name, backend in backends.items():
+        record.attempt(f"{name}, gate", _gate, backend)
 
 
 def tensorrt(record: Record, settings: Settings) -> None:
