@@ -58,22 +58,25 @@ class Section:
 MODEL = Section("model", "model:make", 240, needs_model=False)
 # Of the bundled model; at small size of the other one, which is smaller.
 LANES = Section("lanes", "device:lanes", 60, needs_model=False)
-# The most telling first, as time may run out.
+# What was never measured, or was changed since, comes first, as time may run out. While the model
+# is being made, those that do not need it run, whatever their place.
 SECTIONS = (
     Section("versions", "machine:versions", 30, needs_model=False),
     Section("ceilings", "machine:ceilings", 40, needs_model=False),
-    Section("shapes", "machine:shapes", 40, needs_model=False),
-    Section("cuda", "device:cuda_layer", 40, needs_model=False),
-    LANES,
     Section("onnxruntime-fp16-activations", "models:onnxruntime", 60, ("fp16-activations",)),
+    Section("kernel-table", "models:kernel_table", 40, ("fp16-activations",)),
     Section("pytorch", "models:pytorch", 120),
+    Section("memory-bf16", "memory:memory", 90, ("bf16",)),
+    Section("numerics", "numerics:numerics", 75),
     Section("onnxruntime-fp16", "models:onnxruntime", 60, ("fp16",)),
     Section("onnxruntime-tf32", "models:onnxruntime", 50, ("tf32",)),
-    Section("numerics", "numerics:numerics", 75),
     Section("kernels", "device:kernels", 40),
+    Section("tensorrt", "models:tensorrt", 120),
     Section("onnxruntime-fp32", "models:onnxruntime", 50, ("fp32",)),
     Section("onnxruntime-bf16", "models:onnxruntime", 50, ("bf16",)),
-    Section("tensorrt", "models:tensorrt", 120),
+    LANES,
+    Section("cuda", "device:cuda_layer", 40, needs_model=False),
+    Section("shapes", "machine:shapes", 40, needs_model=False),
 )
 
 
@@ -227,7 +230,8 @@ def run(options: argparse.Namespace, work: Path) -> None:
     try:
         if (needing and not made) or MODEL.name in options.only:
             model = Run(MODEL, options, work, min(MODEL.seconds, options.seconds))
-        for section in sorted(chosen, key=lambda s: s.needs_model):
+            chosen.sort(key=lambda section: section.needs_model)
+        for section in chosen:
             if section.needs_model and model is not None:
                 evidence.put(MODEL.name, model.finish())
                 model = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.gpu_sections.models import used
 from benchmarks.gpu_sections.record import Record, Settings
 from benchmarks.gpu_sections.timing import times
 from tests.support import gpu_checks
@@ -71,7 +72,7 @@ def lanes(record: Record, settings: Settings) -> None:
             "check_slow_consumer, cupy",
             lambda: gpu_checks.check_slow_consumer(model, importlib.import_module("cupy")),
         )
-        record.attempt("check_leaks", gpu_checks.check_leaks, model, used_memory)
+        record.attempt("check_leaks", gpu_checks.check_leaks, model, used)
     record.put("click, times", times(lambda: model.segment(here, click), 1.0))
     record.attempt("close", model.close)
 
@@ -105,9 +106,3 @@ def _kernel_times(backend: StandInBackend) -> Any:
         "pixels": times(lambda: backend.pixels(image, where), 0.5),
         "masks": times(lambda: backend.make_masks(logits, where, options), 0.5),
     }
-
-
-def used_memory() -> int:
-    """Bytes of device memory in use, by whomever."""
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)

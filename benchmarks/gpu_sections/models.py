@@ -12,6 +12,7 @@ import torch
 from benchmarks.gpu_sections.record import Record, Settings
 from benchmarks.gpu_sections.timing import device_times, times
 from tests.support import gpu_checks
+from tests.support.torch_lanes import StandInBackend
 
 from sam3rt import GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy.gate import judge, limits_for
@@ -27,14 +28,14 @@ from sam3rt_bench.pytorch_backend import PyTorchBackend
 from sam3rt_bench.timing import Effort, alternate, timed
 
 _BATCHES = (1, 2, 4)
+# Calls that a profile is the mean of, and the kernels that are shown of it.
+_PROFILED, _KERNELS = 5, 30
 
 
 def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
     """ONNX Runtime in one recipe: accuracy, times, then what its CUDA graphs are worth."""
     bundle = open_bundle(settings.bundle, check_files=False)
-    known = {graphs.precision: graphs for graphs in find_typed(bundle)}
-    known |= {"tf32": Graphs(bundle, "tf32", tf32=True), "fp32": Graphs(bundle)}
-    graphs = known[precision]
+    graphs = known_graphs(settings)[precision]
 
     def open_backend(records: bool) -> Backend:
         if settings.device == "cpu":
@@ -43,12 +44,12 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
         most = _BATCHES[-1]
         return open_lanes(bundle, graphs, device, GpuOptions(), max_images=most, records=records)
 
-    before = 0 if settings.device == "cpu" else _used()
+    before = 0 if settings.device == "cpu" else used()
     model = SegmentationModel(bundle, open_backend(True))
     measure(record, settings, model)
     if settings.device == "cpu":
         return
-    record.put("device memory, MB", (_used() - before) / 1e6)
+    record.put("device memory, MB", (used() - before) / 1e6)
     record.attempt("check_threads", gpu_checks.check_threads, model)
     record.attempt("check_slow_consumer", gpu_checks.check_slow_consumer, model, torch)
     record.attempt("close", model.close)
@@ -61,6 +62,65 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
             "without CUDA graphs, click",
             times(lambda: model.segment(embedding, click, max_hole_area=256.0), 1.0),
         )
+
+
+def known_graphs(settings: Settings) -> dict[str, Graphs]:
+    """What ONNX Runtime can run, by recipe."""
+    bundle = open_bundle(settings.bundle, check_files=False)
+    known = {graphs.precision: graphs for graphs in find_typed(bundle)}
+    return known | {"tf32": Graphs(bundle, "tf32", tf32=True), "fp32": Graphs(bundle)}
+
+
+def kernel_table(record: Record, settings: Settings, precision: str) -> None:
+    """Kernels of an image and of a click by their time on the GPU, without CUDA graphs.
+
+    On the CPU, PyTorch's operators: ONNX Runtime tells the profiler nothing there.
+    """
+    bundle = open_bundle(settings.bundle, check_files=False)
+    cuda, device = settings.gpu()
+    backend: LaneBackend
+    if settings.device == "cpu":
+        backend = StandInBackend(bundle, cuda, device)
+    else:
+        graphs = known_graphs(settings)[precision]
+        backend = open_lanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
+    model = SegmentationModel(bundle, backend)
+    image = gpu_checks.picture(*((90, 120) if settings.small else (1080, 1920)))
+    embedding = model.encode(image)
+    holes = model.manifest.masks.max_hole_area
+    for name, call in (
+        ("encode", lambda: model.encode(image)),
+        ("one click", lambda: model.segment(embedding, _clicks(1), max_hole_area=holes)),
+    ):
+        record.attempt(name, _kernels_of, name, call, settings)
+
+
+def _kernels_of(name: str, call: Callable[[], Any], settings: Settings) -> Any:
+    """What one call runs: milliseconds and count of each kernel, and of all, the longest first."""
+    for _ in range(3):
+        call()
+    on_gpu = settings.device != "cpu"
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CUDA if on_gpu else activities.CPU]) as seen:
+        for _ in range(_PROFILED):
+            call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in seen.events() or ():
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    rows = [("all", [time for times in found.values() for time in times]), *found.items()]
+    rows.sort(key=lambda row: -sum(row[1]))
+    return [
+        {
+            "what": kernel[:150],
+            "of": name,
+            "ms": sum(took) / _PROFILED,
+            "count": len(took) / _PROFILED,
+        }
+        for kernel, took in rows[:_KERNELS]
+    ]
 
 
 def measure(record: Record, settings: Settings, model: SegmentationModel) -> None:
@@ -193,6 +253,7 @@ def _boxes(count: int) -> Prompts:
     )
 
 
-def _used() -> int:
+def used() -> int:
+    """Bytes of device memory in use, by whomever."""
     free, total = torch.cuda.mem_get_info()
     return int(total - free)

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from sam3rt.backends.onnxruntime.typed import (
     ENGINES,
+    ON_REQUEST,
     TYPED_ORDER,
     TypedSidecar,
     typed_folder,
@@ -64,7 +65,7 @@ def build_typed_graphs(
 
     Args:
         bundle: an opened bundle.
-        precision: names of recipes; all by default.
+        precision: names of recipes; by default all that ``"auto"`` tries at load.
         say: told what is done.
 
     Returns:
@@ -79,8 +80,8 @@ def build_typed_graphs(
     if unknown:
         expected = "some of " + ", ".join(TYPED_RECIPES) + " (tf32 and fp32 need no build)"
         raise InvalidInputError("precision", ", ".join(unknown), expected)
-    wanted = [name for name in TYPED_RECIPES if not precision or name in precision]
-    return tuple(_write(bundle, name, say) for name in wanted)
+    names = precision or [name for name in TYPED_RECIPES if name not in ON_REQUEST]
+    return tuple(_write(bundle, name, say) for name in TYPED_RECIPES if name in names)
 
 
 def typed_graph(bundle: Bundle, role: Role, name: str) -> tuple[ir.Model, dict[str, int]]:

@@ -101,7 +101,7 @@ def typed_bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     path = tmp_path_factory.mktemp("gpu") / "sam3_small"
     shutil.copytree(small_bundle, path)
-    build_typed_graphs(open_bundle(path))
+    build_typed_graphs(open_bundle(path), TYPED_ORDER)
     return path
 
 

@@ -33,8 +33,9 @@ into the bundle's folder "engines".
 With --backend tensorrt-rtx and --target, engines are built ahead of time on any machine. They are
 unproven until they first load on their target, which proves them before it serves.
 
-With --backend onnxruntime, graphs in FP16 and BF16 for ONNX Runtime on CUDA are written instead, on
-any machine and without TensorRT; the runtime proves them at their first load on a GPU.
+With --backend onnxruntime, FP16 graphs for ONNX Runtime on CUDA are written instead, on any machine
+and without TensorRT; the runtime proves them at their first load on a GPU. --precision bf16 writes
+graphs in BF16, which are loaded where they are asked for.
 """
 
 

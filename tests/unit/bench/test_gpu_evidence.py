@@ -76,6 +76,32 @@ def test_without_time_or_model_sections_say_so(
     assert sections(tmp_path / "b")["one"]["state"] == "left out: there was no time left"
 
 
+@pytest.mark.parametrize("is_made", [True, False])
+def test_what_was_not_measured_yet_comes_first(
+    is_made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what needs no model runs while that is being made."""
+    ran: list[str] = []
+
+    class Noted:
+        def __init__(self, section: Section, *_: Any) -> None:
+            ran.append(section.name)
+            (tmp_path / "bundle").mkdir(exist_ok=True)
+
+        def finish(self) -> dict[str, Any]:
+            return {"state": "done", "seconds": 0.0, "figures": {}}
+
+    monkeypatch.setattr(gpu_evidence, "Run", Noted)
+    if is_made:
+        (tmp_path / "bundle").mkdir()
+        (tmp_path / "checkpoint.pt").touch()
+    gpu_evidence.run(options(tmp_path / "out", small=False), tmp_path)
+    expected = list(SECTIONS) if is_made else sorted(SECTIONS, key=lambda s: s.needs_model)
+    assert ran == ["model"] * (not is_made) + [section.name for section in expected]
+    first = [section.name for section in expected if section.needs_model][:2]
+    assert first == ["onnxruntime-fp16-activations", "kernel-table"]
+
+
 def test_all_sections_have_names_of_their_own_and_fit_their_time() -> None:
     assert len({section.name for section in SECTIONS}) == len(SECTIONS)
     # Limits are for what goes wrong; the whole has its own.
@@ -122,13 +148,14 @@ def test_every_section_runs_on_the_cpu(
     import torch
     from tests.support.export_helpers import tiny_tensors
 
+    from sam3rt.backends.onnxruntime.typed import TYPED_ORDER
     from sam3rt.bundle import open_bundle
     from sam3rt_build.ort_graphs import build_typed_graphs
 
     work = tmp_path / "work"
     shutil.copytree(tiny_sam3, work / "bundle")
     torch.save(tiny_tensors(), work / "checkpoint.pt")
-    build_typed_graphs(open_bundle(work / "bundle"))
+    build_typed_graphs(open_bundle(work / "bundle"), TYPED_ORDER)
     command = ["x", "--output", str(tmp_path / "out"), "--device", "cpu", "--small"]
     monkeypatch.setattr(sys, "argv", [*command, "--work", str(work), "--seconds", "900"])
     gpu_evidence.main()
@@ -141,5 +168,12 @@ def test_every_section_runs_on_the_cpu(
         assert found[f"onnxruntime-{recipe}"]["figures"]["gate"]["passed"], recipe
     assert found["numerics"]["figures"]["fp16, FP32 sums"]["passes the gate"]
     assert found["cuda"]["figures"]["lost"] == "no"
+    for call in ("encode", "one click"):
+        first, *others = found["kernel-table"]["figures"][call]
+        assert first["what"] == "all"
+        assert first["ms"] > max(row["ms"] for row in others) > 0
+    followed = found["memory-bf16"]["figures"]
+    assert len(followed) == 5
+    assert all("shrunk, MB" in row for name, row in followed.items() if "nothing" not in name)
     for figures in (found["lanes"]["figures"], found["kernels"]["figures"]):
         assert not [value for value in figures.values() if "failed" in str(value)], figures

@@ -14,7 +14,7 @@ from tests.support.build_helpers import float_types
 
 from sam3rt import InvalidInputError, open_bundle
 from sam3rt.backends.onnxruntime.sessions import open_session
-from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, find_typed, typed_folder
+from sam3rt.backends.onnxruntime.typed import ON_REQUEST, TYPED_ORDER, find_typed, typed_folder
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.cli import main
@@ -28,7 +28,8 @@ def bundle(tiny_sam3: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_writes_every_recipe(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", str(bundle), "--backend", "onnxruntime"]) == 0
+    asked = [part for name in TYPED_ORDER for part in ("--precision", name)]
+    assert main(["build", str(bundle), "--backend", "onnxruntime", *asked]) == 0
     said = capsys.readouterr()
     assert said.out.count("unproven until it first loads on a GPU") == len(TYPED_ORDER)
     assert "2 MultiHeadAttention" in said.err
@@ -40,6 +41,13 @@ def test_the_command_writes_every_recipe(bundle: Path, capsys: pytest.CaptureFix
     assert find_engines(open_bundle(bundle)) == ()
     open_bundle(bundle).check_files()
     assert not list((bundle / "engines").glob(".build-*"))
+
+
+def test_unless_it_is_asked_for_there_is_no_bf16(bundle: Path) -> None:
+    folders = build_typed_graphs(open_bundle(bundle))
+    names = [name for name in TYPED_ORDER if name not in ON_REQUEST]
+    assert folders == tuple(typed_folder(bundle, name) for name in names)
+    assert not typed_folder(bundle, "bf16").exists()
 
 
 def test_a_second_build_replaces_the_first(bundle: Path) -> None:
@@ -68,7 +76,7 @@ def test_targets_mean_nothing_here(bundle: Path) -> None:
 
 
 def test_every_value_has_the_type_that_its_recipe_says(bundle: Path) -> None:
-    build_typed_graphs(open_bundle(bundle))
+    build_typed_graphs(open_bundle(bundle), TYPED_ORDER)
     wanted = {
         # Matmul's and attention's, the residual stream's.
         "fp16-activations": (TensorProto.FLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT16),

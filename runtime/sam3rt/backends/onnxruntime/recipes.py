@@ -19,7 +19,7 @@ from ..base import Backend, GpuOptions, Offer
 from ..tensorrt.driver import Device, probe
 from .backend import OnnxRuntimeBackend
 from .lanes import open_lanes
-from .typed import FP32, TF32, TYPED_ORDER, Graphs, find_typed
+from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def offer(
     """What ONNX Runtime can do here: FP32; on CUDA what the gate allows of the rest, too.
 
     That is TF32, which takes an option alone, and the recipes whose graphs
-    ``sam3rt build --backend onnxruntime`` has written.
+    ``sam3rt build --backend onnxruntime`` has written. BF16 is not tried unless it is named.
 
     Args:
         bundle: an opened bundle.
@@ -61,13 +61,16 @@ def offer(
         tf32 = Graphs(bundle, TF32, tf32=True)
         found = {graphs.precision: graphs for graphs in (*find_typed(bundle), tf32)} | found
     recipes = {_recipe(graphs, card): graphs for graphs in found.values()}
-    wanted = tuple(recipe for recipe in recipes if precision in ("auto", recipe.name))
+    names = [precision]
+    if precision == "auto":
+        names = [name for name in found if name not in ON_REQUEST]
+    wanted = tuple(recipe for recipe in recipes if recipe.name in names)
     if not wanted:
         unbuilt = card is not None and precision in TYPED_ORDER
-        advice = f"; build it: sam3rt build {bundle.path} --backend onnxruntime" if unbuilt else ""
+        advice = f"; build it: sam3rt build {bundle.path} --backend onnxruntime --precision "
         raise BackendError(
             f"precision {precision!r} was asked for; the onnxruntime backend offers "
-            f"{', '.join(found)} on {kind}{advice}"
+            f"{', '.join(found)} on {kind}" + (advice + precision if unbuilt else "")
         )
 
     def open_recipe(recipe: Recipe) -> Backend:

@@ -183,6 +183,14 @@ def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: P
     assert files[-1] == ""
 
 
+def test_bf16_is_offered_by_name_only(provider: FakeProvider, bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    build_typed_graphs(opened, ["bf16"])
+    assert [recipe.name for recipe in offer(opened, device="cuda").recipes] == ["tf32", "fp32"]
+    found = offer(opened, device="cuda", precision="bf16").recipes
+    assert [recipe.name for recipe in found] == ["bf16"]
+
+
 def test_the_fastest_that_passes_serves(provider: FakeProvider, built: Path) -> None:
     model = load(built)
     assert model.backend.precision == "fp16-activations"
@@ -236,8 +244,10 @@ def test_sums_in_fp16_are_another_subject(
 
 
 def test_what_was_not_built_says_how_to(provider: FakeProvider, bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"sam3rt build .* --backend onnxruntime"):
-        load(bundle, precision="fp16")
+    with pytest.raises(
+        BackendError, match=r"sam3rt build .* --backend onnxruntime --precision bf16"
+    ):
+        load(bundle, precision="bf16")
     with pytest.raises(BackendError, match="offers tf32, fp32 on cuda") as caught:
         load(bundle, precision="nonsense")
     assert "build" not in str(caught.value)
