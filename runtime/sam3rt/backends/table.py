@@ -60,7 +60,7 @@ TABLE: tuple[BackendEntry, ...] = (
         ("tensorrt", "cuda.bindings"),
         ("cuda",),
         "gpu",
-        "or on a Jetson JetPack's own python3-libnvinfer and pip install cuda-python",
+        "or on a Jetson JetPack's own python3-libnvinfer and pip install 'cuda-python==12.9.*'",
     ),
     BackendEntry(
         "tensorrt-rtx",

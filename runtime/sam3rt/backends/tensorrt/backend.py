@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from .imaging import DeviceImaging
 from .lane import Lane, Pictures
 from .memory import Block, Memory
 from .network import Network
-from .pool import LanePool
+from .pool import LanePool, ahead
 from .shapes import usual_classes
 from .sidecar import BackendName
 from .trt import Engine, KernelCache, Library
@@ -36,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 
 # Of an engine file, bytes at a time while it is hashed.
 _CHUNK = 1 << 20
+# What a lane encodes: pixels of the encoder's size, or uploaded images.
+_Encodable = NDArray[np.float32] | list[tuple[Block, ImageGeometry]]
 
 
 @dataclass(frozen=True)
@@ -183,33 +187,43 @@ class LaneBackend(Backend):
         geometries: Sequence[ImageGeometry],
         on_stage: StageListener | None = None,
     ) -> list[Features]:
-        """As many images in one run as the encoder was built for."""
-        found: list[Features] = []
-        most = self._max_images
-        for first in range(0, len(images), most):
-            part, places = images[first : first + most], geometries[first : first + most]
-            found += self._encode_part(part, places, on_stage)
+        """As many images in one run as the encoder was built for.
+
+        While one run is under way, the images of the next are brought to the device.
+        """
+        self.check_process()
+        most, found = self._max_images, list[Features]()
+        starts = range(0, len(images), most)
+        parts = [(images[n : n + most], geometries[n : n + most]) for n in starts]
+        with closing(ahead([partial(self._bring, *part) for part in parts])) as brought:
+            for _, places in parts:
+                if self._resizes(places):
+                    with timed("encode", on_stage):
+                        blocks = self._run_encoder(next(brought))
+                else:
+                    with timed("preprocess", on_stage):
+                        pixels = next(brought)
+                    with timed("encode", on_stage):
+                        blocks = self._run_encoder(pixels)
+                found += map(self._features, blocks)
         return found
 
-    def _encode_part(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        places: Sequence[ImageGeometry],
-        on_stage: StageListener | None,
-    ) -> list[DeviceFeatures]:
-        self.check_process()
-        if self.imaging.preprocess_allowed and all(map(self.imaging.preprocess_fits, places)):
-            with timed("encode", on_stage):
-                # Any lane uploads, so that this goes on while another image is being encoded.
-                uploaded = [(self._upload_image(i), p) for i, p in zip(images, places, strict=True)]
-                blocks = self._pool.run(lambda lane: lane.encode_images(uploaded), encode=True)
-        else:
-            with timed("preprocess", on_stage):
-                spec = self.bundle.manifest.image
-                pixels = np.concatenate([preprocess(spec, image)[0] for image in images])
-            with timed("encode", on_stage):
-                blocks = self._pool.run(lambda lane: lane.encode(pixels), encode=True)
-        return [self._features(block) for block in blocks]
+    def _bring(
+        self, images: Sequence[NDArray[np.uint8]], places: Sequence[ImageGeometry]
+    ) -> _Encodable:
+        if self._resizes(places):
+            # Any lane uploads, so that this goes on while another image is being encoded.
+            return [(self._upload_image(i), p) for i, p in zip(images, places, strict=True)]
+        spec = self.bundle.manifest.image
+        return np.concatenate([preprocess(spec, image)[0] for image in images])
+
+    def _resizes(self, places: Sequence[ImageGeometry]) -> bool:
+        return self.imaging.preprocess_allowed and all(map(self.imaging.preprocess_fits, places))
+
+    def _run_encoder(self, given: _Encodable) -> list[Block]:
+        if isinstance(given, list):
+            return self._pool.run(lambda lane: lane.encode_images(given), encode=True)
+        return self._pool.run(lambda lane: lane.encode(given), encode=True)
 
     def decode_masks(
         self,
@@ -230,7 +244,6 @@ class LaneBackend(Backend):
         self._check_points(prompts)
         block = self._block(features)
         at_once = self.imaging.objects_at_once(geometry, self._limits.objects)
-
         shape = (len(prompts.labels), self._masks_each[outputs[0]], *geometry.original_size)
 
         def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], NDArray[np.uint8]]:

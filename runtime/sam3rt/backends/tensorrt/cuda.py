@@ -32,7 +32,9 @@ class OutOfDeviceMemoryError(BackendError):
 
 
 class Cuda:
-    """One GPU through ``cuda.bindings.runtime`` of cuda-python 12.6.2 or newer, and 13.
+    """One GPU through ``cuda.bindings.runtime`` of cuda-python 12.9.1 or newer, and 13.
+
+    Older ones keep Python's lock while they wait for the GPU, so that every thread stands still.
 
     Every method may be called from many threads at once, and needs the GPU to be the thread's
     current one: see :meth:`active`. Work is queued on streams and runs in their order; host memory
@@ -60,8 +62,9 @@ class Cuda:
             from cuda.bindings import runtime
         except ImportError as error:
             raise BackendError(
-                "the TensorRT backend needs NVIDIA's cuda-python, 12.6.2 or newer, of the driver's "
-                "CUDA version or older: pip install cuda-python"
+                "the GPU is used through NVIDIA's cuda-python, 12.9.1 or newer, of the driver's "
+                "CUDA version or older: pip install cuda-python, and on a Jetson with JetPack 6 "
+                "pip install 'cuda-python==12.9.*'"
             ) from error
         self._runtime = runtime
         self._nvtx: Any = None

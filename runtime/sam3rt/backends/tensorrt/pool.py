@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -225,3 +226,16 @@ class LanePool:
                 if lane.holds(holding):
                     return lane
         return min(usable, key=lambda lane: lane.encodes, default=None)
+
+
+def ahead(calls: Sequence[Callable[[], T]]) -> Generator[T, None, None]:
+    """Results of calls; while the caller uses one, a thread makes the next. Close it when done."""
+    if len(calls) == 1:
+        yield calls[0]()
+        return
+    with ThreadPoolExecutor(1, "sam3rt-ahead") as thread:
+        coming = [thread.submit(call) for call in calls[:1]]
+        for number in range(1, len(calls) + 1):
+            result = coming.pop().result()
+            coming += [thread.submit(call) for call in calls[number : number + 1]]
+            yield result

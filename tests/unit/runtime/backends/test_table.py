@@ -34,6 +34,9 @@ def test_extras_exist_and_bring_the_modules(found: BackendEntry) -> None:
         for requirement in required
         if requirement.marker is not None and requirement.marker.evaluate({"extra": found.extra})
     }
+    # Before it, Python's lock is kept while a thread waits for the GPU.
+    floors = {str(r.specifier) for r in required if r.name == "cuda-python"}
+    assert floors == {">=12.9.1"}
     packages = {"cuda.bindings": {"cuda-python"}, "onnxruntime": {"onnxruntime"}}
     for module in found.modules:
         assert names & packages.get(module, {module.replace("_", "-")})

@@ -306,8 +306,10 @@ def test_cuda_python_12_raises_where_it_cannot_load_the_driver(
 
 def test_without_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match="pip install cuda-python"):
+    with pytest.raises(BackendError, match="pip install cuda-python") as caught:
         Cuda(0)
+    # Of the CUDA that JetPack 6 has.
+    assert "pip install 'cuda-python==12.9.*'" in str(caught.value)
 
 
 def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPatch) -> None:
