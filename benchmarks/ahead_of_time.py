@@ -1,4 +1,4 @@
-"""What an ahead-of-time build takes: time, memory of the builder, size of the engines.
+"""What an ahead-of-time build takes, and what its engines say that they compute with.
 
     python -m benchmarks.ahead_of_time BUNDLE [--target 8.9 ...] [--output FILE]
 
@@ -16,6 +16,7 @@ from benchmarks.report import conditions, publish
 
 from sam3rt.bundle import open_bundle
 from sam3rt_build.build import BuildOptions, build_bundle
+from sam3rt_build.plan_evidence import load_evidence
 
 
 def main() -> None:
@@ -50,12 +51,18 @@ def main() -> None:
                     "recipe": engine.sidecar.recipe,
                     "megabytes": round(engine.sidecar.engine.bytes / 1e6, 1),
                     "seconds": round(engine.sidecar.build_seconds, 1),
+                    "plan": _plan(engine.path),
                 }
                 for engine in engines
             ],
         },
         options.output,
     )
+
+
+def _plan(engine: Path) -> str:
+    evidence = load_evidence(engine)
+    return "unknown" if evidence is None else evidence.summary()
 
 
 if __name__ == "__main__":
