@@ -21,11 +21,12 @@ from sam3rt.accuracy.run import verify
 from sam3rt.backends import Backend
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import open_lanes
-from sam3rt.backends.onnxruntime.typed import Graphs, find_typed
+from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed, typed_folder
 from sam3rt.backends.tensorrt import LaneBackend
 from sam3rt.geometry import preprocess
 from sam3rt_bench.pytorch_backend import PyTorchBackend
 from sam3rt_bench.timing import Effort, alternate, timed
+from sam3rt_build.ort_graphs import build_typed_graphs
 
 _BATCHES = (1, 2, 4)
 # Calls that a profile is the mean of, and the kernels that are shown of it.
@@ -35,7 +36,7 @@ _PROFILED, _KERNELS = 5, 30
 def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
     """ONNX Runtime in one recipe: accuracy, times, then what its CUDA graphs are worth."""
     bundle = open_bundle(settings.bundle, check_files=False)
-    graphs = known_graphs(settings)[precision]
+    graphs = graphs_in(settings, precision)
 
     def open_backend(records: bool) -> Backend:
         if settings.device == "cpu":
@@ -64,11 +65,14 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
         )
 
 
-def known_graphs(settings: Settings) -> dict[str, Graphs]:
-    """What ONNX Runtime can run, by recipe."""
+def graphs_in(settings: Settings, precision: str) -> Graphs:
+    """What ONNX Runtime runs in a recipe; typed graphs are made here, unless they are there."""
     bundle = open_bundle(settings.bundle, check_files=False)
-    known = {graphs.precision: graphs for graphs in find_typed(bundle)}
-    return known | {"tf32": Graphs(bundle, "tf32", tf32=True), "fp32": Graphs(bundle)}
+    if precision not in TYPED_ORDER:
+        return Graphs(bundle, precision, tf32=precision == "tf32")
+    if not typed_folder(bundle.path, precision).is_dir():
+        build_typed_graphs(bundle, [precision])
+    return next(graphs for graphs in find_typed(bundle) if graphs.precision == precision)
 
 
 def kernel_table(record: Record, settings: Settings, precision: str) -> None:
@@ -82,7 +86,7 @@ def kernel_table(record: Record, settings: Settings, precision: str) -> None:
     if settings.device == "cpu":
         backend = StandInBackend(bundle, cuda, device)
     else:
-        graphs = known_graphs(settings)[precision]
+        graphs = graphs_in(settings, precision)
         backend = open_lanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
     model = SegmentationModel(bundle, backend)
     image = gpu_checks.picture(*((90, 120) if settings.small else (1080, 1920)))

@@ -148,14 +148,9 @@ def test_every_section_runs_on_the_cpu(
     import torch
     from tests.support.export_helpers import tiny_tensors
 
-    from sam3rt.backends.onnxruntime.typed import TYPED_ORDER
-    from sam3rt.bundle import open_bundle
-    from sam3rt_build.ort_graphs import build_typed_graphs
-
     work = tmp_path / "work"
     shutil.copytree(tiny_sam3, work / "bundle")
     torch.save(tiny_tensors(), work / "checkpoint.pt")
-    build_typed_graphs(open_bundle(work / "bundle"), TYPED_ORDER)
     command = ["x", "--output", str(tmp_path / "out"), "--device", "cpu", "--small"]
     monkeypatch.setattr(sys, "argv", [*command, "--work", str(work), "--seconds", "900"])
     gpu_evidence.main()
