@@ -72,5 +72,5 @@ def test_kernels_that_are_off_are_seen(
 
 def test_a_leak_is_seen(model: SegmentationModel) -> None:
     readings = iter([0, 1 << 29, 1 << 30])
-    with pytest.raises(AssertionError, match="6 calls took .* by and by, in MB: 537, 1074"):
+    with pytest.raises(AssertionError, match=r"6 calls took .* by and by, in MB: 537, 1074"):
         gpu_checks.check_leaks(model, lambda: next(readings), rounds=6)
