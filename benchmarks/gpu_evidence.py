@@ -204,7 +204,8 @@ def _tables(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
                 "|---" * (len(columns) + 1) + "|",
             ]
         shown = (_shown(value) for value in cells.values())
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        # A kernel's name has brackets that would be taken for HTML.
+        lines.append(f"| {f'`{name}`' if '<' in name else name} | " + " | ".join(shown) + " |")
     return [*lines, ""] if lines else []
 
 

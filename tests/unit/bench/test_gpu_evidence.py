@@ -120,7 +120,7 @@ def test_tables_hold_rows_of_the_same_columns() -> None:
                     "a": {"median_ms": 1, "p95_ms": 2},
                     "b": {"median_ms": 3, "p95_ms": 4},
                     "c": {"|V|": "x|y"},
-                    "rows": [{"what": "d", "TFLOP/s": 5}],
+                    "rows": [{"what": "d", "TFLOP/s": 5}, {"what": "k<__half>", "TFLOP/s": 6}],
                 },
             }
         },
@@ -132,6 +132,7 @@ def test_tables_hold_rows_of_the_same_columns() -> None:
     assert "| c | x\\|y |" in lines
     assert "| | \\|V\\| |" in lines
     assert "| d | 5 |" in lines
+    assert "| `k<__half>` | 6 |" in lines
 
 
 def test_figures_are_what_json_has() -> None:
