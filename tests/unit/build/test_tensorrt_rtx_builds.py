@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_rtx as trt
+from onnx import TensorProto, helper
 
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import EngineShapes, EngineSidecar
@@ -165,6 +167,66 @@ def test_fp16_is_added_up_in_fp32_on_every_kind_of_gpu(
 ) -> None:
     recipe = recipe_named("fp16")
     check(evidence(small_bundle, "encoder", recipe, tmp_path, target), "encoder", recipe, fused=4)
+
+
+def one_attention(operator: str, *, between_casts: bool) -> onnx.ModelProto:
+    """FP16 attention as ONNX's ``Attention``, or as matmuls around a softmax in FP32."""
+    nodes = []
+
+    def add(kind: str, given: list[str], made: str, **attributes: Any) -> str:
+        name = f"blocks.0.attention/{kind}_{len(nodes)}"
+        nodes.append(helper.make_node(kind, given, [made], name, **attributes))
+        return made
+
+    def product(kind: str, given: list[str], made: str, **attributes: Any) -> str:
+        if not between_casts:
+            return add(kind, given, made, **attributes)
+        wide = [add("Cast", [x], f"{x}.for_{made}", to=TensorProto.FLOAT) for x in given]
+        result = add(kind, wide, f"{made}.wide", **attributes)
+        return add("Cast", [result], made, to=TensorProto.FLOAT16)
+
+    if operator == "Attention":
+        product("Attention", ["q", "k", "v"], "y", scale=1.0)
+    else:
+        turned = add("Transpose", ["k"], "turned", perm=[0, 1, 3, 2])
+        scores = product("MatMul", ["q", turned], "scores")
+        wide = add("Cast", [scores], "wide", to=TensorProto.FLOAT)
+        shares = add("Softmax", [wide], "shares", axis=-1)
+        narrow = add("Cast", [shares], "narrow", to=TensorProto.FLOAT16)
+        product("MatMul", [narrow, "v"], "y")
+    shape = [9, 16, 576, 64]
+    q, k, v, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in "qkvy"
+    )
+    graph = helper.make_graph(nodes, "attention", [q, k, v], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["8.6", "8.9"])
+def test_no_form_of_attention_is_added_up_in_fp32_but_between_casts(
+    target: str, tmp_path: Path
+) -> None:
+    """Why graphs keep matmuls: both forms are fused, and both take the casts."""
+    found: dict[tuple[str, bool], list[tuple[bytes, bytes]]] = {}
+    graph, engine = tmp_path / "attention.onnx", tmp_path / "attention.engine"
+    for operator in ("Attention", "MatMul"):
+        for between_casts in (False, True):
+            onnx.save(one_attention(operator, between_casts=between_casts), graph)
+            build_engine(
+                EngineRequest(str(graph), str(engine), "tensorrt-rtx", {}, targets=(target,))
+            )
+            content = engine.read_bytes()
+            assert b"name=_gemm_mha_v2" in content
+            traits = rb"hmma_(fp16|fp32)_traits,\s+\S*hmma_(fp16|fp32)_traits"
+            found[operator, between_casts] = re.findall(traits, content)
+    half, full = b"fp16", b"fp32"
+    assert found == {
+        ("Attention", False): [(half, half)],
+        ("Attention", True): [(full, full)],
+        ("MatMul", False): [(full, half)],
+        ("MatMul", True): [(full, full)],
+    }
 
 
 # --- whole builds ---------------------------------------------------------------------------------
