@@ -9,7 +9,8 @@ runs a set of them: through a ``lane`` of the ``pool``, which drives ``trt`` and
 
 from __future__ import annotations
 
-from .backend import LaneBackend, Platform, TensorRtBackend, open_platform
+from .backend import Platform, TensorRtBackend, open_platform
+from .lane_backend import LaneBackend
 from .offer import allow_imaging, offer_tensorrt, offer_tensorrt_rtx, open_engines
 
 __all__ = [

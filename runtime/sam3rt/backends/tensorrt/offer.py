@@ -22,7 +22,7 @@ from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
 from ..base import GpuOptions, Offer
-from .backend import LaneBackend, Platform, TensorRtBackend, open_platform
+from .backend import Platform, TensorRtBackend, open_platform
 from .driver import probe
 from .engines import (
     EngineSet,
@@ -33,6 +33,7 @@ from .engines import (
     recipe_of,
     subject_of,
 )
+from .lane_backend import LaneBackend
 from .sidecar import BackendName
 
 _LOG = logging.getLogger(__name__)
