@@ -120,7 +120,7 @@ def together(
 
     - ``calls``: a call for each, all on one image that was asked about before;
     - ``one_call``: one call on that image;
-    - ``images``: a call for each, on its own image, and ``new_images``: none was asked about before;
+    - ``images``: a call for each, on its own image, and ``new_images``: on one that is new;
     - ``joined``: each object has its own image, and as many as a call's share a run; everything
       that follows from the images alone lies there in one piece;
     - ``gather``: only bringing the feature maps into one piece.
