@@ -1,7 +1,7 @@
 """Where the decoder's time goes, and what more objects cost.
 
     python -m benchmarks.decoder BUNDLE [--objects 1 16 64] [--rounds 9]
-        [--operators | --together] [--threads 1] [--output FILE]
+        [--operators | --together | --memory] [--threads 1] [--output FILE]
 
 Random feature maps, one box an object, three masks each, on every backend for the CPU, one thread.
 What is given is the processor time of calls on one image, which other work on the machine disturbs
@@ -9,8 +9,9 @@ less than the clock. With ``--operators``, it is what the libraries' own profile
 operator of the graph as it stands in the bundle, all objects in one run: the least time of any
 round, and the bytes read and written. With ``--together``, it is what so many objects take in one
 call and in calls of their own, on one image and on images of their own, each in turn in every
-round; :func:`together` says what the rows mean. The decoder of the golden data's small SAM 3 has
-the published size:
+round; :func:`together` says what the rows mean. With ``--memory``, it is the process's greatest
+size during a call, less what its results take. The decoder of the golden data's small SAM 3 has the
+published size:
 
     python -c "import torch; from tests.golden.sam3 import synthetic as s; torch.save(
         {n: torch.from_numpy(a) for n, a in s.checkpoint().items()}, 'small.pt')"
@@ -26,6 +27,8 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +73,16 @@ def boxes(bundle: Bundle, objects: int) -> PackedPrompts:
 def backends(bundle: Bundle, threads: int) -> Iterator[tuple[str, Backend | str]]:
     """Each backend for the CPU, or why there is none."""
     for name, precision in BACKENDS:
-        proved = precision if precision == "fp32" else f"{precision}-unproven"
         try:
-            yield (
-                f"{name} {precision}",
-                create_backend(name, bundle, device="cpu", threads=threads, precision=proved),
-            )
+            yield f"{name} {precision}", load(bundle, name, precision, threads)
         except BackendError as error:
             yield f"{name} {precision}", str(error)
+
+
+def load(bundle: Bundle, name: str, precision: str, threads: int) -> Backend:
+    """A backend as it is, proved or not."""
+    unproven = precision if precision == "fp32" else f"{precision}-unproven"
+    return create_backend(name, bundle, device="cpu", threads=threads, precision=unproven)
 
 
 def calls(bundle: Bundle, counts: list[int], rounds: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -157,6 +162,40 @@ def together(
                 cpu, clock = (statistics.median(1e3 * s[i] for s in spent[1:]) for i in range(2))
                 row[what] = {"cpu_ms": round(cpu, 1), "clock_ms": round(clock, 1)}
             yield row
+
+
+def memory(
+    bundle: Bundle, counts: list[int], rounds: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Megabytes of a process for each backend, in calls of growing size; Linux alone says."""
+    for name, precision in BACKENDS:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            work = pool.submit(memory_of, bundle.path, name, precision, sorted(counts), threads)
+            try:
+                yield from work.result()
+            except BackendError as error:
+                yield {"backend": f"{name} {precision}", "skipped": str(error)}
+
+
+def memory_of(
+    path: Path, name: str, precision: str, counts: list[int], threads: int
+) -> list[dict[str, Any]]:
+    """The rows of one backend, in a process of its own."""
+    bundle = open_bundle(path)
+    outputs = decoder_outputs(bundle.manifest, multimask_output=True)
+    backend = load(bundle, name, precision, threads)
+    features = backend.upload(list(random_maps(bundle).values()))
+    rows = []
+    for objects in counts:
+        prompts = boxes(bundle, objects)
+        backend.decode(features, boxes(bundle, min(objects, OBJECTS_AT_ONCE)), outputs)
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the greatest size so far
+        results = sum(array.nbytes for array in backend.decode(features, prompts, outputs))
+        (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s)
+        row = {"backend": f"{name} {precision}", "objects": objects}
+        beside = 1024 * int(line.split()[1]) - results
+        rows.append(row | {"results_mb": round(results / 1e6), "beside_mb": round(beside / 1e6)})
+    return rows
 
 
 def operators(
@@ -240,9 +279,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--operators", action="store_true")
     parser.add_argument("--together", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    measure = operators if options.operators else together if options.together else calls
+    measure = calls
+    for chosen in (operators, together, memory):
+        measure = chosen if getattr(options, chosen.__name__) else measure
     bundle = open_bundle(options.bundle)
     rows = list(measure(bundle, options.objects, options.rounds, options.threads))
     publish(conditions("onnxruntime", "openvino") | {"rows": rows}, options.output)
