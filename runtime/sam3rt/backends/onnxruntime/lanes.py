@@ -2,7 +2,7 @@
 
 Memory, pre- and postprocessing on the device, embeddings for other libraries and the number of
 calls at a time are what they are with TensorRT; see
-:class:`..tensorrt.lane_backend.LaneBackend`. Only what runs between two addresses differs: a
+:class:`..tensorrt.backend.LaneBackend`. Only what runs between two addresses differs: a
 session whose inputs and outputs are bound to them.
 
 ONNX Runtime ties a stream to a session (``user_compute_stream``), while every lane has one of its
