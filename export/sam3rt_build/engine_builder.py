@@ -259,11 +259,11 @@ class EngineBuilder:
 def graph_profile(bundle: Bundle, role: Role, options: BuildOptions) -> Profile:
     """Least, typical and greatest shape of each input of a graph that has a dynamic axis."""
     axes = {
-        # The decoder takes one image at a time.
-        "batch": (1, 1, options.max_batch if role == "encoder" else 1),
+        "batch": (1, 1, options.max_batch),
         "num_objects": (1, 1, options.max_objects),
         "num_points": (1, min(_CLICK_POINTS, options.max_points), options.max_points),
         "num_masks": (1, 1, options.max_objects),
+        "num_images": (1, 1, options.max_objects),
     }
     profile: Profile = {}
     for spec in getattr(bundle.manifest, role).inputs:

@@ -1,6 +1,7 @@
 """Types and axes of the two graphs' tensors, under the names of :mod:`sam3rt.bundle.contract`.
 
-Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0), ``num_masks`` 1 or P.
+Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0), ``num_masks`` 1 or P,
+``num_images`` 1 or P.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def encoder_outputs(shapes: list[tuple[int, int, int]]) -> tuple[TensorSpec, ...
 def decoder_inputs(
     architecture: DecoderArchitecture, shapes: list[tuple[int, int, int]]
 ) -> tuple[TensorSpec, ...]:
-    """One image's features, labelled points in input pixels, a mask prompt and whether it counts.
+    """Features, labelled points in input pixels, a mask prompt and whether it counts.
+
+    Features are those of one image for all objects, or of one image for each.
 
     Labels are SAM's -1..3. A label below -1 marks padding: the result is as if the point were not
     there, so that points can be brought to a fixed number.
@@ -36,7 +39,7 @@ def decoder_inputs(
     """
     side = 4 * architecture.grid
     features = tuple(
-        TensorSpec(contract.feature_name(level), "float32", (1, *shape))
+        TensorSpec(contract.feature_name(level), "float32", (contract.IMAGES_AXIS, *shape))
         for level, shape in enumerate(shapes)
     )
     return (

@@ -44,7 +44,7 @@ from sam3rt.bundle import (
 from sam3rt.bundle.contract import MASKS
 from sam3rt.errors import Sam3rtError
 from sam3rt.geometry import preprocess
-from sam3rt.model import load_model
+from sam3rt.loading import load_model
 
 from . import contracts
 from .errors import ExportError, SelfCheckError
@@ -272,12 +272,13 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
     architecture = source.decoder.architecture
     levels = len(source.feature_shapes)
     objects_points = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
-    features: tuple[Tensor, ...] = tuple(torch.zeros(1, *s) for s in source.feature_shapes)
+    features: tuple[Tensor, ...] = tuple(torch.zeros(3, *s) for s in source.feature_shapes)
     side = 4 * architecture.grid
     return TraceRequest(
         module=source.decoder,
-        # Counts that differ from each other and from every fixed size. The tracer ties the number
-        # of masks to the number of objects; the graph itself does not, see size_free_inputs.
+        # Counts that differ from each other and from every fixed size. The tracer ties the numbers
+        # of images and masks to the number of objects; the graph itself does not, see
+        # size_free_inputs.
         arguments=(
             features,
             torch.zeros(1, 3, 5, 2),
@@ -286,7 +287,7 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
             torch.zeros(1),
         ),
         dynamic_shapes=(
-            (None,) * levels,
+            ({0: Dim.DYNAMIC},) * levels,
             objects_points,
             objects_points,
             {1: Dim.DYNAMIC},
@@ -296,7 +297,7 @@ def _decoder_request(source: ExportSource, options: ExportOptions, export_id: st
         outputs=contracts.decoder_outputs(architecture, source.masks.multimask),
         weights=options.weights,
         metadata=_metadata(export_id, "decoder"),
-        size_free_inputs=(MASKS,),
+        size_free_inputs=(MASKS, *map(contract.feature_name, range(levels))),
     )
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         StateWarning,
         VerificationError,
     )
-    from .model import SegmentationModel, load_model
+    from .loading import load_model
+    from .model import SegmentationModel
     from .overlay import draw_overlay
     from .predictor import SAM3InteractiveImagePredictor
     from .prompts import Prompts
@@ -55,7 +56,8 @@ _HOMES = {
         "VerificationError",
     ),
     "decoded": ("DecodedMasks",),
-    "model": ("SegmentationModel", "load_model"),
+    "loading": ("load_model",),
+    "model": ("SegmentationModel",),
     "overlay": ("draw_overlay",),
     "predictor": ("SAM3InteractiveImagePredictor",),
     "prompts": ("Prompts",),

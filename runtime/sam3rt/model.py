@@ -12,14 +12,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
-from .backends import Backend, GpuOptions, create_backend
-from .bundle import Bundle, Manifest, open_bundle
+from .backends import Backend, ImageCall
+from .bundle import Bundle, Manifest
 from .bundle.contract import decoder_outputs, has_object_score
-from .bundle.default import default_bundle_path
-from .bundle.names import find_bundle
 from .decoded import DecodedMasks, arrange
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
-from .errors import BackendError, BundleError, EmbeddingError, InvalidInputError, StateError
+from .errors import BackendError, EmbeddingError, InvalidInputError, StateError
 from .features import HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .image_files import load_image
@@ -172,10 +170,38 @@ class SegmentationModel:
         Raises:
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
-        embedding = self.upload(embedding)
         options = MaskOptions(threshold, max_hole_area, max_sprinkle_area, return_logits, dtype)
-        packed = self._pack(prompts, embedding.geometry)
-        return self._segment(embedding, packed, multimask_output, options)
+        (found,) = self.segment_batch([embedding], [prompts], multimask_output, options)
+        return found
+
+    def segment_batch(
+        self,
+        embeddings: Sequence[ImageEmbedding],
+        prompts: Sequence[Prompts],
+        multimask_output: bool = True,
+        options: MaskOptions | None = None,
+    ) -> list[tuple[DecodedMasks, NDArray[Any]]]:
+        """:meth:`segment` for several images, together where the backend gains by it.
+
+        Args:
+            embeddings: each as for :meth:`decode`; one may come more than once.
+            prompts: those of each.
+            multimask_output: as for :meth:`decode`.
+            options: how logits become masks; the defaults are those of :meth:`segment`.
+
+        Returns:
+            What :meth:`segment` returns, for each embedding.
+
+        Raises:
+            InvalidInputError: there are not as many prompts as embeddings.
+            PromptError, EmbeddingError, BackendError: see :meth:`decode`.
+        """
+        if len(prompts) != len(embeddings):
+            expected = f"one for each of {len(embeddings)} embeddings"
+            raise InvalidInputError("prompts", f"{len(prompts)}", expected)
+        uploaded = [self.upload(embedding) for embedding in embeddings]
+        packed = [self._pack(p, e.geometry) for p, e in zip(prompts, uploaded, strict=True)]
+        return self._segment(uploaded, packed, multimask_output, options or MaskOptions())
 
     def segment_image(
         self,
@@ -228,7 +254,8 @@ class SegmentationModel:
             where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
             packed = self._pack(prompts, where)
             embedding = self.encode(rgb)
-        decoded, masks = self._segment(embedding, packed, bool(multimask_output), options)
+        multimask_output = bool(multimask_output)
+        ((decoded, masks),) = self._segment([embedding], [packed], multimask_output, options)
         return arrange(
             masks,
             decoded.iou_predictions,
@@ -258,16 +285,17 @@ class SegmentationModel:
 
     def _segment(
         self,
-        embedding: ImageEmbedding,
-        prompts: PackedPrompts,
+        embeddings: Sequence[ImageEmbedding],
+        prompts: Sequence[PackedPrompts],
         multimask_output: bool,
         options: MaskOptions,
-    ) -> tuple[DecodedMasks, NDArray[Any]]:
+    ) -> list[tuple[DecodedMasks, NDArray[Any]]]:
+        calls = [
+            ImageCall(e.features, p, e.geometry) for e, p in zip(embeddings, prompts, strict=True)
+        ]
         outputs = decoder_outputs(self.manifest, multimask_output)
-        results, masks = self.backend.decode_masks(
-            embedding.features, prompts, outputs, embedding.geometry, options, self.on_stage
-        )
-        return self._decoded(results), masks
+        found = self.backend.decode_images(calls, outputs, options, self.on_stage)
+        return [(self._decoded(results), masks) for results, masks in found]
 
     def _decoded(self, results: list[NDArray[np.float32]]) -> DecodedMasks:
         """Name the decoder's outputs, once they can be answers at all.
@@ -333,68 +361,3 @@ class SegmentationModel:
         Takes about as long as one request. Raises nothing for a model that is not well.
         """
         return check_health(self.backend)
-
-
-def load_model(
-    bundle: str | os.PathLike[str] | None = None,
-    *,
-    backend: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-    gpu: GpuOptions | None = None,
-    check_files: bool = True,
-    expected_fingerprint: str | None = None,
-) -> SegmentationModel:
-    """Load a model from a bundle folder.
-
-    FP32 graphs are loaded into the backend at first use, or by :meth:`SegmentationModel.warm_up`.
-    What computes in less is loaded at once and, the first time on this machine, compared with the
-    bundle's parity record, which can take a minute; the verdict is kept in the user's cache folder.
-
-    Args:
-        bundle: the folder, or the name of one in ``engines`` of the working folder, in the folder
-            that ``SAM3RT_HOME`` names or in ``sam3rt`` in the user's data folder, or ``None`` for
-            the bundled MobileSAM. ``sam3rt models`` lists the names.
-        backend: ``"auto"`` or one of :data:`sam3rt.backends.BACKENDS`.
-        device: ``"auto"`` (CUDA where it works, else the CPU), ``"cpu"``, ``"cuda"``,
-            ``"cuda:N"``.
-        threads: CPU threads per operator; ``None`` leaves it to the backend.
-        precision: ``"auto"`` (what the backend does best and has proved here), or one it offers,
-            such as ``"fp32"``.
-        map_weights: let the backend map a bundle's weights from their file, which saves up to
-            their size in memory. By default they are read into this process's own memory while
-            they are hashed: a mapped file that is changed later changes results, and one that is
-            cut ends the process.
-        gpu: how the TensorRT backends use the GPU: calls at a time, memory, waiting. Others pay
-            no heed to it.
-        check_files: hash every file against the manifest first.
-        expected_fingerprint: refuse any bundle but the one with this fingerprint.
-
-    Raises:
-        InvalidInputError: an argument makes no sense.
-        BundleError: the bundle is missing, damaged, mixed, too new or not the expected one.
-        BackendError: the backend or the device cannot be used here.
-        VerificationError: the precision asked for fails the gate on this machine.
-    """
-    if bundle is not None and not isinstance(bundle, str | os.PathLike):
-        raise InvalidInputError("bundle", type(bundle).__name__, "a path or None")
-    path = default_bundle_path() if bundle is None else find_bundle(bundle)
-    opened = open_bundle(path, check_files=check_files)
-    if expected_fingerprint is not None and opened.manifest.fingerprint != expected_fingerprint:
-        raise BundleError(
-            f"{path} has fingerprint {opened.manifest.fingerprint}, expected {expected_fingerprint}"
-        )
-    return SegmentationModel(
-        opened,
-        create_backend(
-            backend,
-            opened,
-            device=device,
-            threads=threads,
-            precision=precision,
-            map_weights=map_weights,
-            gpu=gpu,
-        ),
-    )

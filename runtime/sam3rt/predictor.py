@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
-from .masks import clamp
+from .masks import MaskOptions, clamp
 from .model import SegmentationModel
 from .prompts import Prompts
 
@@ -191,7 +191,10 @@ class SAM3InteractiveImagePredictor:
                 raise StateError("an image must be set with set_image before predict")
             self._warn_of_another_threads_image()
             prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
-            return self._predict(self._embeddings[-1], prompts, multimask_output, return_logits)
+            (prediction,) = self._predict(
+                self._embeddings[-1:], [prompts], multimask_output, return_logits
+            )
+            return prediction
 
     def predict_batch(
         self,
@@ -236,17 +239,15 @@ class SAM3InteractiveImagePredictor:
         ]
         with self._one_caller():
             self._warn_of_another_threads_image()
-            results = [
-                self._predict(
-                    embedding,
-                    Prompts(coords, labels, box, mask, bool(normalize_coords)),
-                    multimask_output,
-                    return_logits,
-                )
-                for embedding, coords, labels, box, mask in zip(
-                    self._embeddings, *lists, strict=True
-                )
-            ]
+            results = self._predict(
+                self._embeddings,
+                [
+                    Prompts(coords, labels, box, mask, bool(normalize_coords))
+                    for coords, labels, box, mask in zip(*lists, strict=True)
+                ],
+                multimask_output,
+                return_logits,
+            )
         masks, scores, low_res = zip(*results, strict=True)
         return list(masks), list(scores), list(low_res)
 
@@ -304,25 +305,28 @@ class SAM3InteractiveImagePredictor:
 
     def _predict(
         self,
-        embedding: ImageEmbedding,
-        prompts: Prompts,
+        embeddings: Sequence[ImageEmbedding],
+        prompts: Sequence[Prompts],
         multimask_output: bool,
         return_logits: bool,
-    ) -> Prediction:
-        decoded, masks = self.model.segment(
-            embedding,
-            prompts,
-            bool(multimask_output),
-            threshold=self.mask_threshold,
-            max_hole_area=self.max_hole_area,
-            max_sprinkle_area=self.max_sprinkle_area,
-            return_logits=bool(return_logits),
-            dtype=self.mask_dtype,
+    ) -> list[Prediction]:
+        options = MaskOptions(
+            self.mask_threshold,
+            self.max_hole_area,
+            self.max_sprinkle_area,
+            bool(return_logits),
+            self.mask_dtype,
         )
-        low_res = clamp(decoded.low_res_masks, self.model.manifest.masks)
-        if len(masks) == 1:
-            return masks[0], decoded.iou_predictions[0], low_res[0]
-        return masks, decoded.iou_predictions, low_res
+        found = self.model.segment_batch(embeddings, prompts, bool(multimask_output), options)
+        predictions = []
+        for decoded, masks in found:
+            scores, low_res = decoded.iou_predictions, decoded.low_res_masks
+            low_res = clamp(low_res, self.model.manifest.masks)
+            if len(masks) == 1:
+                predictions.append((masks[0], scores[0], low_res[0]))
+            else:
+                predictions.append((masks, scores, low_res))
+        return predictions
 
 
 def _number(argument: str, value: Any) -> float:

@@ -7,10 +7,11 @@ an encoder run.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,13 @@ from sam3rt.embedding import ImageEmbedding
 from sam3rt.embedding_cache import EmbeddingCache
 from sam3rt.errors import PromptError
 from sam3rt.machine import usable_cores
+from sam3rt.masks import MaskOptions, clamp
 from sam3rt.model import SegmentationModel
 from sam3rt.prompts import Prompts
 
 from .errors import TooLargeError, UnknownImageError
 from .images import content_id, read_image
+from .joining import joining_pays
 from .sessions import Sessions
 from .work import WorkQueue
 
@@ -149,6 +152,7 @@ class Service:
         self.on_run: Callable[[int], None] = lambda objects: None
         self._sessions = Sessions(self.limits.session_bytes)
         self._encoder = threading.Lock()
+        self._joins_images = joining_pays(model)
         # Two threads: while one image is encoded, the next is read.
         self.uploads: WorkQueue[_Upload, StoredImage] = WorkQueue(
             self._store, "upload", threads=2, most_waiting=self.limits.waiting_images
@@ -235,7 +239,10 @@ class Service:
         finish: Callable[[list[ObjectMasks]], Any] = list,
         deadline: float | None = None,
     ) -> Future[Any]:
-        """Ask for objects' masks. Requests on one image that wait together share decoder runs.
+        """Ask for objects' masks.
+
+        Requests on one image that wait together share decoder runs, and so do those on several
+        where that is faster; see :func:`.joining.joining_pays`.
 
         Args:
             image_id: of an image that was stored.
@@ -258,9 +265,8 @@ class Service:
         """
         self._check(objects)
         click = _Click(image_id, objects, multimask, session, finish)
-        return self.clicks.submit(
-            click, self._deadline(deadline), kind=(image_id, multimask), size=len(objects)
-        )
+        kind = ("" if self._joins_images else image_id, multimask)
+        return self.clicks.submit(click, self._deadline(deadline), kind=kind, size=len(objects))
 
     def _deadline(self, given: float | None) -> float:
         return time.monotonic() + self.limits.seconds if given is None else given
@@ -298,25 +304,31 @@ class Service:
         return [StoredImage(image_id, embedding.original_size, True)]
 
     def _answer(self, clicks: Sequence[_Click]) -> list[Any]:
-        """Answer clicks on one image, all multi-mask or all single-mask."""
-        first = clicks[0]
-        with self.embedding(first.image_id) as embedding:
-            height, width = embedding.original_size
-            channels = self.model.manifest.masks.multimask if first.multimask else 1
-            most = self.limits.mask_pixels // (channels * height * width)
-            together = sum(len(click.objects) for click in clicks)
-            if together > most:
+        """Answer clicks, all multi-mask or all single-mask, and on one image unless these join."""
+        with contextlib.ExitStack() as stack:
+            embeddings = {
+                image_id: stack.enter_context(self.embedding(image_id))
+                for image_id in {click.image_id for click in clicks}
+            }
+            channels = self.model.manifest.masks.multimask if clicks[0].multimask else 1
+            pixels = sum(
+                len(click.objects) * channels * math.prod(embeddings[click.image_id].original_size)
+                for click in clicks
+            )
+            if pixels > self.limits.mask_pixels:
                 if len(clicks) > 1:
                     return [self._answer([click])[0] for click in clicks]
+                height, width = embeddings[clicks[0].image_id].original_size
                 raise TooLargeError(
-                    f"{together} objects on an image of {width} x {height} pixels, at most {most} "
-                    "are taken on one of this size"
+                    f"{len(clicks[0].objects)} objects on an image of {width} x {height} pixels, "
+                    f"at most {self.limits.mask_pixels // (channels * height * width)} are taken "
+                    "on one of this size"
                 )
-            found = self._segment(embedding, clicks)
+            found = self._segment(embeddings, clicks)
         return [click.finish(masks) for click, masks in zip(clicks, found, strict=True)]
 
     def _segment(
-        self, embedding: ImageEmbedding, clicks: Sequence[_Click]
+        self, embeddings: Mapping[str, ImageEmbedding], clicks: Sequence[_Click]
     ) -> list[list[ObjectMasks]]:
         """Decode all objects of all clicks in as few runs as leave each object's result as it is.
 
@@ -324,33 +336,39 @@ class Service:
         bits.
         """
         runs = defaultdict(list)
+        sizes = Counter[tuple[int, bool, bool]]()
         for at, click in enumerate(clicks):
             earlier = self._sessions.get(click.image_id, click.session, len(click.objects))
             for number, (one, mask) in enumerate(zip(click.objects, earlier, strict=True)):
                 shape = (len(one.points), one.box is not None, mask is not None)
-                runs[shape].append(((at, number), one, mask))
+                runs[click.image_id, shape].append(((at, number), one, mask))
+                sizes[shape] += 1
+        for size in sizes.values():
+            self.on_run(size)
         found: dict[tuple[int, int], ObjectMasks] = {}
         rules = self.model.manifest.masks
-        for (points, has_box, is_refined), run in runs.items():
-            places, objects, masks = zip(*run, strict=True)
-            self.on_run(len(run))
-            decoded, finished = self.model.segment(
-                embedding,
+        prompts = []
+        for (_, (points, has_box, is_refined)), run in runs.items():
+            _, objects, masks = zip(*run, strict=True)
+            prompts.append(
                 Prompts(
                     np.array([one.points for one in objects]) if points else None,
                     np.array([one.labels for one in objects]) if points else None,
                     np.array([one.box for one in objects]) if has_box else None,
                     np.stack(masks)[:, None] if is_refined else None,
-                ),
-                clicks[0].multimask,
-                max_hole_area=rules.max_hole_area,
-                dtype=np.bool_,
+                )
             )
-            low_res = decoded.low_res_masks
-            if rules.low_res_limit is not None:
-                low_res = np.clip(low_res, -rules.low_res_limit, rules.low_res_limit)
+        answered = self.model.segment_batch(
+            [embeddings[image_id] for image_id, _ in runs],
+            prompts,
+            clicks[0].multimask,
+            MaskOptions(max_hole_area=rules.max_hole_area, dtype=np.bool_),
+        )
+        for (key, run), (decoded, finished) in zip(runs.items(), answered, strict=True):
+            is_refined = key[1][2]
+            low_res = clamp(decoded.low_res_masks, rules)
             answers = zip(finished, decoded.iou_predictions, low_res, strict=True)
-            for place, answer in zip(places, answers, strict=True):
+            for (place, *_), answer in zip(run, answers, strict=True):
                 found[place] = ObjectMasks(*answer, is_refined)
         results = []
         for at, click in enumerate(clicks):

@@ -224,7 +224,10 @@ def toy_bundle(folder: Path) -> Bundle:
             node("MatMul", ["input_points", "placing"], "placed", "final"),
             node("Add", ["placed", "greatest"], "pred_masks", "graph"),
         ],
-        [features, ("input_points", [1, "num_objects", "num_points", 2])],
+        [
+            (features[0], ["num_images", 8, 72, 72]),
+            ("input_points", [1, "num_objects", "num_points", 2]),
+        ],
         [("pred_masks", [1, "num_objects", "num_points", 288])],
         columns=(72, 4),
         placing=(2, 288),
@@ -233,7 +236,7 @@ def toy_bundle(folder: Path) -> Bundle:
     def describe(document: dict[str, Any]) -> None:
         document["encoder"]["outputs"][0]["shape"][1] = 8
         document["encoder"]["external_data"] = []
-        document["decoder"]["inputs"][0]["shape"][1] = 8
+        document["decoder"]["inputs"][0]["shape"][:2] = ["num_images", 8]
 
     edit_manifest(folder, describe)
     relist(folder)

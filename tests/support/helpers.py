@@ -38,6 +38,7 @@ from sam3rt.bundle import (
     open_bundle,
     write_manifest,
 )
+from sam3rt.bundle.contract import is_feature_name
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts
@@ -170,6 +171,25 @@ def external_weights(folder: Path, source: Path | None = None) -> Bundle:
     )
     document = read_document(folder)
     document["decoder"]["external_data"] = [{"file": "decoder.data", "sha256": "", "bytes": 0}]
+    (folder / "bundle.json").write_bytes(sign(document))
+    relist(folder)
+    return open_bundle(folder)
+
+
+def one_image_form(folder: Path, source: Path) -> Bundle:
+    """A bundle as earlier versions wrote it: its decoder takes the maps of one image alone."""
+    import onnx
+
+    shutil.copytree(source, folder)
+    decoder = onnx.load(folder / "decoder.onnx")
+    for value in decoder.graph.input:
+        if is_feature_name(value.name):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(decoder, folder / "decoder.onnx")
+    document = read_document(folder)
+    for entry in document["decoder"]["inputs"]:
+        if is_feature_name(entry["name"]):
+            entry["shape"][0] = 1
     (folder / "bundle.json").write_bytes(sign(document))
     relist(folder)
     return open_bundle(folder)

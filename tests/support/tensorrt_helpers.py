@@ -110,6 +110,7 @@ class Rig:
         axes = {
             "num_objects": max_objects,
             "num_masks": max_objects,
+            "num_images": max_objects,
             "num_points": max_points,
             "batch": max_batch if role == "encoder" else 1,
         }

@@ -27,7 +27,7 @@ from sam3rt.backends.tensorrt.trt import Tensor as EngineTensor
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError
 
-_MOST = {"batch": 2, "num_objects": 16, "num_masks": 16, "num_points": 256}
+_MOST = {"batch": 2, "num_objects": 16, "num_masks": 16, "num_images": 16, "num_points": 256}
 
 
 class _Raw:

@@ -40,7 +40,7 @@ LAYERS = (
     {"accuracy"},
     {"backends"},
     {"decoded", "embedding", "embedding_cache", "model", "results"},
-    {"automatic", "predictor"},
+    {"automatic", "loading", "predictor"},
     {"cli", "__main__"},
 )
 # All that the runtime imports from elsewhere, and where: everywhere, or in one room.

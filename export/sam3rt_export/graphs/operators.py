@@ -34,6 +34,11 @@ def split_heads(x: Tensor, tokens: int, heads: int, head_dim: int) -> Tensor:
     return regroup(x, -1, tokens, heads, head_dim).permute(0, 2, 1, 3)
 
 
+def channels_last(maps: Tensor) -> Tensor:
+    """[B, C, h, w] to [B, h * w, C], without computing with B."""
+    return regroup(maps, -1, maps.shape[1], maps.shape[2] * maps.shape[3]).transpose(1, 2)
+
+
 def interleave_cells(cells: Tensor, side: int) -> Tensor:
     """[B, side^2, (row, column, channel) of a 2x2 cell] to [B, (2 side)^2, channel].
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from . import folding
-from .operators import Linear, count_children, gelu, interleave_cells, layer_norm, regroup
+from .operators import (
+    Linear,
+    channels_last,
+    count_children,
+    gelu,
+    interleave_cells,
+    layer_norm,
+    regroup,
+)
 from .two_way import PADDING_SCORE, Pair, TokenToImage, TwoWayBlock, mlp
 
 
@@ -151,7 +159,10 @@ class SingleMask(nn.Module):
 
 
 class SamDecoderGraph(nn.Module):
-    """Features of one image and prompts to masks, in one pass.
+    """Features and prompts to masks, in one pass: of one image, or of one for each object.
+
+    Nothing is computed from how many images there are, so that one image's features broadcast over
+    the objects.
 
     ``tensors`` use SAM's own names below ``prompt_prefix`` and ``decoder_prefix``.
     """
@@ -274,7 +285,7 @@ class SamDecoderGraph(nn.Module):
         present = zero[:, :, 0] + self.no_padding
         padding = torch.cat([present, absent], dim=1)[:, None]
 
-        image = image_embeddings[-1].flatten(2).transpose(1, 2)
+        image = channels_last(image_embeddings[-1])
         keys = image + self.mask_prompt(input_masks, has_input_masks)
         image_pe = self.positions(self.centres)
         queries = query_pe
@@ -307,10 +318,10 @@ class SamDecoderGraph(nn.Module):
         g = self.architecture.grid
         y = interleave_cells(self.up1(keys), g)
         if self.architecture.high_resolution:
-            y = y + details[1].flatten(2).transpose(1, 2)
+            y = y + channels_last(details[1])
         y = interleave_cells(self.up2(gelu(self.up1_norm(y))), 2 * g)
         if self.architecture.high_resolution:
-            y = y + details[0].flatten(2).transpose(1, 2)
+            y = y + channels_last(details[0])
         y = gelu(y)
         hyper = self.hyper(mask_tokens[:, :, None])[:, :, 0]
         logits = torch.matmul(hyper, y.transpose(1, 2))

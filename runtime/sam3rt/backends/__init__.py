@@ -10,10 +10,10 @@ from typing import Any
 from ..accuracy.select import select
 from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError, VerificationError
-from .base import Backend, GpuOptions, Offer
+from .base import Backend, GpuOptions, ImageCall, Offer
 from .table import TABLE, entry, nothing_installed
 
-__all__ = ["BACKENDS", "Backend", "GpuOptions", "Offer", "create_backend"]
+__all__ = ["BACKENDS", "Backend", "GpuOptions", "ImageCall", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,20 @@ F = TypeVar("F", bound=Features)
 OBJECTS_AT_ONCE = 8
 
 
+class ImageCall(NamedTuple):
+    """What is asked about one image.
+
+    Attributes:
+        features: from :meth:`Backend.encode` or :meth:`Backend.upload`.
+        prompts: of P objects.
+        geometry: where the image lies in the encoder's input.
+    """
+
+    features: Features
+    prompts: PackedPrompts
+    geometry: ImageGeometry
+
+
 class Backend(abc.ABC):
     """Runs encoder and decoder. Every method may be called from many threads at once.
 
@@ -52,9 +66,12 @@ class Backend(abc.ABC):
         bundle: the bundle.
         device: where it computes.
         precision: what it computes in.
+        joins_images: whether several images' objects share runs of the decoder, which makes
+            answering them together faster than one image after another.
     """
 
     name: str
+    joins_images = False
 
     def __init__(
         self,
@@ -200,6 +217,23 @@ class Backend(abc.ABC):
             return results, masks.finish(
                 results[0][0], geometry, manifest.image, manifest.masks, options
             )
+
+    def decode_images(
+        self,
+        calls: Sequence[ImageCall],
+        outputs: Sequence[str],
+        options: MaskOptions,
+        on_stage: StageListener | None = None,
+    ) -> list[tuple[list[NDArray[np.float32]], NDArray[Any]]]:
+        """:meth:`decode_masks` for several images, one after another unless the backend gains.
+
+        Raises:
+            EmbeddingError, BackendError, StateError: see :meth:`decode`.
+        """
+        return [
+            self.decode_masks(features, prompts, outputs, where, options, on_stage)
+            for features, prompts, where in calls
+        ]
 
     def encode_images(
         self,

@@ -11,8 +11,9 @@ from ..features import Features
 
 V = TypeVar("V")
 
-# About 30 MB each for SAM 3, on top of the features. Calls on more images in turn compute it anew.
-KEPT_IMAGES = 4
+# About 30 MB each for SAM 3, on top of the features' 21, for as long as a caller keeps those. Calls
+# on more images in turn compute it anew, which takes a quarter to a third of a click's time.
+KEPT_IMAGES = 16
 
 
 class Kept(Generic[V]):

@@ -2,8 +2,8 @@
 
 Export, build tools and backends all take it from here:
 
-* names: ``PIXELS``, :func:`feature_name`, ``POINTS``, ``LABELS``, ``MASKS``, ``HAS_MASKS``,
-  ``MULTIMASK_OUTPUTS``, ``SINGLE_MASK_OUTPUTS``, ``OBJECT_SCORE``;
+* names: ``PIXELS``, :func:`feature_name`, ``IMAGES_AXIS``, ``POINTS``, ``LABELS``, ``MASKS``,
+  ``HAS_MASKS``, ``MULTIMASK_OUTPUTS``, ``SINGLE_MASK_OUTPUTS``, ``OBJECT_SCORE``;
 * metadata keys: ``EXPORT_ID``, ``ROLE``, ``FINGERPRINT``;
 * ``PADDING_LABEL``, the label of a point that does not count;
 * :func:`load_graph` for a graph's content, checked and in this process's own memory;
@@ -36,7 +36,10 @@ FINGERPRINT = "sam3rt.fingerprint"
 
 # The encoder's input, float32 [B, 3, H, W].
 PIXELS = "pixel_values"
-# The decoder's inputs beside the feature maps.
+# The decoder's inputs. Feature maps are float32 [1 or P, C, h, w] where their first axis has this
+# name: those of one image for all objects, or of one image for each. In bundles of earlier versions
+# that axis is 1.
+IMAGES_AXIS = "num_images"
 POINTS = "input_points"  # float32 [1, P, N, 2], (x, y) in pixels of the encoder's input
 LABELS = "input_labels"  # int64 [1, P, N]
 MASKS = "input_masks"  # float32 [1, 1 or P, h, w]
@@ -255,6 +258,11 @@ def signature_mismatch(
         if not _agree(found, wanted):
             return f"has {kind} {found}, the manifest says {wanted}"
     return ""
+
+
+def takes_images(decoder: GraphSpec) -> bool:
+    """Whether each object of a decoder run may have an image of its own."""
+    return all(s.shape[0] == IMAGES_AXIS for s in decoder.inputs if is_feature_name(s.name))
 
 
 def decoder_outputs(manifest: Manifest, multimask_output: bool) -> tuple[str, ...]:

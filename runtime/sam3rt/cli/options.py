@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..backends.table import TABLE
-from ..model import SegmentationModel, load_model
+from ..loading import load_model
+from ..model import SegmentationModel
 
 
 def add_bundle_argument(parser: argparse.ArgumentParser) -> None:

@@ -143,7 +143,7 @@ def test_what_is_asked_of_the_builder(toy: Bundle) -> None:
     side = (3, 1008, 1008)
     assert encoder.profile == {"pixel_values": ((1, *side), (1, *side), (4, *side))}
     assert decoder.profile == {
-        "image_embeddings.0": ((1, 8, 72, 72), (1, 8, 72, 72), (1, 8, 72, 72)),
+        "image_embeddings.0": ((1, 8, 72, 72), (1, 8, 72, 72), (7, 8, 72, 72)),
         "input_points": ((1, 1, 1, 2), (1, 1, 4, 2), (1, 7, 9, 2)),
     }
 

@@ -60,6 +60,7 @@ class Maker:
         axes = {
             "num_objects": 4,
             "num_masks": 4,
+            "num_images": 4,
             "num_points": 16,
             "height": 2048,
             "width": 2048,

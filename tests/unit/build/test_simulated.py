@@ -30,7 +30,7 @@ from sam3rt.accuracy.verdicts import StoredVerdict
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import preprocess
-from sam3rt.model import load_model
+from sam3rt.loading import load_model
 from sam3rt_build.errors import RecipeError
 from sam3rt_build.graph_files import load_graph, mark_layers, save_graph
 from sam3rt_build.recipes import RECIPES, Recipe, recipe_named

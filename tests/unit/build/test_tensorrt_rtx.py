@@ -22,6 +22,7 @@ AXES = {
     "num_objects": (1, 1, 16),
     "num_points": (0, 2, 16),
     "num_masks": (1, 1, 16),
+    "num_images": (1, 1, 16),
 }
 
 LOGGER = trt.Logger(trt.Logger.ERROR)

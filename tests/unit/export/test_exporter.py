@@ -146,7 +146,7 @@ def test_tensors_of_the_small_model(small_bundle: Path) -> None:
         (name, "float32", ("batch", *size)) for name, size in zip(features, sizes, strict=True)
     ]
     assert described(manifest.decoder.inputs) == [
-        *((name, "float32", (1, *size)) for name, size in zip(features, sizes, strict=True)),
+        *((n, "float32", ("num_images", *s)) for n, s in zip(features, sizes, strict=True)),
         ("input_points", "float32", (1, "num_objects", "num_points", 2)),
         ("input_labels", "int64", (1, "num_objects", "num_points")),
         ("input_masks", "float32", (1, "num_masks", 288, 288)),

@@ -469,6 +469,22 @@ def test_objects_do_not_see_each_other(decoder: SamDecoderGraph) -> None:
             assert relative(all_of_them[:, part], one) < 1e-5, name
 
 
+@pytest.mark.parametrize("masks", [1, 3])
+@torch.no_grad()
+def test_each_object_may_have_its_own_image(decoder: SamDecoderGraph, masks: int) -> None:
+    features = (rows(1, 3, 4, 16, 16), rows(2, 3, 8, 8, 8), rows(3, 3, 32, 4, 4))
+    points, labels, given = random_prompts(5, 3, 4, masks, 8, 16)
+    together = call(decoder, features, (points, labels, given), 16)
+    assert given is not None
+    for i in range(3):
+        part = slice(i, i + 1)
+        own = tuple(level[part] for level in features)
+        mask = given[part] if masks > 1 else given
+        alone = call(decoder, own, (points[part], labels[part], mask), 16)
+        for name, one, all_of_them in zip(OUTPUTS, alone, together, strict=True):
+            assert relative(all_of_them[:, part], one) < 1e-5, name
+
+
 @pytest.mark.parametrize("label", [-2, -10])
 @pytest.mark.parametrize(("objects", "count", "extra"), [(1, 2, 2), (1, 0, 4), (3, 3, 5)])
 @torch.no_grad()

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from tests.support.helpers import noise, wrapped
 from tests.support.serving import check_equal, clicks, image_file, predicted, toy_model
+from tests.support.tensorrt_helpers import make_rig
 
 from sam3rt import (
     BackendError,
@@ -27,6 +28,7 @@ from sam3rt import (
 from sam3rt_serve.core import Limits, ObjectPrompt, Service
 from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
 from sam3rt_serve.images import read_image
+from sam3rt_serve.joining import joining_pays
 from sam3rt_serve.sessions import Sessions
 
 IMAGE = noise(24, 31)
@@ -200,6 +202,73 @@ def test_requests_that_wait_together_share_runs(
     assert busy.result(5)
     # Objects with equally many points share a run: of the seven there are six kinds.
     assert sorted(runs) == [1, 1, 1, 1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_clicks_on_several_images_share_runs_where_that_pays(
+    pays: bool,
+    serve: Callable[..., Service],
+    tiny_sam3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig.build()
+    model = rig.model(lanes=1)
+    monkeypatch.setattr("sam3rt_serve.core.joining_pays", lambda model: pays)
+    service = serve(model, threads=1)
+    images = [noise(24, 31, seed) for seed in range(4)]
+    ids = [service.add_image(image).result(30).image_id for image in images]
+    gate, busy = hold(service, ids[0])
+    futures = [service.segment(image_id, [POINT]) for image_id in ids]
+    refused = service.segment("nobody", [POINT])
+    rig.cuda.log.clear()
+    gate.set()
+    assert busy.result(30)
+    predictor = SAM3InteractiveImagePredictor(model)
+    found = [future.result(30)[0] for future in futures]
+    with pytest.raises(UnknownImageError):
+        refused.result(30)
+    runs = rig.cuda.count("enqueue") + rig.cuda.count("launch")
+    # The one that held the thread, and the others; together with an unknown image they fail, and
+    # are answered one by one.
+    assert runs == 5
+    for image, result in zip(images, found, strict=True):
+        predictor.set_image(image)
+        masks, _, low_res = predicted(predictor, POINT)
+        np.testing.assert_allclose(result.low_res_masks, low_res, rtol=0, atol=1e-4)
+        assert (result.masks != masks).mean() < 1e-3
+    gate, busy = hold(service, ids[0])
+    futures = [service.segment(image_id, [POINT]) for image_id in ids]
+    rig.cuda.log.clear()
+    gate.set()
+    assert busy.result(30)
+    assert all(future.result(30) for future in futures)
+    runs = rig.cuda.count("enqueue") + rig.cuda.count("launch")
+    assert runs == (2 if pays else 5)
+
+
+def test_whether_sharing_runs_pays_is_tried(
+    toy: SegmentationModel, tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not joining_pays(toy), "nothing to try on a CPU"
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
+    rig.build()
+    model = rig.model(lanes=1)
+    asked: list[int] = []
+    segment_batch = model.segment_batch
+
+    def at_a_price(embeddings: Any, prompts: Any) -> Any:
+        asked.append(len(embeddings))
+        time.sleep(price[len(embeddings)])
+        return segment_batch(embeddings, prompts)
+
+    monkeypatch.setattr(model, "segment_batch", at_a_price)
+    price = {1: 0.02, 4: 0.0}
+    assert joining_pays(model)
+    assert set(asked) == {1, 4}
+    price = {1: 0.0, 4: 0.3}
+    assert not joining_pays(model)
 
 
 def test_large_images_are_not_decoded_together(serve: Callable[..., Service]) -> None:

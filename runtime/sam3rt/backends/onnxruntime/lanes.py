@@ -1,8 +1,9 @@
 """ONNX Runtime's sessions in lanes on a GPU, as TensorRT's engines run there.
 
 Memory, pre- and postprocessing on the device, embeddings for other libraries and the number of
-calls at a time are what they are with TensorRT; see :class:`..tensorrt.backend.LaneBackend`. Only
-what runs between two addresses differs: a session whose inputs and outputs are bound to them.
+calls at a time are what they are with TensorRT; see
+:class:`..tensorrt.backend.LaneBackend`. Only what runs between two addresses differs: a
+session whose inputs and outputs are bound to them.
 
 ONNX Runtime ties a stream to a session (``user_compute_stream``), while every lane has one of its
 own and lanes share the sessions. So a run first waits for its lane's stream, and returns when
@@ -35,7 +36,7 @@ from .typed import Graphs
 _LOG = logging.getLogger(__name__)
 
 # A session takes any size; these bound what a lane keeps ready. More objects run in parts.
-_MOST = {"num_objects": 16, "num_masks": 16, "num_points": 4096}
+_MOST = {"num_objects": 16, "num_masks": 16, "num_images": 16, "num_points": 4096}
 # No graph is recorded in runs of this number.
 _NOT_RECORDED = -1
 

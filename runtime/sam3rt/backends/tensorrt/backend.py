@@ -1,12 +1,10 @@
-"""The backends themselves: whatever runs in lanes on a GPU, and one set of TensorRT engines."""
+"""Whatever runs in lanes on a GPU."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,76 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle import Bundle
-from ...errors import BackendError, BundleError, EmbeddingError
+from ...errors import BackendError, EmbeddingError
 from ...features import Features
 from ...geometry import ImageGeometry, preprocess
-from ...masks import MaskOptions
+from ...masks import MaskOptions, finish
 from ...prompts import PackedPrompts
 from ...timer import StageListener, timed
-from ..base import Backend, GpuOptions
+from ..base import Backend, GpuOptions, ImageCall
 from .cuda import Cuda
 from .driver import Device
-from .engines import EngineFile, EngineSet, EngineTarget
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
-from .lane import Lane, Pictures
+from .lane import Lane
+from .masking import Masks, Pictures
 from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool, ahead
 from .shapes import usual_classes
-from .sidecar import BackendName
-from .trt import Engine, KernelCache, Library
+from .together import decode_together
 
 _LOG = logging.getLogger(__name__)
 
-# Of an engine file, bytes at a time while it is hashed.
-_CHUNK = 1 << 20
 # What a lane encodes: pixels of the encoder's size, or uploaded images.
 _Encodable = NDArray[np.float32] | list[tuple[Block, ImageGeometry]]
-
-
-@dataclass(frozen=True)
-class Platform:
-    """One GPU and the libraries for it, ready to use.
-
-    Attributes:
-        device: what the driver says of the GPU.
-        cuda: its memory, streams and graphs.
-        library: the TensorRT flavour.
-    """
-
-    device: Device
-    cuda: Cuda
-    library: Library
-
-    @property
-    def target(self) -> EngineTarget:
-        """What engines have to fit."""
-        return EngineTarget(
-            self.device.gpu,
-            self.library.flavour,
-            self.library.version,
-            self.device.driver_version,
-        )
-
-
-def open_platform(flavour: BackendName, device: Device, *, blocking: bool = False) -> Platform:
-    """Load the libraries for a GPU.
-
-    Ask the driver first, with :func:`.driver.probe`: TensorRT ends the process where it finds none.
-
-    Args:
-        flavour: which TensorRT.
-        device: what the driver said.
-        blocking: see :class:`sam3rt.GpuOptions`.
-
-    Raises:
-        BackendError: cuda-python or TensorRT is missing, or does not fit the driver; the message
-            says what to do.
-    """
-    cuda = Cuda(device.index, blocking=blocking)
-    with cuda.active():
-        return Platform(device, cuda, Library(flavour))
 
 
 class LaneBackend(Backend):
@@ -134,6 +85,7 @@ class LaneBackend(Backend):
         self._limits, self._max_images = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
         self._masks_each = network.masks_each
+        self.joins_images = network.takes_images and network.limits.objects > 1
         self._dlpack_device = cuda.dlpack_device
         self.imaging = imaging
         self.imaging_fits = imaging.available and network.makes_plain_logits
@@ -170,7 +122,7 @@ class LaneBackend(Backend):
     ) -> list[NDArray[np.float32]]:
         self._check_points(prompts)
         block = self._block(features)
-        return self._pool.run(lambda lane: lane.decode(block, prompts, outputs), holding=block)
+        return self._pool.run(lambda lane: lane.decode([block], prompts, outputs), holding=block)
 
     def encode_image(
         self,
@@ -244,24 +196,65 @@ class LaneBackend(Backend):
         self._check_points(prompts)
         block = self._block(features)
         at_once = self.imaging.objects_at_once(geometry, self._limits.objects)
+
         shape = (len(prompts.labels), self._masks_each[outputs[0]], *geometry.original_size)
 
         def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], NDArray[np.uint8]]:
             masks, done, runs = lane.room_for_masks(shape), 0, []
             for part in prompts.split(at_once):
                 room = masks.part(done, done + len(part.labels))
-                runs.append(lane.decode(block, part, outputs, Pictures(geometry, options, room)))
+                runs.append(
+                    lane.decode([block], part, outputs, [Pictures(geometry, options, room)])
+                )
                 done += len(part.labels)
             return runs, masks.array
 
         with timed("decode", on_stage):
             runs, masks = self._pool.run(decode, holding=block)
         found = zip(*runs, strict=True)
-        # Bytes of 0 and 1 are what a bool is, too.
-        dtype = np.dtype(options.dtype)
-        return [_joined(parts, axis=1) for parts in found], (
-            masks.view(dtype) if dtype.itemsize == 1 else masks.astype(dtype)
-        )
+        return [_joined(parts, axis=1) for parts in found], _as_type(masks, options)
+
+    def decode_images(
+        self,
+        calls: Sequence[ImageCall],
+        outputs: Sequence[str],
+        options: MaskOptions,
+        on_stage: StageListener | None = None,
+    ) -> list[tuple[list[NDArray[np.float32]], NDArray[Any]]]:
+        """As many objects in one run as the decoder takes, each with its image's feature maps.
+
+        Feature maps are copied on the device, once for each object.
+        """
+        if not self.joins_images or len(calls) < 2 or not all(len(c.prompts.labels) for c in calls):
+            return super().decode_images(calls, outputs, options, on_stage)
+        self.check_process()
+        for call in calls:
+            self._check_points(call.prompts)
+        blocks = [self._block(call.features) for call in calls]
+        on_device = self.imaging.postprocess_allowed and not options.return_logits
+        at_once, each = self._limits.objects, self._masks_each[outputs[0]]
+        if on_device:
+            places = (call.geometry for call in calls)
+            at_once = min(self.imaging.objects_at_once(where, at_once) for where in places)
+
+        def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], list[Masks]]:
+            shapes = [(len(c.prompts.labels), each, *c.geometry.original_size) for c in calls]
+            masks = [lane.room_for_masks(shape) for shape in shapes] if on_device else []
+            found = decode_together(
+                lane, calls, blocks, outputs, masks, options, at_once, self._limits
+            )
+            return found, masks
+
+        with timed("decode", on_stage):
+            found, masks = self._pool.run(decode)
+        if on_device:
+            return [(r, _as_type(m.array, options)) for r, m in zip(found, masks, strict=True)]
+        with timed("postprocess", on_stage):
+            rules = self.bundle.manifest
+            return [
+                (r, finish(r[0][0], call.geometry, rules.image, rules.masks, options))
+                for r, call in zip(found, calls, strict=True)
+            ]
 
     def make_masks(
         self, logits: NDArray[np.float32], geometry: ImageGeometry, options: MaskOptions
@@ -317,81 +310,10 @@ class LaneBackend(Backend):
         return features.block
 
 
-class TensorRtBackend(LaneBackend):
-    """Runs one set of engines on one GPU. Engines are loaded at once.
-
-    Args:
-        bundle: the bundle the engines were built from.
-        engines: the set, as chosen for this machine.
-        platform: the GPU and the libraries.
-        gpu: how to use the GPU.
-
-    Attributes:
-        engines: the set.
-
-    Raises:
-        BundleError: an engine file is missing or was changed.
-        BackendError: an engine cannot be loaded or is not what the manifest describes, or there
-            is not enough device memory.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: EngineSet,
-        platform: Platform,
-        gpu: GpuOptions | None = None,
-    ) -> None:
-        self.engines = engines
-        self._platform = platform
-        flavour, device = platform.library.flavour, platform.device
-        self._kernels: KernelCache | None = None
-        if flavour == "tensorrt-rtx":
-            file = f"kernels-sm{device.gpu.compute_capability.replace('.', '')}.cache"
-            self._kernels = KernelCache(engines.encoder.path.with_name(file))
-        with platform.cuda.active():
-            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
-            network = Network(bundle, encoder, decoder, self._kernels)
-        super().__init__(
-            bundle,
-            flavour,
-            engines.precision,
-            network,
-            platform.cuda,
-            device,
-            gpu or GpuOptions(),
-        )
-
-    def close(self) -> None:
-        """Give back lanes and engines, and keep what was compiled for them."""
-        super().close()
-        if self._kernels is not None:
-            self._kernels.save()
-
-    def versions(self) -> dict[str, str]:
-        """Versions of TensorRT and the driver."""
-        library = self._platform.library
-        return {self.name: library.version, "driver": self._platform.device.driver_version}
-
-    def _load(self, engine: EngineFile) -> Engine:
-        """Load an engine from the file whose content was hashed."""
-        name = f"{engine.path.parent.name}/{engine.path.name}"
-        try:
-            with engine.path.open("rb") as file:
-                digest = hashlib.sha256()
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-                found = digest.hexdigest()
-                if found == engine.sidecar.engine.sha256:
-                    file.seek(0)
-                    return self._platform.library.load(file, name, self._kernels)
-        except OSError as error:
-            raise BundleError(f"cannot be read: {error}", name) from error
-        raise BundleError(
-            f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
-            f"file has {found[:16]}...: it was changed; build it again",
-            name,
-        )
+def _as_type(masks: NDArray[np.uint8], options: MaskOptions) -> NDArray[Any]:
+    """Bytes of 0 and 1, which are what a bool is, too, in the type that was asked for."""
+    dtype = np.dtype(options.dtype)
+    return masks.view(dtype) if dtype.itemsize == 1 else masks.astype(dtype)
 
 
 def _joined(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:

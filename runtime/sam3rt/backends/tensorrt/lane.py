@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,45 +20,17 @@ from ...prompts import PackedPrompts
 from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
-from .imaging import MASK_JOB, MASKING, DeviceImaging
-from .memory import Block, Layout, Memory, aligned
+from .imaging import MASKING, DeviceImaging
+from .masking import Masking, Masks, Pictures
+from .memory import Block, Layout, Memory
 from .network import JOB, Network
 from .replay import Replay
 from .shapes import ShapeClass, classify
 
 # Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
-# A warm-up makes nine; another nine are for calls in which each object has a mask prompt.
-_KEPT_CLASSES = 18
-
-
-class Masks(NamedTuple):
-    """Where masks go.
-
-    Attributes:
-        array: uint8 [P, C, H, W], contiguous.
-        is_pinned: whether the GPU can write there.
-    """
-
-    array: NDArray[np.uint8]
-    is_pinned: bool
-
-    def part(self, start: int, stop: int) -> Masks:
-        """That of some of the objects."""
-        return Masks(self.array[start:stop], self.is_pinned)
-
-
-class Pictures(NamedTuple):
-    """What masks are made, and where they go.
-
-    Attributes:
-        where: where the image lies.
-        options: how logits become masks.
-        masks: where they go; see :meth:`Lane.room_for_masks`.
-    """
-
-    where: ImageGeometry
-    options: MaskOptions
-    masks: Masks
+# A warm-up makes nine; the others are for calls in which each object has a mask prompt, or an image
+# of its own.
+_KEPT_CLASSES = 24
 
 
 class DecoderRun(NamedTuple):
@@ -71,6 +42,7 @@ class DecoderRun(NamedTuple):
         prompt: the prompt block's tensors in the lane's pinned memory.
         masks: layout of the mask prompt block.
         outputs: layout of the output block.
+        maps: layout of the feature maps of all images.
         replay: uploads the prompt, runs the decoder and makes masks as the prompt block says.
     """
 
@@ -79,6 +51,7 @@ class DecoderRun(NamedTuple):
     prompt: dict[str, NDArray[Any]]
     masks: Layout
     outputs: Layout
+    maps: Layout
     replay: Replay
 
 
@@ -126,8 +99,7 @@ class Lane:
         self._pinned_inputs = memory.allocate_pinned(self._inputs.nbytes)
         self._staging = GrowingBuffer(memory)
         self._results = GrowingBuffer(memory)
-        self._pictures = GrowingBuffer(memory)
-        self._search = GrowingBuffer(memory)
+        self._masking = Masking(cuda, memory, imaging, self._stream)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
         if encodes:
             self._encoding = Encoding(
@@ -158,43 +130,43 @@ class Lane:
 
     def decode(
         self,
-        features: Block,
+        features: Sequence[Block],
         prompts: PackedPrompts,
         names: Sequence[str],
-        pictures: Pictures | None = None,
+        pictures: Sequence[Pictures] = (),
     ) -> list[NDArray[np.float32]]:
         """Run the decoder, and make masks of its first output where it is said how.
 
         Args:
-            features: the feature maps' block, from any lane.
+            features: the feature maps' block, from any lane: one for all objects, or one for each.
             prompts: at most as many objects and points as the engine takes.
             names: the outputs wanted; the first is the mask logits.
-            pictures: the masks to make.
+            pictures: the masks to make, image by image in the order of the objects; or none.
 
         Returns:
             The outputs, float32, in the order of the names.
         """
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
-        shape = classify(objects, points, own_masks, self._network.limits)
+        own_images = len(features) > 1
+        shape = classify(objects, points, own_masks, self._network.limits, own_images=own_images)
         with self._cuda.range("decode"), self._idle_on_error():
             run = self._run(shape)
             start, end = run.outputs.span(names)
-            logits = run.outputs.slots[names[0]]
             outputs_at = self._workspace["outputs"].address
+            logits = outputs_at + run.outputs.slots[names[0]].offset
             run.prompt[JOB][...] = 0
-            made = 0
-            if pictures is not None:
-                made = self._give_job(run.prompt[JOB], outputs_at + logits.offset, pictures)
-            self._bring(features)
+            made: list[int] = []
+            if len(pictures) == 1:
+                made = self._masking.fill(run.prompt[JOB], logits, pictures)
+            self._bring(features, run)
             self._send(run, prompts)
             run.replay.queue()
+            if len(pictures) > 1:
+                made = self._masking.queue(logits, pictures)
             host = self._results.pinned(end - start)
             self._cuda.download(host, outputs_at + start, self._stream)
-            if pictures is None:
-                self._cuda.synchronize(self._stream)
-            else:
-                self._bring_masks(made, pictures.masks)
+            self._masking.bring(made, pictures)
             if run.replay.record():
                 self._network.keep_kernels(shape)
         slots = [run.outputs.slots[name] for name in names]
@@ -205,27 +177,19 @@ class Lane:
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
         """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
-        at = aligned(MASK_JOB.itemsize)
         masks = self.room_for_masks((*logits.shape[:2], *where.original_size))
+        pictures = [Pictures(where, options, masks)]
         with self._idle_on_error():
-            host = self._staging.pinned(at + logits.nbytes)
+            host = self._staging.pinned(logits.nbytes)
             block = self._staging.block(len(host))
-            job = host[: MASK_JOB.itemsize].view(MASK_JOB)
-            pictures = Pictures(where, options, masks)
-            made = self._give_job(job, block.address + at, pictures)
-            host[at:].view(np.float32)[...] = logits.ravel()
+            host.view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
-            self._imaging.queue(MASKING, block.address, self._stream)
-            self._bring_masks(made, masks)
+            self._masking.bring(self._masking.queue(block.address, pictures), pictures)
         return masks.array
 
     def room_for_masks(self, shape: tuple[int, ...]) -> Masks:
         """Host memory for masks [P, C, H, W], which the caller keeps."""
-        nbytes = math.prod(shape)
-        lent = self._memory.lend(nbytes) if nbytes else None
-        if lent is None:
-            return Masks(np.empty(shape, np.uint8), False)
-        return Masks(lent.reshape(shape), True)
+        return self._masking.room(shape)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
@@ -261,7 +225,7 @@ class Lane:
                 np.full((shape.objects, shape.points), PADDING_LABEL, np.int64),
                 None,
             )
-            self.decode(self._features, prompts, names)
+            self.decode([self._features], prompts, names)
 
     def holds(self, features: Block) -> bool:
         """Whether its fixed buffers hold these feature maps."""
@@ -298,41 +262,22 @@ class Lane:
         self._cuda.synchronize(self._stream)
         return block
 
-    def _give_job(self, job: NDArray[Any], logits: int, pictures: Pictures) -> int:
-        """Fill in the job of making masks.
-
-        Returns:
-            Where the masks will be.
-        """
-        where, options, (array, _) = pictures
-        planes = array.shape[0] * array.shape[1]
-        masks = self._pictures.block(array.nbytes).address
-        addresses = {"logits": logits, "masks": masks}
-        if options.max_hole_area > 0 or options.max_sprinkle_area > 0:
-            each = aligned(planes * self._imaging.plane_bytes)
-            search = self._search.block(3 * each).address
-            names = ("cleaned", "parents", "areas")
-            addresses |= {name: search + i * each for i, name in enumerate(names)}
-        job[...] = self._imaging.mask_job(planes, where, options, **addresses)
-        return masks
-
-    def _bring_masks(self, made: int, masks: Masks) -> None:
-        """Copy masks to the host, and wait for the stream."""
-        array = masks.array
-        host = array.reshape(-1) if masks.is_pinned else self._pictures.pinned(array.nbytes)
-        self._cuda.download(host, made, self._stream)
-        self._cuda.synchronize(self._stream)
-        if not masks.is_pinned:
-            array.reshape(-1)[...] = host
-
-    def _bring(self, features: Block) -> None:
-        """Copy feature maps to the fixed buffers, unless they are there."""
-        if self.holds(features) or features is self._features:
+    def _bring(self, features: Sequence[Block], run: DecoderRun) -> None:
+        """Copy feature maps to the buffers that the run reads, unless they are there."""
+        network, stream = self._network, self._stream
+        if len(features) > 1:
+            images = self._workspace["images"].address
+            for name, slot in run.maps.slots.items():
+                one = network.features.slots[name]
+                for index, block in enumerate(features):
+                    target = images + slot.offset + index * one.nbytes
+                    self._cuda.copy(target, block.address + one.offset, one.nbytes, stream)
             return
-        self._cuda.copy(
-            self._features.address, features.address, self._network.features.nbytes, self._stream
-        )
-        self._held = weakref.ref(features)
+        (block,) = features
+        if self.holds(block) or block is self._features:
+            return
+        self._cuda.copy(self._features.address, block.address, network.features.nbytes, stream)
+        self._held = weakref.ref(block)
 
     def _send(self, run: DecoderRun, prompts: PackedPrompts) -> None:
         """Fill in prompts, padded to their class, and queue the upload of their masks."""
@@ -364,14 +309,20 @@ class Lane:
         network, workspace, stream = self._network, self._workspace, self._stream
         inputs, masks, outputs = network.inputs(shape), network.masks(shape), network.outputs(shape)
         context = network.decoder.context()
-        for layout in (network.features, inputs, masks):
+        maps = network.batch(shape.images)
+        for layout in (maps, inputs, masks):
             for name, slot in layout.slots.items():
                 if name != JOB:
                     context.set_shape(name, slot.shape)
-        workspace.fit(scratch=context.scratch_bytes(), masks=masks.nbytes, outputs=outputs.nbytes)
+        workspace.fit(
+            scratch=context.scratch_bytes(),
+            masks=masks.nbytes,
+            outputs=outputs.nbytes,
+            images=maps.nbytes if shape.images > 1 else 0,
+        )
         context.set_scratch(workspace["scratch"].address, workspace["scratch"].nbytes)
         for layout, block in (
-            (network.features, self._features),
+            (maps, workspace["images"] if shape.images > 1 else self._features),
             (inputs, self._inputs),
             (masks, workspace["masks"]),
             (outputs, workspace["outputs"]),
@@ -397,4 +348,4 @@ class Lane:
                 imaging.queue(MASKING, job, stream)
 
         replay = Replay(work, context, cuda, self._memory, stream, workspace.generation)
-        return DecoderRun(shape, inputs, prompt, masks, outputs, replay)
+        return DecoderRun(shape, inputs, prompt, masks, outputs, maps, replay)

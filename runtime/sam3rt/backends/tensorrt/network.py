@@ -75,6 +75,7 @@ class Network:
         makes_plain_logits: whether masks and pixels are FP32, as the kernels around the network
             want them.
         limits: the greatest sizes of a decoder call.
+        takes_images: whether each object of a decoder call may have an image of its own.
         output_names: all decoder outputs, in the order of their layout.
         masks_each: masks of each object in an output of logits, by its name.
 
@@ -120,6 +121,9 @@ class Network:
         self.makes_plain_logits = types == {np.dtype(np.float32)}
         points = decoder.tensors[POINTS].most
         self.limits = Limits(points[1], points[2])
+        self.takes_images = all(
+            decoder.tensors[name].most[0] >= self.limits.objects for name in self.features.slots
+        )
         own_masks = decoder.tensors[MASKS].most[1]
         if own_masks < self.limits.objects:
             raise BackendError(

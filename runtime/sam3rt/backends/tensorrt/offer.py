@@ -22,8 +22,9 @@ from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
 from ..base import GpuOptions, Offer
-from .backend import LaneBackend, Platform, TensorRtBackend, open_platform
+from .backend import LaneBackend
 from .driver import probe
+from .engine_backend import Platform, TensorRtBackend, open_platform
 from .engines import (
     EngineSet,
     candidates,

@@ -22,11 +22,13 @@ class ShapeClass(NamedTuple):
         objects: P.
         points: N, per object.
         masks: M: 1, or P where each object has a mask prompt of its own.
+        images: 1, or P where each object has an image of its own.
     """
 
     objects: int
     points: int
     masks: int
+    images: int = 1
 
 
 class Limits(NamedTuple):
@@ -41,7 +43,9 @@ class Limits(NamedTuple):
     points: int
 
 
-def classify(objects: int, points: int, own_masks: bool, limits: Limits) -> ShapeClass:
+def classify(
+    objects: int, points: int, own_masks: bool, limits: Limits, *, own_images: bool = False
+) -> ShapeClass:
     """The class of a call.
 
     Args:
@@ -49,13 +53,19 @@ def classify(objects: int, points: int, own_masks: bool, limits: Limits) -> Shap
         points: per object, at most what the limits allow; may be 0.
         own_masks: whether each object has a mask prompt of its own.
         limits: of the engine.
+        own_images: whether each object has an image of its own.
     """
     padded = _padded(objects, OBJECTS, limits.objects)
-    return ShapeClass(padded, _padded(points, POINTS, limits.points), padded if own_masks else 1)
+    return ShapeClass(
+        padded,
+        _padded(points, POINTS, limits.points),
+        padded if own_masks else 1,
+        padded if own_images else 1,
+    )
 
 
 def usual_classes(limits: Limits) -> tuple[ShapeClass, ...]:
-    """The classes of all calls without mask prompts, up to 16 objects and 32 points."""
+    """The classes of all calls on one image without mask prompts: 16 objects, 32 points."""
     objects = sorted({min(count, limits.objects) for count in OBJECTS})
     points = sorted({min(count, limits.points) for count in POINTS})
     return tuple(ShapeClass(p, n, 1) for p in objects for n in points)

@@ -9,11 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.helpers import WrappedBackend, external_weights, noise, wrapped
+from tests.support.helpers import (
+    WrappedBackend,
+    external_weights,
+    noise,
+    one_image_form,
+    wrapped,
+)
 
-from sam3rt import BackendError, Bundle, BundleError, Prompts, SegmentationModel, load_model
+from sam3rt import (
+    BackendError,
+    Bundle,
+    BundleError,
+    InvalidInputError,
+    Prompts,
+    SegmentationModel,
+    load_model,
+    open_bundle,
+)
 from sam3rt.backends.base import OBJECTS_AT_ONCE
-from sam3rt.bundle.contract import decoder_outputs
+from sam3rt.bundle.contract import decoder_outputs, takes_images
+from sam3rt.masks import MaskOptions
 from sam3rt.prompts import PackedPrompts
 
 FORK = """
@@ -106,6 +122,39 @@ def test_many_objects_take_the_memory_of_their_masks_once(tiny_model: Segmentati
     finally:
         tracemalloc.stop()
     assert peak < 1.5 * found.low_res_masks.nbytes
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("form", ["each object its image", "one image"])
+def test_several_images_are_answered_as_each_alone(
+    tiny_sam3: Path, tmp_path: Path, backend: str, form: str
+) -> None:
+    """By bundles of earlier versions, too."""
+    path = tiny_sam3 if form != "one image" else one_image_form(tmp_path / "old", tiny_sam3).path
+    assert takes_images(open_bundle(path).manifest.decoder) == (form != "one image")
+    model = load_model(path, backend=backend, device="cpu", precision="fp32")
+    today = load_model(tiny_sam3, backend=backend, device="cpu", precision="fp32")
+    images = [noise(9, 12), noise(30, 20, 1), noise(8, 8, 2)]
+    asked = [
+        Prompts([[4.0, 4.0]], [1]),
+        Prompts(box=[[1, 1, 9, 6], [2, 0, 5, 5]]),
+        Prompts([[3.0, 3.0]], [1], mask_input=np.ones((1, 16, 16))),
+    ]
+    options = MaskOptions(max_hole_area=4, dtype=np.bool_)
+    found = model.segment_batch(model.encode_batch(images), asked, True, options)
+    for image, prompts, (decoded, masks) in zip(images, asked, found, strict=True):
+        expected, alone = today.segment(
+            today.encode(image), prompts, max_hole_area=4, dtype=np.bool_
+        )
+        np.testing.assert_array_equal(decoded.low_res_masks, expected.low_res_masks)
+        np.testing.assert_array_equal(masks, alone)
+
+
+def test_each_image_needs_its_prompts(tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(noise(9, 9))
+    with pytest.raises(InvalidInputError, match="prompts: got 1, expected one for each of 2"):
+        tiny_model.segment_batch([embedding] * 2, [Prompts([[4, 4]], [1])])
+    assert tiny_model.segment_batch([], []) == []
 
 
 def test_no_objects_give_empty_outputs(tiny_model: SegmentationModel) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.fake_onnxruntime import FakeProvider
-from tests.support.helpers import noise
+from tests.support.helpers import noise, one_image_form
 
 from sam3rt import BackendError, GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy.verdicts import Subject
@@ -21,6 +21,7 @@ from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 from sam3rt.backends.onnxruntime.recipes import offer
 from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
 from sam3rt.errors import VerificationError
+from sam3rt.masks import MaskOptions
 from sam3rt_build.ort_graphs import build_typed_graphs
 
 CLICK = Prompts(point_coords=[[4.0, 4.0]], point_labels=[1])
@@ -85,6 +86,33 @@ def test_a_batch_is_one_image_at_a_time(provider: FakeProvider, bundle: Path) ->
         alone = model.encode(image).features.numpy()
         for a, b in zip(alone, embedding.features.numpy(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["each object its image", "one image"])
+def test_several_images_are_answered_as_each_alone(
+    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel, tmp_path: Path, form: str
+) -> None:
+    path = bundle if form != "one image" else one_image_form(tmp_path / "old", bundle).path
+    model = load(path, precision="fp32")
+    assert model.backend.joins_images == (form != "one image")
+    images = [noise(9, 12, seed) for seed in range(3)]
+    asked = [CLICK, BOXES, CLICK]
+    options = MaskOptions(max_hole_area=4)
+    found = model.segment_batch(model.encode_batch(images), asked, True, options)
+    for image, prompts, (decoded, masks) in zip(images, asked, found, strict=True):
+        a, expected = tiny_model.segment(tiny_model.encode(image), prompts, max_hole_area=4)
+        assert np.abs(decoded.low_res_masks - a.low_res_masks).max() < 1e-3
+        assert (masks != expected).mean() < 1e-3
+
+
+def test_typed_graphs_take_several_images(provider: FakeProvider, built: Path) -> None:
+    model = load(built, precision="fp16")
+    assert model.backend.joins_images
+    embeddings = model.encode_batch([noise(9, 12, seed) for seed in range(2)])
+    found = model.segment_batch(embeddings, [CLICK, CLICK])
+    for embedding, (decoded, _) in zip(embeddings, found, strict=True):
+        alone = model.decode(embedding, CLICK).low_res_masks
+        np.testing.assert_allclose(decoded.low_res_masks, alone, rtol=0, atol=0.02)
 
 
 def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Path) -> None:
