@@ -225,6 +225,10 @@ class Service:
         if not self.cache.discard(image_id):
             raise UnknownImageError(f"no image {image_id!r}")
 
+    def forget_session(self, session: str) -> None:
+        """Let a session's next request begin anew, on any image."""
+        self._sessions.discard(session=session)
+
     def segment(
         self,
         image_id: str,

@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.helpers import noise
-from tests.support.serving import environment, free_port, image_file, predicted, toy_model
+from tests.support.serving import (
+    RAY_PACKAGES,
+    ROOT,
+    environment,
+    free_port,
+    image_file,
+    predicted,
+    toy_model,
+)
 
 from sam3rt import SAM3InteractiveImagePredictor
 from sam3rt_serve.core import ObjectPrompt
 
-ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = (
-    *("ray[serve]==2.60.0", "starlette", "uvicorn", "prometheus-client", "python-multipart"),
-    *("numpy", "onnxruntime", "msgspec", "pillow", "safetensors"),
-)
 # Runs in Ray's environment.
 _USERS = """
 import sys, threading, time
@@ -93,7 +96,7 @@ def test_a_replica_is_lost_and_no_image_with_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "cases.npz", image=file, masks=masks)
     subprocess.run(
         [
-            *(environment("ray", *PACKAGES), "-c", _USERS, tmp_path / "cases.npz"),
+            *(environment("ray", *RAY_PACKAGES), "-c", _USERS, tmp_path / "cases.npz"),
             *(toy.bundle.path, tmp_path / "cache", str(free_port())),
         ],
         env={
