@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import tempfile
 import time
 import urllib.request
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,47 @@ def free_port() -> int:
         return port
 
 
+def hostile_calls(port: int, file: bytes) -> list[Callable[[], None]]:
+    """Ways to misbehave; none of them waits for an answer that may not come.
+
+    Args:
+        port: of the server on this machine.
+        file: an image file.
+    """
+
+    def raw(content: bytes, wait: bool = True) -> None:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+        # The server may close it before all is sent.
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(content)
+            if wait:
+                connection.recv(1 << 16)
+
+    def post(path: str, media_type: str, body: bytes, length: int | None = None) -> bytes:
+        return (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
+            f"content-length: {len(body) if length is None else length}\r\n\r\n"
+        ).encode() + body
+
+    rng = np.random.default_rng(0)
+    prompts = b'{"objects":[{"points":[[1,1]],"labels":[1]}]}'
+    return [
+        lambda: raw(rng.bytes(2000)),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n"),
+        lambda: raw(b"GET /" + b"a" * (1 << 18) + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n"),
+        lambda: raw(post("/v1/images", "image/png", rng.bytes(5000))),
+        lambda: raw(post("/v1/images", "image/png", file[:80], 1 << 40)),
+        lambda: raw(post("/v1/images", "image/png", file[:80], 1 << 20), wait=False),
+        lambda: raw(post("/v1/images", "image/png", file, -5)),
+        lambda: raw(post("/v1/images", "multipart/form-data; boundary=x", b"--x\r\n" * 5000)),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", prompts), wait=False),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", b'{"objects":[' * 9999)),
+        lambda: raw(b"POST /v1/images HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz"),
+        lambda: raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    ]
+
+
 class ServerProcess:
     """``sam3rt serve`` as a process of its own, for a ``with`` statement.
 
@@ -176,6 +218,10 @@ class ServerProcess:
             self.process.wait(60)
         finally:
             self.process.kill()
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged so far; every line is JSON."""
@@ -221,6 +267,11 @@ class TritonServer:
         command = [f"{self._server}/bin/tritonserver"]
         command += [f"--model-repository={self._folder / 'repository'}"]
         command += [f"--backend-directory={self._folder / 'backends'}"]
+        # The response cache is on, as it may be anywhere.
+        command += [
+            f"--cache-directory={self._server}/caches",
+            "--cache-config=local,size=10485760",
+        ]
         for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", metrics)):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
         with self._log.open("w") as log:

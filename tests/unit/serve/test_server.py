@@ -18,7 +18,15 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 from tests.support.helpers import noise, photo, wrapped
-from tests.support.serving import CAT, ServerProcess, clicks, image_file, predicted, toy_model
+from tests.support.serving import (
+    CAT,
+    ServerProcess,
+    clicks,
+    hostile_calls,
+    image_file,
+    predicted,
+    toy_model,
+)
 
 from sam3rt import (
     InvalidInputError,
@@ -331,42 +339,6 @@ def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
         np.testing.assert_array_equal(found.masks, masks.astype(bool))
 
 
-def hostile_calls(port: int) -> list[Callable[[], None]]:
-    """Ways to misbehave; none of them waits for an answer that may not come."""
-
-    def raw(content: bytes, wait: bool = True) -> None:
-        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-        # The server may close it before all is sent.
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(content)
-            if wait:
-                connection.recv(1 << 16)
-
-    def post(path: str, media_type: str, body: bytes, length: int | None = None) -> bytes:
-        return (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
-            f"content-length: {len(body) if length is None else length}\r\n\r\n"
-        ).encode() + body
-
-    rng = np.random.default_rng(0)
-    prompts = b'{"objects":[{"points":[[1,1]],"labels":[1]}]}'
-    return [
-        lambda: raw(rng.bytes(2000)),
-        lambda: raw(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n"),
-        lambda: raw(b"GET /" + b"a" * (1 << 18) + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
-        lambda: raw(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n"),
-        lambda: raw(post("/v1/images", "image/png", rng.bytes(5000))),
-        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 40)),
-        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 20), wait=False),
-        lambda: raw(post("/v1/images", "image/png", FILE, -5)),
-        lambda: raw(post("/v1/images", "multipart/form-data; boundary=x", b"--x\r\n" * 5000)),
-        lambda: raw(post("/v1/images/cat/masks", "application/json", prompts), wait=False),
-        lambda: raw(post("/v1/images/cat/masks", "application/json", b'{"objects":[' * 9999)),
-        lambda: raw(b"POST /v1/images HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz"),
-        lambda: raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
-    ]
-
-
 @pytest.mark.slow
 def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Path) -> None:
     predictor = SAM3InteractiveImagePredictor(toy)
@@ -407,7 +379,7 @@ def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Pa
         ids = threading.Thread(target=many_ids)
         ids.start()
         for _ in range(5):
-            for call in hostile_calls(server.port):
+            for call in hostile_calls(server.port, FILE):
                 call()
         ids.join()
         over.set()
