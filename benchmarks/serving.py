@@ -85,6 +85,8 @@ ray.shutdown()
 """
 
 Report = Callable[..., None]
+# Makes a click and returns its seconds.
+Step = Callable[[int], float]
 
 
 class Answers:
@@ -158,21 +160,29 @@ class Bench:
             found = load(new_user, POINTS, self.answers.masks, count, self.options.seconds)
             self.report("runs", {"way": way, "users": count} | found)
 
-    def overhead(self, way: str, served: Callable[[int], float], answers: Answers) -> None:
+    def overhead(
+        self, way: str, served: Step, answers: Answers, server: ServerProcess | None = None
+    ) -> None:
         """Medians of a plain call and of one that is served, made in turn.
 
         Args:
             way: its name.
             served: makes one, and returns its seconds.
             answers: the plain ones.
+            server: if given, processor time is counted too, of the client and the server.
         """
         plain: list[float] = []
         there: list[float] = []
+        spent = [0.0, 0.0]
         deadline = time.monotonic() + 2 * self.options.seconds
         while time.monotonic() < deadline:
             number = len(plain) % POINTS
+            start = processor_seconds(server)
             plain.append(timed(answers.predict)(number))
+            middle = processor_seconds(server)
             there.append(served(number))
+            spent[0] += middle - start
+            spent[1] += processor_seconds(server) - middle
         usual, over = np.percentile(plain, (25, 50)) * 1e3, np.percentile(there, (25, 50)) * 1e3
         self.report(
             "overhead",
@@ -186,7 +196,12 @@ class Bench:
                 "overhead_p50_ms": round(over[1] - usual[1], 2),
                 # What other work on the machine disturbs less.
                 "overhead_p25_ms": round(over[0] - usual[0], 2),
-            },
+            }
+            | (
+                {"overhead_processor_ms": round((spent[1] - spent[0]) / len(plain) * 1e3, 2)}
+                if server
+                else {}
+            ),
         )
 
     # --- the sections -----------------------------------------------------------------------------
@@ -230,7 +245,7 @@ class Bench:
                 Answers(self.model, large),
                 Answers(self.model, large, multimask=False),
             ):
-                self.overhead("http", timed(answers.over_http(server.url)), answers)
+                self.overhead("http", timed(answers.over_http(server.url)), answers, server)
 
     def triton(self) -> None:
         python = self.options.triton_env.absolute() / "bin" / "python"
@@ -408,7 +423,7 @@ def main() -> None:
             getattr(bench, section)()
 
 
-def timed(call: Click) -> Callable[[int], float]:
+def timed(call: Click) -> Step:
     """The seconds that a click takes."""
 
     def measured(number: int) -> float:
@@ -420,7 +435,7 @@ def timed(call: Click) -> Callable[[int], float]:
 
 
 @contextmanager
-def stepping(command: list[Any]) -> Iterator[Callable[[int], float]]:
+def stepping(command: list[Any]) -> Iterator[Step]:
     """A process that clicks once for each line, and says how long it took."""
     process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
     assert process.stdin is not None
@@ -454,6 +469,15 @@ def misbehave(server: ServerProcess, ids: int) -> None:
                 client.segment(f"id-{number}", [point], session=f"s-{number}")
             if number % 50 == 0:
                 garbage[number // 50 % len(garbage)]()
+
+
+def processor_seconds(server: ServerProcess | None) -> float:
+    """Spent so far by this process and, in whole hundredths, by a server."""
+    if server is None:
+        return time.process_time()
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mb(process: int) -> float:

@@ -52,9 +52,11 @@ class Backend(abc.ABC):
         bundle: the bundle.
         device: where it computes.
         precision: what it computes in.
+        images_at_once: images that :meth:`encode_images` gains by encoding together; 1 for none.
     """
 
     name: str
+    images_at_once = 1
 
     def __init__(
         self,

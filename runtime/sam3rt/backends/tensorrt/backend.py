@@ -127,7 +127,7 @@ class LaneBackend(Backend):
                 memory,
             )
         # The engines themselves belong to the pool, which gives them back when it is closed.
-        self._limits, self._max_images = network.limits, network.max_images
+        self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
         self._masks_each = network.masks_each
         self._dlpack_device = cuda.dlpack_device
@@ -185,7 +185,7 @@ class LaneBackend(Backend):
     ) -> list[Features]:
         """As many images in one run as the encoder was built for."""
         found: list[Features] = []
-        most = self._max_images
+        most = self.images_at_once
         for first in range(0, len(images), most):
             part, places = images[first : first + most], geometries[first : first + most]
             found += self._encode_part(part, places, on_stage)
