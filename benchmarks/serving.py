@@ -14,15 +14,17 @@ Every user clicks on one image, waits for the masks and clicks again. The ways:
 - ``ray``: two replicas on this machine. ``--ray-env`` is one with ``RAY_PACKAGES``.
 
 Besides, one user's click over each server is compared with a plain ``predict`` call, the two in
-turn, so that a machine that is busy with other things slows both alike. Two more sections:
+turn, so that a machine that is busy with other things slows both alike. Three more sections:
 
+- ``costs``: what one image and one click take at 1920x1080, in time and bytes.
 - ``soak``: an hour of an annotator as fast as it goes, 60 images with 20 clicks each; the server's
   memory.
 - ``hostile``: what a well-behaved user notices of a thousand callers with half a request, of
   garbage, and of ten thousand unknown images.
 
 Every mask that comes is compared with that of ``predict``. The file is written anew after each
-figure. It takes about ten minutes on two cores; ``--quick`` two.
+figure, and ``serving_report`` makes a page of it. It takes about ten minutes on two idle cores;
+``--quick`` three. Longer than other modules, as all sections share one model and one load.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 from benchmarks import triton_load
@@ -63,7 +66,8 @@ from sam3rt.bundle.files import atomic_write
 from sam3rt.image_files import read_image
 from sam3rt.machine import usable_cores
 from sam3rt_serve.client import Client, ServerError
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import Limits, ObjectMasks, ObjectPrompt, Service
+from sam3rt_serve.wire import MasksQuestion, object_answer
 
 POINTS = 16
 _QUICK = {"users": "1,16", "seconds": 2.0, "images": 6, "ids": 1000}
@@ -145,6 +149,7 @@ class Bench:
             options.bundle, backend=options.backend, device="cpu", threads=options.threads
         )
         self.pixels = read_image(options.image)
+        self.large = np.asarray(PIL.Image.fromarray(self.pixels).resize((1920, 1080)))
         self.answers = Answers(self.model, self.pixels)
         self.users = [int(count) for count in options.users.split(",")]
 
@@ -206,6 +211,26 @@ class Bench:
 
     # --- the sections -----------------------------------------------------------------------------
 
+    def costs(self) -> None:
+        file = image_file(self.large, "JPEG", quality=90)
+        predictor = SAM3InteractiveImagePredictor(self.model, mask_dtype=np.bool_)
+        encodes, clicks = [], []
+        for number in range(-1, 5):  # the first of each is not counted
+            start, spent = time.perf_counter(), time.process_time()
+            predictor.set_image(self.large)
+            encodes.append((time.perf_counter() - start, time.process_time() - spent))
+            for _ in range(5):
+                start, spent = time.perf_counter(), time.process_time()
+                masks, scores, low = predictor.predict([[900 + number, 500]], [1])
+                clicks.append((time.perf_counter() - start, time.process_time() - spent))
+        answer = object_answer(ObjectMasks(masks, scores, low, False), MasksQuestion([]))
+        found = {"image_bytes": len(file), "answer_bytes": len(msgspec.json.encode(answer))}
+        found["embedding_bytes"] = self.model.encode(self.large).nbytes
+        for name, times in (("encode", encodes[1:]), ("click", clicks[1:])):
+            wall, processor = np.median(times, axis=0) * 1e3
+            found |= {f"{name}_ms": round(wall, 2), f"{name}_processor_ms": round(processor, 2)}
+        self.report("costs", found)
+
     def loop(self) -> None:
         line = threading.Lock()
 
@@ -236,14 +261,13 @@ class Bench:
         self.core("batching", 8)
 
     def http(self) -> None:
-        large = np.asarray(PIL.Image.fromarray(self.pixels).resize((1920, 1080)))
         arguments = self.arguments("--workers", str(self.options.workers), "--deadline", "600")
         with ServerProcess(*arguments) as server:
             self.load("http", lambda: self.answers.over_http(server.url))
             for answers in (
                 self.answers,
-                Answers(self.model, large),
-                Answers(self.model, large, multimask=False),
+                Answers(self.model, self.large),
+                Answers(self.model, self.large, multimask=False),
             ):
                 self.overhead("http", timed(answers.over_http(server.url)), answers, server)
 
@@ -370,7 +394,7 @@ class Bench:
         )
 
 
-SECTIONS = ("loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
+SECTIONS = ("costs", "loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def test_the_client_gets_what_predict_says(toy: SegmentationModel, tmp_path: Pat
 def test_the_client_reads_any_png(toy: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's own quickly, and others' by Pillow, such as with filters."""
 
-    def by_pillow(mask: NDArray[np.bool_]) -> str:
+    def by_pillow(mask: NDArray[np.bool_], bits: NDArray[np.uint8]) -> str:
         return base64.b64encode(image_file(mask)).decode()  # type: ignore[arg-type]
 
     found = []
