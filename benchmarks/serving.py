@@ -1,6 +1,7 @@
 """Clicks a second and their latency against the number of users, by several ways of serving them.
 
-    python -m benchmarks.serving --output FOLDER
+    python -m benchmarks.serving --output FILE [--quick] [--only loop,http] \\
+        [--triton-env FOLDER] [--ray-env FOLDER]
 
 Every user clicks on one image, waits for the masks and clicks again. The ways:
 
@@ -8,264 +9,505 @@ Every user clicks on one image, waits for the masks and clicks again. The ways:
 - ``core``: the service in this process, without sharing decoder runs.
 - ``batching``: the service in this process; clicks that wait together share decoder runs.
 - ``http``: ``sam3rt serve`` as a process of its own, through the client of ``sam3rt_serve``.
+- ``triton``: the real server, over HTTP and gRPC, by ``triton_load``. ``--triton-env`` is a virtual
+  environment with ``tests.support.serving.TRITON_PACKAGES``.
+- ``ray``: two replicas on this machine. ``--ray-env`` is one with ``RAY_PACKAGES``.
 
-Besides, one user's click over HTTP is compared with a plain ``predict`` call, the two in turn, so
-that a machine that is busy with other things slows both alike. Every mask that comes is compared
-with that of ``predict``. Results go to ``serving.json`` in the folder.
+Besides, one user's click over each server is compared with a plain ``predict`` call, the two in
+turn, so that a machine that is busy with other things slows both alike. Three more sections:
+
+- ``costs``: what one image and one click take at 1920x1080, in time and bytes.
+- ``soak``: an hour of an annotator as fast as it goes, 60 images with 20 clicks each; the server's
+  memory.
+- ``hostile``: what a well-behaved user notices of a thousand callers with half a request, of
+  garbage, and of ten thousand unknown images.
+
+Every mask that comes is compared with that of ``predict``. The file is written anew after each
+figure, and ``serving_report`` makes a page of it. It takes about ten minutes on two idle cores;
+``--quick`` three. Longer than other modules, as all sections share one model and one load.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
-import socket
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import msgspec
 import numpy as np
+import PIL.Image
+from benchmarks import triton_load
+from benchmarks.hardening.soak import slope
+from benchmarks.report import conditions
+from benchmarks.triton_load import Click, load, percentiles, problems
 from numpy.typing import NDArray
+from tests.support.serving import (
+    ROOT,
+    ServerProcess,
+    TritonServer,
+    free_port,
+    hostile_calls,
+    image_file,
+)
 
 from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel, load_model
 from sam3rt.bundle.files import atomic_write
 from sam3rt.image_files import read_image
-from sam3rt.machine import processor_name, usable_cores
+from sam3rt.machine import usable_cores
 from sam3rt_serve.client import Client, ServerError
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import Limits, ObjectMasks, ObjectPrompt, Service
+from sam3rt_serve.wire import MasksQuestion, object_answer
 
-WAYS = ("loop", "core", "batching", "http")
 POINTS = 16
+_QUICK = {"users": "1,16", "seconds": 2.0, "images": 6, "ids": 1000}
+# Runs in Ray's environment until its input ends.
+_RAY = """
+import sys, json
+import ray
+from ray import serve
+from sam3rt_serve.ray_app import app
 
-Click = Callable[[int], NDArray[np.bool_]]
+arguments, port = json.loads(sys.argv[1]), int(sys.argv[2])
+ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+serve.run(app(arguments))
+print("ready", flush=True)
+sys.stdin.read()
+serve.shutdown()
+ray.shutdown()
+"""
+
+Report = Callable[..., None]
+# Makes a click and returns its seconds.
+Step = Callable[[int], float]
 
 
 class Answers:
-    """The image, the points that users click on, and what ``predict`` says of each."""
+    """An image, the points that users click on, and what ``predict`` says of each.
 
-    def __init__(self, model: SegmentationModel, image: Path) -> None:
-        self.file = image.read_bytes()
-        self.pixels = read_image(image)
-        height, width = self.pixels.shape[:2]
-        self.size = [height, width]
+    Args:
+        model: that is asked.
+        pixels: the image, uint8 [H, W, 3].
+        multimask: three masks for a click, or one.
+    """
+
+    def __init__(
+        self, model: SegmentationModel, pixels: NDArray[np.uint8], multimask: bool = True
+    ) -> None:
+        self.file = image_file(pixels)
+        self.pixels = pixels
+        self.multimask = multimask
+        height, width = pixels.shape[:2]
         rng = np.random.default_rng(0)
-        self.points = rng.uniform((0, 0), (width, height), (POINTS, 2)).round(1).tolist()
+        self.points = rng.uniform((0, 0), (width, height), (POINTS, 2)).astype(np.float32).tolist()
         self._predictor = SAM3InteractiveImagePredictor(model, mask_dtype=np.bool_)
-        self._predictor.set_image(self.pixels)
+        self._predictor.set_image(pixels)
         self.masks = [self.predict(number) for number in range(POINTS)]
 
     def predict(self, number: int) -> NDArray[np.bool_]:
         """A plain call."""
-        masks, _, _ = self._predictor.predict([self.points[number]], [1])
+        masks, _, _ = self._predictor.predict(
+            [self.points[number]], [1], multimask_output=self.multimask
+        )
         return masks
+
+    def over_http(self, url: str) -> Click:
+        """A user of a server, with a connection of its own."""
+        client = Client(url, timeout=600)
+        image_id = client.add_image(self.file)["image_id"]
+
+        def click(number: int) -> NDArray[np.bool_]:
+            point = {"points": [self.points[number]], "labels": [1]}
+            return client.segment(image_id, [point], self.multimask)[0].masks
+
+        return click
+
+
+class Bench:
+    """What the sections share.
+
+    Args:
+        options: of the command line.
+        report: takes results as they come.
+    """
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.options = options
+        self.report = report
+        self.model = load_model(
+            options.bundle, backend=options.backend, device="cpu", threads=options.threads
+        )
+        self.pixels = read_image(options.image)
+        self.large = np.asarray(PIL.Image.fromarray(self.pixels).resize((1920, 1080)))
+        self.answers = Answers(self.model, self.pixels)
+        self.users = [int(count) for count in options.users.split(",")]
+
+    def arguments(self, *more: str) -> list[str]:
+        """The command line that serves the same model in the same way."""
+        options = self.options
+        arguments = ["--bundle", str(self.model.bundle.path), "--backend", options.backend]
+        return [*arguments, "--threads", str(options.threads), *more]
+
+    def load(self, way: str, new_user: Callable[[], Click]) -> None:
+        """One way with each number of users."""
+        for count in self.users:
+            found = load(new_user, POINTS, self.answers.masks, count, self.options.seconds)
+            self.report("runs", {"way": way, "users": count} | found)
+
+    def overhead(
+        self, way: str, served: Step, answers: Answers, server: ServerProcess | None = None
+    ) -> None:
+        """Medians of a plain call and of one that is served, made in turn.
+
+        Args:
+            way: its name.
+            served: makes one, and returns its seconds.
+            answers: the plain ones.
+            server: if given, processor time is counted too, of the client and the server.
+        """
+        plain: list[float] = []
+        there: list[float] = []
+        spent = [0.0, 0.0]
+        deadline = time.monotonic() + 2 * self.options.seconds
+        while time.monotonic() < deadline:
+            number = len(plain) % POINTS
+            start = processor_seconds(server)
+            plain.append(timed(answers.predict)(number))
+            middle = processor_seconds(server)
+            there.append(served(number))
+            spent[0] += middle - start
+            spent[1] += processor_seconds(server) - middle
+        usual, over = np.percentile(plain, (25, 50)) * 1e3, np.percentile(there, (25, 50)) * 1e3
+        self.report(
+            "overhead",
+            {
+                "way": way,
+                "image": list(answers.pixels.shape[:2]),
+                "masks": len(answers.masks[0]),
+                "clicks": len(plain),
+                "predict_p50_ms": round(usual[1], 2),
+                "served_p50_ms": round(over[1], 2),
+                "overhead_p50_ms": round(over[1] - usual[1], 2),
+                # What other work on the machine disturbs less.
+                "overhead_p25_ms": round(over[0] - usual[0], 2),
+            }
+            | (
+                {"overhead_processor_ms": round((spent[1] - spent[0]) / len(plain) * 1e3, 2)}
+                if server
+                else {}
+            ),
+        )
+
+    # --- the sections -----------------------------------------------------------------------------
+
+    def costs(self) -> None:
+        file = image_file(self.large, "JPEG", quality=90)
+        predictor = SAM3InteractiveImagePredictor(self.model, mask_dtype=np.bool_)
+        encodes, clicks = [], []
+        for number in range(-1, 5):  # the first of each is not counted
+            start, spent = time.perf_counter(), time.process_time()
+            predictor.set_image(self.large)
+            encodes.append((time.perf_counter() - start, time.process_time() - spent))
+            for _ in range(5):
+                start, spent = time.perf_counter(), time.process_time()
+                masks, scores, low = predictor.predict([[900 + number, 500]], [1])
+                clicks.append((time.perf_counter() - start, time.process_time() - spent))
+        answer = object_answer(ObjectMasks(masks, scores, low, False), MasksQuestion([]))
+        found = {"image_bytes": len(file), "answer_bytes": len(msgspec.json.encode(answer))}
+        found["embedding_bytes"] = self.model.encode(self.large).nbytes
+        for name, times in (("encode", encodes[1:]), ("click", clicks[1:])):
+            wall, processor = np.median(times, axis=0) * 1e3
+            found |= {f"{name}_ms": round(wall, 2), f"{name}_processor_ms": round(processor, 2)}
+        self.report("costs", found)
+
+    def loop(self) -> None:
+        line = threading.Lock()
+
+        def click(number: int) -> NDArray[np.bool_]:
+            with line:
+                return self.answers.predict(number)
+
+        self.load("loop", lambda: click)
+
+    def core(self, way: str = "core", objects_at_once: int = 1) -> None:
+        service = Service(
+            self.model,
+            Limits(seconds=600),
+            threads=self.options.workers,
+            objects_at_once=objects_at_once,
+        )
+        image_id = service.add_image(self.answers.file).result().image_id
+
+        def click(number: int) -> NDArray[np.bool_]:
+            point = ObjectPrompt([tuple(self.answers.points[number])], [1])
+            masks: NDArray[np.bool_] = service.segment(image_id, [point]).result()[0].masks
+            return masks
+
+        self.load(way, lambda: click)
+        service.close()
+
+    def batching(self) -> None:
+        self.core("batching", 8)
+
+    def http(self) -> None:
+        arguments = self.arguments("--workers", str(self.options.workers), "--deadline", "600")
+        with ServerProcess(*arguments) as server:
+            self.load("http", lambda: self.answers.over_http(server.url))
+            for answers in (
+                self.answers,
+                Answers(self.model, self.large),
+                Answers(self.model, self.large, multimask=False),
+            ):
+                self.overhead("http", timed(answers.over_http(server.url)), answers, server)
+
+    def triton(self) -> None:
+        python = self.options.triton_env.absolute() / "bin" / "python"
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "image.png").write_bytes(self.answers.file)
+            cases = {"points": self.answers.points, "masks": np.stack(self.answers.masks)}
+            np.savez(folder / "cases.npz", **cases)
+            script = [python, triton_load.__file__, "--image", folder / "image.png"]
+            script += ["--expected", folder / "cases.npz"]
+            with TritonServer(python, folder, *self.arguments("--deadline", "600")) as server:
+                for protocol in ("http", "grpc"):
+                    at = [f"--{protocol}", f"127.0.0.1:{getattr(server, protocol)}"]
+                    loads = ["--clients", self.options.users, "--seconds", self.options.seconds]
+                    command = [*script, *at, *map(str, loads)]
+                    lines = subprocess.run(command, text=True, stdout=PIPE).stdout.splitlines()
+                    for found in map(json.loads, lines):
+                        way = f"triton {found.pop('protocol')}"
+                        self.report("runs", {"way": way} | found)
+                    with stepping([*script, *at, "--step"]) as served:
+                        self.overhead(f"triton {protocol}", served, self.answers)
+
+    def ray(self) -> None:
+        python = self.options.ray_env.absolute() / "bin" / "python"
+        port = free_port()
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "runtime"),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = {"bundle": str(self.model.bundle.path), "backend": self.options.backend}
+            arguments |= {"threads": str(self.options.threads), "replicas": "2"}
+            arguments |= {"cache_folder": folder, "deadline": "600"}
+            process = subprocess.Popen(
+                [python, "-c", _RAY, json.dumps(arguments), str(port)],
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=subprocess.DEVNULL,
+                env=variables,
+                text=True,
+            )
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                if not any(line.strip() == "ready" for line in process.stdout):
+                    raise SystemExit("Ray did not start")
+                url = f"http://127.0.0.1:{port}"
+                self.load("ray", lambda: self.answers.over_http(url))
+                self.overhead("ray", timed(self.answers.over_http(url)), self.answers)
+            finally:
+                process.stdin.close()
+                process.wait()
+
+    def soak(self) -> None:
+        samples: list[tuple[int, float]] = []
+        number = 0
+        start = time.monotonic()
+        with ServerProcess(*self.arguments("--cache-mb", "64")) as server:
+            client = Client(server.url, timeout=600)
+            for image in range(self.options.images):
+                pixels = self.pixels.copy()
+                pixels[0, 0] = image
+                image_id = client.add_image(image_file(pixels))["image_id"]
+                for _ in range(20):
+                    number += 1
+                    point = {"points": [self.answers.points[number % POINTS]], "labels": [1]}
+                    client.segment(image_id, [point], session=f"s-{image}")
+                samples.append((number, resident_mb(server.process.pid)))
+            files = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+        # The first images fill the cache.
+        later = samples[len(samples) // 4 :]
+        self.report(
+            "soak",
+            {
+                "images": self.options.images,
+                "clicks": number,
+                "seconds": round(time.monotonic() - start, 1),
+                "resident_mb_after_a_quarter": round(later[0][1], 1),
+                "resident_mb_at_the_end": round(later[-1][1], 1),
+                "mb_per_1000_clicks": round(1e3 * slope(*map(list, zip(*later, strict=True))), 2),
+                "open_files_at_the_end": files,
+            },
+        )
+
+    def hostile(self) -> None:
+        with ServerProcess(*self.arguments("--deadline", "10")) as server:
+            click = self.answers.over_http(server.url)
+            self.report("hostile", {"callers": "none"} | self._notice(click, server, lambda: None))
+            found = self._notice(click, server, lambda: misbehave(server, self.options.ids))
+            self.report("hostile", {"callers": f"1000 half, {self.options.ids} ids"} | found)
+
+    def _notice(
+        self, click: Click, server: ServerProcess, happening: Callable[[], None]
+    ) -> dict[str, Any]:
+        """What a user's clicks are like while something happens, and for a while at least."""
+        thread = threading.Thread(target=happening)
+        thread.start()
+        deadline = time.monotonic() + self.options.seconds
+        latencies: list[float] = []
+        failures: list[str] = []
+        while time.monotonic() < deadline or thread.is_alive():
+            number = len(latencies) % POINTS
+            start = time.perf_counter()
+            try:
+                masks = click(number)
+            except (ServerError, OSError) as error:
+                failures.append(str(error))
+                continue
+            latencies.append(time.perf_counter() - start)
+            if not np.array_equal(masks, self.answers.masks[number]):
+                failures.append("other masks")
+        thread.join()
+        return (
+            percentiles(latencies)
+            | problems(failures)
+            | {
+                "clicks": len(latencies),
+                "resident_mb": round(resident_mb(server.process.pid), 1),
+            }
+        )
+
+
+SECTIONS = ("costs", "loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
 
 
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, help="default: the bundled MobileSAM")
-    parser.add_argument("--image", type=Path, default=root / "tests" / "photos" / "chelsea.png")
+    parser.add_argument("--image", type=Path, default=ROOT / "tests" / "photos" / "chelsea.png")
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1, help="of an operator")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="that answer clicks")
     parser.add_argument("--users", default="1,2,4,8,16,32,64")
-    parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each figure")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each figure")
+    parser.add_argument("--images", type=int, default=60, help="of the soak, 20 clicks each")
+    parser.add_argument("--ids", type=int, default=10_000, help="unknown images asked for")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter figures")
+    parser.add_argument("--triton-env", type=Path, metavar="FOLDER")
+    parser.add_argument("--ray-env", type=Path, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    if "--quick" in sys.argv:
+        parser.set_defaults(**_QUICK)
     options = parser.parse_args()
-    model = load_model(
-        options.bundle, backend=options.backend, device="cpu", threads=options.threads
-    )
-    answers = Answers(model, options.image)
-    users = [int(count) for count in options.users.split(",")]
-    results: dict[str, Any] = {
-        "command": " ".join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
-        "machine": {
-            "processor": processor_name(),
-            "cores": usable_cores(),
-            "python": platform.python_version(),
-        },
+    sections = options.only.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    results: dict[str, Any] = {}
+
+    def report(section: str, result: dict[str, Any]) -> None:
+        print(json.dumps({"section": section} | result), flush=True)
+        results.setdefault(section, []).append(result)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(options.output) as stream:
+            stream.write((json.dumps(results, indent=2) + "\n").encode())
+
+    bench = Bench(options, report)
+    results |= conditions(options.backend, "numpy", "uvicorn") | {
         "model": {
-            "name": model.manifest.name,
-            "fingerprint": model.manifest.fingerprint,
-            "backend": model.backend.name,
-            "precision": model.backend.precision,
+            "name": bench.model.manifest.name,
+            "fingerprint": bench.model.manifest.fingerprint,
+            "precision": bench.model.backend.precision,
             "threads": options.threads,
             "workers": options.workers,
         },
-        "image": answers.size,
-        "runs": [],
+        "image": list(bench.pixels.shape[:2]),
     }
-    for way in options.ways.split(","):
-        with globals()[f"serve_{way}"](options, model, answers) as new_user:
-            for count in users:
-                run = {"way": way, "users": count}
-                run |= clicks_of(count, new_user, answers, options.seconds)
-                results["runs"].append(run)
-                print(json.dumps(run), flush=True)
-            if way == "http":
-                results["overhead"] = overhead(new_user(), answers, options.seconds)
-                print(json.dumps(results["overhead"]), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.output / "serving.json") as stream:
-        stream.write((json.dumps(results, indent=2) + "\n").encode())
+    for section in sections:
+        if getattr(options, f"{section}_env", section) is None:
+            print(f"{section}: left out, as --{section}-env is not given", file=sys.stderr)
+        else:
+            getattr(bench, section)()
+
+
+def timed(call: Click) -> Step:
+    """The seconds that a click takes."""
+
+    def measured(number: int) -> float:
+        start = time.perf_counter()
+        call(number)
+        return time.perf_counter() - start
+
+    return measured
 
 
 @contextmanager
-def serve_loop(
-    options: argparse.Namespace, model: SegmentationModel, answers: Answers
-) -> Iterator[Callable[[], Click]]:
-    """One ``predict`` call at a time."""
-    line = threading.Lock()
+def stepping(command: list[Any]) -> Iterator[Step]:
+    """A process that clicks once for each line, and says how long it took."""
+    process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
 
-    def click(number: int) -> NDArray[np.bool_]:
-        with line:
-            return answers.predict(number)
+    def served(number: int) -> float:
+        print(number, file=process.stdin, flush=True)
+        assert process.stdout is not None
+        return float(process.stdout.readline())
 
-    yield lambda: click
-
-
-@contextmanager
-def serve_core(
-    options: argparse.Namespace,
-    model: SegmentationModel,
-    answers: Answers,
-    objects_at_once: int = 1,
-) -> Iterator[Callable[[], Click]]:
-    """The service in this process."""
-    service = Service(
-        model, Limits(seconds=600), threads=options.workers, objects_at_once=objects_at_once
-    )
-    image_id = service.add_image(answers.file).result().image_id
-
-    def click(number: int) -> NDArray[np.bool_]:
-        point = ObjectPrompt([answers.points[number]], [1])
-        masks: NDArray[np.bool_] = service.segment(image_id, [point]).result()[0].masks
-        return masks
-
-    yield lambda: click
-    service.close()
-
-
-def serve_batching(options: argparse.Namespace, model: SegmentationModel, answers: Answers) -> Any:
-    """The service in this process, with decoder runs of up to eight objects."""
-    return serve_core(options, model, answers, 8)
-
-
-@contextmanager
-def serve_http(
-    options: argparse.Namespace, model: SegmentationModel, answers: Answers
-) -> Iterator[Callable[[], Click]]:
-    """A process of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "sam3rt", "serve", "--port", str(port), "--deadline", "600"]
-    command += ["--backend", options.backend, "--threads", str(options.threads)]
-    command += ["--workers", str(options.workers)]
-    command += ["--bundle", str(options.bundle)] if options.bundle else []
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        image_id = when_ready(port, answers.file)
-
-        def new_user() -> Click:
-            client = Client(f"http://127.0.0.1:{port}", timeout=600)
-
-            def click(number: int) -> NDArray[np.bool_]:
-                point = {"points": [answers.points[number]], "labels": [1]}
-                return client.segment(image_id, [point])[0].masks
-
-            return click
-
-        yield new_user
+        served(0)
+        yield served
     finally:
-        process.terminate()
+        process.stdin.close()
         process.wait()
 
 
-def when_ready(port: int, file: bytes) -> str:
-    """Send the image once the server is there, and return its id."""
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            with Client(f"http://127.0.0.1:{port}", timeout=300) as client:
-                image_id: str = client.add_image(file)["image_id"]
-                return image_id
-        except (OSError, ServerError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+def misbehave(server: ServerProcess, ids: int) -> None:
+    """A thousand callers with half a request, garbage, and images that nobody has sent."""
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            caller = stack.enter_context(server.connect())
+            head = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+            caller.sendall(head + b"content-length: 99\r\n\r\nx" * (number % 2))
+        garbage = hostile_calls(server.port, image_file(np.zeros((9, 9, 3), np.uint8)))
+        client = Client(server.url)
+        point = {"points": [[1, 1]], "labels": [1]}
+        for number in range(ids):
+            with contextlib.suppress(ServerError):
+                client.segment(f"id-{number}", [point], session=f"s-{number}")
+            if number % 50 == 0:
+                garbage[number // 50 % len(garbage)]()
 
 
-def clicks_of(
-    count: int, new_user: Callable[[], Click], answers: Answers, seconds: float
-) -> dict[str, Any]:
-    """What so many users get in a time: clicks a second, and percentiles of the latency in ms."""
-    latencies: list[float] = []
-    wrong: list[int] = []
-    failed: list[BaseException] = []
-    start = threading.Barrier(count + 1)
-    over = threading.Event()
-
-    def user(first: int) -> None:
-        try:
-            click = new_user()
-            click(first % POINTS)
-            number = first
-            start.wait()
-            while not over.is_set():
-                number += 1
-                began = time.perf_counter()
-                masks = click(number % POINTS)
-                latencies.append(time.perf_counter() - began)
-                if not np.array_equal(masks, answers.masks[number % POINTS]):
-                    wrong.append(number)
-        except BaseException as error:
-            failed.append(error)
-            start.abort()
-            raise
-
-    threads = [threading.Thread(target=user, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    began = time.perf_counter()
-    time.sleep(seconds)
-    over.set()
-    for thread in threads:
-        thread.join()
-    took = time.perf_counter() - began
-    if failed or wrong:
-        raise SystemExit(f"{len(wrong)} answers were wrong, {len(failed)} users failed")
-    return {"clicks": len(latencies), "clicks_a_second": round(len(latencies) / took, 2)} | {
-        f"p{p}_ms": round(float(np.percentile(latencies, p)) * 1e3, 2) for p in (50, 95, 99)
-    }
+def processor_seconds(server: ServerProcess | None) -> float:
+    """Spent so far by this process and, in whole hundredths, by a server."""
+    if server is None:
+        return time.process_time()
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def overhead(click: Click, answers: Answers, seconds: float) -> dict[str, Any]:
-    """Medians of a plain call and of one over HTTP, made in turn."""
-    plain: list[float] = []
-    served: list[float] = []
-    deadline = time.monotonic() + 2 * seconds
-    number = 0
-    while time.monotonic() < deadline:
-        number = (number + 1) % POINTS
-        for call, times in ((answers.predict, plain), (click, served)):
-            began = time.perf_counter()
-            call(number)
-            times.append(time.perf_counter() - began)
-    median, over_http = (float(np.median(times)) * 1e3 for times in (plain, served))
-    return {
-        "clicks": len(plain),
-        "predict_p50_ms": round(median, 2),
-        "http_p50_ms": round(over_http, 2),
-        "overhead_p50_ms": round(over_http - median, 2),
-    }
+def resident_mb(process: int) -> float:
+    """Resident memory of a process, 10^6 bytes."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 from sam3rt.cli.options import add_model_options, load_from_options, positive_int
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
+from .core import Limits, Service
+
 HELP = "serve a model over HTTP (needs the serve extra)"
 DESCRIPTION = """\
 Serve a model over HTTP: an image is encoded once, then clicks on it are answered with masks.
@@ -49,19 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, what in (
         ("--cache-mb", 1024, "memory for embeddings, on the device that decodes"),
         ("--cache-folder-mb", 65536, "what the folder may hold"),
-        ("--max-image-mb", 32, "largest image file"),
-        ("--max-pixels", 1 << 26, "largest image"),
-        ("--max-objects", 64, "objects in a request"),
-        ("--max-points", 256, "points of an object"),
-        ("--max-waiting-images", 16, "images that may wait for the encoder"),
-        ("--max-waiting-clicks", 256, "requests for masks that may wait"),
-        ("--max-connections", 1000, "connections; further ones are answered 503"),
-        ("--deadline", 30, "seconds that a request has"),
+        # A process may usually have 1,024 files open.
+        ("--max-connections", 800, "connections"),
         ("--health-seconds", 300, "how long an answer of /readyz holds"),
     ):
-        parser.add_argument(
-            name, type=positive_int, default=default, metavar="N", help=f"{what} ({default})"
-        )
+        _add_number(parser, name, default, what)
+    add_limit_options(parser)
     parser.add_argument(
         "--workers",
         type=positive_int,
@@ -71,12 +66,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
+def add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what one request may ask for, and how many may wait."""
+    for name, default, what in (
+        ("--max-image-mb", Limits.image_bytes >> 20, "largest image file"),
+        ("--max-pixels", Limits.pixels, "largest image"),
+        ("--max-objects", Limits.objects, "objects in a request"),
+        ("--max-points", Limits.points, "points of an object"),
+        ("--max-waiting-images", Limits.waiting_images, "images that may wait for the encoder"),
+        ("--max-waiting-clicks", Limits.waiting_clicks, "requests for masks that may wait"),
+        ("--deadline", int(Limits.seconds), "seconds that a request has"),
+    ):
+        _add_number(parser, name, default, what)
+
+
+def limits_from_options(options: argparse.Namespace) -> Limits:
+    """What :func:`add_limit_options` declared."""
+    return Limits(
+        image_bytes=options.max_image_mb << 20,
+        pixels=options.max_pixels,
+        objects=options.max_objects,
+        points=options.max_points,
+        waiting_images=options.max_waiting_images,
+        waiting_clicks=options.max_waiting_clicks,
+        seconds=float(options.deadline),
+    )
+
+
+def _add_number(parser: argparse.ArgumentParser, name: str, default: int, what: str) -> None:
+    parser.add_argument(
+        name, type=positive_int, default=default, metavar="N", help=f"{what} ({default})"
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     try:
         import uvicorn
 
-        from .core import Limits, Service
+        from .connections import BoundedProtocol
         from .http import create_app
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
@@ -89,18 +117,9 @@ def run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=PromptWarning)
     model = load_from_options(options)
     model.warm_up()
-    limits = Limits(
-        image_bytes=options.max_image_mb << 20,
-        pixels=options.max_pixels,
-        objects=options.max_objects,
-        points=options.max_points,
-        waiting_images=options.max_waiting_images,
-        waiting_clicks=options.max_waiting_clicks,
-        seconds=float(options.deadline),
-    )
     service = Service(
         model,
-        limits,
+        limits_from_options(options),
         cache_bytes=options.cache_mb << 20,
         cache_folder=options.cache_folder,
         max_folder_bytes=options.cache_folder_mb << 20,
@@ -112,7 +131,9 @@ def run(options: argparse.Namespace) -> int:
             app,
             host=options.host,
             port=options.port,
-            http="h11",  # which bounds the length of headers
+            http=BoundedProtocol,
+            ws="none",
+            backlog=128,
             limit_concurrency=options.max_connections,
             timeout_graceful_shutdown=options.deadline,
             access_log=False,

@@ -7,7 +7,9 @@ import http.client
 import io
 import json
 import os
+import struct
 import urllib.parse
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -138,7 +140,7 @@ class Client:
         answer = self._document("POST", _path(image_id, "masks"), content, "application/json")
         return [
             RemoteMasks(
-                np.stack([_unpack(mask) for mask in one["masks"]]),
+                _unpack(one["masks"]),
                 np.array(one["scores"], np.float32),
                 one["refined"],
             )
@@ -210,6 +212,20 @@ def _plain(value: Any) -> Any:
     return np.asarray(value).tolist()
 
 
-def _unpack(mask: str) -> NDArray[np.bool_]:
-    with PIL.Image.open(io.BytesIO(base64.b64decode(mask)), formats=("PNG",)) as image:
-        return np.asarray(image)
+def _unpack(files: Sequence[str]) -> NDArray[np.bool_]:
+    """Masks out of PNG files of one size."""
+    contents = [base64.b64decode(file) for file in files]
+    (width,) = struct.unpack_from(">I", contents[0], 16)
+    return np.unpackbits(np.stack([*map(_bits, contents)]), axis=2, count=width).view(np.bool_)
+
+
+def _bits(content: bytes) -> NDArray[np.uint8]:
+    """The rows of a PNG file as bits, uint8 [H, W / 8]; the server's own faster than Pillow."""
+    _, height, depth, colour, *_ = struct.unpack_from(">IIBBBBB", content, 16)
+    length, kind = struct.unpack_from(">I4s", content, 33)
+    if (depth, colour, kind) == (1, 0, b"IDAT") and len(content) == length + 57:
+        rows = np.frombuffer(zlib.decompress(content[41:-16]), np.uint8).reshape(height, -1)
+        if not rows[:, 0].any():  # no filter
+            return rows[:, 1:]
+    with PIL.Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        return np.packbits(np.asarray(image), axis=1)

@@ -153,9 +153,13 @@ class Service:
         self._sessions = Sessions(self.limits.session_bytes)
         self._encoder = threading.Lock()
         self._joins_images = joining_pays(model)
-        # Two threads: while one image is encoded, the next is read.
+        # Two threads: while one encodes, the other reads what comes next.
         self.uploads: WorkQueue[_Upload, StoredImage] = WorkQueue(
-            self._store, "upload", threads=2, most_waiting=self.limits.waiting_images
+            self._store,
+            "upload",
+            threads=2,
+            most_waiting=self.limits.waiting_images,
+            most_together=model.backend.images_at_once,
         )
         self.clicks: WorkQueue[_Click, Any] = WorkQueue(
             self._answer,
@@ -199,7 +203,8 @@ class Service:
             size, most = content.nbytes, 3 * self.limits.pixels
         if size > most:
             raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
-        return self.uploads.submit(_Upload(image_id, content), self._deadline(deadline))
+        upload = _Upload(image_id, content)
+        return self.uploads.submit(upload, self._deadline(deadline), kind="image")
 
     @contextlib.contextmanager
     def embedding(self, image_id: str) -> Iterator[ImageEmbedding]:
@@ -228,6 +233,10 @@ class Service:
         self._sessions.discard(image_id)
         if not self.cache.discard(image_id):
             raise UnknownImageError(f"no image {image_id!r}")
+
+    def forget_session(self, session: str) -> None:
+        """Let a session's next request begin anew, on any image."""
+        self._sessions.discard(session=session)
 
     def segment(
         self,
@@ -290,18 +299,26 @@ class Service:
     # --- on the queues' threads -------------------------------------------------------------------
 
     def _store(self, uploads: Sequence[_Upload]) -> list[StoredImage]:
-        ((given_id, content),) = uploads
-        image_id = given_id or content_id(content)
-        with contextlib.suppress(UnknownImageError):
-            return [self.find_image(image_id)]
-        if isinstance(content, bytes):
-            content = read_image(content, self.limits.pixels)
+        ids = [given or content_id(content) for given, content in uploads]
+        stored: dict[str, StoredImage] = {}
+        new: dict[str, NDArray[np.uint8]] = {}
+        for image_id, (_, content) in zip(ids, uploads, strict=True):
+            with contextlib.suppress(UnknownImageError):
+                stored[image_id] = self.find_image(image_id)
+                continue
+            if isinstance(content, bytes):
+                content = read_image(content, self.limits.pixels)
+            new[image_id] = content
         with self._encoder:
-            with contextlib.suppress(UnknownImageError):  # it came twice at the same time
-                return [self.find_image(image_id)]
-            embedding = self.model.encode(content)
-            self.cache.add(image_id, embedding)
-        return [StoredImage(image_id, embedding.original_size, True)]
+            for image_id in list(new):
+                with contextlib.suppress(UnknownImageError):  # it came twice at the same time
+                    stored[image_id] = self.find_image(image_id)
+                    del new[image_id]
+            embeddings = self.model.encode_batch(list(new.values()))
+            for image_id, embedding in zip(new, embeddings, strict=True):
+                self.cache.add(image_id, embedding)
+                stored[image_id] = StoredImage(image_id, embedding.original_size, True)
+        return [stored[image_id] for image_id in ids]
 
     def _answer(self, clicks: Sequence[_Click]) -> list[Any]:
         """Answer clicks, all multi-mask or all single-mask, and on one image unless these join."""

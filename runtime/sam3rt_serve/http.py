@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import anyio
 import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -272,8 +273,9 @@ class _Api:
             raise TooLargeError(f"a body of {declared} bytes, at most {most} are taken")
         try:
             try:
-                body = await asyncio.wait_for(read(), self._limits.seconds)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(self._limits.seconds):
+                    body = await read()
+            except TimeoutError:
                 raise HTTPException(408, "the body came too slowly") from None
             yield body
         finally:

@@ -41,10 +41,10 @@ class Sessions:
             while self._bytes > self._max_bytes:
                 self._drop(next(iter(self._masks)))
 
-    def discard(self, image_id: str) -> None:
-        """Forget all sessions on an image."""
+    def discard(self, image_id: str | None = None, session: str | None = None) -> None:
+        """Forget all sessions on an image, or a session on all images."""
         with self._lock:
-            for key in [key for key in self._masks if key[0] == image_id]:
+            for key in [key for key in self._masks if image_id == key[0] or session == key[1]]:
                 self._drop(key)
 
     def _drop(self, key: tuple[str, str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import site
+import struct
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import sam3rt
@@ -14,12 +16,16 @@ from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli.options import add_model_options, positive_int
 from sam3rt.errors import InvalidInputError
 
+from .cli import add_limit_options, limits_from_options
+from .triton_model import WARM_UP
+
 HELP = "write a model repository for Triton Inference Server"
 DESCRIPTION = """\
 Write a model repository for Triton Inference Server, whose Python backend then runs this package.
 
   sam3rt_encode    image file or pixels -> image_id, size
-  sam3rt_decode    image_id, points, labels, boxes, session -> masks, scores, low_res_masks
+  sam3rt_decode    image_id, points, labels, boxes -> masks, scores, low_res_masks
+  sam3rt_session   the same in a sequence, where an object's earlier mask is a prompt too
   sam3rt_segment   all of it in one call
 
 The configurations name this Python's packages, the bundle and the folder through which embeddings
@@ -38,7 +44,6 @@ _PROMPTS: tuple[_Tensor, ...] = (
     ("labels", "INT32", "-1, -1", True),
     ("boxes", "FP32", "-1, 4", True),
     ("multimask", "BOOL", "1", True),
-    ("session", "STRING", "1", True),
 )
 _MASKS: tuple[_Tensor, ...] = (
     ("masks", "BOOL", "-1, -1, -1, -1", False),
@@ -52,10 +57,33 @@ _MODELS: dict[str, tuple[tuple[_Tensor, ...], tuple[_Tensor, ...]]] = {
         (("image_id", "STRING", "1", False), ("size", "INT32", "2", False)),
     ),
     "decode": ((("image_id", "STRING", "1", False), *_PROMPTS), _MASKS),
+    "session": ((("image_id", "STRING", "1", False), *_PROMPTS), _MASKS),
     "segment": ((*_IMAGE, *_PROMPTS), _MASKS),
 }
 # Requests that wait are given to the backend together; each has its own shapes.
-_BATCHING = {"decode": "max_batch_size: 8\ndynamic_batching { }\n"}
+_BATCHED = ("decode", "session")
+_QUEUE = """\
+dynamic_batching {{ default_queue_policy {{
+  max_queue_size: {waiting} default_timeout_microseconds: {microseconds}
+}} }}
+"""
+# A sequence stays with one instance, which keeps its masks.
+_SEQUENCES = """\
+sequence_batching {{
+  max_sequence_idle_microseconds: 3600000000 oldest {{ max_candidate_sequences: {waiting} }}
+}}
+"""
+# The request that every instance answers before it is ready: inputs, types, shapes and data.
+_POINT = (
+    ("points", "FP32", "1, 1, 2", "zero_data: true"),
+    ("labels", "INT32", "1, 1", "zero_data: true"),
+)
+_PIXELS = (("pixels", "UINT8", "8, 8, 3", "zero_data: true"),)
+_NAME = (("image_id", "STRING", "1", 'input_data_file: "image_id"'),)
+_WARM_UP = {"encode": _PIXELS, "decode": (*_NAME, *_POINT), "segment": (*_PIXELS, *_POINT)}
+# What the server may repeat from its response cache. An image that it has an id of may have left,
+# and a session's answers differ.
+_REPEATABLE = ("segment",)
 _PROGRAM = '''\
 """Loads the model named in config.pbtxt; written by sam3rt triton."""
 
@@ -116,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes of each model, on a GPU on each GPU (1)",
     )
+    add_limit_options(parser)
     add_model_options(parser)
 
 
@@ -127,6 +156,7 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(
         default_bundle_path() if options.bundle is None else options.bundle, check_files=False
     )
+    limits = limits_from_options(options)
     folder = options.cache_folder or target.with_name(f"{target.name}-embeddings")
     shared = {
         "bundle": str(bundle.path.absolute()),
@@ -136,6 +166,7 @@ def run(options: argparse.Namespace) -> int:
         "threads": options.threads,
         "cache_bytes": options.cache_mb << 20,
         "cache_folder": str(folder.absolute()),
+        "limits": asdict(limits),
     }
     own = [str(Path(module).resolve().parents[1]) for module in (sam3rt.__file__, __file__)]
     packages = list(dict.fromkeys([*own, *site.getsitepackages()]))
@@ -144,20 +175,37 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         repository = Path(scratch) / "repository"
         for role, (inputs, outputs) in _MODELS.items():
-            parts = [f'name: "sam3rt_{role}"\nbackend: "python"\n', _BATCHING.get(role, "")]
-            ragged = role in _BATCHING
+            ragged = role in _BATCHED
+            waiting = limits.waiting_images if role == "encode" else limits.waiting_clicks
+            scheduling = _SEQUENCES if role == "session" else _QUEUE
+            parts = [f'name: "sam3rt_{role}"\nbackend: "python"\n']
+            parts += ["max_batch_size: 8\n"] * ragged
+            parts.append(scheduling.format(waiting=waiting, microseconds=int(limits.seconds * 1e6)))
             parts += [_tensor("input", tensor, ragged) for tensor in inputs]
             parts += [_tensor("output", tensor, False) for tensor in outputs]
             parts.append(f"instance_group [{{ count: {options.instances} kind: {kind} }}]\n")
+            parts.append(f"response_cache {{ enable: {str(role in _REPEATABLE).lower()} }}\n")
+            parts.append(_warm_up(role))
             text = json.dumps(json.dumps(shared | {"role": role}))
             parts.append(f'parameters {{ key: "options" value {{ string_value: {text} }} }}\n')
             model = repository / f"sam3rt_{role}"
             (model / "1").mkdir(parents=True)
             (model / "config.pbtxt").write_text("".join(parts))
             (model / "1" / "model.py").write_text(_PROGRAM.format(packages=packages))
+            (model / "warmup").mkdir()
+            name = WARM_UP.encode()
+            (model / "warmup" / "image_id").write_bytes(struct.pack("<I", len(name)) + name)
         repository.rename(target)
     print(f"{target}: {', '.join(f'sam3rt_{role}' for role in _MODELS)}")
     return 0
+
+
+def _warm_up(role: str) -> str:
+    inputs = "".join(
+        f'\n  inputs {{ key: "{name}" value {{ data_type: TYPE_{kind} dims: [{shape}] {data} }} }}'
+        for name, kind, shape, data in _WARM_UP.get(role, ())
+    )
+    return inputs and f'model_warmup {{ name: "{role}" batch_size: 1{inputs}\n}}\n'
 
 
 def _tensor(where: str, tensor: _Tensor, ragged: bool) -> str:

@@ -1,4 +1,4 @@
-"""What runs in Triton's Python backend: one of the three models that ``sam3rt triton`` writes.
+"""What runs in Triton's Python backend: one of the four models that ``sam3rt triton`` writes.
 
 Each instance is a process of its own. Embeddings go from the one that encodes to those that decode
 as files in a shared folder, once per image, and stay in each process's memory then.
@@ -7,6 +7,7 @@ as files in a shared folder, once per image, and stay in each process's memory t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from functools import partial
@@ -19,10 +20,12 @@ from sam3rt import load_model
 from sam3rt.embedding_cache import CacheFullError
 from sam3rt.errors import BackendError, InvalidInputError, PromptError
 
-from .core import ObjectMasks, ObjectPrompt, Service
+from .core import Limits, ObjectMasks, ObjectPrompt, Service
 from .errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
 
 _POLL = 0.1  # how often a request that is being answered is asked whether it was cancelled, seconds
+# The image that an instance decodes once before it is ready. No hash of an image is like it.
+WARM_UP = "warm-up"
 
 
 class Model:
@@ -37,8 +40,9 @@ class Model:
         self._triton = utilities
         parameters = json.loads(args["model_config"])["parameters"]
         options = json.loads(parameters["options"]["string_value"])
+        role = options["role"]
         self._start: Callable[[Any], Callable[[], dict[str, NDArray[Any]]]] = getattr(
-            self, f"_{options['role']}"
+            self, f"_{role}"
         )
         device = options["device"]
         if args["model_instance_kind"] == "GPU":
@@ -52,8 +56,13 @@ class Model:
         )
         model.warm_up()
         self._service = Service(
-            model, cache_bytes=options["cache_bytes"], cache_folder=options["cache_folder"]
+            model,
+            Limits(**options["limits"]),
+            cache_bytes=options["cache_bytes"],
+            cache_folder=options["cache_folder"],
         )
+        if role == "decode":
+            self._service.add_image(np.zeros((8, 8, 3), np.uint8), WARM_UP).result()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests that Triton has put together."""
@@ -67,11 +76,13 @@ class Model:
         """Triton unloads the model."""
         self._service.close()
 
-    # --- the three models -------------------------------------------------------------------------
+    # --- the four models -------------------------------------------------------------------------
 
     def _encode(self, request: Any) -> Callable[[], dict[str, NDArray[Any]]]:
         image_id = self._text(request, "image_id")
-        future = self._service.add_image(self._image(request), image_id)
+        future = self._service.add_image(
+            self._image(request), image_id, deadline=self._deadline(request)
+        )
 
         def answer() -> dict[str, NDArray[Any]]:
             stored = self._result(request, future)
@@ -80,11 +91,19 @@ class Model:
 
         return answer
 
-    def _decode(self, request: Any) -> Callable[[], dict[str, NDArray[Any]]]:
+    def _session(self, request: Any) -> Callable[[], dict[str, NDArray[Any]]]:
+        session = str(request.correlation_id())
+        if request.flags() & self._triton.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START:
+            self._service.forget_session(session)
+        return self._decode(request, session)
+
+    def _decode(
+        self, request: Any, session: str | None = None
+    ) -> Callable[[], dict[str, NDArray[Any]]]:
         image_id = self._text(request, "image_id", batched=True)
         if image_id is None:
             raise InvalidInputError("image_id", "nothing", "the id that sam3rt_encode gave")
-        future = self._click(request, image_id, batched=True)
+        future = self._click(request, image_id, session, batched=True)
 
         def answer() -> dict[str, NDArray[Any]]:
             arrays = _arrays(self._result(request, future))
@@ -93,7 +112,7 @@ class Model:
         return answer
 
     def _segment(self, request: Any) -> Callable[[], dict[str, NDArray[Any]]]:
-        future = self._service.add_image(self._image(request))
+        future = self._service.add_image(self._image(request), deadline=self._deadline(request))
 
         def answer() -> dict[str, NDArray[Any]]:
             image_id = self._result(request, future).image_id
@@ -103,7 +122,9 @@ class Model:
 
     # --- tensors ----------------------------------------------------------------------------------
 
-    def _click(self, request: Any, image_id: str, batched: bool = False) -> Future[Any]:
+    def _click(
+        self, request: Any, image_id: str, session: str | None = None, batched: bool = False
+    ) -> Future[Any]:
         points = self._input(request, "points", batched)
         labels = self._input(request, "labels", batched)
         boxes = self._input(request, "boxes", batched)
@@ -129,7 +150,8 @@ class Model:
             image_id,
             objects,
             True if multimask is None else bool(multimask[0]),
-            session=self._text(request, "session", batched),
+            session=session,
+            deadline=self._deadline(request),
         )
 
     def _image(self, request: Any) -> bytes | NDArray[np.uint8]:
@@ -158,6 +180,11 @@ class Model:
     def _text(self, request: Any, name: str, batched: bool = False) -> str | None:
         array = self._input(request, name, batched)
         return None if array is None else str(array[0].decode(errors="replace"))
+
+    def _deadline(self, request: Any) -> float | None:
+        """By ``time.monotonic``, where the client set a timeout."""
+        microseconds: int = request.timeout()
+        return time.monotonic() + microseconds * 1e-6 if microseconds else None
 
     # --- answers ----------------------------------------------------------------------------------
 

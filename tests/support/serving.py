@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import tempfile
 import time
 import urllib.request
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,24 @@ from tests.support.runnable_bundle import runnable_bundle
 from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel, load_model
 from sam3rt_serve.core import ObjectPrompt
 
-CAT = Path(__file__).resolve().parents[1] / "photos" / "chelsea.png"
+ROOT = Path(__file__).resolve().parents[2]
+CAT = ROOT / "tests" / "photos" / "chelsea.png"
+# What `environment("triton")` and `environment("ray")` take. Triton's Python backend was built for
+# NumPy 1.
+TRITON_PACKAGES = (
+    *("nvidia-pytriton==0.7.0", "numpy<2", "tritonclient[http,grpc]"),
+    *("onnxruntime", "msgspec", "pillow", "safetensors"),
+)
+RAY_PACKAGES = (
+    *("ray[serve]==2.60.0", "starlette", "uvicorn", "prometheus-client", "python-multipart"),
+    *("numpy", "onnxruntime", "msgspec", "pillow", "safetensors"),
+)
+_LAYOUT = """
+import json, pathlib, pytriton, sys, sysconfig
+print(json.dumps([str(pathlib.Path(pytriton.__file__).parent / "tritonserver"),
+    str(pathlib.Path(pytriton.__file__).parents[1] / "nvidia_pytriton.libs"),
+    sysconfig.get_config_var("LIBDIR"), "%d.%d" % sys.version_info[:2]]))
+"""
 
 
 def image_file(image: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
@@ -116,6 +134,47 @@ def free_port() -> int:
         return port
 
 
+def hostile_calls(port: int, file: bytes) -> list[Callable[[], None]]:
+    """Ways to misbehave; none of them waits for an answer that may not come.
+
+    Args:
+        port: of the server on this machine.
+        file: an image file.
+    """
+
+    def raw(content: bytes, wait: bool = True) -> None:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+        # The server may close it before all is sent.
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(content)
+            if wait:
+                connection.recv(1 << 16)
+
+    def post(path: str, media_type: str, body: bytes, length: int | None = None) -> bytes:
+        return (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
+            f"content-length: {len(body) if length is None else length}\r\n\r\n"
+        ).encode() + body
+
+    rng = np.random.default_rng(0)
+    prompts = b'{"objects":[{"points":[[1,1]],"labels":[1]}]}'
+    return [
+        lambda: raw(rng.bytes(2000)),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n"),
+        lambda: raw(b"GET /" + b"a" * (1 << 18) + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
+        lambda: raw(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n"),
+        lambda: raw(post("/v1/images", "image/png", rng.bytes(5000))),
+        lambda: raw(post("/v1/images", "image/png", file[:80], 1 << 40)),
+        lambda: raw(post("/v1/images", "image/png", file[:80], 1 << 20), wait=False),
+        lambda: raw(post("/v1/images", "image/png", file, -5)),
+        lambda: raw(post("/v1/images", "multipart/form-data; boundary=x", b"--x\r\n" * 5000)),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", prompts), wait=False),
+        lambda: raw(post("/v1/images/cat/masks", "application/json", b'{"objects":[' * 9999)),
+        lambda: raw(b"POST /v1/images HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz"),
+        lambda: raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    ]
+
+
 class ServerProcess:
     """``sam3rt serve`` as a process of its own, for a ``with`` statement.
 
@@ -160,7 +219,81 @@ class ServerProcess:
         finally:
             self.process.kill()
 
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged so far; every line is JSON."""
         self.log.seek(0)
         return [json.loads(line) for line in self.log]
+
+
+class TritonServer:
+    """The real server on a model repository, for a ``with`` statement.
+
+    Args:
+        python: of an environment with :data:`TRITON_PACKAGES`; it writes the repository too, for
+            the server imports from where the repository was written.
+        folder: for the repository, the backend and the log.
+        arguments: of ``sam3rt triton``.
+
+    Attributes:
+        http, grpc: ports.
+    """
+
+    def __init__(self, python: Path, folder: Path, *arguments: str) -> None:
+        self._folder = folder
+        self._log = folder / "log"
+        self._variables = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
+        code = (
+            "import argparse, sys; from sam3rt_serve import triton; p = argparse.ArgumentParser(); "
+            "triton.add_arguments(p); sys.exit(triton.run(p.parse_args()))"
+        )
+        write = [python, "-c", code, folder / "repository", *arguments]
+        subprocess.run(write, env=self._variables, check=True, stdout=subprocess.DEVNULL)
+        asked = subprocess.run([python, "-c", _LAYOUT], check=True, capture_output=True)
+        self._server, libraries, python_library, version = json.loads(asked.stdout)
+        backend = folder / "backends" / "python"
+        backend.mkdir(parents=True)
+        stub = Path(self._server, "python_backend_stubs", version, "triton_python_backend_stub")
+        for path in (*Path(self._server, "backends", "python").iterdir(), stub):
+            (backend / path.name).symlink_to(path)
+        paths = [libraries, f"{self._server}/external_libs", python_library]
+        self._variables["LD_LIBRARY_PATH"] = ":".join(paths)
+
+    def __enter__(self) -> TritonServer:
+        self.http, self.grpc, metrics = (free_port() for _ in range(3))
+        command = [f"{self._server}/bin/tritonserver"]
+        command += [f"--model-repository={self._folder / 'repository'}"]
+        command += [f"--backend-directory={self._folder / 'backends'}"]
+        # The response cache is on, as it may be anywhere.
+        command += [
+            f"--cache-directory={self._server}/caches",
+            "--cache-config=local,size=10485760",
+        ]
+        for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", metrics)):
+            command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, env=self._variables, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                url = f"http://127.0.0.1:{self.http}/v2/health/ready"
+                with urllib.request.urlopen(url, timeout=5):
+                    return self
+            except OSError:
+                time.sleep(0.2)
+        self.__exit__()
+        raise AssertionError(self.log()[-4000:])
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()
+
+    def log(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text()

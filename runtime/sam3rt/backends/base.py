@@ -68,10 +68,12 @@ class Backend(abc.ABC):
         precision: what it computes in.
         joins_images: whether several images' objects share runs of the decoder, which makes
             answering them together faster than one image after another.
+        images_at_once: images that :meth:`encode_images` gains by encoding together; 1 for none.
     """
 
     name: str
     joins_images = False
+    images_at_once = 1
 
     def __init__(
         self,

@@ -89,6 +89,44 @@ def test_an_image_is_encoded_once(toy: SegmentationModel, serve: Callable[..., S
     assert service.find_image(stored[0].image_id) == stored[0]._replace(is_new=False)
 
 
+def test_images_that_wait_are_encoded_together_where_that_gains(
+    toy: SegmentationModel, serve: Callable[..., Service]
+) -> None:
+    gate, runs = threading.Event(), []
+    model = wrapped(toy)
+    model.backend.images_at_once = 3
+    encode = model.backend.encode_images
+
+    def held(images: Any, *arguments: Any) -> Any:
+        runs.append(len(images))
+        assert gate.wait(10)
+        return encode(images, *arguments)
+
+    model.backend.encode_images = held  # type: ignore[method-assign]
+    service = serve(model)
+    images = [noise(24, 31, n) for n in range(6)]
+    futures = [service.add_image(image_file(images[0]))]
+    while not runs:
+        time.sleep(0.001)
+    # The second thread has read one and waits for its turn; others wait in line, one of them bad.
+    futures.append(service.add_image(image_file(images[1])))
+    while service.uploads.waiting:
+        time.sleep(0.001)
+    bad = service.add_image(b"no image")
+    files = [image_file(images[n]) for n in (2, 3, 3, 4, 5)]
+    futures += [service.add_image(file) for file in files]
+    gate.set()
+    with pytest.raises(ImageError):
+        bad.result(5)
+    predictor = SAM3InteractiveImagePredictor(toy)
+    for number, future in zip((0, 1, 2, 3, 3, 4, 5), futures, strict=True):
+        predictor.set_image(images[number])
+        (found,) = service.segment(future.result(5).image_id, [POINT]).result(5)
+        check_equal(found, predicted(predictor, POINT))
+    assert max(runs) in (2, 3)
+    assert sum(runs) == 6
+
+
 def test_ids_of_the_callers(serve: Callable[..., Service]) -> None:
     service = serve()
     assert service.add_image(FILE, "mine").result(5).image_id == "mine"

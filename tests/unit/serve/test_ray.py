@@ -1,4 +1,4 @@
-"""The application on a real local Ray: two replicas, one of which is killed while users click."""
+"""The application on a real local Ray: replicas, one of which is killed while users click."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.helpers import noise
-from tests.support.serving import environment, free_port, image_file, predicted, toy_model
+from tests.support.serving import (
+    RAY_PACKAGES,
+    ROOT,
+    environment,
+    free_port,
+    image_file,
+    predicted,
+    toy_model,
+)
 
 from sam3rt import SAM3InteractiveImagePredictor
 from sam3rt_serve.core import ObjectPrompt
 
-ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = (
-    *("ray[serve]==2.60.0", "starlette", "uvicorn", "prometheus-client", "python-multipart"),
-    *("numpy", "onnxruntime", "msgspec", "pillow", "safetensors"),
-)
 # Runs in Ray's environment.
 _USERS = """
 import sys, threading, time
@@ -28,7 +31,7 @@ from sam3rt.errors import InvalidInputError
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.ray_app import app
 
-bundle, folder, port = sys.argv[2], sys.argv[3], int(sys.argv[4])
+bundle, folder, port, count = sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 cases = np.load(sys.argv[1])
 for wrong in ({}, {"cache_folder": folder, "unknown": "1"}):
     try:
@@ -36,10 +39,10 @@ for wrong in ({}, {"cache_folder": folder, "unknown": "1"}):
     except InvalidInputError:
         continue
     raise AssertionError(wrong)
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
 serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(app({"bundle": bundle, "cache_folder": folder, "backend": "onnxruntime",
-               "threads": "1", "replicas": "2"}))
+               "threads": "1", "replicas": count}))
 url = f"http://127.0.0.1:{port}"
 with Client(url) as client:
     ids = [client.add_image(cases["image"].tobytes(), f"id-{n}")["image_id"] for n in range(6)]
@@ -64,7 +67,7 @@ for thread in threads: thread.start()
 time.sleep(3)
 replicas = [one for one in ray.util.list_named_actors(all_namespaces=True)
             if "REPLICA" in one["name"]]
-assert len(replicas) == 2, replicas
+assert len(replicas) == int(count), replicas
 killed = time.monotonic()
 ray.kill(ray.get_actor(**replicas[0]))
 time.sleep(6)
@@ -83,7 +86,8 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_a_replica_is_lost_and_no_image_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_a_replica_is_lost_and_no_image_with_it(replicas: int, tmp_path: Path) -> None:
     toy = toy_model(tmp_path / "toy")
     image = noise(24, 31)
     predictor = SAM3InteractiveImagePredictor(toy)
@@ -93,8 +97,8 @@ def test_a_replica_is_lost_and_no_image_with_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "cases.npz", image=file, masks=masks)
     subprocess.run(
         [
-            *(environment("ray", *PACKAGES), "-c", _USERS, tmp_path / "cases.npz"),
-            *(toy.bundle.path, tmp_path / "cache", str(free_port())),
+            *(environment("ray", *RAY_PACKAGES), "-c", _USERS, tmp_path / "cases.npz"),
+            *(toy.bundle.path, tmp_path / "cache", str(free_port()), str(replicas)),
         ],
         env={
             **os.environ,

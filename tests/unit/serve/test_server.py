@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import signal
@@ -15,8 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from numpy.typing import NDArray
 from tests.support.helpers import noise, photo, wrapped
-from tests.support.serving import CAT, ServerProcess, clicks, image_file, predicted, toy_model
+from tests.support.serving import (
+    CAT,
+    ServerProcess,
+    clicks,
+    hostile_calls,
+    image_file,
+    predicted,
+    toy_model,
+)
 
 from sam3rt import (
     InvalidInputError,
@@ -25,7 +35,9 @@ from sam3rt import (
     SegmentationModel,
     load_model,
 )
+from sam3rt_serve import wire
 from sam3rt_serve.client import Client, ServerError
+from sam3rt_serve.connections import BoundedProtocol
 from sam3rt_serve.core import Limits, ObjectPrompt, Service
 from sam3rt_serve.http import create_app
 
@@ -40,9 +52,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
 
 
 @contextlib.contextmanager
-def running(service: Service, **options: Any) -> Iterator[str]:
+def running(service: Service, connections: int | None = None, **options: Any) -> Iterator[str]:
     """A server in a thread; the address that it listens to."""
-    config = uvicorn.Config(create_app(service, **options), port=0, http="h11", log_config=None)
+    app = create_app(service, **options)
+    config = uvicorn.Config(
+        *(app,), port=0, http=Impatient, log_config=None, limit_concurrency=connections
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -54,6 +69,12 @@ def running(service: Service, **options: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Impatient(BoundedProtocol):
+    """As ``sam3rt serve`` has it, with less patience."""
+
+    seconds = 0.3
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -98,6 +119,22 @@ def test_the_client_gets_what_predict_says(toy: SegmentationModel, tmp_path: Pat
         assert (caught.value.status, caught.value.kind) == (404, "UnknownImageError")
         with Client(url) as stranger, pytest.raises(ServerError, match="key"):
             stranger.model()
+
+
+def test_the_client_reads_any_png(toy: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's own quickly, and others' by Pillow, such as with filters."""
+
+    def by_pillow(mask: NDArray[np.bool_], bits: NDArray[np.uint8]) -> str:
+        return base64.b64encode(image_file(mask)).decode()  # type: ignore[arg-type]
+
+    found = []
+    with running(Service(toy)) as url, Client(url) as client:
+        client.add_image(FILE, "cat")
+        found.append(client.segment("cat", [POINT])[0].masks)
+        monkeypatch.setattr(wire, "_png", by_pillow)
+        found.append(client.segment("cat", [POINT])[0].masks)
+    assert found[0].any()
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_client_comes_back_to_a_server_that_closed_its_connection(
@@ -158,6 +195,95 @@ def test_a_body_that_comes_too_slowly(toy: SegmentationModel) -> None:
             assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
+HEAD = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+
+
+def connected(url: str, content: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+    connection.sendall(content)
+    return connection
+
+
+def trickle(connection: socket.socket, content: bytes) -> None:
+    """Send it so that each byte is in time, but the whole is not."""
+    for byte in content:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.02)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server closes it before this side's patience ends."""
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except OSError as error:
+        return isinstance(error, ConnectionResetError)
+    return True
+
+
+def test_a_header_that_comes_too_slowly(toy: SegmentationModel) -> None:
+    with running(Service(toy)) as url:
+        for content in (b"", b"GET /li", HEAD):
+            with connected(url, content) as connection:
+                assert is_closed(connection)
+        with connected(url) as connection, pytest.raises(OSError):  # noqa: PT011 - reset or broken
+            trickle(connection, HEAD)
+        with connected(url, b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n") as connection:
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"GET /li")  # the second header is under the same rule
+            assert is_closed(connection)
+
+
+def test_a_body_that_goes_on_after_its_refusal(toy: SegmentationModel) -> None:
+    head = HEAD + b"content-length: 1000000\r\n\r\n"
+    with running(Service(toy, Limits(image_bytes=50))) as url, connected(url, head) as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe
+            trickle(connection, b"x" * 200)
+
+
+def test_an_answer_may_take_longer_than_a_header(toy: SegmentationModel) -> None:
+    service = Service(wrapped(toy, on_decode=lambda outputs: time.sleep(0.6)))
+    with running(service) as url, Client(url) as client:
+        client.add_image(FILE, "cat")
+        assert client.segment("cat", [POINT])
+
+
+def test_who_reads_no_answer_is_left(toy: SegmentationModel) -> None:
+    image = image_file(np.zeros((1500, 1500, 3), np.uint8))
+    question = b'{"objects":[%s],"format":"bits"}' % b",".join(
+        [b'{"points":[[12,9]],"labels":[1]}'] * 16
+    )
+    with running(Service(toy), connections=100) as url, Client(url) as client:
+        client.add_image(image, "large")
+        head = b"POST /v1/images/large/masks HTTP/1.1\r\nhost: x\r\n"
+        head += b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        with connected(url, head % len(question) + question) as connection:
+            connection.settimeout(0.1)
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                time.sleep(0.5)
+                with contextlib.suppress(OSError):
+                    # A connection that was closed takes no more; the answer is some 18 MB.
+                    connection.sendall(b"x")
+                    continue
+                break
+            else:
+                pytest.fail("still open")
+
+
+def test_a_full_server_takes_new_callers(toy: SegmentationModel) -> None:
+    with running(Service(toy), connections=20) as url, contextlib.ExitStack() as stack:
+        with Client(url) as client:
+            client.add_image(FILE, "cat")
+        half = [HEAD, HEAD + b"content-length: 99\r\n\r\nx", b""]
+        hostile = [stack.enter_context(connected(url, half[n % 3])) for n in range(60)]
+        with Client(url) as client:
+            for _ in range(3):
+                assert client.segment("cat", [POINT])
+        assert is_closed(hostile[0])
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -213,42 +339,6 @@ def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
         np.testing.assert_array_equal(found.masks, masks.astype(bool))
 
 
-def hostile_calls(port: int) -> list[Callable[[], None]]:
-    """Ways to misbehave; none of them waits for an answer that may not come."""
-
-    def raw(content: bytes, wait: bool = True) -> None:
-        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-        # The server may close it before all is sent.
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(content)
-            if wait:
-                connection.recv(1 << 16)
-
-    def post(path: str, media_type: str, body: bytes, length: int | None = None) -> bytes:
-        return (
-            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {media_type}\r\n"
-            f"content-length: {len(body) if length is None else length}\r\n\r\n"
-        ).encode() + body
-
-    rng = np.random.default_rng(0)
-    prompts = b'{"objects":[{"points":[[1,1]],"labels":[1]}]}'
-    return [
-        lambda: raw(rng.bytes(2000)),
-        lambda: raw(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n"),
-        lambda: raw(b"GET /" + b"a" * (1 << 18) + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
-        lambda: raw(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000 + b"\r\n"),
-        lambda: raw(post("/v1/images", "image/png", rng.bytes(5000))),
-        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 40)),
-        lambda: raw(post("/v1/images", "image/png", FILE[:80], 1 << 20), wait=False),
-        lambda: raw(post("/v1/images", "image/png", FILE, -5)),
-        lambda: raw(post("/v1/images", "multipart/form-data; boundary=x", b"--x\r\n" * 5000)),
-        lambda: raw(post("/v1/images/cat/masks", "application/json", prompts), wait=False),
-        lambda: raw(post("/v1/images/cat/masks", "application/json", b'{"objects":[' * 9999)),
-        lambda: raw(b"POST /v1/images HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz"),
-        lambda: raw(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
-    ]
-
-
 @pytest.mark.slow
 def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Path) -> None:
     predictor = SAM3InteractiveImagePredictor(toy)
@@ -281,15 +371,15 @@ def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Pa
 
         good = threading.Thread(target=well_behaved)
         good.start()
-        slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
-        for connection in slow:  # headers and bodies that never end
-            connection.sendall(b"POST /v1/images HTTP/1.1\r\nhost: x\r\n")
-        for connection in slow[50:]:
-            connection.sendall(b"content-type: image/png\r\ncontent-length: 99\r\n\r\nx")
+        # Headers and bodies that never end, from more callers than may be connected.
+        slow = []
+        for number in range(1000):
+            body = b"content-length: 99\r\n\r\nx" * (number % 2)
+            slow.append(connected(server.url, HEAD + body))
         ids = threading.Thread(target=many_ids)
         ids.start()
         for _ in range(5):
-            for call in hostile_calls(server.port):
+            for call in hostile_calls(server.port, FILE):
                 call()
         ids.join()
         over.set()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import time
-import urllib.request
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +16,12 @@ import pytest
 from numpy.typing import NDArray
 from tests.support.helpers import noise
 from tests.support.serving import (
+    ROOT,
+    TRITON_PACKAGES,
+    TritonServer,
     check_equal,
     clicks,
     environment,
-    free_port,
     image_file,
     predicted,
     toy_model,
@@ -32,7 +32,6 @@ from sam3rt_serve import triton
 from sam3rt_serve.core import ObjectPrompt
 from sam3rt_serve.triton_model import Model
 
-ROOT = Path(__file__).resolve().parents[3]
 IMAGE = noise(24, 31)
 FILE = np.frombuffer(image_file(IMAGE), np.uint8)
 POINT = {
@@ -64,11 +63,21 @@ def test_a_repository_is_written_whole_and_never_over_another(
     toy: SegmentationModel, tmp_path: Path
 ) -> None:
     repository = tmp_path / "models" / "repository"
-    write(repository, "--bundle", str(toy.bundle.path), "--instances", "3", "--device", "cuda:0")
+    write(
+        repository,
+        "--bundle",
+        str(toy.bundle.path),
+        "--instances",
+        "3",
+        "--device",
+        "cuda:0",
+        "--deadline",
+        "7",
+    )
     files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*.*"))
     assert files == sorted(
         f"sam3rt_{role}/{name}"
-        for role in ("decode", "encode", "segment")
+        for role in ("decode", "encode", "segment", "session")
         for name in ("1/model.py", "config.pbtxt")
     )
     for path in repository.rglob("model.py"):
@@ -76,6 +85,8 @@ def test_a_repository_is_written_whole_and_never_over_another(
         assert str(ROOT / "runtime") in path.read_text()
     config = (repository / "sam3rt_decode" / "config.pbtxt").read_text()
     assert "count: 3 kind: KIND_GPU" in config
+    assert "max_queue_size: 256 default_timeout_microseconds: 7000000" in config
+    assert (repository / "sam3rt_decode" / "warmup" / "image_id").read_bytes()[4:] == b"warm-up"
     assert str(tmp_path / "models" / "repository-embeddings") in config
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]
     with pytest.raises(InvalidInputError, match="exists"):
@@ -93,7 +104,16 @@ class Request(SimpleNamespace):
     """A request that can be cancelled."""
 
     def __init__(self, **inputs: NDArray[Any]) -> None:
-        super().__init__(inputs=inputs, cancelled=False)
+        super().__init__(inputs=inputs, cancelled=False, microseconds=0, sequence=(0, 0))
+
+    def timeout(self) -> int:
+        return int(self.microseconds)
+
+    def correlation_id(self) -> int:
+        return int(self.sequence[0])
+
+    def flags(self) -> int:
+        return int(self.sequence[1])
 
     def is_cancelled(self) -> bool:
         return bool(self.cancelled)
@@ -108,6 +128,7 @@ class TritonError(Exception):
 
 
 UTILITIES = SimpleNamespace(
+    TRITONSERVER_REQUEST_FLAG_SEQUENCE_START=1,
     Tensor=Tensor,
     TritonError=TritonError,
     InferenceResponse=lambda output_tensors=(), error=None: SimpleNamespace(
@@ -134,6 +155,7 @@ def instance(toy: SegmentationModel, tmp_path: Path) -> Iterator[Any]:
             "threads": 1,
             "cache_bytes": 1 << 20,
             "cache_folder": str(tmp_path),
+            "limits": {"objects": 3},
         }
         parameters = {"options": {"string_value": json.dumps(options)}}
         config = json.dumps({"parameters": parameters})
@@ -191,6 +213,40 @@ def test_bad_requests_fail_alone(instance: Any) -> None:
     assert garbage.error.code == "I"
 
 
+def test_limits_timeouts_and_cancellation(instance: Any) -> None:
+    encoder, decoder = instance("encode"), instance("decode")
+    (stored,) = encoder.execute([Request(image=FILE)])
+    click = {"image_id": stored.outputs["image_id"], **POINT}
+    many = {name: np.repeat(array, 4, axis=0) for name, array in POINT.items()}
+    gate = threading.Event()
+    service = decoder._service
+    for _ in service.clicks.threads:  # nobody is free to answer
+        service.segment("warm-up", [ObjectPrompt([(1, 1)], [1])], finish=lambda _: gate.wait(10))
+    late, gone = batch(**click), batch(**click)
+    late.microseconds, gone.cancelled = 1, True
+    threading.Timer(0.5, gate.set).start()
+    answers = decoder.execute([batch(**click | many), gone, late, batch(**click)])
+    assert [answer.error and answer.error.code for answer in answers] == ["I", "C", "C", None]
+    assert "at most 3" in str(answers[0].error)
+    assert "cancelled" in str(answers[1].error)
+    assert "its turn" in str(answers[2].error)
+
+
+def test_a_sequence_refines(instance: Any, predictor: SAM3InteractiveImagePredictor) -> None:
+    (stored,) = instance("encode").execute([Request(image=FILE)])
+    one = ObjectPrompt([(12, 9)], [1])
+    first = predicted(predictor, one)
+    refined = predicted(predictor, one, mask=first[2][first[1].argmax()])
+    model = instance("session")
+    # Sequence, whether it starts, and what comes.
+    for number, flags, expected in ((1, 1, first), (2, 1, first), (1, 0, refined), (1, 1, first)):
+        request = batch(image_id=stored.outputs["image_id"], **POINT)
+        request.sequence = (number, flags)
+        (answer,) = model.execute([request])
+        names = ("masks", "scores", "low_res_masks")
+        check_equal([answer.outputs[name][0, 0] for name in names], expected)
+
+
 def test_the_whole_in_one_call(instance: Any, predictor: SAM3InteractiveImagePredictor) -> None:
     objects = [one for one in clicks(12, 24, 31) if len(one.points) == 2 and one.box]
     (found,) = instance("segment").execute(
@@ -215,37 +271,34 @@ def test_the_whole_in_one_call(instance: Any, predictor: SAM3InteractiveImagePre
 # --- the real server ------------------------------------------------------------------------------
 
 
-PACKAGES = (
-    *("nvidia-pytriton==0.7.0", "numpy<2", "tritonclient[http,grpc]"),
-    *("onnxruntime", "msgspec", "pillow", "safetensors"),
-)
-
-_LAYOUT = """
-import json, pathlib, pytriton, sys, sysconfig
-print(json.dumps([str(pathlib.Path(pytriton.__file__).parent / "tritonserver"),
-    str(pathlib.Path(pytriton.__file__).parents[1] / "nvidia_pytriton.libs"),
-    sysconfig.get_config_var("LIBDIR"), "%d.%d" % sys.version_info[:2]]))
-"""
 # Runs in the server's environment, which has Triton's clients and NumPy 1.
 _CLIENT = """
 import sys, threading
 import numpy as np
 import tritonclient.grpc, tritonclient.http
+import tritonclient.utils
+
+for library in (tritonclient.grpc, tritonclient.http):
+    library.InferenceServerException = tritonclient.utils.InferenceServerException
 
 cases = np.load(sys.argv[1])
 TYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}
 
-def call(library, client, model, **arrays):
+def tensors(library, arrays):
     inputs = []
     for name, array in arrays.items():
         inputs.append(library.InferInput(name, array.shape, TYPES.get(array.dtype.name, "BYTES")))
         inputs[-1].set_data_from_numpy(array)
-    return client.infer(model, inputs)
+    return inputs
+
+def call(library, client, model, options={}, **arrays):
+    return client.infer(model, tensors(library, arrays), **options)
 
 def check(library, client):
     stored = call(library, client, "sam3rt_encode", image=cases["image"])
     image_id = stored.as_numpy("image_id")[None]
     prompts = dict(points=cases["points"][None], labels=cases["labels"][None])
+    # Whichever instance answers finds the image.
     for _ in range(5):
         found = call(library, client, "sam3rt_decode", image_id=image_id, **prompts)
         for name in ("masks", "scores", "low_res_masks"):
@@ -253,25 +306,59 @@ def check(library, client):
     found = call(library, client, "sam3rt_segment", image=cases["image"],
                  points=cases["points"], labels=cases["labels"])
     np.testing.assert_array_equal(found.as_numpy("masks")[0], cases["masks"])
-    try:
-        nobody = np.array([[b"nobody"]], np.object_)
-        call(library, client, "sam3rt_decode", image_id=nobody, **prompts)
-    except Exception as error:
-        assert "UnknownImageError" in str(error), error
-    else:
-        raise AssertionError("an unknown image was answered")
+    nobody = np.array([[b"nobody"]], np.object_)
+    for kind, model, arrays in (
+        ("UnknownImageError", "sam3rt_decode", dict(image_id=nobody, **prompts)),
+        ("ImageError", "sam3rt_encode", dict(image=np.zeros(9, np.uint8))),
+        ("TooLargeError", "sam3rt_encode", dict(image=np.zeros(2 << 20, np.uint8))),
+        ("PromptError", "sam3rt_decode", dict(image_id=image_id)),
+    ):
+        try:
+            call(library, client, model, **arrays)
+        except library.InferenceServerException as error:
+            assert kind in str(error), error
+        else:
+            raise AssertionError(kind)
+    # A sequence stays with its instance, which knows the earlier mask. A new start forgets it.
+    sequence = threading.get_ident() % (1 << 60)
+    for start, end, expected in ((1, 0, "masks"), (0, 0, "refined"), (1, 1, "masks")):
+        found = call(library, client, "sam3rt_session", image_id=image_id, **prompts, options=dict(
+            sequence_id=sequence, sequence_start=bool(start), sequence_end=bool(end)))
+        np.testing.assert_array_equal(found.as_numpy("masks")[0, 0], cases[expected])
 
-def one(library, port, failed):
+def cancel(port):
+    # Clients that give up disturb nobody.
+    client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{port}")
+    stored = call(tritonclient.grpc, client, "sam3rt_encode", image=cases["image"])
+    inputs = tensors(tritonclient.grpc, dict(
+        image_id=stored.as_numpy("image_id")[None], points=cases["points"][None],
+        labels=cases["labels"][None]))
+    ended = threading.Semaphore(0)
+    errors = []
+    def over(result, error):
+        errors.append(error)
+        ended.release()
+    for _ in range(200):
+        client.async_infer("sam3rt_decode", inputs, over).cancel()
+    for _ in range(200):
+        assert ended.acquire(timeout=30)
+    assert any("ancel" in str(error) for error in errors), errors[:3]
+
+def guarded(function, *arguments):
     try:
-        check(library, library.InferenceServerClient(f"127.0.0.1:{port}"))
+        function(*arguments)
     except BaseException as error:
         failed.append(error)
         raise
 
+def user(library, port):
+    check(library, library.InferenceServerClient(f"127.0.0.1:{port}"))
+
 failed = []
-threads = [threading.Thread(target=one, args=(library, port, failed))
+threads = [threading.Thread(target=guarded, args=(user, library, port))
            for library, port in ((tritonclient.http, sys.argv[2]), (tritonclient.grpc, sys.argv[3]))
            for _ in range(3)]
+threads.append(threading.Thread(target=guarded, args=(cancel, sys.argv[3])))
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 sys.exit(bool(failed))
@@ -280,67 +367,19 @@ sys.exit(bool(failed))
 
 @pytest.mark.slow
 def test_the_real_server(
-    toy: SegmentationModel,
-    predictor: SAM3InteractiveImagePredictor,
-    tmp_path: Path,
+    toy: SegmentationModel, predictor: SAM3InteractiveImagePredictor, tmp_path: Path
 ) -> None:
-    """HTTP and gRPC, several clients at once, and again after a restart."""
-    server_python = environment("triton", *PACKAGES)
-    package = str(ROOT / "runtime")
-    code = (
-        "import argparse, sys; from sam3rt_serve import triton; p = argparse.ArgumentParser(); "
-        "triton.add_arguments(p); sys.exit(triton.run(p.parse_args()))"
-    )
+    """HTTP and gRPC, several clients at once, two instances, and again after a restart."""
+    python = environment("triton", *TRITON_PACKAGES)
+    one = ObjectPrompt([(12, 9)], [1])
+    masks, scores, low_res = predicted(predictor, one)
+    refined, _, _ = predicted(predictor, one, mask=low_res[scores.argmax()])
+    found = {"masks": masks, "scores": scores, "low_res_masks": low_res, "refined": refined}
+    np.savez(tmp_path / "cases.npz", image=FILE, **found, **POINT)
     arguments = ["--bundle", str(toy.bundle.path), "--backend", "onnxruntime", "--threads", "1"]
-    subprocess.run(
-        [server_python, "-c", code, str(tmp_path / "repository"), *arguments],
-        env={**os.environ, "PYTHONPATH": package},
-        check=True,
-    )
-    asked = subprocess.run([server_python, "-c", _LAYOUT], check=True, capture_output=True)
-    server, libraries, python_library, version = json.loads(asked.stdout)
-    backend = tmp_path / "backends" / "python"
-    backend.mkdir(parents=True)
-    stub = Path(server) / "python_backend_stubs" / version / "triton_python_backend_stub"
-    for path in (*(Path(server) / "backends" / "python").iterdir(), stub):
-        (backend / path.name).symlink_to(path)
-    masks, scores, low_res = predicted(predictor, ObjectPrompt([(12, 9)], [1]))
-    np.savez(
-        tmp_path / "cases.npz",
-        image=FILE,
-        masks=masks,
-        scores=scores,
-        low_res_masks=low_res,
-        **POINT,
-    )
-    ports = [free_port() for _ in range(3)]
-    command = [f"{server}/bin/tritonserver", f"--model-repository={tmp_path / 'repository'}"]
-    command += [f"--backend-directory={backend.parent}"]
-    for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
-        command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
-    paths = ":".join([libraries, f"{server}/external_libs", python_library])
-    variables = {**os.environ, "LD_LIBRARY_PATH": paths}
+    arguments += ["--instances", "2", "--max-image-mb", "1"]
+    server = TritonServer(python, tmp_path, *arguments)
     for _ in range(2):
-        with (tmp_path / "log").open("w+") as log:
-            process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
-            try:
-                _wait_until_ready(ports[0], process, tmp_path / "log")
-                subprocess.run(
-                    [server_python, "-c", _CLIENT, tmp_path / "cases.npz", *map(str, ports[:2])],
-                    check=True,
-                    timeout=120,
-                )
-            finally:
-                process.terminate()
-                process.wait(60)
-
-
-def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(log.read_text()[-4000:])
+        with server:
+            client = [python, "-c", _CLIENT, tmp_path / "cases.npz"]
+            subprocess.run([*client, str(server.http), str(server.grpc)], check=True, timeout=120)

@@ -82,7 +82,7 @@ class LaneBackend(Backend):
                 memory,
             )
         # The engines themselves belong to the pool, which gives them back when it is closed.
-        self._limits, self._max_images = network.limits, network.max_images
+        self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
         self._masks_each = network.masks_each
         self.joins_images = network.takes_images and network.limits.objects > 1
@@ -144,7 +144,7 @@ class LaneBackend(Backend):
         While one run is under way, the images of the next are brought to the device.
         """
         self.check_process()
-        most, found = self._max_images, list[Features]()
+        most, found = self.images_at_once, list[Features]()
         starts = range(0, len(images), most)
         parts = [(images[n : n + most], geometries[n : n + most]) for n in starts]
         with closing(ahead([partial(self._bring, *part) for part in parts])) as brought:
