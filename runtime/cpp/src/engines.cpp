@@ -124,8 +124,11 @@ bool is_in_bundle(const fs::path& bundle, const fs::path& folder, const std::str
 
 /// Every engine of a role whose sidecar can be read. About any other nothing is known. What lies
 /// elsewhere, behind a link, is passed over, and so is a build's own folder, whose name begins
-/// with a dot and in which nothing is finished.
+/// with a dot and in which nothing is finished. A bundle in memory, whose folder is empty, has none.
 std::vector<Engine> find_engines(const fs::path& bundle, const std::string& role) {
+    if (bundle.empty()) {
+        return {};
+    }
     std::vector<fs::path> folders;
     std::error_code no_folder;
     for (const auto& entry : fs::directory_iterator(bundle / "engines", no_folder)) {

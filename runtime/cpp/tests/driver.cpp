@@ -36,6 +36,7 @@
 #include "sha256.hpp"
 #include "verdicts.hpp"
 #if SAM3RT_ONNXRUNTIME
+#include "onnx_split.hpp"
 #include "ort_session.hpp"
 #endif
 
@@ -51,6 +52,8 @@ struct Session {
     std::map<std::string, Model> models;
     std::map<std::string, ImageEmbedding> embeddings;
     std::map<std::string, Predictor> predictors;
+    /// The files of a bundle that was loaded from memory.
+    std::map<std::string, std::weak_ptr<const Bytes>> lent;
 };
 
 std::string text(const json& step, const std::string& name) {
@@ -232,7 +235,7 @@ json describe(const Manifest& manifest) {
             {"producer", manifest.producer}};
 }
 
-json load_model(Session& session, const json& step) {
+ModelOptions model_options_of(const json& step) {
     ModelOptions options;
     options.device = step.value("device", "cpu");
     options.threads = step.value("threads", 0);
@@ -244,9 +247,52 @@ json load_model(Session& session, const json& step) {
         options.expected_fingerprint = text(step, "expected_fingerprint");
     }
     options.engine_folder = step.value("engine_folder", "");
-    const Model model = Model::load(text(step, "path"), options);
+    options.provider_options =
+        step.value("provider_options", std::map<std::string, std::string>());
+    options.thread_affinities = step.value("thread_affinities", "");
+    options.spin_between_runs = step.value("spin_between_runs", false);
+    options.memory_arena = step.value("memory_arena", true);
+    options.environment_allocators = step.value("environment_allocators", false);
+    return options;
+}
+
+json add_model(Session& session, const json& step, const Model& model) {
     session.models.insert_or_assign(text(step, "model"), model);
-    return {{"device", model.device()}, {"fingerprint", model.manifest().fingerprint}};
+    return {{"device", model.device()},
+            {"fingerprint", model.manifest().fingerprint},
+            {"path", model.path().string()}};
+}
+
+json load_model(Session& session, const json& step) {
+    return add_model(session, step, Model::load(text(step, "path"), model_options_of(step)));
+}
+
+/// Load a bundle from the files of a folder, each [NAME, PATH], or with null for a path, without
+/// content.
+json load_from_memory(Session& session, const json& step) {
+    std::vector<BundleFile> files;
+    for (const json& entry : step.at("files")) {
+        BundleFile file{entry.at(0), nullptr, 1, nullptr};
+        if (!entry.at(1).is_null()) {
+            const auto content = std::make_shared<const Bytes>(
+                read_file(entry.at(1).get<std::string>(), std::uint64_t{1} << 40U));
+            session.lent[file.name] = content;
+            file = {file.name, content->data(), content->size(), content};
+        }
+        files.push_back(file);
+    }
+    return add_model(session, step, Model::load_from_memory(files, model_options_of(step)));
+}
+
+/// The names of the files in memory that something still holds.
+json lent(const Session& session) {
+    json names = json::array();
+    for (const auto& [name, content] : session.lent) {
+        if (!content.expired()) {
+            names.push_back(name);
+        }
+    }
+    return names;
 }
 
 json add_embedding(Session& session, const json& step, const ImageEmbedding& embedding) {
@@ -708,6 +754,21 @@ json rest_after_decode(Session& session, const json& step) {
 }
 
 #if SAM3RT_ONNXRUNTIME
+/// The parts of a graph as arrays of bytes, and what they are between and of.
+json split(const json& step) {
+    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const std::optional<GraphParts> parts =
+        split_onnx(content, step.at("inputs").get<std::vector<std::string>>());
+    if (!parts) {
+        return nullptr;
+    }
+    for (const auto& [name, bytes] : {std::pair{"first", &parts->first}, {"rest", &parts->rest}}) {
+        write_npy(result_path(step, name), Array<std::uint8_t>({static_cast<std::int64_t>(
+                                               bytes->size())}, *bytes));
+    }
+    return {{"cut", parts->cut}, {"inputs", parts->inputs}};
+}
+
 /// What a GPU's memory would be reached by, over the host's memory.
 json copy_through_identity(const json& step) {
     Array<float> array = read_npy<float>(text(step, "array"));
@@ -779,6 +840,13 @@ const std::map<std::string, Step>& steps() {
              return describe(open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
          }},
         {"load_model", load_model},
+        {"load_from_memory", load_from_memory},
+        {"lent", [](Session& all, const json&) { return lent(all); }},
+        {"set_shared_threads",
+         [](Session&, const json& s) {
+             set_shared_threads(s.at("threads"));
+             return json();
+         }},
         {"prepare",
          [](Session& all, const json& s) {
              all.models.at(text(s, "model")).prepare();
@@ -872,6 +940,7 @@ const std::map<std::string, Step>& steps() {
         {"threads", [](Session&, const json&) { return count_threads(); }},
         {"rest_after_decode", rest_after_decode},
 #if SAM3RT_ONNXRUNTIME
+        {"split_onnx", [](Session&, const json& s) { return split(s); }},
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"set_environment", [](Session&, const json&) { return set_environment(); }},
         {"host_lines", [](Session&, const json&) { return json(host_lines); }},
