@@ -135,7 +135,6 @@ void Predictor::set_image_batch(const std::vector<ImageView>& images,
         check_image(images[i], "images[" + std::to_string(i) + "]");
     }
     std::vector<ImageEmbedding> embeddings;
-    embeddings.reserve(images.size());
     for (const ImageView& image : images) {
         embeddings.push_back(model_.encode(image, cancellation));
     }
