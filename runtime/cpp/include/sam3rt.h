@@ -10,8 +10,8 @@
  * the whole structure to zero, struct_size to sizeof the structure, and then the fields that are
  * wanted. What a structure of an older caller lacks has the value 0, which always stands for the
  * default. A field of a newer caller that this library does not know must be 0, or the call fails,
- * and so it does with any struct_size that no version of the structure had. The three array
- * structures, which are passed and stored by value, never change.
+ * and so it does with any struct_size that no version of the structure had. The structures
+ * without a size, which are passed by value or in arrays, never change.
  *
  * A model and an embedding may be used by many threads at once, a predictor by one at a time.
  */
@@ -70,6 +70,7 @@ typedef struct sam3rt_cancellation sam3rt_cancellation;
 typedef struct sam3rt_buffer sam3rt_buffer;
 typedef struct sam3rt_report sam3rt_report;
 typedef struct sam3rt_health sam3rt_health;
+typedef struct sam3rt_maps sam3rt_maps;
 
 /* --- versions ----------------------------------------------------------------------------------
  */
@@ -225,6 +226,18 @@ typedef struct sam3rt_prompts {
     sam3rt_label_array point_counts;
 } sam3rt_prompts;
 
+/* A file of a bundle in memory, and an option by its name. */
+typedef struct sam3rt_file {
+    const char* name;
+    const void* content;
+    size_t size;
+} sam3rt_file;
+
+typedef struct sam3rt_option {
+    const char* name;
+    const char* value;
+} sam3rt_option;
+
 /* --- the model ---------------------------------------------------------------------------------
  */
 
@@ -232,6 +245,10 @@ typedef struct sam3rt_prompts {
  * place of one of the library's own. It must live for as long as anything of the library. A state
  * error where a model was loaded before, or the library was built without ONNX Runtime. */
 SAM3RT_API sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error);
+
+/* How many threads the pool has that models without `threads` share, in place of as many as the
+ * machine has cores. A host's environment has a pool of its own. A state error likewise. */
+SAM3RT_API sam3rt_status sam3rt_set_shared_threads(int32_t threads, sam3rt_error** error);
 
 typedef struct sam3rt_model_options {
     size_t struct_size;
@@ -256,12 +273,38 @@ typedef struct sam3rt_model_options {
     /* Not 0: map weights that lie beside a graph, in place of a copy in this process's own memory.
      * They change when their file does: only for a folder that nobody else can write to. */
     int32_t map_weights;
+    /* For ONNX Runtime on a GPU: `provider_option_count` options of the execution provider, by the
+     * names that ONNX Runtime documents for it, such as "gpu_mem_limit" for "cuda". `device` must
+     * name the provider; "device_id" and "use_tf32" are the library's. */
+    const sam3rt_option* provider_options;
+    size_t provider_option_count;
+    /* For ONNX Runtime on the CPU, with `threads`: where each thread but the calling one may run, as
+     * its option "session.intra_op_thread_affinities" has it: processors from 1 on, with a semicolon
+     * between threads. NULL leaves it to the system. */
+    const char* thread_affinities;
+    /* Not 0: threads of the model's own, with `threads`, wait actively between runs, too. */
+    int32_t spin_between_runs;
+    /* Not 0: ONNX Runtime keeps no memory on the CPU for the next run, in an arena: every buffer is
+     * asked of the process's malloc. */
+    int32_t no_memory_arena;
+    /* Not 0: ONNX Runtime takes memory of allocators that the host registered with the environment
+     * it gave to sam3rt_set_ort_environment. */
+    int32_t environment_allocators;
 } sam3rt_model_options;
 
 /* Opens a bundle folder, a relative one from the current folder as it is now; `options` may be
  * NULL. Graphs are loaded at first use; engines, without ONNX Runtime, now. */
 SAM3RT_API sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                            sam3rt_model** model, sam3rt_error** error);
+
+/* Opens a bundle whose `count` files lie in memory: bundle.json and those that it lists; others are
+ * left alone. They are checked as in a folder, and read where they are, without a copy: ONNX Runtime
+ * makes its own of what it keeps. The content of a graph's files must stay as it is until
+ * sam3rt_model_prepare has succeeded, or the model and everything made of it is freed; the rest, and
+ * the array itself, are not needed after the call. Without `map_weights`, and without engines. */
+SAM3RT_API sam3rt_status sam3rt_model_load_from_memory(const sam3rt_file* files, size_t count,
+                                                       const sam3rt_model_options* options,
+                                                       sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
 
 /* Loads both graphs. A graph that could not be loaded is tried again here, and
@@ -272,7 +315,7 @@ SAM3RT_API sam3rt_status sam3rt_model_prepare(const sam3rt_model* model, sam3rt_
 SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
 
 /* Such as "cpu" or "cuda:0"; the bundle's name and fingerprint; "sam3", "efficient_sam3", "sam2" or
- * "mobile_sam"; the folder, as an absolute path; and the whole text of bundle.json, which says
+ * "mobile_sam"; the folder, as an absolute path, or an empty text for one in memory; and the whole text of bundle.json, which says
  * everything else. They live as long as the model. */
 SAM3RT_API const char* sam3rt_model_device(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_name(const sam3rt_model* model);
@@ -387,7 +430,24 @@ SAM3RT_API sam3rt_status sam3rt_embedding_from_bytes(const sam3rt_model* model, 
 /* Height and width of the image, pixels. */
 SAM3RT_API void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* height,
                                             int64_t* width);
+/* Height and width of the part of the encoder's input that the image fills. */
+SAM3RT_API void sam3rt_embedding_input_size(const sam3rt_embedding* embedding, int64_t* height,
+                                            int64_t* width);
+/* Memory the feature maps take, bytes. */
+SAM3RT_API size_t sam3rt_embedding_nbytes(const sam3rt_embedding* embedding);
+/* Of the bundle that made it; other bundles refuse it. Lives as long as the embedding. */
+SAM3RT_API const char* sam3rt_embedding_fingerprint(const sam3rt_embedding* embedding);
 SAM3RT_API void sam3rt_embedding_free(sam3rt_embedding* embedding);
+
+/* Host copies of an embedding's feature maps, finest first. */
+SAM3RT_API sam3rt_status sam3rt_embedding_maps(const sam3rt_embedding* embedding,
+                                               sam3rt_maps** maps, sam3rt_error** error);
+SAM3RT_API size_t sam3rt_maps_count(const sam3rt_maps* maps);
+/* The tensor's name, and its values, [1, C, h, w], of map `index`; an empty text and no axes where
+ * there is none. They live as long as the maps. */
+SAM3RT_API const char* sam3rt_maps_name(const sam3rt_maps* maps, size_t index);
+SAM3RT_API sam3rt_float_array sam3rt_maps_values(const sam3rt_maps* maps, size_t index);
+SAM3RT_API void sam3rt_maps_free(sam3rt_maps* maps);
 
 /* --- the predictor -----------------------------------------------------------------------------
  */
@@ -452,6 +512,11 @@ SAM3RT_API sam3rt_status sam3rt_predictor_set_embedding(sam3rt_predictor* predic
 SAM3RT_API sam3rt_status sam3rt_predictor_set_image_batch(sam3rt_predictor* predictor,
                                                           const sam3rt_image* const* images,
                                                           size_t count, sam3rt_error** error);
+
+/* The same; `cancellation` may be NULL. */
+SAM3RT_API sam3rt_status sam3rt_predictor_set_image_batch_cancellable(
+    sam3rt_predictor* predictor, const sam3rt_image* const* images, size_t count,
+    const sam3rt_cancellation* cancellation, sam3rt_error** error);
 
 /* `prompts` and `options` may be NULL. */
 SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,

@@ -199,6 +199,12 @@ bool in_range(const Size& size) {
            size.width <= max_image_side;
 }
 
+std::vector<FileEntry> files_of(const GraphSpec& graph) {
+    std::vector<FileEntry> files = {graph.model};
+    files.insert(files.end(), graph.external_data.begin(), graph.external_data.end());
+    return files;
+}
+
 void require_sha256(const std::string& name, const std::string& digest) {
     if (!is_sha256(digest)) {
         refuse("\"" + name + "\" is not a SHA-256");
@@ -282,6 +288,15 @@ void check_rules(const Manifest& manifest) {
     }
 }
 
+void check_size(std::uint64_t length, const FileEntry& entry) {
+    if (length != entry.bytes) {
+        throw BundleError("has " + std::to_string(length) + " bytes, the manifest says " +
+                              std::to_string(entry.bytes) +
+                              ": the file is cut or from another export",
+                          entry.file);
+    }
+}
+
 void check_digest(const std::string& digest, const FileEntry& entry) {
     if (digest != entry.sha256) {
         throw BundleError("has SHA-256 " + digest.substr(0, 16) + "..., the manifest says " +
@@ -341,8 +356,8 @@ std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimas
 std::vector<FileEntry> Manifest::files() const {
     std::vector<FileEntry> entries;
     for (const GraphSpec* graph : {&encoder, &decoder}) {
-        entries.push_back(graph->model);
-        entries.insert(entries.end(), graph->external_data.begin(), graph->external_data.end());
+        const std::vector<FileEntry> files = files_of(*graph);
+        entries.insert(entries.end(), files.begin(), files.end());
     }
     entries.push_back(parity_record);
     if (source.license_file) {
@@ -415,6 +430,16 @@ Bytes read_checked(const fs::path& folder, const FileEntry& entry) {
     return content;
 }
 
+Content read_checked(const Bundle& bundle, const FileEntry& entry) {
+    if (bundle.memory == nullptr) {
+        return Content(read_checked(bundle.path, entry));
+    }
+    Content content = bundle.memory->find(entry.file);
+    check_size(content.bytes().size(), entry);
+    check_digest(sha256_hex(content.bytes().data(), content.bytes().size()), entry);
+    return content;
+}
+
 void check_length(const fs::path& folder, const FileEntry& entry) {
     const fs::path path = folder / entry.file;
     try {
@@ -428,13 +453,7 @@ void check_length(const fs::path& folder, const FileEntry& entry) {
         if (!fs::is_regular_file(path)) {
             throw BundleError("is missing from the bundle " + folder.string(), entry.file);
         }
-        const std::uint64_t length = fs::file_size(path);
-        if (length != entry.bytes) {
-            throw BundleError("has " + std::to_string(length) + " bytes, the manifest says " +
-                                  std::to_string(entry.bytes) +
-                                  ": the file is cut or from another export",
-                              entry.file);
-        }
+        check_size(fs::file_size(path), entry);
     } catch (const std::system_error& error) {
         throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
     }
@@ -465,13 +484,78 @@ Bundle open_bundle(const fs::path& folder, bool check_files) {
         throw BundleError("no bundle folder at " + folder.string() +
                           ": the current folder cannot be read");
     }
-    Bundle bundle{absolute, parse_manifest(raw), std::string(raw.begin(), raw.end())};
+    Bundle bundle{absolute, parse_manifest(raw), std::string(raw.begin(), raw.end()), nullptr};
     if (check_files) {
         for (const FileEntry& entry : bundle.manifest.files()) {
             check_file(absolute, entry);
         }
     }
     return bundle;
+}
+
+Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files) {
+    auto memory = std::make_shared<MemoryFiles>(files);
+    const Content content = memory->find(manifest_name);
+    if (content.bytes().size() > max_manifest_bytes) {
+        refuse("is larger than " + std::to_string(max_manifest_bytes) + " bytes");
+    }
+    const Bytes raw(content.bytes().begin(), content.bytes().end());
+    Bundle bundle{{}, parse_manifest(raw), std::string(raw.begin(), raw.end()), memory};
+    if (check_files) {
+        for (const FileEntry& entry : bundle.manifest.files()) {
+            read_checked(bundle, entry);
+        }
+    }
+    memory->keep_what_is_needed(bundle.manifest);
+    return bundle;
+}
+
+MemoryFiles::MemoryFiles(const std::vector<BundleFile>& files) {
+    for (const BundleFile& file : files) {
+        if (file.content == nullptr && file.size != 0) {
+            throw InvalidInputError("files", "NULL for " + file.name, "its content");
+        }
+        if (!files_.emplace(file.name, file).second) {
+            throw InvalidInputError("files", file.name + " twice", "every file once");
+        }
+    }
+}
+
+Content MemoryFiles::find(const std::string& name) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = files_.find(name);
+    if (found == files_.end()) {
+        throw BundleError("is missing from the bundle's files", name);
+    }
+    const BundleFile& file = found->second;
+    return {{static_cast<const std::uint8_t*>(file.content), file.size}, file.owner};
+}
+
+void MemoryFiles::keep_what_is_needed(const Manifest& manifest) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::map<std::string, BundleFile> kept;
+    for (const GraphSpec* graph : {&manifest.encoder, &manifest.decoder}) {
+        for (const FileEntry& entry : files_of(*graph)) {
+            kept.insert(files_.extract(entry.file));
+        }
+    }
+    const FileEntry& record = manifest.parity_record;
+    const auto found = files_.find(record.file);
+    // One of another length would be refused when it is read: it may as well be missing.
+    if (found != files_.end() && found->second.size == record.bytes) {
+        BundleFile& file = found->second;
+        const auto* bytes = static_cast<const std::uint8_t*>(file.content);
+        const auto copy = std::make_shared<const Bytes>(bytes, bytes + file.size);
+        kept.insert({record.file, {record.file, copy->data(), copy->size(), copy}});
+    }
+    files_.swap(kept);
+}
+
+void MemoryFiles::release(const GraphSpec& graph) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const FileEntry& entry : files_of(graph)) {
+        files_.erase(entry.file);
+    }
 }
 
 }  // namespace sam3rt

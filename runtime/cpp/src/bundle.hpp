@@ -3,6 +3,9 @@
 
 #include <array>
 #include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -11,12 +14,57 @@
 
 namespace sam3rt {
 
-/// A bundle folder, as an absolute path, whose manifest has been read and checked.
+/// The content of a file: read into memory of its own, or lent by the caller.
+class Content {
+public:
+    explicit Content(Bytes own) : own_(std::move(own)), bytes_(own_) {}
+    Content(ByteView lent, std::shared_ptr<const void> owner)
+        : owner_(std::move(owner)), bytes_(lent) {}
+    // A copy's bytes would be those of the first.
+    Content(const Content&) = delete;
+    Content& operator=(const Content&) = delete;
+    Content(Content&&) = default;
+    Content& operator=(Content&&) = default;
+    ~Content() = default;
+
+    ByteView bytes() const { return bytes_; }
+
+private:
+    Bytes own_;
+    std::shared_ptr<const void> owner_;
+    ByteView bytes_;
+};
+
+/// The files of a bundle that callers gave in memory. Every method may be called from many threads
+/// at once.
+class MemoryFiles {
+public:
+    /// Throws InvalidInputError where a file comes twice, or has no content.
+    explicit MemoryFiles(const std::vector<BundleFile>& files);
+
+    /// The content of a file, where it is. Throws BundleError where there is no such file.
+    Content find(const std::string& name) const;
+
+    /// Keep a copy of the parity record, which is small, and let go of all but the graphs' files.
+    void keep_what_is_needed(const Manifest& manifest);
+
+    /// Let go of the files of a graph, which has been loaded.
+    void release(const GraphSpec& graph);
+
+private:
+    mutable std::mutex mutex_;
+    std::map<std::string, BundleFile> files_;
+};
+
+/// A bundle whose manifest has been read and checked.
 struct Bundle {
+    /// Its folder as an absolute path; empty for one in memory.
     std::filesystem::path path;
     Manifest manifest;
     /// The content of bundle.json.
     std::string text;
+    /// Null for one in a folder.
+    std::shared_ptr<MemoryFiles> memory;
 };
 
 /// One of a manifest's limits: its name, and where it stands.
@@ -50,6 +98,9 @@ std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimas
 /// Throws BundleError, naming the file at fault.
 Bundle open_bundle(const std::filesystem::path& folder, bool check_files);
 
+/// The same for a bundle in memory. Throws InvalidInputError as MemoryFiles does, too.
+Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files);
+
 /// Parse and validate the content of bundle.json. Throws BundleError.
 Manifest parse_manifest(const Bytes& raw);
 
@@ -60,6 +111,9 @@ void check_file(const std::filesystem::path& folder, const FileEntry& entry);
 /// The content of a file that check_file would accept. What is checked is what was read, whatever
 /// happens to the file meanwhile. Throws BundleError.
 Bytes read_checked(const std::filesystem::path& folder, const FileEntry& entry);
+
+/// The same for a file of a bundle, wherever that is. One in memory is hashed and not copied.
+Content read_checked(const Bundle& bundle, const FileEntry& entry);
 
 /// The part of check_file that opens nothing. A link of a hub's snapshot into the blobs of the same
 /// repository does not leave the folder. Throws BundleError.

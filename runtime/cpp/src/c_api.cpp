@@ -44,6 +44,10 @@ struct sam3rt_report {
 struct sam3rt_health {
     sam3rt::Health value;
 };
+struct sam3rt_maps {
+    std::vector<std::string> names;
+    std::vector<sam3rt::Array<float>> values;
+};
 
 namespace {
 
@@ -124,7 +128,8 @@ template <typename T>
 constexpr std::array<std::size_t, 0> older_sizes = {};
 template <>
 constexpr std::array older_sizes<sam3rt_model_options> = {
-    offsetof(sam3rt_model_options, map_weights)};
+    offsetof(sam3rt_model_options, map_weights),
+    offsetof(sam3rt_model_options, provider_options)};
 template <>
 constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format),
                                                   offsetof(sam3rt_image, plane_stride)};
@@ -256,6 +261,43 @@ const sam3rt::Health& value_of(const sam3rt_health* health) {
     return health == nullptr ? none : health->value;
 }
 
+sam3rt::ModelOptions model_options_of(const sam3rt_model_options* options) {
+    const sam3rt_model_options known = known_fields(options, "options");
+    sam3rt::ModelOptions chosen;
+    chosen.device = text_or(known.device, "auto");
+    chosen.threads = known.threads;
+    chosen.check_files = known.skip_file_checks == 0;
+    chosen.map_weights = known.map_weights != 0;
+    if (known.expected_fingerprint != nullptr) {
+        chosen.expected_fingerprint = known.expected_fingerprint;
+    }
+    chosen.engine_folder = text_or(known.engine_folder, "");
+    if (known.concurrent_encodes != 0) {
+        chosen.concurrent_encodes = known.concurrent_encodes;
+    }
+    if (known.concurrent_decodes != 0) {
+        chosen.concurrent_decodes = known.concurrent_decodes;
+    }
+    for (std::size_t i = 0; i < known.provider_option_count; ++i) {
+        const char* const argument = "provider_options";
+        const sam3rt_option& option = (&require(known.provider_options, argument))[i];
+        const char* const name = &require(option.name, argument);
+        if (!chosen.provider_options.emplace(name, &require(option.value, argument)).second) {
+            throw InvalidInputError(argument, std::string(name) + " twice", "every option once");
+        }
+    }
+    chosen.thread_affinities = text_or(known.thread_affinities, "");
+    chosen.spin_between_runs = known.spin_between_runs != 0;
+    chosen.memory_arena = known.no_memory_arena == 0;
+    chosen.environment_allocators = known.environment_allocators != 0;
+    return chosen;
+}
+
+sam3rt_model* model_of(sam3rt::Model loaded) {
+    std::string device = loaded.device();
+    return new sam3rt_model{std::move(loaded), std::move(device)};
+}
+
 sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
     const sam3rt_predict_options known = known_fields(options, "options");
     if (known.foreground < 0 || known.foreground > 255) {
@@ -345,29 +387,31 @@ size_t sam3rt_buffer_size(const sam3rt_buffer* buffer) {
 }
 void sam3rt_buffer_free(sam3rt_buffer* buffer) { delete buffer; }
 
+sam3rt_status sam3rt_set_shared_threads(int32_t threads, sam3rt_error** error) {
+    return guarded(error, [&] { sam3rt::set_shared_threads(threads); });
+}
+
 sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                 sam3rt_model** model, sam3rt_error** error) {
     return guarded(error, [&] {
-        const sam3rt_model_options known = known_fields(options, "options");
-        sam3rt::ModelOptions chosen;
-        chosen.device = text_or(known.device, "auto");
-        chosen.threads = known.threads;
-        chosen.check_files = known.skip_file_checks == 0;
-        chosen.map_weights = known.map_weights != 0;
-        if (known.expected_fingerprint != nullptr) {
-            chosen.expected_fingerprint = known.expected_fingerprint;
-        }
-        chosen.engine_folder = text_or(known.engine_folder, "");
-        if (known.concurrent_encodes != 0) {
-            chosen.concurrent_encodes = known.concurrent_encodes;
-        }
-        if (known.concurrent_decodes != 0) {
-            chosen.concurrent_decodes = known.concurrent_decodes;
-        }
+        const sam3rt::ModelOptions chosen = model_options_of(options);
         require(model, "model");
-        auto loaded = sam3rt::Model::load(&require(bundle, "bundle"), chosen);
-        std::string device = loaded.device();
-        *model = new sam3rt_model{std::move(loaded), std::move(device)};
+        *model = model_of(sam3rt::Model::load(&require(bundle, "bundle"), chosen));
+    });
+}
+
+sam3rt_status sam3rt_model_load_from_memory(const sam3rt_file* files, size_t count,
+                                            const sam3rt_model_options* options,
+                                            sam3rt_model** model, sam3rt_error** error) {
+    return guarded(error, [&] {
+        const sam3rt::ModelOptions chosen = model_options_of(options);
+        require(model, "model");
+        std::vector<sam3rt::BundleFile> given;
+        for (std::size_t i = 0; i < count; ++i) {
+            const sam3rt_file& file = (&require(files, "files"))[i];
+            given.push_back({&require(file.name, "files"), file.content, file.size, nullptr});
+        }
+        *model = model_of(sam3rt::Model::load_from_memory(given, chosen));
     });
 }
 void sam3rt_model_free(sam3rt_model* model) { delete model; }
@@ -560,7 +604,38 @@ void sam3rt_embedding_image_size(const sam3rt_embedding* embedding, int64_t* hei
         embedding == nullptr ? sam3rt::Size{} : embedding->value.original_size();
     store(size, height, width);
 }
+void sam3rt_embedding_input_size(const sam3rt_embedding* embedding, int64_t* height,
+                                 int64_t* width) {
+    store(embedding == nullptr ? sam3rt::Size{} : embedding->value.input_size(), height, width);
+}
+size_t sam3rt_embedding_nbytes(const sam3rt_embedding* embedding) {
+    return embedding == nullptr ? 0 : embedding->value.nbytes();
+}
+const char* sam3rt_embedding_fingerprint(const sam3rt_embedding* embedding) {
+    return embedding == nullptr ? "" : embedding->value.fingerprint().c_str();
+}
 void sam3rt_embedding_free(sam3rt_embedding* embedding) { delete embedding; }
+
+sam3rt_status sam3rt_embedding_maps(const sam3rt_embedding* embedding, sam3rt_maps** maps,
+                                    sam3rt_error** error) {
+    return guarded(error, [&] {
+        const sam3rt::ImageEmbedding& value = require(embedding, "embedding").value;
+        require(maps, "maps");
+        *maps = new sam3rt_maps{value.names(), value.maps()};
+    });
+}
+size_t sam3rt_maps_count(const sam3rt_maps* maps) {
+    return maps == nullptr ? 0 : maps->values.size();
+}
+const char* sam3rt_maps_name(const sam3rt_maps* maps, size_t index) {
+    return index < sam3rt_maps_count(maps) ? maps->names[index].c_str() : "";
+}
+sam3rt_float_array sam3rt_maps_values(const sam3rt_maps* maps, size_t index) {
+    static const sam3rt::Array<float> none;
+    return view_of<sam3rt_float_array>(index < sam3rt_maps_count(maps) ? maps->values[index]
+                                                                       : none);
+}
+void sam3rt_maps_free(sam3rt_maps* maps) { delete maps; }
 
 sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
                                    const sam3rt_predictor_options* options,
@@ -596,13 +671,20 @@ sam3rt_status sam3rt_predictor_set_embedding(sam3rt_predictor* predictor,
 sam3rt_status sam3rt_predictor_set_image_batch(sam3rt_predictor* predictor,
                                                const sam3rt_image* const* images, size_t count,
                                                sam3rt_error** error) {
+    return sam3rt_predictor_set_image_batch_cancellable(predictor, images, count, nullptr, error);
+}
+
+sam3rt_status sam3rt_predictor_set_image_batch_cancellable(
+    sam3rt_predictor* predictor, const sam3rt_image* const* images, size_t count,
+    const sam3rt_cancellation* cancellation, sam3rt_error** error) {
     return guarded(error, [&] {
         std::vector<sam3rt::ImageView> views;
         for (std::size_t i = 0; i < count; ++i) {
             const std::string argument = "images[" + std::to_string(i) + "]";
             views.push_back(image_of((&require(images, "images"))[i], argument.c_str()));
         }
-        require(predictor, "predictor").value.set_image_batch(views);
+        require(predictor, "predictor")
+            .value.set_image_batch(views, cancellation_of(cancellation));
     });
 }
 

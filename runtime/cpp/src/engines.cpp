@@ -124,8 +124,11 @@ bool is_in_bundle(const fs::path& bundle, const fs::path& folder, const std::str
 
 /// Every engine of a role whose sidecar can be read. About any other nothing is known. What lies
 /// elsewhere, behind a link, is passed over, and so is a build's own folder, whose name begins
-/// with a dot and in which nothing is finished.
+/// with a dot and in which nothing is finished. A bundle in memory, whose folder is empty, has none.
 std::vector<Engine> find_engines(const fs::path& bundle, const std::string& role) {
+    if (bundle.empty()) {
+        return {};
+    }
     std::vector<fs::path> folders;
     std::error_code no_folder;
     for (const auto& entry : fs::directory_iterator(bundle / "engines", no_folder)) {
@@ -287,7 +290,7 @@ public:
     }
 
     Verdict prove(const Runner& runner, const VerdictSubject& subject) const {
-        const Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
+        Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
         save_verdict(subject, verdict);
         return verdict;
     }
@@ -348,7 +351,7 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        const EngineSet engines{pair.encoder.wrapper(),
+        EngineSet engines{pair.encoder.wrapper(),
                                 pair.decoder.wrapper(),
                                 pair.encoder.features_dtype,
                                 pair.precision(),

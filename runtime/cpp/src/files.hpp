@@ -1,6 +1,7 @@
 // Files that are read within bounds, and appear whole or not at all.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -10,6 +11,23 @@
 namespace sam3rt {
 
 using Bytes = std::vector<std::uint8_t>;
+
+/// Bytes that somebody else owns.
+class ByteView {
+public:
+    ByteView(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
+    ByteView(const Bytes& bytes) : ByteView(bytes.data(), bytes.size()) {}
+
+    const std::uint8_t* data() const { return data_; }
+    std::size_t size() const { return size_; }
+    const std::uint8_t* begin() const { return data_; }
+    const std::uint8_t* end() const { return data_ + size_; }
+    const std::uint8_t& operator[](std::size_t index) const { return data_[index]; }
+
+private:
+    const std::uint8_t* data_;
+    std::size_t size_;
+};
 
 /// What becomes of a path that is a link.
 enum class Links { follow, refuse };

@@ -15,8 +15,18 @@
 namespace sam3rt {
 namespace {
 
+Model open(Bundle bundle, const ModelOptions& options) {
+    const std::string& fingerprint = bundle.manifest.fingerprint;
+    if (options.expected_fingerprint && *options.expected_fingerprint != fingerprint) {
+        throw BundleError(bundle.manifest.name + " has fingerprint " + fingerprint +
+                          ", expected " + *options.expected_fingerprint);
+    }
+    return Model(std::make_shared<const Model::Data>(std::move(bundle), options));
+}
+
 std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> names;
+    names.reserve(specs.size());
     for (const TensorSpec& spec : specs) {
         names.push_back(spec.name);
     }
@@ -60,13 +70,14 @@ ImageEmbedding upload(const Model::Data& data, const std::string& subject,
 std::string version() { return SAM3RT_VERSION; }
 
 Model Model::load(const std::filesystem::path& bundle, const ModelOptions& options) {
-    Bundle opened = open_bundle(bundle, options.check_files);
-    const std::string& fingerprint = opened.manifest.fingerprint;
-    if (options.expected_fingerprint && *options.expected_fingerprint != fingerprint) {
-        throw BundleError(bundle.string() + " has fingerprint " + fingerprint + ", expected " +
-                          *options.expected_fingerprint);
+    return open(open_bundle(bundle, options.check_files), options);
+}
+
+Model Model::load_from_memory(const std::vector<BundleFile>& files, const ModelOptions& options) {
+    if (options.map_weights) {
+        throw InvalidInputError("map_weights", "true", "false for a bundle in memory");
     }
-    return Model(std::make_shared<const Data>(std::move(opened), options));
+    return open(open_bundle(files, options.check_files), options);
 }
 
 ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancellation) const {

@@ -69,7 +69,7 @@ struct Member {
 /// A zip archive in memory. Zip64 is refused: what needs it is larger than what is read.
 class Archive {
 public:
-    Archive(const Bytes& content, const std::string& file) : content_(content), file_(file) {
+    Archive(ByteView content, const std::string& file) : content_(content), file_(file) {
         const std::size_t end = find_end();
         const std::size_t count = number(end + 10, 2);
         const std::size_t directory_size = number(end + 12, 4);
@@ -159,8 +159,7 @@ private:
         if (at > content_.size() || size > content_.size() - at) {
             refuse("is not a whole zip archive");
         }
-        return {content_.begin() + static_cast<std::ptrdiff_t>(at),
-                content_.begin() + static_cast<std::ptrdiff_t>(at + size)};
+        return {content_.begin() + at, content_.begin() + at + size};
     }
 
     /// Where the archive's last record begins, which ends with a comment.
@@ -195,7 +194,7 @@ private:
         return member;
     }
 
-    const Bytes& content_;
+    ByteView content_;
     const std::string& file_;
     std::size_t directory_ = 0;
     std::vector<Member> members_;
@@ -321,7 +320,7 @@ std::optional<std::string> utf8(const std::uint8_t* data, std::size_t characters
 /// Parses one .npy file.
 class NpyFile {
 public:
-    NpyFile(const Bytes& content, std::string name, const Archive& archive)
+    NpyFile(ByteView content, std::string name, const Archive& archive)
         : content_(content), name_(std::move(name)), archive_(archive) {}
 
     NpzArray parse() const {
@@ -367,10 +366,10 @@ private:
         if (size > max_header_bytes || size > content_.size() - at) {
             refuse("is cut");
         }
-        const auto start = content_.begin() + static_cast<std::ptrdiff_t>(at);
+        const auto start = content_.begin() + at;
         at += size;
         const std::optional<Header> header =
-            HeaderText(std::string(start, start + static_cast<std::ptrdiff_t>(size))).parse();
+            HeaderText(std::string(start, start + size)).parse();
         if (!header) {
             refuse("does not begin as NumPy writes it");
         }
@@ -401,14 +400,14 @@ private:
         archive_.refuse(shown(name_) + " " + message);
     }
 
-    const Bytes& content_;
+    ByteView content_;
     std::string name_;
     const Archive& archive_;
 };
 
 }  // namespace
 
-std::map<std::string, NpzArray> read_npz(const Bytes& content, const std::string& file) {
+std::map<std::string, NpzArray> read_npz(ByteView content, const std::string& file) {
     const Archive archive(content, file);
     std::map<std::string, NpzArray> arrays;
     for (const Member& member : archive.members()) {

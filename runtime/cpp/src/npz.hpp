@@ -22,6 +22,6 @@ constexpr std::uint64_t max_npz_bytes = std::uint64_t{1} << 28;
 /// before anything is allocated.
 /// Throws BundleError, naming the file, where the content is damaged, too large, or holds anything
 /// else.
-std::map<std::string, NpzArray> read_npz(const Bytes& content, const std::string& file);
+std::map<std::string, NpzArray> read_npz(ByteView content, const std::string& file);
 
 }  // namespace sam3rt

@@ -81,7 +81,7 @@ std::uint64_t saturating_product(std::uint64_t a, std::uint64_t b) {
 /// Walks one file.
 class Walker {
 public:
-    Walker(const Bytes& content, const std::string& file, const std::vector<FileEntry>& beside)
+    Walker(ByteView content, const std::string& file, const std::vector<FileEntry>& beside)
         : reader_(content, file) {
         for (const FileEntry& entry : beside) {
             lengths_[entry.file] = entry.bytes;
@@ -256,8 +256,7 @@ private:
 
 }  // namespace
 
-void check_onnx(const Bytes& content, const std::string& file,
-                const std::vector<FileEntry>& beside) {
+void check_onnx(ByteView content, const std::string& file, const std::vector<FileEntry>& beside) {
     constexpr std::string_view ending = ".onnx";
     if (file.size() < ending.size() ||
         file.compare(file.size() - ending.size(), ending.size(), ending) != 0) {
@@ -274,7 +273,7 @@ void check_onnx(const Bytes& content, const std::string& file,
     Walker(content, file, beside).check();
 }
 
-void check_wrapper(const Bytes& content, const std::string& file, const std::string& engine) {
+void check_wrapper(ByteView content, const std::string& file, const std::string& engine) {
     const onnx::Reader reader(content, file);
     int nodes = 0;
     // By name, with numbers as texts.

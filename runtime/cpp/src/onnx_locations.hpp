@@ -18,11 +18,10 @@ namespace sam3rt {
 /// Refuse an ONNX file, called `file` in messages, that holds fields or operators other than those
 /// of exported graphs, or whose tensors lie anywhere but in it or, within their lengths, in the
 /// files `beside` it. Throws BundleError.
-void check_onnx(const Bytes& content, const std::string& file,
-                const std::vector<FileEntry>& beside);
+void check_onnx(ByteView content, const std::string& file, const std::vector<FileEntry>& beside);
 
 /// Refuse a wrapper that is anything but one EPContext node that names the engine file beside it.
 /// ONNX Runtime would run whatever a wrapper holds or names. Throws BundleError.
-void check_wrapper(const Bytes& content, const std::string& file, const std::string& engine);
+void check_wrapper(ByteView content, const std::string& file, const std::string& engine);
 
 }  // namespace sam3rt

@@ -63,6 +63,10 @@ constexpr Known known_fields[] = {
     {Message::entry, 2, Wire::bytes},                          // value
     {Message::opset, 1, Wire::bytes},                          // domain
     {Message::opset, 2, Wire::number},                         // version
+    {Message::value_info, 1, Wire::bytes},                     // name
+    {Message::value_info, 2, Wire::bytes},                     // type
+    {Message::value_info, 3, Wire::bytes},                     // doc_string
+    {Message::value_info, 4, Wire::bytes_list},                // metadata_props
 };
 // Wire types of protocol buffers.
 constexpr unsigned varint_kind = 0;
@@ -92,8 +96,7 @@ bool takes(Wire wire, unsigned kind) {
 }  // namespace
 
 std::string Reader::text(const Field& field) const {
-    return {content_.begin() + static_cast<std::ptrdiff_t>(field.start),
-            content_.begin() + static_cast<std::ptrdiff_t>(field.end)};
+    return {content_.begin() + field.start, content_.begin() + field.end};
 }
 
 void Reader::refuse(const std::string& problem) const { throw BundleError(problem, file_); }
@@ -117,6 +120,7 @@ void Reader::for_each_field(Message message, std::size_t start, std::size_t end,
                             const std::function<void(const Field&)>& visit) const {
     std::uint64_t seen = 0;
     for (std::size_t at = start; at < end;) {
+        const std::size_t tag_at = at;
         const std::uint64_t tag = varint(at, end);
         const std::uint64_t number = tag >> 3U;
         const auto kind = static_cast<unsigned>(tag & 7U);
@@ -137,7 +141,7 @@ void Reader::for_each_field(Message message, std::size_t start, std::size_t end,
                              std::to_string(at));
         }
         seen |= std::uint64_t{1} << number;
-        Field field{known, kind, at, at, 0};
+        Field field{known, kind, tag_at, at, at, 0};
         std::uint64_t length = 0;
         if (kind == varint_kind) {
             field.value = varint(at, end);

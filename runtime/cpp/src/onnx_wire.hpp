@@ -12,9 +12,9 @@
 
 namespace sam3rt::onnx {
 
-/// The messages of onnx.proto that are walked. `none` stands for values that are not messages, and
-/// for messages that hold no tensor, which are stepped over by their length.
-enum class Message { none, model, graph, node, attribute, tensor, entry, opset };
+/// The messages of onnx.proto that are read. `none` stands for values that are not messages, and for
+/// messages that hold no tensor, which are stepped over by their length.
+enum class Message { none, model, graph, node, attribute, tensor, entry, opset, value_info };
 
 /// The wire type of a field. Those in the plural may come several times; numbers, floats and
 /// doubles also packed into one field. The others come at most once: readers differ in what they
@@ -31,10 +31,12 @@ struct Known {
     Message inner = Message::none;
 };
 
-/// One field of a message in the file: where its value lies, and what it is if it is a number.
+/// One field of a message in the file: where its tag begins, where its value lies, and what it is if
+/// it is a number.
 struct Field {
     const Known* known;
     unsigned kind;
+    std::size_t tag;
     std::size_t start;
     std::size_t end;
     std::uint64_t value;
@@ -44,7 +46,7 @@ struct Field {
 class Reader {
 public:
     /// `file` is what messages call it.
-    Reader(const Bytes& content, std::string file) : content_(content), file_(std::move(file)) {}
+    Reader(ByteView content, std::string file) : content_(content), file_(std::move(file)) {}
 
     std::size_t size() const { return content_.size(); }
     std::string text(const Field& field) const;
@@ -63,7 +65,7 @@ public:
 private:
     std::uint64_t varint(std::size_t& at, std::size_t end) const;
 
-    const Bytes& content_;
+    ByteView content_;
     std::string file_;
 };
 

@@ -12,6 +12,8 @@
 #include "engines.hpp"
 #include "log.hpp"
 #include "onnx_locations.hpp"
+#include "onnx_split.hpp"
+#include "ort_features.hpp"
 #include "ort_session.hpp"
 #include "signature.hpp"
 #include "turnstile.hpp"
@@ -34,44 +36,15 @@ const char* ort_name(Provider provider) {
     return "CPUExecutionProvider";
 }
 
-/// Brings float32 maps to a device and back, in the type that the graphs use for them.
-class FeatureTransfer {
-public:
-    /// `dtype` is "float32" or "float16".
-    FeatureTransfer(const Device& device, const std::string& dtype);
-
-    Array<float> to_host(const Ort::Value& value) const;
-    Ort::Value to_device(const Array<float>& map) const;
-
-private:
-    bool half_;
-    /// Absent on the CPU, whose memory is the host's.
-    std::optional<Copier> copier_;
-};
-
-/// One image's feature maps, wherever ONNX Runtime keeps them.
-class OrtFeatures : public Features {
-public:
-    /// The session is the one whose allocator the values are from, if any.
-    OrtFeatures(std::vector<Ort::Value> maps, std::shared_ptr<const FeatureTransfer> transfer,
-                std::string device, std::shared_ptr<Ort::Session> owner)
-        : owner_(std::move(owner)),
-          transfer_(std::move(transfer)),
-          device_(std::move(device)),
-          values_(std::move(maps)) {}
-
-    std::string device() const override { return device_; }
-    std::size_t nbytes() const override;
-    std::vector<Array<float>> maps() const override;
-
-    const std::vector<Ort::Value>& values() const { return values_; }
-
-private:
-    // Destroyed after the values.
-    std::shared_ptr<Ort::Session> owner_;
-    std::shared_ptr<const FeatureTransfer> transfer_;
-    std::string device_;
-    std::vector<Ort::Value> values_;
+/// A graph that has been loaded: as a whole, or in two parts, of which the first reads what an image
+/// and a mask prompt decide.
+struct Loaded {
+    /// The whole, or the second part.
+    std::shared_ptr<Ort::Session> session;
+    /// Null for a whole.
+    std::shared_ptr<Ort::Session> first;
+    /// Names of the values between the parts.
+    std::vector<std::string> cut;
 };
 
 /// The two graphs as sessions, created at first use.
@@ -96,33 +69,34 @@ public:
     bool encoder_loaded() const override;
 
 private:
-    /// A session that is made when it is first asked for.
+    /// A graph that is loaded when it is first asked for.
     struct Graph {
         explicit Graph(const GraphSpec& graph_spec, int places)
             : spec(&graph_spec), turnstile(places) {}
 
         const GraphSpec* spec;
         mutable std::mutex mutex;
-        mutable std::shared_ptr<Ort::Session> session;
+        mutable std::shared_ptr<const Loaded> loaded;
         /// Why it could not be made. A service would otherwise try again at every request.
         mutable std::exception_ptr failure;
-        mutable std::atomic<bool> loaded{false};
+        mutable std::atomic<bool> is_loaded{false};
         /// Bounds how many runs hold working memory at once.
         mutable Turnstile turnstile;
     };
 
-    std::shared_ptr<Ort::Session> session_of(const Graph& graph, bool try_again = false) const;
-    std::shared_ptr<Ort::Session> load(const Graph& graph) const;
-    std::shared_ptr<Ort::Session> load_wrapped(const Graph& graph) const;
+    std::shared_ptr<const Loaded> loaded(const Graph& graph, bool try_again = false) const;
+    Loaded load(const Graph& graph) const;
+    std::optional<Loaded> load_parts(const Graph& graph, ByteView content) const;
+    Loaded load_wrapped(const Graph& graph) const;
     Ort::SessionOptions options_for(const Graph& graph) const;
-    void check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const;
+    void check(const std::vector<LoadedTensor>& inputs, const std::vector<LoadedTensor>& outputs,
+               const Ort::Session& session, const GraphSpec& spec, bool wrapped) const;
     void run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
              bool give_memory_back, const Cancellation* cancellation) const;
     std::shared_ptr<const FeatureTransfer> transfer() const;
 
     const Bundle& bundle_;
-    int threads_;
-    bool map_weights_;
+    const ModelOptions options_;
     Device device_;
     std::optional<EngineSet> engines_;
     Array<float> blank_mask_;
@@ -130,6 +104,7 @@ private:
     Graph decoder_;
     mutable std::mutex transfer_mutex_;
     mutable std::shared_ptr<const FeatureTransfer> transfer_;
+    mutable ImageSide image_side_;
 };
 
 /// The decoder's working memory grows with the objects of a run; more at a time are no faster.
@@ -152,14 +127,6 @@ Ort::Value view(const Array<T>& array, std::size_t first, std::size_t count) {
     shape[1] = static_cast<std::int64_t>(count);
     return Ort::Value::CreateTensor<T>(host_memory(), const_cast<T*>(array.data()) + first * step,
                                        count * step, shape.data(), shape.size());
-}
-
-Array<float> copy_of(const Ort::Value& value) {
-    const auto info = value.GetTensorTypeAndShapeInfo();
-    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-        throw BackendError("a graph returned a tensor of another type than float32");
-    }
-    return Array<float>(info.GetShape(), value.GetTensorData<float>(), info.GetElementCount());
 }
 
 /// Put a tensor [1, count, ...] at entry `first` of an array [1, objects, ...], which is made by
@@ -209,11 +176,45 @@ LoadedTensor loaded_tensor(const std::string& name, const Ort::TypeInfo& type) {
     return {name, dtype, info.GetShape()};
 }
 
-std::vector<Bytes> read_weights(const std::filesystem::path& folder,
-                                const std::vector<FileEntry>& files) {
-    std::vector<Bytes> weights;
+std::vector<LoadedTensor> inputs_of(const Ort::Session& session) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    std::vector<LoadedTensor> inputs;
+    for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
+        inputs.push_back(loaded_tensor(session.GetInputNameAllocated(i, allocator).get(),
+                                       session.GetInputTypeInfo(i)));
+    }
+    return inputs;
+}
+
+std::vector<LoadedTensor> outputs_of(const Ort::Session& session) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    std::vector<LoadedTensor> outputs;
+    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
+        outputs.push_back(loaded_tensor(session.GetOutputNameAllocated(i, allocator).get(),
+                                        session.GetOutputTypeInfo(i)));
+    }
+    return outputs;
+}
+
+/// What two parts of a graph have, without the values between them.
+std::vector<LoadedTensor> without_cut(std::vector<LoadedTensor> first,
+                                      const std::vector<LoadedTensor>& rest,
+                                      const std::vector<std::string>& cut) {
+    first.insert(first.end(), rest.begin(), rest.end());
+    first.erase(std::remove_if(first.begin(), first.end(),
+                               [&cut](const LoadedTensor& tensor) {
+                                   return std::find(cut.begin(), cut.end(), tensor.name) !=
+                                          cut.end();
+                               }),
+                first.end());
+    return first;
+}
+
+std::vector<Content> read_weights(const Bundle& bundle, const std::vector<FileEntry>& files) {
+    std::vector<Content> weights;
+    weights.reserve(files.size());
     for (const FileEntry& entry : files) {
-        weights.push_back(read_checked(folder, entry));
+        weights.push_back(read_checked(bundle, entry));
     }
     return weights;
 }
@@ -221,82 +222,19 @@ std::vector<Bytes> read_weights(const std::filesystem::path& folder,
 /// Give a session the content of files in place of the files. A session copies what it needs when
 /// it is made.
 void add_weights(Ort::SessionOptions& options, const std::vector<FileEntry>& files,
-                 std::vector<Bytes>& weights) {
+                 const std::vector<Content>& weights) {
     std::vector<std::string> names;
     std::vector<char*> contents;
     std::vector<std::size_t> lengths;
     for (std::size_t i = 0; i < files.size(); ++i) {
         names.push_back(files[i].file);
-        contents.push_back(reinterpret_cast<char*>(weights[i].data()));
-        lengths.push_back(weights[i].size());
+        // They are only read, although the interface does not say so.
+        contents.push_back(
+            const_cast<char*>(reinterpret_cast<const char*>(weights[i].bytes().data())));
+        lengths.push_back(weights[i].bytes().size());
     }
     if (!names.empty()) {
         options.AddExternalInitializersFromFilesInMemory(names, contents, lengths);
-    }
-}
-
-FeatureTransfer::FeatureTransfer(const Device& device, const std::string& dtype)
-    : half_(dtype == "float16") {
-    if (!half_ && dtype != "float32") {
-        throw BackendError("feature maps of type " + dtype + " are not known");
-    }
-    if (device.on_gpu()) {
-        copier_.emplace(device, element_types().at(dtype));
-    }
-}
-
-Array<float> FeatureTransfer::to_host(const Ort::Value& value) const {
-    std::optional<Ort::Value> copied;
-    if (copier_) {
-        copied.emplace(copier_->to_host(value));
-    }
-    const Ort::Value& host = copied ? *copied : value;
-    const auto info = host.GetTensorTypeAndShapeInfo();
-    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) {
-        return copy_of(host);
-    }
-    Array<float> map(info.GetShape());
-    const auto* values = host.GetTensorData<Ort::Float16_t>();
-    std::transform(values, values + map.size(), map.data(),
-                   [](const Ort::Float16_t& number) { return number.ToFloat(); });
-    return map;
-}
-
-Ort::Value FeatureTransfer::to_device(const Array<float>& map) const {
-    Ort::AllocatorWithDefaultOptions allocator;
-    const Shape& shape = map.shape();
-    Ort::Value host{nullptr};
-    if (half_) {
-        host = Ort::Value::CreateTensor<Ort::Float16_t>(allocator, shape.data(), shape.size());
-        std::transform(map.begin(), map.end(), host.GetTensorMutableData<Ort::Float16_t>(),
-                       [](float number) { return Ort::Float16_t(number); });
-    } else {
-        host = Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size());
-        std::copy(map.begin(), map.end(), host.GetTensorMutableData<float>());
-    }
-    return copier_ ? copier_->to_device(host) : std::move(host);
-}
-
-std::size_t OrtFeatures::nbytes() const {
-    std::size_t total = 0;
-    for (const Ort::Value& value : values_) {
-        const auto info = value.GetTensorTypeAndShapeInfo();
-        const std::size_t width =
-            info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2 : 4;
-        total += width * info.GetElementCount();
-    }
-    return total;
-}
-
-std::vector<Array<float>> OrtFeatures::maps() const {
-    try {
-        std::vector<Array<float>> maps;
-        for (const Ort::Value& value : values_) {
-            maps.push_back(transfer_->to_host(value));
-        }
-        return maps;
-    } catch (const Ort::Exception& error) {
-        throw BackendError("feature maps cannot be brought from " + device_ + ": " + error.what());
     }
 }
 
@@ -324,8 +262,7 @@ OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const 
 OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const Device& device,
                        std::optional<EngineSet> engines)
     : bundle_(bundle),
-      threads_(options.threads),
-      map_weights_(options.map_weights),
+      options_(options),
       device_(device),
       engines_(std::move(engines)),
       blank_mask_({1, 1, bundle.manifest.prompts.mask_size.height,
@@ -339,7 +276,7 @@ std::shared_ptr<const Features> OrtBackend::encode(const ImageView& image,
                                                    const ImageGeometry& geometry,
                                                    const Cancellation* cancellation) const {
     const Array<float> pixels = preprocess(bundle_.manifest.image, image, geometry);
-    std::shared_ptr<Ort::Session> session = session_of(encoder_);
+    const std::shared_ptr<Ort::Session> session = loaded(encoder_)->session;
     try {
         Ort::IoBinding binding(*session);
         binding.BindInput(encoder_.spec->inputs[0].name.c_str(), view(pixels, pixels.shape()));
@@ -362,6 +299,7 @@ std::shared_ptr<const Features> OrtBackend::upload(const std::vector<Array<float
     try {
         const std::shared_ptr<const FeatureTransfer> way = transfer();
         std::vector<Ort::Value> values;
+        values.reserve(maps.size());
         for (const Array<float>& map : maps) {
             values.push_back(way->to_device(map));
         }
@@ -381,33 +319,62 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
         throw EmbeddingError("the embedding is on " + features.device() + ", this model runs on " +
                              device_.name() + "; save the embedding and load it with this model");
     }
-    const std::shared_ptr<Ort::Session> session = session_of(decoder_);
+    const std::shared_ptr<const Loaded> decoder = loaded(decoder_);
     const auto objects = static_cast<std::size_t>(prompts.points.shape()[0]);
     const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
+    const bool has_many_masks = prompts.masks && prompts.masks->shape()[0] != 1;
     const Ort::MemoryInfo memory = host_memory();
+    // The inputs that the image and the mask prompts decide.
+    const auto bind_image = [&](Ort::IoBinding& binding, std::size_t first, std::size_t count) {
+        for (std::size_t i = 0; i < own->values().size(); ++i) {
+            binding.BindInput(encoder_.spec->outputs[i].name.c_str(), own->values()[i]);
+        }
+        if (!prompts.masks) {
+            binding.BindInput("input_masks", view(blank_mask_, blank_mask_.shape()));
+        } else if (has_many_masks) {
+            binding.BindInput("input_masks", view(*prompts.masks, first, count));
+        } else {
+            binding.BindInput("input_masks", view(*prompts.masks, 0, 1));
+        }
+        binding.BindInput("has_input_masks", view(present, present.shape()));
+    };
+    const auto run_first = [&](std::size_t first, std::size_t count) {
+        Ort::IoBinding binding(*decoder->first);
+        bind_image(binding, first, count);
+        for (const std::string& name : decoder->cut) {
+            binding.BindOutput(name.c_str(), memory);
+        }
+        run(decoder_, *decoder->first, binding, true, cancellation);
+        return std::make_shared<const CutValues>(
+            CutValues{decoder->first, binding.GetOutputValues()});
+    };
+    std::shared_ptr<const CutValues> between;
     std::vector<Array<float>> results(outputs.size());
     try {
         for (std::size_t first = 0; first < objects; first += objects_per_run) {
             const std::size_t count = std::min(objects_per_run, objects - first);
-            Ort::IoBinding binding(*session);
-            for (std::size_t i = 0; i < own->values().size(); ++i) {
-                binding.BindInput(encoder_.spec->outputs[i].name.c_str(), own->values()[i]);
+            Ort::IoBinding binding(*decoder->session);
+            if (decoder->first == nullptr) {
+                bind_image(binding, first, count);
+            } else {
+                if (!prompts.masks) {
+                    between = image_side_.get(own->image_side(),
+                                              [&] { return run_first(first, count); });
+                } else if (between == nullptr || has_many_masks) {
+                    between = run_first(first, count);
+                }
+                for (std::size_t i = 0; i < decoder->cut.size(); ++i) {
+                    binding.BindInput(decoder->cut[i].c_str(), between->values[i]);
+                }
             }
             binding.BindInput("input_points", view(prompts.points, first, count));
             binding.BindInput("input_labels", view(prompts.labels, first, count));
-            if (!prompts.masks) {
-                binding.BindInput("input_masks", view(blank_mask_, blank_mask_.shape()));
-            } else if (prompts.masks->shape()[0] == 1) {
-                binding.BindInput("input_masks", view(*prompts.masks, 0, 1));
-            } else {
-                binding.BindInput("input_masks", view(*prompts.masks, first, count));
-            }
-            binding.BindInput("has_input_masks", view(present, present.shape()));
             for (const std::string& output : outputs) {
                 binding.BindOutput(output.c_str(), memory);
             }
             // One click keeps its memory for the next; more objects take several times as much.
-            run(decoder_, *session, binding, objects > 1 && first + count == objects, cancellation);
+            run(decoder_, *decoder->session, binding, objects > 1 && first + count == objects,
+                cancellation);
             const std::vector<Ort::Value> values = binding.GetOutputValues();
             for (std::size_t i = 0; i < values.size(); ++i) {
                 store(values[i], first, count, objects, results[i]);
@@ -420,26 +387,32 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
 }
 
 void OrtBackend::prepare() const {
-    session_of(encoder_, true);
-    session_of(decoder_, true);
+    loaded(encoder_, true);
+    loaded(decoder_, true);
 }
 
-bool OrtBackend::encoder_loaded() const { return encoder_.loaded; }
+bool OrtBackend::encoder_loaded() const { return encoder_.is_loaded; }
 
-std::shared_ptr<Ort::Session> OrtBackend::session_of(const Graph& graph, bool try_again) const {
-    // Two threads may ask for a session at once; it must be made once.
+std::shared_ptr<const Loaded> OrtBackend::loaded(const Graph& graph, bool try_again) const {
+    // Two threads may ask for a graph at once; it must be loaded once.
     const std::lock_guard<std::mutex> lock(graph.mutex);
-    if (graph.session == nullptr) {
+    if (graph.loaded == nullptr) {
         if (graph.failure != nullptr && !try_again) {
             std::rethrow_exception(graph.failure);
         }
         try {
             const auto start = std::chrono::steady_clock::now();
-            graph.session = engines_ ? load_wrapped(graph) : load(graph);
-            graph.loaded = true;
+            graph.loaded = std::make_shared<const Loaded>(engines_ ? load_wrapped(graph)
+                                                                   : load(graph));
+            graph.is_loaded = true;
+            if (bundle_.memory != nullptr) {
+                bundle_.memory->release(*graph.spec);
+            }
             const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
             log(LogLevel::info, graph.spec->model.file + " of " + bundle_.manifest.name +
-                                    " loaded on " + device_.name() + " in " +
+                                    " loaded on " + device_.name() +
+                                    (graph.loaded->first == nullptr ? "" : " in two parts") +
+                                    " in " +
                                     std::to_string(seconds.count()) + " s");
         } catch (const Error& error) {
             graph.failure = std::current_exception();
@@ -447,11 +420,11 @@ std::shared_ptr<Ort::Session> OrtBackend::session_of(const Graph& graph, bool tr
             throw;
         }
     }
-    return graph.session;
+    return graph.loaded;
 }
 
 Ort::SessionOptions OrtBackend::options_for(const Graph& graph) const {
-    Ort::SessionOptions options = session_options(device_, threads_);
+    Ort::SessionOptions options = session_options(device_, options_);
     if (&graph == &encoder_) {
         // A memory pattern plans all of a run's buffers as one block, from the second run on and
         // beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
@@ -460,14 +433,19 @@ Ort::SessionOptions OrtBackend::options_for(const Graph& graph) const {
     return options;
 }
 
-std::shared_ptr<Ort::Session> OrtBackend::load(const Graph& graph) const {
+Loaded OrtBackend::load(const Graph& graph) const {
     const GraphSpec& spec = *graph.spec;
-    const Bytes content = read_checked(bundle_.path, spec.model);
-    check_onnx(content, spec.model.file, spec.external_data);
+    const Content content = read_checked(bundle_, spec.model);
+    check_onnx(content.bytes(), spec.model.file, spec.external_data);
+    if (&graph == &decoder_ && !device_.on_gpu() && spec.external_data.empty()) {
+        if (std::optional<Loaded> parts = load_parts(graph, content.bytes())) {
+            return std::move(*parts);
+        }
+    }
     try {
         Ort::SessionOptions options = options_for(graph);
         std::shared_ptr<Ort::Session> session;
-        if (map_weights_ && !spec.external_data.empty()) {
+        if (options_.map_weights && !spec.external_data.empty()) {
             for (const FileEntry& entry : spec.external_data) {
                 check_length(bundle_.path, entry);
             }
@@ -475,34 +453,69 @@ std::shared_ptr<Ort::Session> OrtBackend::load(const Graph& graph) const {
             session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
         } else {
             // What is loaded is what was hashed, whatever happens to the files meanwhile.
-            std::vector<Bytes> weights = read_weights(bundle_.path, spec.external_data);
+            const std::vector<Content> weights = read_weights(bundle_, spec.external_data);
             add_weights(options, spec.external_data, weights);
-            session = std::make_shared<Ort::Session>(ort_environment(), content.data(),
-                                                     content.size(), options);
+            session = std::make_shared<Ort::Session>(ort_environment(), content.bytes().data(),
+                                                     content.bytes().size(), options);
         }
-        check(*session, spec, false);
-        return session;
+        check(inputs_of(*session), outputs_of(*session), *session, spec, false);
+        return {session, nullptr, {}};
     } catch (const Ort::Exception& error) {
         throw BackendError("ONNX Runtime cannot load " + spec.model.file + ": " + error.what());
     }
 }
 
-std::shared_ptr<Ort::Session> OrtBackend::load_wrapped(const Graph& graph) const {
+/// The decoder in two parts; nothing where it cannot be cut, or not be loaded like that.
+std::optional<Loaded> OrtBackend::load_parts(const Graph& graph, ByteView content) const {
+    std::vector<std::string> names = {"input_masks", "has_input_masks"};
+    for (const TensorSpec& map : encoder_.spec->outputs) {
+        names.push_back(map.name);
+    }
+    const std::optional<GraphParts> parts = split_onnx(content, names);
+    if (!parts) {
+        return std::nullopt;
+    }
+    const auto session_of = [&](const Bytes& part) {
+        return std::make_shared<Ort::Session>(ort_environment(), part.data(), part.size(),
+                                              options_for(graph));
+    };
+    Loaded result;
+    try {
+        result = {session_of(parts->rest), session_of(parts->first), parts->cut};
+    } catch (const Ort::Exception& error) {
+        log(LogLevel::info, graph.spec->model.file + " is loaded as a whole: " + error.what());
+        return std::nullopt;
+    }
+    std::vector<LoadedTensor> inputs =
+        without_cut(inputs_of(*result.first), inputs_of(*result.session), result.cut);
+    const std::vector<std::string>& order = parts->inputs;
+    std::sort(inputs.begin(), inputs.end(), [&order](const auto& a, const auto& b) {
+        return std::find(order.begin(), order.end(), a.name) <
+               std::find(order.begin(), order.end(), b.name);
+    });
+    check(inputs, without_cut(outputs_of(*result.first), outputs_of(*result.session), result.cut),
+          *result.session, *graph.spec, false);
+    return result;
+}
+
+Loaded OrtBackend::load_wrapped(const Graph& graph) const {
     const std::filesystem::path& path = &graph == &encoder_ ? engines_->encoder : engines_->decoder;
     try {
         Ort::SessionOptions options = options_for(graph);
         // The engine is the whole graph: a node on the CPU would mean that it was not used.
         options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
         auto session = std::make_shared<Ort::Session>(ort_environment(), path.c_str(), options);
-        check(*session, *graph.spec, true);
-        return session;
+        check(inputs_of(*session), outputs_of(*session), *session, *graph.spec, true);
+        return {session, nullptr, {}};
     } catch (const Ort::Exception& error) {
         throw BackendError("ONNX Runtime cannot load the engine of " + path.string() + ": " +
                            error.what());
     }
 }
 
-void OrtBackend::check(const Ort::Session& session, const GraphSpec& spec, bool wrapped) const {
+void OrtBackend::check(const std::vector<LoadedTensor>& inputs,
+                       const std::vector<LoadedTensor>& outputs, const Ort::Session& session,
+                       const GraphSpec& spec, bool wrapped) const {
     Ort::AllocatorWithDefaultOptions allocator;
     const std::string& file = spec.model.file;
     const auto stored =
@@ -530,18 +543,7 @@ void OrtBackend::check(const Ort::Session& session, const GraphSpec& spec, bool 
             }
         }
     }
-    std::vector<LoadedTensor> inputs;
-    for (std::size_t i = 0; i < session.GetInputCount(); ++i) {
-        inputs.push_back(loaded_tensor(session.GetInputNameAllocated(i, allocator).get(),
-                                       session.GetInputTypeInfo(i)));
-    }
-    std::vector<LoadedTensor> outputs;
-    for (std::size_t i = 0; i < session.GetOutputCount(); ++i) {
-        outputs.push_back(loaded_tensor(session.GetOutputNameAllocated(i, allocator).get(),
-                                        session.GetOutputTypeInfo(i)));
-    }
-    const std::string mismatch =
-        signature_mismatch(promised, std::move(inputs), std::move(outputs));
+    const std::string mismatch = signature_mismatch(promised, inputs, outputs);
     if (!mismatch.empty()) {
         throw BundleError(mismatch, file);
     }
@@ -550,7 +552,8 @@ void OrtBackend::check(const Ort::Session& session, const GraphSpec& spec, bool 
 void OrtBackend::run(const Graph& graph, Ort::Session& session, Ort::IoBinding& binding,
                      bool give_memory_back, const Cancellation* cancellation) const {
     Ort::RunOptions options;
-    if (give_memory_back && !device_.on_gpu()) {
+    const bool has_arena = options_.memory_arena && !options_.environment_allocators;
+    if (give_memory_back && has_arena && !device_.on_gpu()) {
         options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
     }
     const Turn turn(graph.turnstile, cancellation);

@@ -1,10 +1,11 @@
 #include "ort_session.hpp"
 
-#include <array>
 #include <cstdio>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "log.hpp"
 #include "sam3rt/sam3rt.hpp"
@@ -118,6 +119,8 @@ struct Environment {
 std::mutex environment_mutex;
 // Never destroyed: models of static lifetime may outlive every other static.
 Environment* current_environment = nullptr;
+/// How many threads our environment gets; 0 leaves it to ONNX Runtime.
+int shared_threads = 0;
 
 /// An environment that was created before this one, by whoever, has no threads to share unless it
 /// was asked for them: a session tells.
@@ -141,34 +144,56 @@ Ort::Session identity_session(const Device& device, ONNXTensorElementDataType ty
         simple.provider = Provider::cuda;
     }
     const std::string model = identity_model(type);
+    ModelOptions options;
     // It has nothing to compute.
-    return {ort_environment(), model.data(), model.size(), session_options(simple, 1)};
+    options.threads = 1;
+    return {ort_environment(), model.data(), model.size(), session_options(simple, options)};
 }
 
-void append_cuda(Ort::SessionOptions& options, const std::string& number) {
+/// Options of a provider as two lists, those of the model after the library's own.
+struct ProviderOptions {
+    ProviderOptions(std::map<std::string, std::string> own,
+                    const std::map<std::string, std::string>& model)
+        : options(std::move(own)) {
+        options.insert(model.begin(), model.end());
+        for (const auto& [name, value] : options) {
+            names.push_back(name.c_str());
+            values.push_back(value.c_str());
+        }
+    }
+    ProviderOptions(const ProviderOptions&) = delete;
+    ProviderOptions& operator=(const ProviderOptions&) = delete;
+
+    std::map<std::string, std::string> options;
+    std::vector<const char*> names;
+    std::vector<const char*> values;
+};
+
+void append_cuda(Ort::SessionOptions& options, const std::string& number,
+                 const std::map<std::string, std::string>& model) {
     const OrtApi& api = Ort::GetApi();
     OrtCUDAProviderOptionsV2* raw = nullptr;
     Ort::ThrowOnError(api.CreateCUDAProviderOptions(&raw));
     const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> cuda(
         raw, api.ReleaseCUDAProviderOptions);
     // Without use_tf32=0, matrix multiplications would keep 10 bits of a float32's 23.
-    const std::array<const char*, 2> keys = {"device_id", "use_tf32"};
-    const std::array<const char*, 2> values = {number.c_str(), "0"};
-    Ort::ThrowOnError(
-        api.UpdateCUDAProviderOptions(cuda.get(), keys.data(), values.data(), keys.size()));
+    const ProviderOptions given({{"device_id", number}, {"use_tf32", "0"}}, model);
+    Ort::ThrowOnError(api.UpdateCUDAProviderOptions(
+        cuda.get(), given.names.data(), given.values.data(), given.names.size()));
     options.AppendExecutionProvider_CUDA_V2(*cuda);
 }
 
-void append_tensorrt(Ort::SessionOptions& options, const std::string& number) {
+void append_tensorrt(Ort::SessionOptions& options, const std::string& number,
+                     const std::map<std::string, std::string>& model) {
     const OrtApi& api = Ort::GetApi();
     OrtTensorRTProviderOptionsV2* raw = nullptr;
     Ort::ThrowOnError(api.CreateTensorRTProviderOptions(&raw));
     const std::unique_ptr<OrtTensorRTProviderOptionsV2,
                           decltype(api.ReleaseTensorRTProviderOptions)>
         tensorrt(raw, api.ReleaseTensorRTProviderOptions);
-    const char* const key = "device_id";
-    const char* const value = number.c_str();
-    Ort::ThrowOnError(api.UpdateTensorRTProviderOptions(tensorrt.get(), &key, &value, 1));
+    const ProviderOptions given({{"device_id", number}}, model);
+    Ort::ThrowOnError(api.UpdateTensorRTProviderOptions(
+        tensorrt.get(), given.names.data(), given.values.data(), given.names.size()));
     options.AppendExecutionProvider_TensorRT_V2(*tensorrt);
 }
 
@@ -197,6 +222,17 @@ void set_ort_environment(OrtEnv* environment) {
     current_environment = environment_of(environment, false);
 }
 
+void set_shared_threads(int threads) {
+    if (threads < 1) {
+        throw InvalidInputError("threads", std::to_string(threads), "a positive whole number");
+    }
+    const std::lock_guard<std::mutex> lock(environment_mutex);
+    if (current_environment != nullptr) {
+        throw StateError("the pool of threads is in use: set their number before anything else");
+    }
+    shared_threads = threads;
+}
+
 const Ort::Env& ort_environment() {
     require_version();
     const std::lock_guard<std::mutex> lock(environment_mutex);
@@ -204,22 +240,35 @@ const Ort::Env& ort_environment() {
         // Threads that look out for work between runs would take processor time from others.
         Ort::ThreadingOptions threading;
         threading.SetGlobalSpinControl(0);
+        threading.SetGlobalIntraOpNumThreads(shared_threads);
         current_environment = environment_of(
             Ort::Env(threading, log_ort_line, nullptr, ort_log_level(), "sam3rt").release(), true);
     }
     return current_environment->value;
 }
 
-Ort::SessionOptions session_options(const Device& device, int threads) {
+Ort::SessionOptions session_options(const Device& device, const ModelOptions& model) {
     ort_environment();
     Ort::SessionOptions options;
     if (current_environment->is_ours) {
         options.SetLogSeverityLevel(ort_log_level());
     }
-    // A session's own threads look out for work while it runs, and rest once it has run.
-    options.AddConfigEntry("session.force_spinning_stop", "1");
-    if (threads > 0) {
-        options.SetIntraOpNumThreads(threads);
+    if (!model.spin_between_runs) {
+        // A session's own threads look out for work while it runs, and rest once it has run.
+        options.AddConfigEntry("session.force_spinning_stop", "1");
+    }
+    if (!model.thread_affinities.empty()) {
+        options.AddConfigEntry("session.intra_op_thread_affinities",
+                               model.thread_affinities.c_str());
+    }
+    if (!model.memory_arena) {
+        options.DisableCpuMemArena();
+    }
+    if (model.environment_allocators) {
+        options.AddConfigEntry("session.use_env_allocators", "1");
+    }
+    if (model.threads > 0) {
+        options.SetIntraOpNumThreads(model.threads);
     } else if (current_environment->has_threads) {
         options.DisablePerSessionThreads();
     }
@@ -228,15 +277,18 @@ Ort::SessionOptions session_options(const Device& device, int threads) {
         case Provider::cpu:
             break;
         case Provider::cuda:
-            append_cuda(options, number);
+            append_cuda(options, number, model.provider_options);
             break;
         case Provider::tensorrt:
-            append_tensorrt(options, number);
+            append_tensorrt(options, number, model.provider_options);
             break;
-        case Provider::tensorrt_rtx:
-            options.AppendExecutionProvider("NvTensorRTRTXExecutionProvider",
-                                            {{"device_id", number}});
+        case Provider::tensorrt_rtx: {
+            std::unordered_map<std::string, std::string> given(model.provider_options.begin(),
+                                                               model.provider_options.end());
+            given["device_id"] = number;
+            options.AppendExecutionProvider("NvTensorRTRTXExecutionProvider", given);
             break;
+        }
     }
     return options;
 }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "device.hpp"
+#include "sam3rt/sam3rt.hpp"
 
 namespace sam3rt {
 
@@ -17,10 +18,9 @@ const Ort::Env& ort_environment();
 /// ONNX Runtime's element types by the manifest's names.
 const std::map<std::string, ONNXTensorElementDataType>& element_types();
 
-/// Options for a session on a device, whose operators run on `threads` threads of its own, or with
-/// 0 on those that all sessions of the process share. Throws Ort::Exception where the provider
-/// cannot be loaded.
-Ort::SessionOptions session_options(const Device& device, int threads = 0);
+/// Options for a session on a device, with what a model's options say of threads, memory and the
+/// provider. Throws Ort::Exception where the provider cannot be loaded.
+Ort::SessionOptions session_options(const Device& device, const ModelOptions& model);
 
 /// Memory of a device, or of the host.
 Ort::MemoryInfo memory_of(const Device& device);

@@ -173,7 +173,7 @@ Array<float> as_iou(Array<float> predicted, bool is_log_odds) {
 
 }  // namespace
 
-ParityRecord::ParityRecord(const Bytes& content, const std::string& file, const Manifest& manifest)
+ParityRecord::ParityRecord(ByteView content, const std::string& file, const Manifest& manifest)
     : file_(file), arrays_(read_npz(content, file)) {
     const auto text = arrays_.find("description");
     if (text == arrays_.end() || !std::holds_alternative<std::string>(text->second)) {
@@ -362,7 +362,7 @@ ParityRecord load_record(const Bundle& bundle) {
                               std::to_string(max_file_bytes) + " are read",
                           entry.file);
     }
-    return ParityRecord(read_checked(bundle.path, entry), entry.file, bundle.manifest);
+    return ParityRecord(read_checked(bundle, entry).bytes(), entry.file, bundle.manifest);
 }
 
 }  // namespace sam3rt

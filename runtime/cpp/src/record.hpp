@@ -37,7 +37,7 @@ class ParityRecord {
 public:
     /// Throws BundleError, naming the file, where the content is not a whole record for this
     /// manifest.
-    ParityRecord(const Bytes& content, const std::string& file, const Manifest& manifest);
+    ParityRecord(ByteView content, const std::string& file, const Manifest& manifest);
 
     /// [H, W, 3] each.
     const std::vector<Array<std::uint8_t>>& images() const { return images_; }

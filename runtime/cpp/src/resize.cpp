@@ -85,21 +85,6 @@ struct Unrounded {
     static Pixel finish(Weight sum) { return static_cast<float>(sum); }
 };
 
-/// Rows of RGB pixels.
-template <typename Value>
-struct PixelRows {
-    const Value* values;
-    std::size_t height;
-    std::size_t width;
-
-    const Value* row(std::size_t y) const { return values + y * width * channels; }
-};
-
-template <typename Value>
-PixelRows<Value> rows_of(const std::vector<Value>& pixels, std::size_t width) {
-    return {pixels.data(), pixels.size() / (width * channels), width};
-}
-
 /// How luma and chroma of limited range become RGB, in the fixed point of 20 bits that OpenCV uses.
 struct YuvMatrix {
     std::int32_t luma;
@@ -194,24 +179,26 @@ private:
     mutable std::vector<std::uint8_t> converted_;
 };
 
-/// Every row to `taps.windows.size()` pixels.
+/// Rows of `taps.windows.size()` pixels, made of the source's rows when they are asked for.
 template <typename Kind, typename Source>
-std::vector<typename Kind::Pixel> resize_columns(const Source& rows,
-                                                 const Taps<typename Kind::Weight>& taps) {
-    const std::size_t height = rows.height;
-    std::vector<typename Kind::Pixel> result(height * taps.windows.size() * channels);
-    auto* out = result.data();
-    for (std::size_t y = 0; y < height; ++y) {
-        const auto* row = rows.row(y);
-        for (std::size_t x = 0; x < taps.windows.size(); ++x) {
-            const auto [first, count] = taps.windows[x];
-            const typename Kind::Weight* weights = taps.weights_of(x);
-            typename Kind::Weight sums[channels] = {Kind::start, Kind::start, Kind::start};
+class ResizedColumns {
+public:
+    using Pixel = typename Kind::Pixel;
+    using Weight = typename Kind::Weight;
+
+    ResizedColumns(const Source& source, const Taps<Weight>& taps)
+        : height(source.height), width(taps.windows.size()), source_(source), taps_(taps) {}
+
+    void fill(std::size_t y, Pixel* out) const {
+        const auto* row = source_.row(y);
+        for (std::size_t x = 0; x < width; ++x) {
+            const auto [first, count] = taps_.windows[x];
+            const Weight* weights = taps_.weights_of(x);
+            Weight sums[channels] = {Kind::start, Kind::start, Kind::start};
             const auto* pixel = row + channels * first;
             for (std::size_t i = 0; i < count; ++i, pixel += channels) {
                 for (std::size_t channel = 0; channel < channels; ++channel) {
-                    sums[channel] +=
-                        static_cast<typename Kind::Weight>(pixel[channel]) * weights[i];
+                    sums[channel] += static_cast<Weight>(pixel[channel]) * weights[i];
                 }
             }
             for (std::size_t channel = 0; channel < channels; ++channel) {
@@ -219,27 +206,89 @@ std::vector<typename Kind::Pixel> resize_columns(const Source& rows,
             }
         }
     }
-    return result;
-}
 
-/// `taps.windows.size()` rows of the same width.
+    const std::size_t height;
+    const std::size_t width;
+
+private:
+    const Source& source_;
+    const Taps<Weight>& taps_;
+};
+
+/// `taps.windows.size()` rows of the source's width, likewise.
 template <typename Kind, typename Source>
-std::vector<typename Kind::Pixel> resize_rows(const Source& rows,
-                                              const Taps<typename Kind::Weight>& taps) {
-    const std::size_t row_size = rows.width * channels;
-    std::vector<typename Kind::Pixel> result(taps.windows.size() * row_size);
-    std::vector<typename Kind::Weight> sums(row_size);
-    for (std::size_t y = 0; y < taps.windows.size(); ++y) {
-        const auto [first, count] = taps.windows[y];
-        std::fill(sums.begin(), sums.end(), Kind::start);
+class ResizedRows {
+public:
+    using Pixel = typename Kind::Pixel;
+    using Weight = typename Kind::Weight;
+
+    ResizedRows(const Source& source, const Taps<Weight>& taps)
+        : height(taps.windows.size()),
+          width(source.width),
+          source_(source),
+          taps_(taps),
+          sums_(width * channels) {}
+
+    void fill(std::size_t y, Pixel* out) const {
+        const auto [first, count] = taps_.windows[y];
+        std::fill(sums_.begin(), sums_.end(), Kind::start);
         for (std::size_t i = 0; i < count; ++i) {
-            const typename Kind::Weight weight = taps.weights_of(y)[i];
-            const auto* row = rows.row(first + i);
-            for (std::size_t x = 0; x < row_size; ++x) {
-                sums[x] += static_cast<typename Kind::Weight>(row[x]) * weight;
+            const Weight weight = taps_.weights_of(y)[i];
+            const auto* row = source_.row(first + i);
+            for (std::size_t x = 0; x < sums_.size(); ++x) {
+                sums_[x] += static_cast<Weight>(row[x]) * weight;
             }
         }
-        std::transform(sums.begin(), sums.end(), &result[y * row_size], Kind::finish);
+        std::transform(sums_.begin(), sums_.end(), out, Kind::finish);
+    }
+
+    const std::size_t height;
+    const std::size_t width;
+
+private:
+    const Source& source_;
+    const Taps<Weight>& taps_;
+    mutable std::vector<Weight> sums_;
+};
+
+/// The last few rows that were made, for what reads each of them several times: the intermediate
+/// image as a whole would be as large as the encoder's input is wide and the photograph is high.
+template <typename Rows>
+class RecentRows {
+public:
+    /// A row stays until `count` others were asked for.
+    RecentRows(const Rows& rows, std::size_t count)
+        : height(rows.height),
+          width(rows.width),
+          rows_(rows),
+          numbers_(count, rows.height),
+          values_(count * rows.width * channels) {}
+
+    const typename Rows::Pixel* row(std::size_t y) const {
+        const std::size_t place = y % numbers_.size();
+        auto* values = &values_[place * width * channels];
+        if (numbers_[place] != y) {
+            rows_.fill(y, values);
+            numbers_[place] = y;
+        }
+        return values;
+    }
+
+    const std::size_t height;
+    const std::size_t width;
+
+private:
+    const Rows& rows_;
+    /// Which row is in each place; none at first.
+    mutable std::vector<std::size_t> numbers_;
+    mutable std::vector<typename Rows::Pixel> values_;
+};
+
+template <typename Rows>
+std::vector<typename Rows::Pixel> all_of(const Rows& rows) {
+    std::vector<typename Rows::Pixel> result(rows.height * rows.width * channels);
+    for (std::size_t y = 0; y < rows.height; ++y) {
+        rows.fill(y, &result[y * rows.width * channels]);
     }
     return result;
 }
@@ -248,36 +297,35 @@ std::vector<typename Kind::Pixel> resize_rows(const Source& rows,
 template <typename Kind, typename Prepare>
 std::vector<typename Kind::Pixel> resize(const ImageView& image, const Size& target,
                                          Prepare prepare) {
-    const auto height = static_cast<std::size_t>(image.height);
-    const auto width = static_cast<std::size_t>(image.width);
+    const ImageRows source(image);
     const auto new_height = static_cast<std::size_t>(target.height);
     const auto new_width = static_cast<std::size_t>(target.width);
-    const ImageRows source(image);
-    const auto columns = [&](const auto& all) {
-        return resize_columns<Kind>(all, prepare(triangle(width, new_width)));
-    };
-    const auto rows = [&](const auto& all) {
-        return resize_rows<Kind>(all, prepare(triangle(height, new_height)));
-    };
-    if (new_width == width && new_height == height) {
+    if (new_width == source.width && new_height == source.height) {
         std::vector<typename Kind::Pixel> pixels;
-        pixels.reserve(height * width * channels);
-        for (std::size_t y = 0; y < height; ++y) {
+        const std::size_t row_size = source.width * channels;
+        pixels.reserve(source.height * row_size);
+        for (std::size_t y = 0; y < source.height; ++y) {
             const std::uint8_t* row = source.row(y);
-            pixels.insert(pixels.end(), row, row + width * channels);
+            pixels.insert(pixels.end(), row, row + row_size);
         }
         return pixels;
     }
-    if (new_height == height) {
-        return columns(source);
+    const auto column_taps = prepare(triangle(source.width, new_width));
+    const auto row_taps = prepare(triangle(source.height, new_height));
+    const ResizedColumns<Kind, ImageRows> columns(source, column_taps);
+    const ResizedRows<Kind, ImageRows> rows(source, row_taps);
+    if (new_height == source.height) {
+        return all_of(columns);
     }
-    if (new_width == width) {
-        return rows(source);
+    if (new_width == source.width) {
+        return all_of(rows);
     }
     if (rows_first({image.height, image.width}, target)) {
-        return columns(rows_of(rows(source), width));
+        const RecentRows recent(rows, 1);
+        return all_of(ResizedColumns<Kind, decltype(recent)>(recent, column_taps));
     }
-    return rows(rows_of(columns(source), new_width));
+    const RecentRows recent(columns, row_taps.stride);
+    return all_of(ResizedRows<Kind, decltype(recent)>(recent, row_taps));
 }
 
 }  // namespace

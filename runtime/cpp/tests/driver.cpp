@@ -3,8 +3,10 @@
 //
 //   driver STEPS.json RESULTS.json
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <functional>
@@ -36,6 +38,7 @@
 #include "sha256.hpp"
 #include "verdicts.hpp"
 #if SAM3RT_ONNXRUNTIME
+#include "onnx_split.hpp"
 #include "ort_session.hpp"
 #endif
 
@@ -51,6 +54,8 @@ struct Session {
     std::map<std::string, Model> models;
     std::map<std::string, ImageEmbedding> embeddings;
     std::map<std::string, Predictor> predictors;
+    /// The files of a bundle that was loaded from memory.
+    std::map<std::string, std::weak_ptr<const Bytes>> lent;
 };
 
 std::string text(const json& step, const std::string& name) {
@@ -232,7 +237,7 @@ json describe(const Manifest& manifest) {
             {"producer", manifest.producer}};
 }
 
-json load_model(Session& session, const json& step) {
+ModelOptions model_options_of(const json& step) {
     ModelOptions options;
     options.device = step.value("device", "cpu");
     options.threads = step.value("threads", 0);
@@ -244,9 +249,52 @@ json load_model(Session& session, const json& step) {
         options.expected_fingerprint = text(step, "expected_fingerprint");
     }
     options.engine_folder = step.value("engine_folder", "");
-    const Model model = Model::load(text(step, "path"), options);
+    options.provider_options =
+        step.value("provider_options", std::map<std::string, std::string>());
+    options.thread_affinities = step.value("thread_affinities", "");
+    options.spin_between_runs = step.value("spin_between_runs", false);
+    options.memory_arena = step.value("memory_arena", true);
+    options.environment_allocators = step.value("environment_allocators", false);
+    return options;
+}
+
+json add_model(Session& session, const json& step, const Model& model) {
     session.models.insert_or_assign(text(step, "model"), model);
-    return {{"device", model.device()}, {"fingerprint", model.manifest().fingerprint}};
+    return {{"device", model.device()},
+            {"fingerprint", model.manifest().fingerprint},
+            {"path", model.path().string()}};
+}
+
+json load_model(Session& session, const json& step) {
+    return add_model(session, step, Model::load(text(step, "path"), model_options_of(step)));
+}
+
+/// Load a bundle from the files of a folder, each [NAME, PATH], or with null for a path, without
+/// content.
+json load_from_memory(Session& session, const json& step) {
+    std::vector<BundleFile> files;
+    for (const json& entry : step.at("files")) {
+        BundleFile file{entry.at(0), nullptr, 1, nullptr};
+        if (!entry.at(1).is_null()) {
+            const auto content = std::make_shared<const Bytes>(
+                read_file(entry.at(1).get<std::string>(), std::uint64_t{1} << 40U));
+            session.lent[file.name] = content;
+            file = {file.name, content->data(), content->size(), content};
+        }
+        files.push_back(file);
+    }
+    return add_model(session, step, Model::load_from_memory(files, model_options_of(step)));
+}
+
+/// The names of the files in memory that something still holds.
+json lent(const Session& session) {
+    json names = json::array();
+    for (const auto& [name, content] : session.lent) {
+        if (!content.expired()) {
+            names.push_back(name);
+        }
+    }
+    return names;
 }
 
 json add_embedding(Session& session, const json& step, const ImageEmbedding& embedding) {
@@ -699,6 +747,23 @@ json count_threads() {
     return std::distance(begin(tasks), end(tasks));
 }
 
+/// On which processors each thread of this process may run.
+json affinities() {
+    // Threads see to it themselves when they begin.
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    json found = json::array();
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+        std::ifstream status(task.path() / "status");
+        const std::string name = "Cpus_allowed_list:\t";
+        for (std::string line; std::getline(status, line);) {
+            if (line.compare(0, name.size(), name) == 0) {
+                found.push_back(line.substr(name.size()));
+            }
+        }
+    }
+    return found;
+}
+
 /// Decode, and the processor time that this process then takes while it does nothing, seconds.
 json rest_after_decode(Session& session, const json& step) {
     decode(session, step);
@@ -708,6 +773,21 @@ json rest_after_decode(Session& session, const json& step) {
 }
 
 #if SAM3RT_ONNXRUNTIME
+/// The parts of a graph as arrays of bytes, and what they are between and of.
+json split(const json& step) {
+    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const std::optional<GraphParts> parts =
+        split_onnx(content, step.at("inputs").get<std::vector<std::string>>());
+    if (!parts) {
+        return nullptr;
+    }
+    for (const auto& [name, bytes] : {std::pair{"first", &parts->first}, {"rest", &parts->rest}}) {
+        write_npy(result_path(step, name), Array<std::uint8_t>({static_cast<std::int64_t>(
+                                               bytes->size())}, *bytes));
+    }
+    return {{"cut", parts->cut}, {"inputs", parts->inputs}};
+}
+
 /// What a GPU's memory would be reached by, over the host's memory.
 json copy_through_identity(const json& step) {
     Array<float> array = read_npy<float>(text(step, "array"));
@@ -727,11 +807,35 @@ void ORT_API_CALL count_line(void*, OrtLoggingLevel, const char*, const char*, c
     ++host_lines;
 }
 
-/// Let the library use an environment that counts the lines of its log.
-json set_environment() {
+/// A host's allocator, which counts what is asked of it.
+struct CountingAllocator : OrtAllocator {
+    CountingAllocator() : OrtAllocator{} {
+        version = ORT_API_VERSION;
+        Alloc = [](OrtAllocator* self, std::size_t size) -> void* {
+            ++static_cast<CountingAllocator*>(self)->count;
+            return std::aligned_alloc(64, (size + 63) / 64 * 64);
+        };
+        Free = [](OrtAllocator*, void* memory) { std::free(memory); };
+        Info = [](const OrtAllocator* self) -> const OrtMemoryInfo* {
+            return static_cast<const CountingAllocator*>(self)->info;
+        };
+    }
+
+    std::atomic<int> count{0};
+    Ort::MemoryInfo info = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+};
+
+CountingAllocator& host_allocator() {
     // It lives as long as what uses it.
+    static auto* const allocator = new CountingAllocator;
+    return *allocator;
+}
+
+/// Let the library use an environment that counts the lines of its log, and has an allocator.
+json set_environment() {
     static auto* const environment =
         new Ort::Env(ORT_LOGGING_LEVEL_INFO, "host", count_line, nullptr);
+    Ort::ThrowOnError(Ort::GetApi().RegisterAllocator(*environment, &host_allocator()));
     set_ort_environment(*environment);
     return nullptr;
 }
@@ -779,6 +883,13 @@ const std::map<std::string, Step>& steps() {
              return describe(open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
          }},
         {"load_model", load_model},
+        {"load_from_memory", load_from_memory},
+        {"lent", [](Session& all, const json&) { return lent(all); }},
+        {"set_shared_threads",
+         [](Session&, const json& s) {
+             set_shared_threads(s.at("threads"));
+             return json();
+         }},
         {"prepare",
          [](Session& all, const json& s) {
              all.models.at(text(s, "model")).prepare();
@@ -870,10 +981,14 @@ const std::map<std::string, Step>& steps() {
         {"memory", [](Session&, const json&) { return memory(); }},
         {"encode_at_once", encode_at_once},
         {"threads", [](Session&, const json&) { return count_threads(); }},
+        {"affinities", [](Session&, const json&) { return affinities(); }},
         {"rest_after_decode", rest_after_decode},
 #if SAM3RT_ONNXRUNTIME
+        {"split_onnx", [](Session&, const json& s) { return split(s); }},
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"set_environment", [](Session&, const json&) { return set_environment(); }},
+        {"host_allocations",
+         [](Session&, const json&) { return json(host_allocator().count.load()); }},
         {"host_lines", [](Session&, const json&) { return json(host_lines); }},
 #endif
         {"moved_from", [](Session&, const json&) { return moved_from(); }},

@@ -496,6 +496,11 @@ struct Manifest {
 /// Runtime.
 SAM3RT_EXPORT void set_ort_environment(OrtEnv* environment);
 
+/// How many threads the pool has that models without ModelOptions::threads share, in place of as
+/// many as the machine has cores. A host's environment has a pool of its own. Throws
+/// InvalidInputError where the number is not positive, else StateError as set_ort_environment does.
+SAM3RT_EXPORT void set_shared_threads(int threads);
+
 /// An image's feature maps on the device that made them, and where the image lies in them.
 ///
 /// A value: copies are cheap, share the maps, never change, and may be used by many threads.
@@ -547,6 +552,15 @@ struct DecodedMasks {
     std::string warning;
 };
 
+/// One file of a bundle in memory, such as "bundle.json" or "encoder.onnx".
+struct BundleFile {
+    std::string name;
+    const void* content = nullptr;
+    std::size_t size = 0;
+    /// Keeps the content alive, and is let go of when the content is no longer needed; may be null.
+    std::shared_ptr<const void> owner;
+};
+
 /// How a model is loaded.
 struct ModelOptions {
     /// What runs the graphs. ONNX Runtime: "cpu"; "cuda" or "cuda:N". TensorRT: "tensorrt" or
@@ -582,6 +596,24 @@ struct ModelOptions {
     /// For TensorRT: the engine folder to use, in place of the fastest recipe that passes. A path,
     /// or the name of a folder in the bundle's "engines".
     std::filesystem::path engine_folder;
+    /// For ONNX Runtime on a GPU: options of the execution provider, by the names that ONNX Runtime
+    /// documents for it, such as {"gpu_mem_limit", "4294967296"} for "cuda". `device` must name the
+    /// provider; "device_id" and "use_tf32" are the library's.
+    std::map<std::string, std::string> provider_options;
+    /// For ONNX Runtime on the CPU, with `threads`: where each thread but the calling one may run,
+    /// as its option "session.intra_op_thread_affinities" has it: processors from 1 on, with a
+    /// semicolon between threads, such as "3;4" with 3 threads. Empty leaves it to the system.
+    std::string thread_affinities;
+    /// Threads of the model's own also wait actively between runs: the next one begins sooner, and
+    /// they take all the processor time that they can get. Only with `threads`.
+    bool spin_between_runs = false;
+    /// ONNX Runtime keeps memory on the CPU for the next run in an arena, which shrinks after calls
+    /// that take much. Without one, every buffer is asked of the process's malloc, which then
+    /// decides what is kept.
+    bool memory_arena = true;
+    /// ONNX Runtime takes memory of allocators that the host registered with the environment it gave
+    /// to set_ort_environment.
+    bool environment_allocators = false;
 };
 
 /// One comparison with a bundle's parity record.
@@ -646,6 +678,17 @@ public:
     /// cannot be used here.
     static Model load(const std::filesystem::path& bundle, const ModelOptions& options = {});
 
+    /// Open a bundle whose files lie in memory: bundle.json and those that it lists; others are left
+    /// alone. They are checked as in a folder, and read where they are, without a copy: ONNX Runtime
+    /// makes its own of what it keeps. The content of a graph's files must stay as it is until the
+    /// graph has been loaded, at its first use or by prepare(), or the model and everything made of
+    /// it is gone; the rest is not needed after the call. path() is then empty. Engines lie beside a
+    /// bundle in a folder, so "auto" passes TensorRT over.
+    /// Throws InvalidInputError where a file comes twice or has no content, or with map_weights; else
+    /// as load does.
+    static Model load_from_memory(const std::vector<BundleFile>& files,
+                                  const ModelOptions& options = {});
+
     /// Run the encoder on one image.
     /// Throws ImageError where it is not an image, BackendError where the device failed,
     /// CancelledError where `cancellation` is given and says so.
@@ -695,7 +738,7 @@ public:
     const Manifest& manifest() const noexcept;
     /// The text of bundle.json, UTF-8.
     const std::string& manifest_json() const noexcept;
-    /// The bundle's folder, as an absolute path.
+    /// The bundle's folder, as an absolute path; empty for one in memory.
     const std::filesystem::path& path() const noexcept;
     /// Where the graphs run, such as "cpu" or "cuda:0".
     std::string device() const;
