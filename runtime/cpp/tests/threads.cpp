@@ -3,6 +3,8 @@
 // Then they encode until they are stopped.
 //
 //   threads BUNDLE FOLDER [DEVICE]
+//
+// On TensorRT without ONNX Runtime each also has an image in device memory, and masks left there.
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "callers_memory.hpp"
 #include "sam3rt/sam3rt.hpp"
 
 namespace {
@@ -72,6 +75,30 @@ int calls_that_do_not_end(const sam3rt::Model& model, const sam3rt::ImageView& i
     return others;
 }
 
+/// Whether an image in device memory gives masks there that are those of the host's image.
+bool device_memory_does(const sam3rt::Model& model, const sam3rt::Array<std::uint8_t>& pixels,
+                        int number) {
+    using sam3rt::testing::CallersMemory;
+    sam3rt::Predictor predictor(model);
+    predictor.set_image({pixels.data(), height, width});
+    const sam3rt::Prediction expected = predictor.predict(click(number));
+    CallersMemory image(pixels.size(), number % 2 == 0);
+    CallersMemory masks(expected.masks.size(), number % 2 == 0);
+    image.fill(pixels.data(), 0);
+    sam3rt::ImageView view{image.address(), height, width};
+    view.on_device = true;
+    view.stream = image.stream();
+    predictor.set_image_batch({view, view});
+    sam3rt::PredictOptions options;
+    options.output = masks.address();
+    options.output_size = expected.masks.size();
+    options.output_on_device = true;
+    options.stream = masks.stream();
+    predictor.predict(click(number), options);
+    const std::vector<std::uint8_t> found = masks.content();
+    return std::equal(found.begin(), found.end(), expected.masks.begin(), expected.masks.end());
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -117,6 +144,9 @@ int main(int count, char** arguments) {
                                sam3rt::Array<float>({3}, wanted.iou_predictions.data(), 3))) {
                         ++failures;
                     }
+                }
+                if (model.device().find("tensorrt") == 0 && !device_memory_does(model, pixels, i)) {
+                    ++failures;
                 }
             } catch (const std::exception& error) {
                 std::cerr << error.what() << "\n";
