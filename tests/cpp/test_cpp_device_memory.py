@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from tests.support.cpp_driver import Build, Result, Step, as_prompts, prove_engines
 from tests.support.cpp_machine import (
@@ -289,23 +288,28 @@ def test_bad_images_in_device_memory(machine: Machine, bundle: Path) -> None:
 def test_bad_outputs_in_device_memory(machine: Machine, bundle: Path) -> None:
     add_engines(bundle)
     size = 3 * IMAGE.shape[0] * IMAGE.shape[1]
-    before = [loaded(bundle), step("predictor"), step("set_image", image=IMAGE)]
-
-    def refused(subject: str, **options: Any) -> str:
-        options = {"output": size, "device": "own", **options}
-        return machine.run(*before, as_step(CLICK, **options))[-1].refusal(
-            "InvalidInputError", subject
-        )
-
-    assert "host memory" in refused("output", device="host")
-    assert f"{size} for shape" in refused("output", output=size - 1)
-    assert "no memory" in refused("output", output=0)
-    for form in ({"form": "bits"}, {"form": "rle"}, {"return_logits": True}, {"foreground": 255}):
-        refused("output_on_device", **form)
-    assert "primary context" in refused("stream", stream="another's")
+    cases: list[tuple[str, str, Step]] = [
+        ("output", "host memory", {"device": "host"}),
+        ("output", f"{size} for shape", {"output": size - 1}),
+        ("output", "no memory", {"output": 0}),
+        ("output_on_device", "bytes of 0 and 1", {"form": "bits"}),
+        ("output_on_device", "bytes of 0 and 1", {"form": "rle"}),
+        ("output_on_device", "bytes of 0 and 1", {"return_logits": True}),
+        ("output_on_device", "bytes of 0 and 1", {"foreground": 255}),
+        ("stream", "primary context", {"stream": "another's"}),
+    ]
     results = machine.run(
-        *before, as_step(CLICK, output=size // 3, device="own", best_mask_only=True)
+        loaded(bundle),
+        step("predictor"),
+        step("set_image", image=IMAGE),
+        *(
+            as_step(CLICK, **{"output": size, "device": "own", **options})
+            for _, _, options in cases
+        ),
+        as_step(CLICK, output=size // 3, device="own", best_mask_only=True),
     )
+    for (subject, words, _), found in zip(cases, results[3:-1], strict=True):
+        assert words in found.refusal("InvalidInputError", subject)
     assert results[-1].error is None
 
 

@@ -8,6 +8,7 @@ libraries are there under their real names, and are found as the real ones are.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.support.tensorrt_helpers import copy_bundle
 from tests.support.vectors import load
 
 import sam3rt
+
 
 def mask_prompts(model: sam3rt.SegmentationModel, count: int) -> NDArray[np.float32]:
     size = model.manifest.prompts.mask_size

@@ -1,4 +1,4 @@
-"""Machines with a stand-in for a GPU, and engines for them that compute what a bundle's graphs do."""
+"""Machines with a stand-in for a GPU, and engines for them, which compute what graphs do."""
 
 from __future__ import annotations
 

@@ -105,18 +105,16 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
         const auto kinds = static_cast<std::size_t>(logits.shape[2]);
         const std::size_t made_bytes =
             masks == nullptr ? 0 : count * kinds * picture_size(masks->geometry);
-        const bool picks = masks != nullptr && masks->best_only && kinds > 1;
+        const bool stays = masks != nullptr && masks->output != nullptr;
+        const bool picks = stays && masks->best_only && kinds > 1;
         DevicePointer made = 0;
-        if (masks != nullptr && masks->output != nullptr) {
-            const auto target = reinterpret_cast<DevicePointer>(masks->output);
-            made = picks ? pictures_.device(made_bytes) : target + first * (made_bytes / count);
-            if (first == 0) {
-                cuda_.wait_for(stream_, masks->stream);
-            }
-        } else if (masks != nullptr) {
-            made = pictures_.device(made_bytes);
+        if (stays && first == 0) {
+            cuda_.wait_for(stream_, masks->stream);
         }
         if (masks != nullptr) {
+            made = stays && !picks ? reinterpret_cast<DevicePointer>(masks->output) +
+                                         first * (made_bytes / count)
+                                   : pictures_.device(made_bytes);
             job = job_for(outputs_.address + logits.offset,
                           static_cast<std::int64_t>(count * kinds), masks->geometry,
                           masks->cleaning, made);
@@ -137,7 +135,7 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
         std::uint8_t* const host = results_.pinned(end - start);
         cuda_.download(host, outputs_.address + start, end - start, stream_);
         const std::uint8_t* pictures = nullptr;
-        if (masks != nullptr && masks->output == nullptr) {
+        if (masks != nullptr && !stays) {
             std::uint8_t* const pinned = pictures_.pinned(made_bytes);
             cuda_.download(pinned, made, made_bytes, stream_);
             pictures = pinned;
@@ -152,7 +150,7 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
         if (pictures != nullptr) {
             std::copy_n(pictures, made_bytes,
                         masks->masks->data() + first * (made_bytes / count));
-        } else if (picks && masks->output != nullptr) {
+        } else if (picks) {
             keep_best(*masks, results.at(1).data(), made, first, count, kinds);
         }
         if (run.replay->record()) {
