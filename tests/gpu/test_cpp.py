@@ -6,8 +6,8 @@ Without it the lanes run all the same, over a stand-in for TensorRT that compute
 copies which it queues as TensorRT queues its kernels: memory, streams, graphs, kernels and events
 are the GPU's.
 
-With ``SAM3RT_FAKE_GPU=1``, the builds of ``make test-cpp`` run on the CPU and on the stand-in for
-the driver.
+With ``SAM3RT_FAKE_GPU=1``, the builds of ``make test-cpp`` run a model of 8x8 pixels on the CPU and
+on the stand-in for the driver.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Way(NamedTuple):
         name: what runs the graphs.
         build: the library's build.
         device: as its callers name it.
-        bundle: the golden data's small SAM 3, with engines where it takes any.
+        bundle: a SAM 3, with engines where it takes any.
         environment: what its programs need.
     """
 
@@ -72,15 +72,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cpp")
 
 
+@pytest.fixture(scope="module")
+def model_bundle(request: pytest.FixtureRequest) -> Path:
+    """The golden data's small SAM 3; on the fake GPU one that runs in no time."""
+    path: Path = request.getfixturevalue("tiny_sam3" if FAKE else "small_bundle")
+    return path
+
+
 @pytest.fixture(scope="module", params=["onnxruntime", "stand-in", "tensorrt"])
-def way(request: pytest.FixtureRequest, small_bundle: Path, card: Card, folder: Path) -> Way:
+def way(request: pytest.FixtureRequest, model_bundle: Path, card: Card, folder: Path) -> Way:
     """What is not installed is skipped."""
     name: str = request.param
     device = {"onnxruntime": "cuda"}.get(name, "tensorrt")
     bundle = folder / name / "sam3_small"
     exchange = folder / name / "exchange"
     exchange.mkdir(parents=True)
-    shutil.copytree(small_bundle, bundle)
+    shutil.copytree(model_bundle, bundle)
     if FAKE:
         builds = _given_builds()
         if name == "tensorrt":
@@ -168,10 +175,10 @@ def _build_engines(bundle: Path) -> None:
 
 @pytest.fixture(scope="module")
 def golden(
-    small_bundle: Path, golden_images: dict[int, NDArray[np.uint8]]
+    model_bundle: Path, golden_images: dict[int, NDArray[np.uint8]]
 ) -> Iterator[golden_calls.Golden]:
     """SAM 3's golden cases as calls, with the Python runtime's results on the CPU."""
-    model = sam3rt.load_model(small_bundle, backend="onnxruntime", device="cpu")
+    model = sam3rt.load_model(model_bundle, backend="onnxruntime", device="cpu")
     yield golden_calls.sam3_golden(model, golden_images)
     model.close()
 
