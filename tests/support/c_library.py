@@ -44,6 +44,8 @@ class Image(ctypes.Structure):
         ("row_stride", c_ssize_t),
         ("format", c_int32),
         ("plane_stride", c_size_t),
+        ("on_device", c_int32),
+        ("stream", c_void_p),
     ]
 
 
@@ -120,6 +122,8 @@ class PredictOptions(ctypes.Structure):
         ("mask_form", c_int32),
         ("output", c_void_p),
         ("output_size", c_size_t),
+        ("output_on_device", c_int32),
+        ("stream", c_void_p),
     ]
 
 

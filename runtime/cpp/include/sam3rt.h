@@ -204,6 +204,15 @@ typedef struct sam3rt_image {
     /* For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
      * All planes have the same row_stride. 0 for other images. */
     size_t plane_stride;
+    /* Not 0: `pixels` is an address in the memory of the model's GPU, which takes a model that runs
+     * on TensorRT without ONNX Runtime. The encoder then waits for what `stream` was given before
+     * the call, and the calling thread does not. Another model, or memory elsewhere, is an image
+     * error; no NVRTC is a backend error. */
+    int32_t on_device;
+    /* Where the image is in device memory, the stream on which it is written (cudaStream_t or
+     * CUstream, of the GPU's primary context, and not being recorded); NULL for CUDA's default
+     * stream. */
+    void* stream;
 } sam3rt_image;
 
 /* Prompts for one image. Everything may be absent; B counts objects; with B 0 the results are
@@ -491,6 +500,14 @@ typedef struct sam3rt_predict_options {
      * for sam3rt_predictor_predict_batch. */
     void* output;
     size_t output_size;
+    /* Not 0: `output` is memory of the model's GPU, where masks are to stay, as bytes of 0 and 1;
+     * sam3rt_prediction_masks then has its address. That takes a model that runs on TensorRT without
+     * ONNX Runtime: another, or memory elsewhere, is an invalid input. The masks are there when the
+     * call returns, for any stream to read. */
+    int32_t output_on_device;
+    /* With output_on_device, a stream that may still be using that memory, as in sam3rt_image: masks
+     * are not written before what it was given until the call is done. */
+    void* stream;
 } sam3rt_predict_options;
 
 /* `options` may be NULL. The predictor keeps what it needs of the model. */

@@ -125,6 +125,22 @@ std::string Backend::name() const {
     return is_tensorrt ? name_of(provider) : "onnxruntime";
 }
 
+std::vector<std::shared_ptr<const Features>> Backend::encode_all(
+    const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
+    const Cancellation* cancellation) const {
+    std::vector<std::shared_ptr<const Features>> found;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        found.push_back(encode(images[i], geometries[i], cancellation));
+    }
+    return found;
+}
+
+std::optional<Refusal> Backend::refuses(const void* /*address*/) const {
+    return Refusal{"device memory",
+                   "host memory: this model runs in ONNX Runtime on " + device().name() +
+                       ", and only TensorRT without ONNX Runtime takes device memory"};
+}
+
 Runner runner_of(const Backend& backend, const Cancellation* cancellation) {
     return [&backend, cancellation](const ImageView& image, const ImageGeometry& geometry) {
         const std::shared_ptr<const Features> features =

@@ -38,8 +38,22 @@ public:
 struct DeviceMasks {
     const ImageGeometry& geometry;
     const Cleaning& cleaning;
-    /// Those of the decoder's first output, [P, C, H, W] of 0 and 1, if the backend made them.
+    /// Device memory of the caller's for them, which the backend must make then, or null; its size
+    /// in bytes; the stream that may still be using it.
+    void* output;
+    std::size_t output_size;
+    void* stream;
+    /// Whether `output` is for each object's mask of the highest predicted IoU alone.
+    bool best_only;
+    /// Those of the decoder's first output, [P, C, H, W] of 0 and 1, if the backend made them and
+    /// there is no `output`.
     std::optional<Array<std::uint8_t>> masks;
+};
+
+/// Why memory cannot be used: what came, and what was expected.
+struct Refusal {
+    std::string got;
+    std::string expected;
 };
 
 /// The two graphs on one device. Every method may be called from many threads at once.
@@ -60,6 +74,15 @@ public:
     virtual std::shared_ptr<const Features> encode(const ImageView& image,
                                                    const ImageGeometry& geometry,
                                                    const Cancellation* cancellation) const = 0;
+
+    /// The same for several images, together where the backend gains by it.
+    virtual std::vector<std::shared_ptr<const Features>> encode_all(
+        const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
+        const Cancellation* cancellation) const;
+
+    /// Why an address is not one in device memory that images can be read from and masks written
+    /// to, if it is not.
+    virtual std::optional<Refusal> refuses(const void* address) const;
 
     /// Bring feature maps, [1, C, h, w] each, to the device.
     virtual std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const = 0;

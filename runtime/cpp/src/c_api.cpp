@@ -132,11 +132,13 @@ constexpr std::array older_sizes<sam3rt_model_options> = {
     offsetof(sam3rt_model_options, provider_options)};
 template <>
 constexpr std::array older_sizes<sam3rt_image> = {offsetof(sam3rt_image, format),
-                                                  offsetof(sam3rt_image, plane_stride)};
+                                                  offsetof(sam3rt_image, plane_stride),
+                                                  offsetof(sam3rt_image, on_device)};
 template <>
 constexpr std::array older_sizes<sam3rt_predict_options> = {
     offsetof(sam3rt_predict_options, best_mask_only),
-    offsetof(sam3rt_predict_options, cancellation)};
+    offsetof(sam3rt_predict_options, cancellation),
+    offsetof(sam3rt_predict_options, output_on_device)};
 template <>
 constexpr std::array older_sizes<sam3rt_prompts> = {offsetof(sam3rt_prompts, point_counts)};
 
@@ -222,7 +224,8 @@ sam3rt::ImageView image_of(const sam3rt_image* image, const char* argument) {
                                  "SAM3RT_RGB to SAM3RT_NV12_BT709");
     }
     return {known.pixels, known.height, known.width, known.row_stride,
-            static_cast<sam3rt::PixelFormat>(known.format), known.plane_stride};
+            static_cast<sam3rt::PixelFormat>(known.format), known.plane_stride,
+            known.on_device != 0, known.stream};
 }
 
 sam3rt::Prompts prompts_of(const sam3rt_prompts* prompts) {
@@ -311,7 +314,8 @@ sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options)
     const auto foreground = static_cast<std::uint8_t>(known.foreground);
     return {known.single_mask == 0, known.return_logits != 0, known.best_mask_only != 0,
             foreground == 0 ? std::uint8_t{1} : foreground, cancellation,
-            static_cast<sam3rt::MaskForm>(known.mask_form), known.output, known.output_size};
+            static_cast<sam3rt::MaskForm>(known.mask_form), known.output, known.output_size,
+            known.output_on_device != 0, known.stream};
 }
 
 }  // namespace

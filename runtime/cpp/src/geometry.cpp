@@ -45,6 +45,9 @@ void check_image(const ImageView& image, const std::string& argument) {
                              " pixels on a side and at most " + std::to_string(max_image_pixels) +
                              " in total");
     }
+    if (image.stream != nullptr && !image.on_device) {
+        throw ImageError(argument, "a stream", "none, for an image in host memory");
+    }
     const bool has_planes = is_planar(image.format);
     const std::int64_t row =
         static_cast<std::int64_t>(bytes_per_pixel(image.format)) * image.width;

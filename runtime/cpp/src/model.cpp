@@ -53,6 +53,16 @@ void require_finite(const Array<float>& scores) {
     }
 }
 
+/// Throws ImageError where it is no image, or where the backend cannot read it.
+void check_readable(const Backend& backend, const ImageView& image, const std::string& argument) {
+    check_image(image, argument);
+    if (image.on_device) {
+        if (const std::optional<Refusal> refusal = backend.refuses(image.pixels)) {
+            throw ImageError(argument, "an image in " + refusal->got, refusal->expected);
+        }
+    }
+}
+
 /// Throws EmbeddingError, calling what was stored `subject`, where it does not fit the model.
 ImageEmbedding upload(const Model::Data& data, const std::string& subject,
                       const StoredEmbedding& stored) {
@@ -81,13 +91,33 @@ Model Model::load_from_memory(const std::vector<BundleFile>& files, const ModelO
 }
 
 ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancellation) const {
-    check_image(image, "image");
+    check_readable(data_->backend, image, "image");
     check_cancelled(cancellation);
     const Manifest& about = manifest();
     const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
     return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
         ImageEmbedding::Data{data_->backend.encode(image, geometry, cancellation), geometry,
                              about.fingerprint, names_of(about.encoder.outputs)}));
+}
+
+std::vector<ImageEmbedding> Model::encode_batch(const std::vector<ImageView>& images,
+                                                const Cancellation* cancellation) const {
+    const Manifest& about = manifest();
+    std::vector<ImageGeometry> geometries;
+    // All are checked before the first is encoded: encoding is the expensive part.
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        check_readable(data_->backend, images[i], "images[" + std::to_string(i) + "]");
+        geometries.push_back(geometry_of(about.image, {images[i].height, images[i].width}));
+    }
+    check_cancelled(cancellation);
+    const auto features = data_->backend.encode_all(images, geometries, cancellation);
+    std::vector<ImageEmbedding> embeddings;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        embeddings.emplace_back(std::make_shared<const ImageEmbedding::Data>(
+            ImageEmbedding::Data{features.at(i), geometries[i], about.fingerprint,
+                                 names_of(about.encoder.outputs)}));
+    }
+    return embeddings;
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,

@@ -4,6 +4,8 @@
 // then upsampling, then the threshold.
 #pragma once
 
+#include <algorithm>
+
 #include "cancellation.hpp"
 #include "sam3rt/sam3rt.hpp"
 #include "upsampling.hpp"
@@ -23,6 +25,11 @@ struct Cleaning {
 /// Fill small holes and remove small islands of one mask, float32 [h, w]. Components are
 /// 8-connected; islands are found on the logits as they came, not as the hole filling left them.
 std::vector<float> clean(const float* logits, const Size& size, const Cleaning& cleaning);
+
+/// Which of an object's masks has the highest predicted IoU.
+inline std::size_t best_mask(const float* scores, std::size_t masks) {
+    return static_cast<std::size_t>(std::max_element(scores, scores + masks) - scores);
+}
 
 /// Of masks [P, C, H, W] of the image's size, of [P, C, h, w] low-resolution logits.
 Shape full_shape(const Array<float>& low_res, const Resampling& resampling);

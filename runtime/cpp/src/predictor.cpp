@@ -49,7 +49,7 @@ void keep_best(DecodedMasks& decoded, DeviceMasks& made) {
     std::vector<std::size_t> best;
     for (std::size_t object = 0; object < scores.size(); ++object) {
         const float* own = decoded.iou_predictions.data() + object * masks;
-        best.push_back(static_cast<std::size_t>(std::max_element(own, own + masks) - own));
+        best.push_back(best_mask(own, masks));
         scores[object] = own[best.back()];
     }
     decoded.low_res_masks = planes_of(decoded.low_res_masks, best);
@@ -69,14 +69,35 @@ Array<std::uint8_t> with_foreground(Array<std::uint8_t> masks, std::uint8_t fore
     return masks;
 }
 
+/// Throws InvalidInputError where masks cannot be left in device memory as the options say.
+void check_device_output(const PredictOptions& options, const Backend& backend) {
+    if (!options.output_on_device) {
+        if (options.stream != nullptr) {
+            throw InvalidInputError("stream", "a stream", "none, without output_on_device");
+        }
+        return;
+    }
+    if (options.output == nullptr) {
+        throw InvalidInputError("output", "no memory", "an address, with output_on_device");
+    }
+    if (options.return_logits || options.form != MaskForm::bytes || options.foreground != 1) {
+        throw InvalidInputError("output_on_device", "another form than bytes of 0 and 1",
+                                "masks of that form");
+    }
+    if (const std::optional<Refusal> refusal = backend.refuses(options.output)) {
+        throw InvalidInputError("output", refusal->got, refusal->expected);
+    }
+}
+
 /// Throws InvalidInputError where the options contradict each other.
-void check_options(const PredictOptions& options) {
+void check_options(const PredictOptions& options, const Backend& backend) {
     if (options.foreground == 0) {
         throw InvalidInputError("foreground", "0", "1 to 255");
     }
     if (options.form != MaskForm::bytes && options.return_logits) {
         throw InvalidInputError("form", "another than bytes", "bytes, with return_logits");
     }
+    check_device_output(options, backend);
     if (options.output == nullptr) {
         return;
     }
@@ -130,15 +151,7 @@ void Predictor::set_image_batch(const std::vector<ImageView>& images,
     if (images.empty()) {
         throw ImageError("images", "an empty list", "a list of at least one image");
     }
-    // All are checked before the first is encoded: encoding is the expensive part.
-    for (std::size_t i = 0; i < images.size(); ++i) {
-        check_image(images[i], "images[" + std::to_string(i) + "]");
-    }
-    std::vector<ImageEmbedding> embeddings;
-    for (const ImageView& image : images) {
-        embeddings.push_back(model_.encode(image, cancellation));
-    }
-    embeddings_ = std::move(embeddings);
+    embeddings_ = model_.encode_batch(images, cancellation);
     is_batch_ = true;
 }
 
@@ -176,9 +189,15 @@ void Predictor::reset() noexcept {
 
 Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
                                  const PredictOptions& options) const {
-    check_options(options);
+    check_options(options, model_.data().backend);
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
-    DeviceMasks made{embedding.data().geometry, cleaning, std::nullopt};
+    DeviceMasks made{embedding.data().geometry,
+                     cleaning,
+                     options.output_on_device ? options.output : nullptr,
+                     options.output_size,
+                     options.stream,
+                     options.best_mask_only,
+                     std::nullopt};
     DecodedMasks decoded =
         decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
                        options.return_logits ? nullptr : &made);
@@ -197,6 +216,8 @@ Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts&
     if (options.return_logits) {
         finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation,
                       memory_for(options, prediction.shape, prediction.logits));
+    } else if (options.output_on_device) {
+        // They are there.
     } else if (options.form == MaskForm::rle) {
         prediction.rle = made.masks ? encode_masks(*made.masks)
                                     : finish_rle(decoded.low_res_masks, *resampling, cleaning,

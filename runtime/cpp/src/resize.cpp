@@ -346,6 +346,11 @@ bool is_nv12(PixelFormat format) {
     return format == PixelFormat::nv12 || format == PixelFormat::nv12_bt709;
 }
 
+std::array<int, 5> nv12_matrix(PixelFormat format) {
+    const YuvMatrix& of = format == PixelFormat::nv12 ? bt601 : bt709;
+    return {of.luma, of.red_of_v, of.green_of_u, of.green_of_v, of.blue_of_u};
+}
+
 bool is_planar(PixelFormat format) { return format == PixelFormat::planar || is_nv12(format); }
 
 std::size_t bytes_per_pixel(PixelFormat format) {

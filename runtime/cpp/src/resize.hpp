@@ -1,6 +1,7 @@
 // Antialiased bilinear resizing of images.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -11,6 +12,10 @@ namespace sam3rt {
 /// Whether an image has planes in place of whole pixels, and whether it is one of two NV12 has.
 bool is_planar(PixelFormat format);
 bool is_nv12(PixelFormat format);
+
+/// How luma, then V for red, U and V for green, and U for blue count in an NV12 image: whole numbers
+/// with 20 fractional bits.
+std::array<int, 5> nv12_matrix(PixelFormat format);
 
 /// How many bytes a pixel takes, in the first plane where there are several.
 std::size_t bytes_per_pixel(PixelFormat format);

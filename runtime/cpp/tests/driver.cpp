@@ -20,6 +20,7 @@
 #include "accuracy.hpp"
 #include "backend.hpp"
 #include "bundle.hpp"
+#include "callers_memory.hpp"
 #include "components.hpp"
 #include "embedding.hpp"
 #include "engines.hpp"
@@ -46,6 +47,7 @@ namespace {
 
 using namespace sam3rt;
 using nlohmann::json;
+using testing::CallersMemory;
 using testing::read_npy;
 using testing::write_npy;
 
@@ -77,7 +79,20 @@ ImageGeometry geometry_from(const json& value) {
 
 json as_json(const Size& size) { return json::array({size.height, size.width}); }
 
-/// An image from a .npy file: [H, W, 3], [H, W, 4], [H, W], or [H, stride] bytes with a width.
+/// Device memory of so many bytes for what a step has there. "device" says how: with a stream of
+/// its "own" or the "default" one.
+std::unique_ptr<CallersMemory> callers_memory(const json& step, std::size_t bytes) {
+    return std::make_unique<CallersMemory>(bytes, text(step, "device") != "default");
+}
+
+/// The stream to name, which is wrong where "stream" says so.
+void* stream_to_name(const json& step, const CallersMemory& memory) {
+    return step.value("stream", "") == "another's" ? reinterpret_cast<void*>(64)
+                                                   : memory.stream();
+}
+
+/// An image from a .npy file: [H, W, 3], [H, W, 4], [H, W], or [H, stride] bytes with a width. With
+/// "device" it is in device memory, or only said to be, and will be there after "delay" copies.
 struct Image {
     explicit Image(const json& step, const std::string& name = "image")
         : pixels(read_npy<std::uint8_t>(text(step, name))) {
@@ -100,10 +115,30 @@ struct Image {
                                                                    {"nv12", PixelFormat::nv12},
                                                                    {"nv12_bt709", PixelFormat::nv12_bt709}};
         view.format = formats.at(step.value("format", "rgb"));
+        view.on_device = step.contains("device");
+        if (view.on_device && text(step, "device") != "host") {
+            memory = callers_memory(step, pixels.size());
+            memory->fill(pixels.data(), step.value("delay", std::size_t{0}));
+            view.pixels = memory->address() + (view.pixels - pixels.data());
+            view.stream = stream_to_name(step, *memory);
+            if (step.value("stream", "") == "recorded") {
+                memory->content();
+                memory->record(true);
+                recorded = true;
+            }
+        }
+    }
+    Image(Image&&) = default;
+    ~Image() {
+        if (memory != nullptr && recorded) {
+            memory->record(false);
+        }
     }
 
     Array<std::uint8_t> pixels;
     ImageView view;
+    std::unique_ptr<CallersMemory> memory;
+    bool recorded = false;
 };
 
 /// Ends a step's call at the time that it names, or when a thread says so.
@@ -191,8 +226,22 @@ json predict(Session& session, const json& step) {
     const std::size_t shift = step.value("shift", std::size_t{0});
     options.output = memory.empty() ? nullptr : memory.data() + shift;
     options.output_size = memory.size() - shift;
+    std::unique_ptr<CallersMemory> room;
+    options.output_on_device = step.contains("device");
+    if (options.output_on_device && text(step, "device") != "host" && !memory.empty()) {
+        room = callers_memory(step, memory.size());
+        // What the caller may still be doing there.
+        std::fill(memory.begin(), memory.end(), std::uint8_t{7});
+        room->fill(memory.data(), step.value("delay", std::size_t{0}));
+        options.output = room->address() + shift;
+        options.stream = stream_to_name(step, *room);
+    }
     Prediction prediction = session.predictors.at(text(step, "predictor"))
                                 .predict(prompts_of(step.value("prompts", json::object())), options);
+    if (room != nullptr) {
+        memory = room->content();
+        options.output = memory.data() + shift;
+    }
     if (!memory.empty()) {
         const std::size_t count = element_count(prediction.shape);
         const bool is_empty = prediction.masks.size() == 0 && prediction.logits.size() == 0;
@@ -355,7 +404,9 @@ json set_image_batch(Session& session, const json& step) {
             views.emplace_back();
             continue;
         }
-        images.emplace_back(json{{"image", path}});
+        json image = step;
+        image["image"] = path;
+        images.emplace_back(image);
         views.push_back(images.back().view);
     }
     session.predictors.at(text(step, "predictor")).set_image_batch(views);

@@ -3,6 +3,8 @@
 // Then they encode until they are stopped.
 //
 //   threads BUNDLE FOLDER [DEVICE]
+//
+// On TensorRT without ONNX Runtime each also has an image in device memory, and masks left there.
 
 #include <algorithm>
 #include <atomic>
@@ -10,9 +12,11 @@
 #include <cmath>
 #include <filesystem>
 #include <iostream>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "callers_memory.hpp"
 #include "sam3rt/sam3rt.hpp"
 
 namespace {
@@ -37,11 +41,13 @@ sam3rt::Prompts click(int number) {
     return prompts;
 }
 
-/// Equal but for what the order of sums in a busy thread pool may change.
-bool close(const sam3rt::Array<float>& a, const sam3rt::Array<float>& b) {
+/// Equal but for what the order of sums in a busy thread pool may change; a GPU's library may choose
+/// other kernels, which sum in half precision, each time a model is loaded.
+bool close(const sam3rt::Array<float>& a, const sam3rt::Array<float>& b, const std::string& device) {
+    const float limit = device == "cpu" ? 1e-3F : 5e-2F;
     return a.shape() == b.shape() &&
            std::equal(a.begin(), a.end(), b.begin(),
-                      [](float x, float y) { return std::abs(x - y) <= 1e-3F; });
+                      [limit](float x, float y) { return std::abs(x - y) <= limit; });
 }
 
 /// Threads that wait for their turn and run, half of them until a time, half until they are told to
@@ -70,6 +76,35 @@ int calls_that_do_not_end(const sam3rt::Model& model, const sam3rt::ImageView& i
         thread.join();
     }
     return others;
+}
+
+/// Whether an image in device memory gives masks there that are those of the host's image.
+bool device_memory_does(const sam3rt::Model& model, const sam3rt::Array<std::uint8_t>& pixels,
+                        int number) {
+    using sam3rt::testing::CallersMemory;
+    sam3rt::Predictor predictor(model);
+    predictor.set_image({pixels.data(), height, width});
+    const sam3rt::Prediction expected = predictor.predict(click(number));
+    CallersMemory image(pixels.size(), number % 2 == 0);
+    CallersMemory masks(expected.masks.size(), number % 2 == 0);
+    image.fill(pixels.data(), 0);
+    sam3rt::ImageView view{image.address(), height, width};
+    view.on_device = true;
+    view.stream = image.stream();
+    predictor.set_image_batch({view, view});
+    sam3rt::PredictOptions options;
+    options.output = masks.address();
+    options.output_size = expected.masks.size();
+    options.output_on_device = true;
+    options.stream = masks.stream();
+    predictor.predict(click(number), options);
+    const std::vector<std::uint8_t> found = masks.content();
+    std::size_t differing = 0;
+    for (std::size_t i = 0; i < found.size(); ++i) {
+        differing += found[i] == expected.masks[i] ? 0 : 1;
+    }
+    // Two images at a time may run on other kernels than one.
+    return found.size() == expected.masks.size() && differing * 100 <= found.size();
 }
 
 }  // namespace
@@ -112,11 +147,15 @@ int main(int count, char** arguments) {
                     const auto decoded = model.decode(expected_embedding, click(i));
                     const auto prediction = predictor.predict(click(i));
                     const auto& wanted = expected[static_cast<std::size_t>(i)];
-                    if (!close(decoded.low_res_masks, wanted.low_res_masks) ||
+                    if (!close(decoded.low_res_masks, wanted.low_res_masks, model.device()) ||
                         !close(prediction.iou_predictions,
-                               sam3rt::Array<float>({3}, wanted.iou_predictions.data(), 3))) {
+                               sam3rt::Array<float>({3}, wanted.iou_predictions.data(), 3),
+                               model.device())) {
                         ++failures;
                     }
+                }
+                if (model.device().find("tensorrt") == 0 && !device_memory_does(model, pixels, i)) {
+                    ++failures;
                 }
             } catch (const std::exception& error) {
                 std::cerr << error.what() << "\n";

@@ -35,4 +35,4 @@ configure tensorrt $stand_in -DSAM3RT_ONNXRUNTIME=OFF -DCMAKE_BUILD_TYPE=None \
 ninja -C "$folder/release" --quiet install > /dev/null
 ninja -C "$folder/address" --quiet
 ninja -C "$folder/thread" --quiet threads stand_in_libcuda stand_in_libnvrtc
-ninja -C "$folder/tensorrt" --quiet driver stand_in_libcuda stand_in_libnvrtc sam3rt_shared
+ninja -C "$folder/tensorrt" --quiet driver threads stand_in_libcuda stand_in_libnvrtc sam3rt_shared

@@ -323,6 +323,12 @@ enum class PixelFormat {
 
 /// An 8-bit image in the caller's memory, which is only read, and only during the call. It has at
 /// most max_image_side pixels on a side and max_image_pixels in total.
+///
+/// A model that runs on TensorRT without ONNX Runtime takes images in the memory of its GPU as well,
+/// in any format. The encoder then waits for what `stream` was given before the call, and the
+/// calling thread does not; what is done to the image after the call has returned is no concern of
+/// the library's. Other models, and images in host memory or in another GPU's that are said to be in
+/// device memory, are an ImageError; no NVRTC is a BackendError.
 struct ImageView {
     /// First pixel of the first row: R, G, B, R, G, B, ... unless `format` says otherwise.
     const std::uint8_t* pixels = nullptr;
@@ -337,6 +343,12 @@ struct ImageView {
     /// For images of planes: bytes from one plane to the next; 0 where one follows the other's rows.
     /// All planes have the same row_stride. 0 for other images.
     std::size_t plane_stride = 0;
+    /// Whether `pixels` is an address in the memory of the model's GPU.
+    bool on_device = false;
+    /// Where the image is in device memory, the stream on which it is written (cudaStream_t or
+    /// CUstream, of the GPU's primary context, and not being recorded); null for CUDA's default
+    /// stream.
+    void* stream = nullptr;
 };
 
 /// Prompts for one image. Everything may be absent; a call without any prompt is legal.
@@ -694,6 +706,12 @@ public:
     /// CancelledError where `cancellation` is given and says so.
     ImageEmbedding encode(const ImageView& image, const Cancellation* cancellation = nullptr) const;
 
+    /// Run the encoder on several images, of any sizes: together, as many at a time as engines take,
+    /// without ONNX Runtime; else one after the other. Throws as encode(), before anything runs
+    /// where one of them is not an image.
+    std::vector<ImageEmbedding> encode_batch(const std::vector<ImageView>& images,
+                                             const Cancellation* cancellation = nullptr) const;
+
     /// Run the decoder on one image's prompts: three masks per object, or the single one.
     /// Throws PromptError where a prompt is malformed, EmbeddingError where the embedding belongs
     /// to another bundle or device, BackendError where the device failed or returned scores that
@@ -796,6 +814,15 @@ struct PredictOptions {
     /// predict_batch.
     void* output = nullptr;
     std::size_t output_size = 0;
+    /// Whether `output` is memory of the model's GPU, where masks are to stay: bytes of 0 and 1.
+    /// That takes a model that runs on TensorRT without ONNX Runtime; InvalidInputError for another,
+    /// or for memory elsewhere, and BackendError where masks cannot be made on the GPU. The masks
+    /// are there when the call returns, for any stream to read.
+    bool output_on_device = false;
+    /// With output_on_device, a stream that may still be using that memory, as ImageView::stream:
+    /// masks are not written before what it was given until the call is done. The calling thread
+    /// does not wait for it by itself.
+    void* stream = nullptr;
 };
 
 /// Masks of the image's size. With B objects, unless B is 1, every array has a leading axis B.

@@ -11,8 +11,10 @@
 
 #include "cancellation.hpp"
 #include "engines.hpp"
+#include "errors.hpp"
 #include "gpu.hpp"
 #include "log.hpp"
+#include "tensorrt/encoder.hpp"
 #include "tensorrt/pool.hpp"
 #include "turnstile.hpp"
 
@@ -61,24 +63,46 @@ public:
 
     std::shared_ptr<const Features> encode(const ImageView& image, const ImageGeometry& geometry,
                                            const Cancellation* cancellation) const override {
-        Array<float> pixels;
-        const bool on_device = resizes_ && imaging_.resizes(geometry);
-        if (!on_device) {
-            pixels = preprocess(bundle_.manifest.image, image, geometry);
-        }
-        const Turn turn(encoder_turn_, cancellation);
-        check_cancelled(cancellation);
-        const Cuda::Active active(*cuda_);
-        for (;;) {
-            try {
-                return features_of(on_device ? encoder_->encode(image, geometry)
-                                             : encoder_->encode(pixels));
-            } catch (const OutOfDeviceMemoryError& error) {
-                if (!decoders_.give_up_one(error)) {
-                    throw;
+        return encode_all({image}, {geometry}, cancellation).front();
+    }
+
+    std::vector<std::shared_ptr<const Features>> encode_all(
+        const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
+        const Cancellation* cancellation) const override {
+        std::vector<std::shared_ptr<const Features>> found;
+        auto at_once = static_cast<std::size_t>(network_.max_images());
+        while (found.size() < images.size()) {
+            std::vector<EncoderInput> inputs;
+            for (std::size_t i = found.size(); i < images.size() && inputs.size() < at_once; ++i) {
+                inputs.push_back({images[i], geometries[i], std::nullopt});
+                if (!images[i].on_device && !resizes(geometries[i])) {
+                    inputs.back().pixels =
+                        preprocess(bundle_.manifest.image, images[i], geometries[i]);
                 }
             }
+            const Turn turn(encoder_turn_, cancellation);
+            check_cancelled(cancellation);
+            try {
+                for (Block& block : encode_part(inputs)) {
+                    found.push_back(features_of(std::move(block)));
+                }
+            } catch (const OutOfDeviceMemoryError&) {
+                if (inputs.size() == 1) {
+                    throw;
+                }
+                at_once = inputs.size() / 2;
+            }
         }
+        return found;
+    }
+
+    std::optional<Refusal> refuses(const void* address) const override {
+        const Cuda::Active active(*cuda_);
+        const std::string place = cuda_->elsewhere(address);
+        if (place.empty()) {
+            return std::nullopt;
+        }
+        return Refusal{place, "memory of cuda:" + std::to_string(device_.number)};
     }
 
     std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const override {
@@ -124,10 +148,20 @@ public:
         }
         std::int64_t at_once = network_.max_objects();
         DeviceMasks* const wanted = makes_masks_ ? masks : nullptr;
+        if (masks != nullptr && masks->output != nullptr && wanted == nullptr) {
+            throw BackendError(
+                "masks cannot be made on this GPU, and so not be left in its memory; the log says "
+                "why when the model is loaded");
+        }
         if (wanted != nullptr) {
             const Size& size = wanted->geometry.original_size;
             const std::int64_t kinds = layout[outputs.at(0)].shape[2];
-            wanted->masks.emplace(Shape{objects, kinds, size.height, size.width});
+            const Shape shape{objects, kinds, size.height, size.width};
+            if (wanted->output == nullptr) {
+                wanted->masks.emplace(shape);
+            } else {
+                check_room(*wanted, shape);
+            }
             at_once = std::clamp<std::int64_t>(most_masks / (kinds * size.height * size.width), 1,
                                                at_once);
         }
@@ -157,6 +191,56 @@ private:
     std::unique_ptr<EncoderLane> make_encoder() const {
         const Cuda::Active active(*cuda_);
         return std::make_unique<EncoderLane>(network_, memory_, imaging_);
+    }
+
+    /// Whether an image is resized on the device.
+    bool resizes(const ImageGeometry& geometry) const {
+        return resizes_ && imaging_.resizes(geometry);
+    }
+
+    /// Encode images in one run. Where memory is short, lanes that are not needed are given up.
+    std::vector<Block> encode_part(std::vector<EncoderInput>& inputs) const {
+        const Cuda::Active active(*cuda_);
+        for (;;) {
+            try {
+                for (EncoderInput& input : inputs) {
+                    bring_to_host(input);
+                }
+                return encoder_->encode(inputs);
+            } catch (const OutOfDeviceMemoryError& error) {
+                if (!decoders_.give_up_one(error)) {
+                    throw;
+                }
+            }
+        }
+    }
+
+    /// Bring an image in device memory to the host, if it must be resized there.
+    void bring_to_host(EncoderInput& input) const {
+        const ImageView& image = input.image;
+        if (!image.on_device || input.pixels || resizes(input.geometry)) {
+            return;
+        }
+        if (!imaging_.available()) {
+            throw BackendError(
+                "images in device memory are read by kernels, which could not be compiled: install "
+                "NVRTC, or bring the image to the host");
+        }
+        const Array<std::uint8_t> rgb = encoder_->as_rgb(image);
+        input.pixels = preprocess(bundle_.manifest.image, {rgb.data(), image.height, image.width},
+                                  input.geometry);
+    }
+
+    /// Throws InvalidInputError where the caller's memory is too small for masks [P, C, H, W].
+    static void check_room(const DeviceMasks& masks, Shape shape) {
+        if (masks.best_only) {
+            shape[1] = 1;
+        }
+        const std::size_t bytes = element_count(shape);
+        if (masks.output_size < bytes) {
+            throw InvalidInputError("output", std::to_string(masks.output_size) + " bytes",
+                                    std::to_string(bytes) + " for shape " + shape_text(shape));
+        }
     }
 
     std::shared_ptr<const Features> features_of(Block block) const {
@@ -209,7 +293,7 @@ private:
         }
         const ImageView view{image.data(), size.height, size.width};
         const Cuda::Active active(*cuda_);
-        const Array<float> found = encoder_->pixels(view, geometry);
+        const Array<float> found = encoder_->pixels({view, geometry, std::nullopt});
         const Array<float> expected = preprocess(spec, view, geometry);
         return std::equal(found.begin(), found.end(), expected.begin(),
                           [](float a, float b) { return std::abs(a - b) <= pixel_error; });

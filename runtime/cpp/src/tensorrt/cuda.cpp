@@ -14,6 +14,13 @@ namespace {
 constexpr int out_of_memory = 2;
 constexpr unsigned non_blocking_stream = 1;
 constexpr int thread_local_capture = 1;
+constexpr unsigned event_without_timing = 2;
+constexpr int memory_type_of_pointer = 2;
+constexpr int device_of_pointer = 9;
+constexpr unsigned host_memory = 1;
+constexpr int invalid_value = 1;
+constexpr int invalid_handle = 400;
+constexpr int capture_implicit = 906;
 // CUresult after which nothing works any more in this process: what a kernel did wrong, or what
 // broke in the GPU.
 constexpr std::array<int, 12> sticky = {214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721};
@@ -75,6 +82,8 @@ Nvrtc open_nvrtc(int cuda_major) {
 }  // namespace
 
 struct Cuda::Driver {
+    using Event = struct CUevent_st*;
+
     int (*error_name)(int, const char**);
     int (*error_text)(int, const char**);
     int (*version)(int*);
@@ -92,6 +101,12 @@ struct Cuda::Driver {
     int (*stream_create)(Stream*, unsigned);
     int (*stream_destroy)(Stream);
     int (*stream_synchronize)(Stream);
+    int (*stream_wait)(Stream, Event, unsigned);
+    int (*stream_records)(Stream, int*);
+    int (*event_create)(Event*, unsigned);
+    int (*event_record)(Event, Stream);
+    int (*event_destroy)(Event);
+    int (*pointer_attribute)(void*, int, DevicePointer);
     int (*upload)(DevicePointer, const void*, std::size_t, Stream);
     int (*download)(void*, DevicePointer, std::size_t, Stream);
     int (*copy)(DevicePointer, DevicePointer, std::size_t, Stream);
@@ -125,6 +140,12 @@ struct Cuda::Driver {
         library.find(stream_create, "cuStreamCreate");
         library.find(stream_destroy, "cuStreamDestroy_v2");
         library.find(stream_synchronize, "cuStreamSynchronize");
+        library.find(stream_wait, "cuStreamWaitEvent");
+        library.find(stream_records, "cuStreamIsCapturing");
+        library.find(event_create, "cuEventCreate");
+        library.find(event_record, "cuEventRecord");
+        library.find(event_destroy, "cuEventDestroy_v2");
+        library.find(pointer_attribute, "cuPointerGetAttribute");
         library.find(upload, "cuMemcpyHtoDAsync_v2");
         library.find(download, "cuMemcpyDtoHAsync_v2");
         library.find(copy, "cuMemcpyDtoDAsync_v2");
@@ -216,6 +237,47 @@ void Cuda::destroy_stream(Stream stream) const noexcept { driver_.stream_destroy
 
 void Cuda::synchronize(Stream stream) const {
     check(driver_.stream_synchronize(stream), "cuStreamSynchronize");
+}
+
+void Cuda::wait_for(Stream stream, void* other) const {
+    auto* const callers = static_cast<Stream>(other);
+    int records = 0;
+    int status = driver_.stream_records(callers, &records);
+    if (status == capture_implicit || (status == 0 && records != 0)) {
+        throw InvalidInputError("stream", "a stream that is being recorded",
+                                "one that runs what is queued on it");
+    }
+    Driver::Event event = nullptr;
+    if (status == 0) {
+        check(driver_.event_create(&event, event_without_timing), "cuEventCreate");
+        status = driver_.event_record(event, callers);
+    }
+    if (status == 0) {
+        status = driver_.stream_wait(stream, event, 0);
+    }
+    if (event != nullptr) {
+        // What waits for it does so all the same.
+        driver_.event_destroy(event);
+    }
+    if (status == invalid_handle || status == invalid_value) {
+        throw InvalidInputError("stream", "no stream of cuda:" + std::to_string(number_),
+                                "a stream of that GPU's primary context");
+    }
+    check(status, "cuEventRecord");
+}
+
+std::string Cuda::elsewhere(const void* address) const {
+    const auto pointer = reinterpret_cast<DevicePointer>(address);
+    unsigned type = 0;
+    int device = 0;
+    const int status = driver_.pointer_attribute(&type, memory_type_of_pointer, pointer);
+    // CUDA knows nothing of host memory that was not made or registered with it.
+    if (status == invalid_value || (status == 0 && type == host_memory)) {
+        return "host memory";
+    }
+    check(status, "cuPointerGetAttribute");
+    check(driver_.pointer_attribute(&device, device_of_pointer, pointer), "cuPointerGetAttribute");
+    return device == number_ ? "" : "memory of cuda:" + std::to_string(device);
 }
 
 void Cuda::upload(DevicePointer target, const void* source, std::size_t bytes,

@@ -71,6 +71,14 @@ public:
     Stream create_stream() const;
     void destroy_stream(Stream stream) const noexcept;
     void synchronize(Stream stream) const;
+    /// Let what is queued on a stream from now on wait for what is queued on another one so far, of
+    /// the caller's; null is the default stream. The calling thread does not wait.
+    /// Throws InvalidInputError about "stream" where that is not one of this GPU's primary context
+    /// or is being recorded.
+    void wait_for(Stream stream, void* other) const;
+
+    /// Where an address is, if that is not the memory of this GPU, such as "host memory".
+    std::string elsewhere(const void* address) const;
 
     void upload(DevicePointer target, const void* source, std::size_t bytes, Stream stream) const;
     void download(void* target, DevicePointer source, std::size_t bytes, Stream stream) const;

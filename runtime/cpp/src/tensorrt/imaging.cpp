@@ -46,8 +46,8 @@ Imaging::Imaging(const Manifest& manifest, Cuda& cuda) : manifest_(manifest), cu
     try {
         const Cuda::Active active(cuda);
         kernels_ = cuda.load_kernels(kernels_source,
-                                     {"resize_weights", "resize_image", "find_runs", "join_runs",
-                                      "count_areas", "clean_logits", "make_masks"});
+                                     {"convert_image", "resize_weights", "resize_image", "find_runs",
+                                      "join_runs", "count_areas", "clean_logits", "make_masks"});
     } catch (const BackendError& error) {
         log(LogLevel::warning,
             std::string("images and masks are resized on the host: ") + error.what());
@@ -57,6 +57,30 @@ Imaging::Imaging(const Manifest& manifest, Cuda& cuda) : manifest_(manifest), cu
 bool Imaging::resizes(const ImageGeometry& geometry) const {
     const bool rounds = manifest_.image.resize_dtype == ImageSpec::Rounding::uint8;
     return available() && !(rounds && rows_first(geometry.original_size, geometry.input_size));
+}
+
+ConvertJob Imaging::convert_job(const ImageView& image, DevicePointer rgb) {
+    ConvertJob job{};
+    job.image = reinterpret_cast<DevicePointer>(image.pixels);
+    job.rgb = rgb;
+    set(job.size, {image.height, image.width});
+    job.step = static_cast<int>(bytes_per_pixel(image.format));
+    job.row_stride = image.row_stride == 0 ? job.step * image.width : image.row_stride;
+    if (is_planar(image.format)) {
+        job.plane_stride = image.plane_stride == 0 ? image.height * job.row_stride
+                                                   : static_cast<long long>(image.plane_stride);
+    } else if (image.format != PixelFormat::grey) {
+        const bool is_reversed =
+            image.format == PixelFormat::bgr || image.format == PixelFormat::bgra;
+        for (int channel = 0; channel < 3; ++channel) {
+            job.places[channel] = is_reversed ? 2 - channel : channel;
+        }
+    }
+    if (is_nv12(image.format)) {
+        const std::array<int, 5> matrix = nv12_matrix(image.format);
+        std::copy(matrix.begin(), matrix.end(), job.matrix);
+    }
+    return job;
 }
 
 ResizeJob Imaging::resize_job(const ImageGeometry& geometry) const {

@@ -11,6 +11,13 @@
 namespace sam3rt {
 
 /// The struct of this name in kernels.cu, whose comments describe it.
+struct ConvertJob {
+    DevicePointer image, rgb;
+    long long row_stride, plane_stride;
+    int size[2], step, places[3], matrix[5];
+};
+
+/// Likewise.
 struct ResizeJob {
     DevicePointer image, pixels, spans, weights;
     int source[2], filled[2], side[2], taps[2];
@@ -37,6 +44,8 @@ public:
     /// Whether the kernels resize such an image as the host does.
     bool resizes(const ImageGeometry& geometry) const;
 
+    /// The job of copying an image in device memory to `rgb` as [height, width, 3].
+    static ConvertJob convert_job(const ImageView& image, DevicePointer rgb);
     /// The job of resizing an image, without addresses, and the bytes of its two tables.
     ResizeJob resize_job(const ImageGeometry& geometry) const;
     static std::size_t span_bytes(const ResizeJob& job);
@@ -47,9 +56,10 @@ public:
     static bool cleans(const MaskJob& job) { return job.max_hole > 0 || job.max_sprinkle > 0; }
 
     /// Queue what a job on the device says.
-    void queue_resize(DevicePointer job, Stream stream) const { queue(0, 2, job, stream); }
+    void queue_convert(DevicePointer job, Stream stream) const { queue(0, 1, job, stream); }
+    void queue_resize(DevicePointer job, Stream stream) const { queue(1, 3, job, stream); }
     void queue_masks(DevicePointer job, Stream stream) const {
-        queue(2, kernels_.size(), job, stream);
+        queue(3, kernels_.size(), job, stream);
     }
 
 private:

@@ -3,8 +3,6 @@
 #include <atomic>
 #include <cstring>
 
-#include "log.hpp"
-#include "resize.hpp"
 
 namespace sam3rt {
 namespace {
@@ -18,21 +16,6 @@ std::uint64_t next_number() {
     return ++last;
 }
 
-/// On any error, wait for the stream, so that nothing still uses a buffer.
-template <typename Function>
-auto idle_on_error(const Cuda& cuda, Stream stream, const Function& function) {
-    try {
-        return function();
-    } catch (...) {
-        try {
-            cuda.synchronize(stream);
-        } catch (const BackendError&) {
-            // What happened first counts.
-        }
-        throw;
-    }
-}
-
 /// Set the shapes of all inputs of a layout but the job's.
 void set_shapes(EngineContext& context, const Layout& layout) {
     for (const Slot& slot : layout.slots()) {
@@ -42,24 +25,9 @@ void set_shapes(EngineContext& context, const Layout& layout) {
     }
 }
 
-/// Set the addresses of all tensors of a layout in a block but the job's.
-void set_addresses(EngineContext& context, const Layout& layout, const Block& block) {
-    for (const Slot& slot : layout.slots()) {
-        if (slot.name != job_name) {
-            context.set_address(slot.name, block.address + slot.offset);
-        }
-    }
-}
-
-/// Refuse an engine whose outputs are of other shapes than their layout.
-void check_shapes(const EngineContext& context, const Layout& layout) {
-    for (const Slot& slot : layout.slots()) {
-        if (context.shape(slot.name) != slot.shape) {
-            throw BackendError("an engine makes " + slot.name +
-                               " of another shape than the "
-                               "manifest says: build it again");
-        }
-    }
+/// Bytes of one mask.
+std::size_t picture_size(const ImageGeometry& geometry) {
+    return static_cast<std::size_t>(geometry.original_size.height * geometry.original_size.width);
 }
 
 void store_labels(const std::int64_t* labels, std::size_t count, ElementType type,
@@ -102,142 +70,6 @@ std::vector<Array<float>> DeviceFeatures::maps() const {
     return maps;
 }
 
-OwnStream::~OwnStream() {
-    try {
-        const Cuda::Active active(cuda_);
-        cuda_.destroy_stream(stream_);
-    } catch (const Error&) {
-        // The GPU is lost, or the process ends.
-    }
-}
-
-Replay::~Replay() {
-    if (graph_ != nullptr) {
-        try {
-            const Cuda::Active active(cuda_);
-            cuda_.destroy_graph(graph_);
-        } catch (const Error&) {
-            // The GPU is lost, or the process ends.
-        }
-    }
-}
-
-void Replay::queue() {
-    if (graph_ == nullptr) {
-        work_(*context_);
-    } else {
-        cuda_.launch(graph_, stream_);
-    }
-}
-
-bool Replay::record() {
-    if (tried_) {
-        return false;
-    }
-    tried_ = true;
-    try {
-        if (!context_->can_be_recorded(stream_)) {
-            throw BackendError("TensorRT refuses to be recorded");
-        }
-        cuda_.begin_capture(stream_);
-        try {
-            work_(*context_);
-        } catch (...) {
-            try {
-                cuda_.destroy_graph(cuda_.end_capture(stream_));
-            } catch (const BackendError&) {
-                // What happened first counts.
-            }
-            throw;
-        }
-        graph_ = cuda_.end_capture(stream_);
-    } catch (const BackendError& error) {
-        log(LogLevel::info, std::string("runs without a CUDA graph: ") + error.what());
-    }
-    return true;
-}
-
-EncoderLane::EncoderLane(const Network& network, const std::shared_ptr<Memory>& memory,
-                         const Imaging& imaging)
-    : network_(network),
-      memory_(memory),
-      cuda_(memory->cuda()),
-      imaging_(imaging),
-      stream_(cuda_),
-      pixels_(memory->allocate(network.pixels().nbytes())),
-      features_(memory->allocate(network.features()->nbytes())),
-      images_(memory),
-      tables_(memory) {
-    auto context = network.encoder().make_context();
-    const Slot& slot = network.pixels();
-    context->set_shape(slot.name, slot.shape);
-    scratch_ = memory->allocate(context->scratch_bytes());
-    context->set_scratch(scratch_.address, scratch_.nbytes);
-    context->set_address(slot.name, pixels_.address);
-    set_addresses(*context, *network.features(), features_);
-    check_shapes(*context, *network.features());
-    replay_.emplace(cuda_, stream_, std::move(context),
-                    [this](EngineContext& ready) { ready.enqueue(stream_); });
-}
-
-Block EncoderLane::encode(const Array<float>& pixels) {
-    return idle_on_error(cuda_, stream_, [&] {
-        const Slot& slot = network_.pixels();
-        std::uint8_t* const host = images_.pinned(slot.nbytes());
-        store(pixels.data(), pixels.size(), slot.type, host);
-        cuda_.upload(pixels_.address, host, slot.nbytes(), stream_);
-        return run();
-    });
-}
-
-Block EncoderLane::encode(const ImageView& image, const ImageGeometry& geometry) {
-    return idle_on_error(cuda_, stream_, [&] {
-        queue_resize(image, geometry);
-        return run();
-    });
-}
-
-Array<float> EncoderLane::pixels(const ImageView& image, const ImageGeometry& geometry) {
-    return idle_on_error(cuda_, stream_, [&] {
-        queue_resize(image, geometry);
-        Array<float> pixels(network_.pixels().shape);
-        cuda_.download(pixels.data(), pixels_.address, pixels.size() * sizeof(float), stream_);
-        cuda_.synchronize(stream_);
-        return pixels;
-    });
-}
-
-void EncoderLane::queue_resize(const ImageView& image, const ImageGeometry& geometry) {
-    const auto bytes = static_cast<std::size_t>(image.height * image.width * 3);
-    ResizeJob job = imaging_.resize_job(geometry);
-    const std::size_t tables = aligned(sizeof(job));
-    const std::size_t weights = tables + aligned(Imaging::span_bytes(job));
-    job.image = images_.device(bytes);
-    job.pixels = pixels_.address;
-    const DevicePointer place = tables_.device(weights + Imaging::weight_bytes(job));
-    job.spans = place + tables;
-    job.weights = place + weights;
-    std::uint8_t* const host = images_.pinned(bytes);
-    copy_as_rgb(image, host);
-    cuda_.upload(job.image, host, bytes, stream_);
-    std::uint8_t* const host_job = tables_.pinned(sizeof(job));
-    std::memcpy(host_job, &job, sizeof(job));
-    cuda_.upload(place, host_job, sizeof(job), stream_);
-    imaging_.queue_resize(place, stream_);
-}
-
-Block EncoderLane::run() {
-    const std::size_t bytes = network_.features()->nbytes();
-    Block block = memory_->allocate(bytes, true);
-    replay_->queue();
-    cuda_.copy(block.address, features_.address, bytes, stream_);
-    cuda_.synchronize(stream_);
-    if (replay_->record()) {
-        network_.encoder().keep_compiled();
-    }
-    return block;
-}
-
 DecoderLane::DecoderLane(const Network& network, const std::shared_ptr<Memory>& memory,
                          const Imaging& imaging)
     : network_(network),
@@ -269,12 +101,23 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
         Run& run = run_for(shape);
         std::uint8_t* const packed = prompts_.pinned(inputs_.nbytes);
         MaskJob job{};
-        Making making;
         const Slot& logits = run.outputs[outputs.at(0)];
+        const auto kinds = static_cast<std::size_t>(logits.shape[2]);
+        const std::size_t made_bytes =
+            masks == nullptr ? 0 : count * kinds * picture_size(masks->geometry);
+        const bool stays = masks != nullptr && masks->output != nullptr;
+        const bool picks = stays && masks->best_only && kinds > 1;
+        DevicePointer made = 0;
+        if (stays && first == 0) {
+            cuda_.wait_for(stream_, masks->stream);
+        }
         if (masks != nullptr) {
+            made = stays && !picks ? reinterpret_cast<DevicePointer>(masks->output) +
+                                         first * (made_bytes / count)
+                                   : pictures_.device(made_bytes);
             job = job_for(outputs_.address + logits.offset,
-                          static_cast<std::int64_t>(count) * logits.shape[2], masks->geometry,
-                          masks->cleaning, making);
+                          static_cast<std::int64_t>(count * kinds), masks->geometry,
+                          masks->cleaning, made);
         }
         std::memcpy(packed + run.inputs[job_name].offset, &job, sizeof(job));
         if (!is_held) {
@@ -291,11 +134,11 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
         }
         std::uint8_t* const host = results_.pinned(end - start);
         cuda_.download(host, outputs_.address + start, end - start, stream_);
-        const std::uint8_t* made = nullptr;
-        if (masks != nullptr) {
-            std::uint8_t* const pictures = pictures_.pinned(making.nbytes);
-            cuda_.download(pictures, making.masks, making.nbytes, stream_);
-            made = pictures;
+        const std::uint8_t* pictures = nullptr;
+        if (masks != nullptr && !stays) {
+            std::uint8_t* const pinned = pictures_.pinned(made_bytes);
+            cuda_.download(pinned, made, made_bytes, stream_);
+            pictures = pinned;
         }
         cuda_.synchronize(stream_);
         for (std::size_t i = 0; i < outputs.size(); ++i) {
@@ -304,9 +147,11 @@ void DecoderLane::decode(const DeviceFeatures& features, const PackedPrompts& pr
             load(host + slot.offset - start, count * step, slot.type,
                  results[i].data() + first * step);
         }
-        if (made != nullptr) {
-            std::copy_n(made, making.nbytes,
-                        masks->masks->data() + first * (making.nbytes / count));
+        if (pictures != nullptr) {
+            std::copy_n(pictures, made_bytes,
+                        masks->masks->data() + first * (made_bytes / count));
+        } else if (picks) {
+            keep_best(*masks, results.at(1).data(), made, first, count, kinds);
         }
         if (run.replay->record()) {
             network_.decoder().keep_compiled();
@@ -324,15 +169,15 @@ Array<std::uint8_t> DecoderLane::make_masks(const Array<float>& logits,
         const std::size_t bytes = at + logits.size() * sizeof(float);
         std::uint8_t* const host = uploads_.pinned(bytes);
         const DevicePointer place = uploads_.device(bytes);
-        Making making;
-        const MaskJob job = job_for(place + at, shape[0] * shape[1], geometry, cleaning, making);
+        Array<std::uint8_t> masks(
+            {shape[0], shape[1], geometry.original_size.height, geometry.original_size.width});
+        const DevicePointer made = pictures_.device(masks.size());
+        const MaskJob job = job_for(place + at, shape[0] * shape[1], geometry, cleaning, made);
         std::memcpy(host, &job, sizeof(job));
         std::memcpy(host + at, logits.data(), logits.size() * sizeof(float));
         cuda_.upload(place, host, bytes, stream_);
         imaging_.queue_masks(place, stream_);
-        Array<std::uint8_t> masks(
-            {shape[0], shape[1], geometry.original_size.height, geometry.original_size.width});
-        cuda_.download(masks.data(), making.masks, making.nbytes, stream_);
+        cuda_.download(masks.data(), made, masks.size(), stream_);
         cuda_.synchronize(stream_);
         return masks;
     });
@@ -455,13 +300,10 @@ void DecoderLane::fill_prompts(const Run& run, const PackedPrompts& prompts, std
 
 MaskJob DecoderLane::job_for(DevicePointer logits, std::int64_t planes,
                              const ImageGeometry& geometry, const Cleaning& cleaning,
-                             Making& making) {
+                             DevicePointer masks) {
     MaskJob job = imaging_.mask_job(planes, geometry, cleaning);
-    const Size& size = geometry.original_size;
-    making.nbytes = static_cast<std::size_t>(planes * size.height * size.width);
-    making.masks = pictures_.device(making.nbytes);
     job.logits = logits;
-    job.masks = making.masks;
+    job.masks = masks;
     if (Imaging::cleans(job)) {
         const std::size_t each =
             aligned(static_cast<std::size_t>(planes) * sizeof(float) *
@@ -472,6 +314,17 @@ MaskJob DecoderLane::job_for(DevicePointer logits, std::int64_t planes,
         job.areas = search + 2 * each;
     }
     return job;
+}
+
+void DecoderLane::keep_best(const DeviceMasks& masks, const float* scores, DevicePointer made,
+                            std::size_t first, std::size_t count, std::size_t kinds) {
+    const std::size_t plane = picture_size(masks.geometry);
+    auto target = reinterpret_cast<DevicePointer>(masks.output) + first * plane;
+    for (std::size_t i = 0; i < count; ++i, target += plane) {
+        const std::size_t best = best_mask(scores + (first + i) * kinds, kinds);
+        cuda_.copy(target, made + (i * kinds + best) * plane, plane, stream_);
+    }
+    cuda_.synchronize(stream_);
 }
 
 }  // namespace sam3rt

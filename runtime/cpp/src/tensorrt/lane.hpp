@@ -1,18 +1,17 @@
-// A lane: a stream, contexts and buffers, all that one thread needs to run an engine. It serves one
+// A lane: a stream, contexts and buffers, all that one thread needs to run the decoder. It serves one
 // call at a time, to its end: every method returns, or throws, with the stream idle, and needs the
 // GPU to be the thread's current one.
 #pragma once
 
-#include <functional>
 #include <list>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "backend.hpp"
 #include "tensorrt/imaging.hpp"
 #include "tensorrt/memory.hpp"
 #include "tensorrt/network.hpp"
+#include "tensorrt/replay.hpp"
 
 namespace sam3rt {
 
@@ -39,76 +38,6 @@ private:
     const std::uint64_t number_;
 };
 
-/// A stream with an owner.
-class OwnStream {
-public:
-    explicit OwnStream(const Cuda& cuda) : cuda_(cuda), stream_(cuda.create_stream()) {}
-    OwnStream(const OwnStream&) = delete;
-    OwnStream& operator=(const OwnStream&) = delete;
-    ~OwnStream();
-
-    operator Stream() const { return stream_; }
-
-private:
-    const Cuda& cuda_;
-    const Stream stream_;
-};
-
-/// Queues the same work again and again: as a CUDA graph, once it has run. TensorRT wants a run
-/// before the recording, and a context of its own for each recording.
-class Replay {
-public:
-    Replay(const Cuda& cuda, Stream stream, std::unique_ptr<EngineContext> context,
-           std::function<void(EngineContext&)> work)
-        : cuda_(cuda), stream_(stream), context_(std::move(context)), work_(std::move(work)) {}
-    Replay(const Replay&) = delete;
-    Replay& operator=(const Replay&) = delete;
-    ~Replay();
-
-    void queue();
-    /// Make the graph, once, with the stream idle and a run behind it. Whether this was the first
-    /// run.
-    bool record();
-
-private:
-    const Cuda& cuda_;
-    const Stream stream_;
-    const std::unique_ptr<EngineContext> context_;
-    const std::function<void(EngineContext&)> work_;
-    Graph graph_ = nullptr;
-    bool tried_ = false;
-};
-
-/// Runs the encoder, one image at a time.
-class EncoderLane {
-public:
-    EncoderLane(const Network& network, const std::shared_ptr<Memory>& memory,
-                const Imaging& imaging);
-
-    /// Encode float32 [1, 3, H, W]: a block with the feature maps.
-    Block encode(const Array<float>& pixels);
-    /// Resize and normalize an image on the device and encode it.
-    Block encode(const ImageView& image, const ImageGeometry& geometry);
-    /// What that would encode.
-    Array<float> pixels(const ImageView& image, const ImageGeometry& geometry);
-
-private:
-    void queue_resize(const ImageView& image, const ImageGeometry& geometry);
-    Block run();
-
-    const Network& network_;
-    const std::shared_ptr<Memory> memory_;
-    const Cuda& cuda_;
-    const Imaging& imaging_;
-    OwnStream stream_;
-    Block scratch_;
-    Block pixels_;
-    Block features_;
-    GrowingBuffer images_;
-    GrowingBuffer tables_;
-    std::optional<Replay> replay_;
-};
-
 /// Runs the decoder. Memory is taken for the shapes in use.
 class DecoderLane {
 public:
@@ -117,7 +46,8 @@ public:
 
     /// Run the decoder on `count` objects of the prompts, at most as many as the engine takes, from
     /// one on. The named outputs go to that place of `results`, [1, P, ...] each; masks of the
-    /// first one, if they are wanted, to that place of masks [P, C, H, W].
+    /// first one, if they are wanted, to that place of masks [P, C, H, W]. The second one are their
+    /// scores.
     void decode(const DeviceFeatures& features, const PackedPrompts& prompts, std::size_t first,
                 std::size_t count, const std::vector<std::string>& outputs,
                 std::vector<Array<float>>& results, DeviceMasks* masks);
@@ -142,19 +72,16 @@ private:
         std::unique_ptr<Replay> replay;
     };
 
-    /// Masks that are being made.
-    struct Making {
-        DevicePointer masks = 0;
-        std::size_t nbytes = 0;
-    };
-
     Run& run_for(const ShapeClass& shape);
     /// Whether the block is a new one.
     bool make_room(Block& block, std::size_t bytes);
     void fill_prompts(const Run& run, const PackedPrompts& prompts, std::size_t first,
                       std::size_t count);
     MaskJob job_for(DevicePointer logits, std::int64_t planes, const ImageGeometry& geometry,
-                    const Cleaning& cleaning, Making& making);
+                    const Cleaning& cleaning, DevicePointer masks);
+    /// Copy the best mask of each object to the caller's device memory.
+    void keep_best(const DeviceMasks& masks, const float* scores, DevicePointer made,
+                   std::size_t first, std::size_t count, std::size_t kinds);
 
     const Network& network_;
     const Cuda& cuda_;

@@ -74,6 +74,7 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
     const EngineTensor& pixels = encoder_->tensor(manifest.encoder.inputs.at(0).name);
     pixels_ = {
         pixels.name, {1, 3, manifest.image.size.height, manifest.image.size.width}, pixels.type};
+    max_images_ = most(pixels, 0);
     auto features = std::make_shared<Layout>();
     for (const TensorSpec& spec : manifest.encoder.outputs) {
         const ElementType type = encoder_->tensor(spec.name).type;
@@ -112,6 +113,16 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
                            " objects but " + std::to_string(own_masks) +
                            " mask prompts: build it again");
     }
+}
+
+Layout Network::batch(std::int64_t images) const {
+    Layout layout;
+    for (const Slot& one : features_->slots()) {
+        Shape shape = one.shape;
+        shape[0] = images;
+        layout.add(one.name, std::move(shape), one.type);
+    }
+    return layout;
 }
 
 Layout Network::inputs(const ShapeClass& shape) const {

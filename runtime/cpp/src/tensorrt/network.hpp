@@ -49,8 +49,12 @@ public:
 
     /// The encoder's input, for one image.
     const Slot& pixels() const { return pixels_; }
+    /// Images in one run of the encoder, at most.
+    std::int64_t max_images() const { return max_images_; }
     /// One image's feature maps.
     const std::shared_ptr<const Layout>& features() const { return features_; }
+    /// Those of several images, as the encoder makes them.
+    Layout batch(std::int64_t images) const;
 
     /// Everything of a prompt but its mask, and the job of making masks.
     Layout inputs(const ShapeClass& shape) const;
@@ -79,6 +83,7 @@ private:
     Slot pixels_;
     std::shared_ptr<const Layout> features_;
     std::vector<std::string> output_names_;
+    std::int64_t max_images_ = 0;
     std::int64_t max_objects_ = 0;
     std::int64_t max_points_ = 0;
     bool fits_kernels_ = false;

@@ -186,6 +186,7 @@ class CompiledCache {
 public:
     CompiledCache(nvinfer1::IRuntimeConfig& configuration, std::filesystem::path path)
         : path_(std::move(path)), cache_(configuration.createRuntimeCache()) {
+        Library::get().require(cache_ != nullptr, "a cache of compiled kernels");
         constexpr std::uint64_t limit = std::uint64_t{1} << 32;
         try {
             const Bytes raw = read_file(path_, limit);
@@ -197,7 +198,9 @@ public:
         } catch (const std::system_error&) {
             // There is none yet.
         }
-        configuration.setRuntimeCache(*cache_);
+        if (!configuration.setRuntimeCache(*cache_)) {
+            log(LogLevel::warning, "tensorrt-rtx compiles its kernels at every load");
+        }
     }
 
     void save() {
@@ -261,6 +264,7 @@ public:
         }
 #ifdef TRT_MAJOR_RTX
         configuration_.reset(engine->createRuntimeConfig());
+        Library::get().require(configuration_ != nullptr, "a runtime configuration");
         configuration_->setExecutionContextAllocationStrategy(
             nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
         // The default begins with kernels for any shape, which a CUDA graph would keep.

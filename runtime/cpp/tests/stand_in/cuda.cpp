@@ -1,10 +1,12 @@
 // Stands in for the NVIDIA driver's library, libcuda.so.1: a GPU whose memory is the host's. Work
-// on a stream is done when the stream is synchronized, and not before, so that nobody can read a
-// result that the GPU would not have yet. What is recorded can be launched again and again.
+// on a stream is done when the stream is synchronized, or another one that waits for it, and not
+// before, so that nobody can read a result that the GPU would not have yet. What is recorded can be
+// launched again and again.
 //
 // Of the environment it takes STAND_IN_MEMORY (bytes of device memory), STAND_IN_CAPTURE=0 (nothing
-// can be recorded), STAND_IN_LOST=N (the Nth synchronization and everything after it fail) and
-// STAND_IN_REPORT (a file: what is left when the process ends, and what was done).
+// can be recorded), STAND_IN_LOST=N (the Nth synchronization and everything after it fail),
+// STAND_IN_OWNER=N (memory is said to be another GPU's) and STAND_IN_REPORT (a file: what is left
+// when the process ends, and what was done).
 
 #include <cstdint>
 #include <cstdlib>
@@ -13,15 +15,18 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
 
+struct ConvertJob;
 struct MaskJob;
 struct ResizeJob;
 extern "C" {
+void convert_image(const ConvertJob*);
 void resize_weights(const ResizeJob*);
 void resize_image(const ResizeJob*);
 void find_runs(const MaskJob*);
@@ -34,19 +39,33 @@ void make_masks(const MaskJob*);
 namespace {
 
 using Pointer = unsigned long long;
-using Work = std::vector<std::function<void()>>;
+using Work = std::deque<std::function<void()>>;
 
 constexpr int ok = 0;
 constexpr int invalid_value = 1;
 constexpr int out_of_memory = 2;
 constexpr int no_context = 201;
+constexpr int invalid_handle = 400;
 constexpr int illegal_address = 700;
 constexpr int capture_unsupported = 900;
 
 struct Stream {
     Work queued;
+    /// Whether it is the library's: one that does not wait for the default stream.
+    bool is_own = false;
     bool records = false;
     Work recorded;
+    /// Held by the thread that does the work, so that it is done in its order.
+    std::mutex running;
+};
+
+/// A place in a stream.
+struct Mark {
+    Stream* stream;
+    bool reached = false;
+};
+struct Event {
+    std::shared_ptr<Mark> mark;
 };
 
 std::size_t from_environment(const char* name, std::size_t otherwise) {
@@ -60,6 +79,7 @@ struct Gpu {
     std::size_t used = 0;
     std::size_t peak = 0;
     int streams = 0;
+    int events = 0;
     int graphs = 0;
     int pinned = 0;
     int contexts = 0;
@@ -67,14 +87,27 @@ struct Gpu {
     std::size_t launches = 0;
     std::size_t kernels = 0;
     std::size_t synchronizations = 0;
+    std::size_t waits = 0;
+    /// Synchronizations of streams that are not the library's.
+    std::size_t others = 0;
+    std::size_t uploaded = 0;
+    std::size_t downloaded = 0;
+    /// Functions of the host, which the stand-in for TensorRT runs its graphs in.
+    std::size_t runs = 0;
+    /// What null stands for.
+    Stream default_stream;
 
     ~Gpu() {
         if (const char* const path = std::getenv("STAND_IN_REPORT")) {
             std::ofstream(path) << "{\"used\": " << used << ", \"peak\": " << peak
-                                << ", \"streams\": " << streams << ", \"graphs\": " << graphs
+                                << ", \"streams\": " << streams << ", \"events\": " << events
+                                << ", \"graphs\": " << graphs
                                 << ", \"pinned\": " << pinned << ", \"contexts\": " << contexts
                                 << ", \"modules\": " << modules << ", \"launches\": " << launches
-                                << ", \"kernels\": " << kernels << "}\n";
+                                << ", \"kernels\": " << kernels << ", \"waits\": " << waits
+                                << ", \"others\": " << others << ", \"uploaded\": " << uploaded
+                                << ", \"downloaded\": " << downloaded << ", \"runs\": " << runs
+                                << "}\n";
         }
     }
 };
@@ -95,8 +128,33 @@ bool is_lost() {
 /// Whether a call may be made: of this thread, on a GPU that works.
 int status() { return is_lost() ? illegal_address : current.empty() ? no_context : ok; }
 
-int add(Stream* stream, std::function<void()> work) {
+Stream* stream_of(Stream* stream) { return stream == nullptr ? &gpu().default_stream : stream; }
+
+/// Small numbers stand for streams of other contexts, which no call may be made with.
+bool is_stream(Stream* stream) {
+    return stream == nullptr || reinterpret_cast<std::uintptr_t>(stream) >= 4096;
+}
+
+/// Do a stream's work in its order, until there is none or a mark in it is reached.
+void do_work(Stream* stream, const Mark* until) {
+    const std::lock_guard<std::mutex> turn(stream->running);
+    for (;;) {
+        std::function<void()> step;
+        {
+            const std::lock_guard<std::mutex> lock(gpu().mutex);
+            if (stream->queued.empty() || (until != nullptr && until->reached)) {
+                return;
+            }
+            step = std::move(stream->queued.front());
+            stream->queued.pop_front();
+        }
+        step();
+    }
+}
+
+int add(Stream* given, std::function<void()> work) {
     const std::lock_guard<std::mutex> lock(gpu().mutex);
+    Stream* const stream = stream_of(given);
     if (const int failure = status()) {
         return failure;
     }
@@ -106,6 +164,11 @@ int add(Stream* stream, std::function<void()> work) {
 
 int copy(void* target, const void* source, std::size_t bytes, Stream* stream) {
     return add(stream, [=] { std::memcpy(target, source, bytes); });
+}
+
+void count(std::size_t& total, std::size_t bytes) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    total += bytes;
 }
 
 void* address(Pointer pointer) { return reinterpret_cast<void*>(pointer); }
@@ -221,7 +284,8 @@ API int cuStreamCreate(Stream** stream, unsigned flags) {
     }
     ++gpu().streams;
     *stream = new Stream;
-    return flags == 1 ? ok : invalid_value;
+    (*stream)->is_own = flags == 1;
+    return flags <= 1 ? ok : invalid_value;
 }
 API int cuStreamDestroy_v2(Stream* stream) {
     const std::lock_guard<std::mutex> lock(gpu().mutex);
@@ -229,37 +293,89 @@ API int cuStreamDestroy_v2(Stream* stream) {
     delete stream;
     return ok;
 }
-API int cuStreamSynchronize(Stream* stream) {
-    Work work;
+API int cuStreamSynchronize(Stream* given) {
+    Stream* const stream = stream_of(given);
     {
         const std::lock_guard<std::mutex> lock(gpu().mutex);
         ++gpu().synchronizations;
+        gpu().others += stream->is_own ? 0 : 1;
         if (const int failure = status()) {
             return failure;
         }
         if (stream->records) {
             return capture_unsupported;
         }
-        work.swap(stream->queued);
     }
-    for (const auto& step : work) {
-        step();
+    do_work(stream, nullptr);
+    return ok;
+}
+API int cuStreamIsCapturing(Stream* stream, int* records) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    *records = is_stream(stream) && stream_of(stream)->records ? 1 : 0;
+    return status();
+}
+API int cuEventCreate(Event** event, unsigned flags) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    ++gpu().events;
+    *event = new Event;
+    return flags == 2 ? status() : invalid_value;
+}
+API int cuEventRecord(Event* event, Stream* stream) {
+    if (!is_stream(stream)) {
+        return invalid_handle;
     }
+    event->mark = std::make_shared<Mark>(Mark{stream_of(stream)});
+    return add(stream, [mark = event->mark] {
+        const std::lock_guard<std::mutex> lock(gpu().mutex);
+        mark->reached = true;
+    });
+}
+API int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
+    {
+        const std::lock_guard<std::mutex> lock(gpu().mutex);
+        ++gpu().waits;
+    }
+    return add(stream, [mark = event->mark] { do_work(mark->stream, mark.get()); });
+}
+API int cuEventDestroy_v2(Event* event) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    --gpu().events;
+    delete event;
+    return ok;
+}
+API int cuPointerGetAttribute(void* value, int attribute, Pointer pointer) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    const auto after = gpu().blocks.upper_bound(pointer);
+    if (after == gpu().blocks.begin()) {
+        return invalid_value;
+    }
+    const auto& [start, bytes] = *std::prev(after);
+    if (pointer >= start + bytes) {
+        return invalid_value;
+    }
+    // Device memory, of the only GPU unless a test says otherwise.
+    const int answer = attribute == 2 ? 2 : static_cast<int>(from_environment("STAND_IN_OWNER", 0));
+    std::memcpy(value, &answer, sizeof answer);
     return ok;
 }
 
 API int cuMemcpyHtoDAsync_v2(Pointer target, const void* source, std::size_t bytes,
                              Stream* stream) {
+    count(gpu().uploaded, bytes);
     return copy(address(target), source, bytes, stream);
 }
 API int cuMemcpyDtoHAsync_v2(void* target, Pointer source, std::size_t bytes, Stream* stream) {
+    count(gpu().downloaded, bytes);
     return copy(target, address(source), bytes, stream);
 }
 API int cuMemcpyDtoDAsync_v2(Pointer target, Pointer source, std::size_t bytes, Stream* stream) {
     return copy(address(target), address(source), bytes, stream);
 }
 API int cuLaunchHostFunc(Stream* stream, void (*function)(void*), void* argument) {
-    return add(stream, [=] { function(argument); });
+    return add(stream, [=] {
+        count(gpu().runs, 1);
+        function(argument);
+    });
 }
 
 API int cuStreamBeginCapture_v2(Stream* stream, int) {
@@ -317,6 +433,7 @@ API int cuModuleUnload(void*) {
 }
 API int cuModuleGetFunction(void** function, void*, const char* name) {
     static const std::map<std::string, void*> kernels = {
+        {"convert_image", reinterpret_cast<void*>(convert_image)},
         {"resize_weights", reinterpret_cast<void*>(resize_weights)},
         {"resize_image", reinterpret_cast<void*>(resize_image)},
         {"find_runs", reinterpret_cast<void*>(find_runs)},

@@ -2,8 +2,9 @@
 // line of text, in ONNX Runtime, on copies that it queues to the host and back as TensorRT would
 // queue its kernels. So it works on the stand-in for the driver and on a real GPU.
 //
-// The line reads "stand-in OBJECTS POINTS TYPE FACTOR": the greatest sizes, the type of the feature
-// maps (float or half), and what all outputs are multiplied by, 1 for an engine that is right.
+// The line reads "stand-in OBJECTS POINTS TYPE FACTOR IMAGES": the greatest sizes, the type of the
+// feature maps (float or half), what all outputs are multiplied by, 1 for an engine that is right,
+// and how many images the encoder takes.
 //
 // STAND_IN_ONNXRUNTIME names ONNX Runtime's library; STAND_IN_TENSORRT is the version that TensorRT
 // is to have, or "none".
@@ -68,7 +69,7 @@ public:
         std::istringstream line(std::string(content.begin(), end));
         std::string word;
         std::string type;
-        line >> word >> objects_ >> points_ >> type >> factor;
+        line >> word >> objects_ >> points_ >> type >> factor >> images_;
         if (!line || word != "stand-in") {
             throw BackendError("it is no engine");
         }
@@ -109,7 +110,10 @@ private:
         tensor.most = tensor.shape;
         for (std::size_t axis = 0; axis < tensor.most.size(); ++axis) {
             if (tensor.most[axis] < 0) {
-                tensor.most[axis] = axis == 0 ? 1 : axis == 1 ? objects_ : points_;
+                const bool is_image = name == "pixel_values";
+                tensor.most[axis] = axis == 0   ? (is_image ? images_ : 1)
+                                    : axis == 1 ? objects_
+                                                : points_;
             }
         }
         tensors_[name] = tensor;
@@ -117,6 +121,7 @@ private:
 
     std::int64_t objects_ = 0;
     std::int64_t points_ = 0;
+    std::int64_t images_ = 0;
     std::unique_ptr<Ort::Session> session_;
 };
 
@@ -139,11 +144,11 @@ public:
             }
         }
         place.shape = shape;
-        // Outputs have as many objects as points were given for.
+        // Outputs have as many images as there are, and as many objects as points were given for.
         const std::int64_t objects = name == "input_points" ? shape[1] : 1;
         for (auto& [other, output] : places_) {
             if (!output.tensor.is_input && output.tensor.shape.size() > 1) {
-                output.shape[0] = 1;
+                output.shape[0] = shape[0];
                 output.shape[1] = name == "input_points" && output.tensor.shape[1] < 0
                                       ? objects
                                       : output.shape[1];

@@ -37,6 +37,46 @@ static inline int atomicAdd(int *target, int value) {
 }
 #endif
 
+// One image of another format to copy as RGB. Only the C++ runtime has a use for it, and its
+// imaging.hpp the same struct.
+struct ConvertJob {
+    const unsigned char *image;  // first pixel of the first row
+    unsigned char *rgb;          // [size[0], size[1], 3]
+    long long row_stride;        // bytes from one row to the next, which may be negative
+    long long plane_stride;      // bytes from one plane to the next; 0 without planes
+    int size[2];                 // (height, width)
+    int step;                    // bytes from one pixel of a row to the next
+    int places[3];               // where in a pixel red, green and blue stand
+    int matrix[5];               // of NV12, with 20 fractional bits; matrix[0] is 0 for other formats
+};
+
+DEVICE unsigned char color(int sum) {
+    const int value = sum >> 20;
+    return value < 0 ? 0 : value > 255 ? 255 : value;
+}
+
+KERNEL convert_image(const ConvertJob *job) {
+    const int *matrix = job->matrix;
+    for (int y = BLOCK; y < job->size[0]; y += BLOCKS) {
+        const unsigned char *row = job->image + y * job->row_stride;
+        const unsigned char *chroma = job->image + job->plane_stride + y / 2 * job->row_stride;
+        unsigned char *out = job->rgb + 3LL * y * job->size[1];
+        for (int x = THREAD; x < job->size[1]; x += THREADS) {
+            unsigned char *pixel = out + 3LL * x;
+            if (!matrix[0]) {
+                for (int c = 0; c < 3; c++)
+                    pixel[c] = row[(long long)x * job->step + job->places[c] + c * job->plane_stride];
+                continue;
+            }
+            const int luma = (row[x] > 16 ? row[x] - 16 : 0) * matrix[0] + (1 << 19);
+            const int u = chroma[x / 2 * 2] - 128, v = chroma[x / 2 * 2 + 1] - 128;
+            pixel[0] = color(luma + matrix[1] * v);
+            pixel[1] = color(luma + matrix[2] * u + matrix[3] * v);
+            pixel[2] = color(luma + matrix[4] * u);
+        }
+    }
+}
+
 // One image to resize. The layout is that of RESIZE_JOB in imaging.py.
 struct ResizeJob {
     const unsigned char *image;  // [height, width, 3]
