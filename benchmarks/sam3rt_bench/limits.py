@@ -12,7 +12,7 @@ from .graph_cost import GraphCost, graph_cost
 from .stages import HOST
 
 # One click and its padding.
-_ONE_CLICK = {"batch": 1, "num_objects": 1, "num_points": 2, "num_masks": 1}
+_ONE_CLICK = {"batch": 1, "num_objects": 1, "num_points": 2, "num_masks": 1, "num_images": 1}
 
 
 def stage_limits(

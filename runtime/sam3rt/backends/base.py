@@ -53,7 +53,8 @@ class Backend(abc.ABC):
     A subclass implements :meth:`_encode`, :meth:`_decode`, :meth:`upload`, :meth:`prepare` and
     :meth:`versions`. What surrounds the two graphs (resizing, normalization, upsampling) is done
     on the host; a backend that can do it on its device overrides :meth:`encode_image` and
-    :meth:`decode_masks`.
+    :meth:`decode_masks`. One that gains by several images at once overrides :meth:`encode_images`
+    or :meth:`decode_images`.
 
     Args:
         bundle: an opened bundle.

@@ -12,7 +12,7 @@ from ..features import Features
 V = TypeVar("V")
 
 # About 30 MB each for SAM 3, on top of the features' 21, for as long as a caller keeps those. Calls
-# on more images in turn compute it anew, which takes a quarter to a third of a click's time.
+# on more images in turn compute it anew, which takes an eighth to a third of a click's time.
 KEPT_IMAGES = 16
 
 

@@ -260,11 +260,6 @@ def signature_mismatch(
     return ""
 
 
-def takes_images(decoder: GraphSpec) -> bool:
-    """Whether each object of a decoder run may have an image of its own."""
-    return all(s.shape[0] == IMAGES_AXIS for s in decoder.inputs if is_feature_name(s.name))
-
-
 def decoder_outputs(manifest: Manifest, multimask_output: bool) -> tuple[str, ...]:
     """The outputs that a call wants: mask logits, predicted IoUs, and the object score if any."""
     masks = MULTIMASK_OUTPUTS if multimask_output else SINGLE_MASK_OUTPUTS

@@ -228,7 +228,7 @@ def test_cost_of_the_real_graphs(small_bundle: Path) -> None:
     for path in (small_bundle, default_bundle_path()):
         bundle = open_bundle(path, check_files=False)
         manifest = bundle.manifest
-        sizes = {"batch": 1, "num_objects": 1, "num_points": 2, "num_masks": 1}
+        sizes = {"batch": 1, "num_objects": 1, "num_points": 2, "num_masks": 1, "num_images": 1}
         encoder = graph_cost(bundle, manifest.encoder, sizes)
         one = graph_cost(bundle, manifest.decoder, sizes)
         eight = graph_cost(bundle, manifest.decoder, sizes | {"num_objects": 8})

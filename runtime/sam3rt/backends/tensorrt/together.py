@@ -35,8 +35,8 @@ def share_runs(
 ) -> Iterable[list[Part]]:
     """Divide several images' objects among as few runs as their sizes allow.
 
-    Objects of one run are padded to one number of points, which one run of them alone would have
-    been padded to as well, and all or none of them have mask prompts.
+    An object's points are padded as if it were alone: only objects of one class of points share a
+    run. All objects of a run have mask prompts, or none has.
 
     Args:
         prompts: of each image, of one object at least.

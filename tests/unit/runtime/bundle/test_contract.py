@@ -97,7 +97,7 @@ def external(tmp_path: Path) -> Bundle:
 
 def feed(bundle: Bundle) -> dict[str, NDArray[np.generic]]:
     """A click at one place, on features that are numbers."""
-    grid = bundle.manifest.decoder.inputs[0].shape
+    grid = (1, *bundle.manifest.encoder.outputs[0].shape[1:])
     rng = np.random.default_rng(0)
     return {
         "image_embeddings.0": rng.normal(size=grid).astype(np.float32),  # type: ignore[arg-type]
