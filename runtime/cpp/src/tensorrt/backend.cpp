@@ -143,6 +143,7 @@ public:
         const std::int64_t objects = prompts.points.shape()[0];
         const Layout layout = network_.outputs({objects, 1, 1});
         std::vector<Array<float>> results;
+        results.reserve(outputs.size());
         for (const std::string& name : outputs) {
             results.emplace_back(layout[name].shape);
         }

@@ -198,6 +198,7 @@ void DecoderLane::warm_up(const std::vector<ShapeClass>& shapes) {
                                           padding_label)),
             std::nullopt, ""};
         std::vector<Array<float>> results;
+        results.reserve(names.size());
         const Layout outputs = network_.outputs(shape);
         for (const std::string& name : names) {
             results.emplace_back(outputs[name].shape);

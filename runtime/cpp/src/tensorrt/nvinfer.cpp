@@ -41,7 +41,7 @@ public:
     /// What TensorRT last complained about, to end an error message with.
     std::string said() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const std::string text = last_.empty() ? "" : ": " + last_;
+        std::string text = last_.empty() ? "" : ": " + last_;
         last_.clear();
         return text;
     }
@@ -172,7 +172,10 @@ public:
     }
 
 private:
-    static void* pointer(DevicePointer address) { return reinterpret_cast<void*>(address); }
+    static void* pointer(DevicePointer address) {
+        // TensorRT takes addresses in device memory as pointers.
+        return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+    }
 
     std::shared_ptr<nvinfer1::ICudaEngine> engine_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
