@@ -67,7 +67,7 @@ def page(results: dict[str, Any]) -> str:
     for soak in results.get("soak", ()):
         parts.append(
             f"Soak: {soak['images']} images, {soak['clicks']} clicks in {soak['seconds']} s; the "
-            f"server's memory {soak['resident_mb_after_a_quarter']} MB after a quarter and "
+            f"server's memory {soak['resident_mb_after_a_third']} MB after a third and "
             f"{soak['resident_mb_at_the_end']} MB at the end, {soak['mb_per_1000_clicks']} MB per "
             f"1,000 clicks."
         )
