@@ -35,6 +35,8 @@ test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.
 test-servers: $(TEST_ENV)/.done ## Run the service in Triton and Ray, which are a gigabyte to fetch
 	SAM3RT_TEST_SERVERS=1 $(TEST_BIN)/python -m pytest tests/unit/serve/test_triton.py tests/unit/serve/test_ray.py tests/unit/bench/test_serving.py
 
+# ONNXRUNTIME_ROOT, and TENSORRT_ROOT where there is one, name releases that the C++ library is built
+# with.
 test-gpu: ## Run what needs an NVIDIA GPU, in the environment of $(PYTHON)
 	PYTHONPATH=runtime:export:benchmarks $(PYTHON) -m pytest tests/gpu
 
@@ -46,7 +48,8 @@ $(TEST_ENV)/onnxruntime-web-1.30.0.tgz: $(TEST_ENV)/.done
 # Runtime. With the thread sanitizer only the program that runs threads is built.
 test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it, with sanitizers too
 	runtime/cpp/tools/build_for_tests.sh $(CPP_BUILDS)
-	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp --numprocesses auto --dist loadscope
+	SAM3RT_FAKE_GPU=1 SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) \
+		$(TEST_BIN)/python -m pytest tests/cpp tests/gpu/test_cpp.py --numprocesses auto --dist loadscope
 
 test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with clang, and fuzz it
 	runtime/cpp/tools/build_fuzzers.sh $(CPP_BUILDS)
