@@ -284,6 +284,14 @@ def cpp_builds() -> Path:
     return Path(os.environ["SAM3RT_CPP_BUILDS"]).resolve()
 
 
+@pytest.fixture(scope="session")
+def library(cpp_builds: Path) -> Any:
+    """The shared C++ library, loaded into this process for its C interface."""
+    from tests.support.c_library import Library
+
+    return Library(cpp_builds)
+
+
 @pytest.fixture(scope="session", params=["release", "address"])
 def cpp_build(
     request: pytest.FixtureRequest, cpp_builds: Path, tmp_path_factory: pytest.TempPathFactory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -18,26 +19,25 @@ from tests.support.c_library import (
     PredictOptions,
     Prompts,
     Sam3rtError,
+    copied,
     image,
     prompts,
 )
 from tests.support.cpp_driver import ROOT
 from tests.support.golden_calls import Golden, check_call
 from tests.support.helpers import noise
+from tests.support.records import recorded_bundle
 from tests.support.runnable_bundle import runnable_bundle
 
 import sam3rt
+from sam3rt.accuracy.record import load_record
+from sam3rt.accuracy.run import verify
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.geometry import MAX_PIXELS, MAX_SIDE
 from sam3rt.prompts import MAX_MASK_LOGIT, MAX_OBJECTS, MAX_POINTS
 
 HEADER = (ROOT / "runtime" / "cpp" / "include" / "sam3rt.h").read_text()
 CLICK: dict[str, Any] = {"point_coords": [[30, 25]], "point_labels": [1]}
-
-
-@pytest.fixture(scope="module")
-def library(cpp_builds: Path) -> Library:
-    return Library(cpp_builds)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +81,74 @@ def test_header_and_library_agree(library: Library) -> None:
 
 
 def test_every_golden_call(library: Library, golden: Golden) -> None:
+    """As a binding makes them; what the decoder alone says is clamped and squeezed by `predict`."""
     model = library.load(golden.bundle)
+    manifest = json.loads(library.c.sam3rt_model_manifest_json(model))
+    limit = manifest["masks"]["low_res_limit"] or np.inf
+    has_scores = any(o["name"] == "object_score_logits" for o in manifest["decoder"]["outputs"])
+    library.call("model_prepare", model)
     embeddings = {name: library.encode(model, pixels) for name, pixels in golden.images.items()}
+    for name, maps in golden.features.items():
+        found = library.maps(embeddings[name])
+        assert list(found) == list(maps)
+        for key, array in maps.items():
+            np.testing.assert_allclose(found[key], array, atol=1e-3, rtol=1e-3)
     for call in golden.calls:
         predictor = library.predictor(model, **call.options)
         library.call("predictor_set_embedding", predictor, embeddings[call.image])
-        check_call(call, golden, *library.predict(predictor, call.arguments))
+        found = library.predict(predictor, call.arguments)
+        check_call(call, golden, *found)
         library.c.sam3rt_predictor_free(predictor)
+        single = int(not call.arguments.get("multimask_output", True))
+        given = prompts(call.arguments)
+        embedding = embeddings[call.image]
+        decoded = library.make("model_decode", model, embedding, byref(given), single, None)
+        low_res = copied(library.c.sam3rt_prediction_low_res(decoded), np.float32)
+        iou = copied(library.c.sam3rt_prediction_iou(decoded), np.float32)
+        scores = library.c.sam3rt_prediction_object_scores(decoded)
+        np.testing.assert_array_equal(low_res.clip(-limit, limit).reshape(found[2].shape), found[2])
+        np.testing.assert_array_equal(iou.reshape(found[1].shape), found[1])
+        objects = len(low_res)
+        expected_axes = [1, objects] if has_scores and objects else [0, 0]
+        assert [scores.axes, scores.shape[0]] == expected_axes
+        library.c.sam3rt_prediction_free(decoded)
     for embedding in embeddings.values():
         library.c.sam3rt_embedding_free(embedding)
     library.c.sam3rt_model_free(model)
+
+
+def test_verify_and_health(library: Library, tmp_path: Path) -> None:
+    """What they say is what Python says of the same bundle."""
+    bundle = recorded_bundle(tmp_path / "bundle")
+    python = sam3rt.load_model(bundle.path, backend="onnxruntime", device="cpu")
+    expected = list(
+        verify(python.backend, bundle.manifest, load_record(bundle), bundle.manifest.parity.limits)
+    )
+    model, c = library.load(bundle.path), library.c
+    report = library.make("model_verify", model, None)
+    assert c.sam3rt_report_passed(report) == 1
+    assert c.sam3rt_report_explanation(report) == b"all outputs are within the gate's limits"
+    assert c.sam3rt_report_count(report) == len(expected)
+    for number, wanted in enumerate(expected):
+        index = ctypes.c_size_t(number)
+        names = (
+            getattr(c, f"sam3rt_report_{part}")(report, index)
+            for part in ("case", "output", "metric")
+        )
+        assert [name.decode() for name in names] == [wanted.case, wanted.output, wanted.metric]
+        assert c.sam3rt_report_value(report, index) == pytest.approx(
+            wanted.value, rel=1e-5, abs=2e-6
+        )
+        assert c.sam3rt_report_limit(report, index) == wanted.limit
+        assert c.sam3rt_report_is_within(report, index) == 1
+    c.sam3rt_report_free(report)
+    health = library.make("model_health", model, None)
+    assert c.sam3rt_health_is_healthy(health) == 1, c.sam3rt_health_problem(health)
+    assert c.sam3rt_health_precision(health).decode() == python.backend.precision
+    assert c.sam3rt_health_fingerprint(health).decode() == bundle.manifest.fingerprint
+    assert c.sam3rt_health_encode_seconds(health) > 0
+    c.sam3rt_health_free(health)
+    c.sam3rt_model_free(model)
 
 
 def test_model_describes_itself(library: Library, model: c_void_p) -> None:

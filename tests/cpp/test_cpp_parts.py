@@ -348,3 +348,19 @@ def test_values_that_were_moved_from_may_be_copied(cpp_build: Build) -> None:
 
 def test_version(cpp_build: Build) -> None:
     assert cpp_build.one(op="version").value == sam3rt.__version__
+
+
+@pytest.mark.parametrize(
+    ("size", "target"), [((4000, 1500), (700, 1008)), ((2000, 3000), (1008,) * 2)]
+)
+def test_resizing_makes_no_whole_image_between(
+    cpp_builds: Path, tmp_path: Path, size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    """Rows first, then columns, and the other way round; it would take 36 or 24 MB."""
+    step = {"op": "resize", "image": noise(*size), "target": list(target), "rounded": False}
+    memory: Step = {"op": "memory"}
+    before, _, after = Build(cpp_builds / "release", tmp_path).run([memory, step, memory])
+    image, result = 3 * size[0] * size[1], 12 * target[0] * target[1]
+    # The result is copied once by the driver.
+    taken = after.value["peak"] - before.value["now"]
+    assert taken < image + 2 * result + 8e6, taken

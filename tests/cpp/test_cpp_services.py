@@ -35,11 +35,6 @@ PICTURE = noise(50, 70)
 
 
 @pytest.fixture(scope="module")
-def library(cpp_builds: Path) -> Library:
-    return Library(cpp_builds)
-
-
-@pytest.fixture(scope="module")
 def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a few nodes, with object scores."""
     return runnable_bundle(tmp_path_factory.mktemp("toy") / "bundle").path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_ssize_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,25 @@ class ModelOptions(ctypes.Structure):
         ("concurrent_encodes", c_int32),
         ("concurrent_decodes", c_int32),
         ("map_weights", c_int32),
+        ("provider_options", c_void_p),
+        ("provider_option_count", c_size_t),
+        ("thread_affinities", c_char_p),
+        ("spin_between_runs", c_int32),
+        ("no_memory_arena", c_int32),
+        ("environment_allocators", c_int32),
     ]
+
+
+class File(ctypes.Structure):
+    """``sam3rt_file``."""
+
+    _fields_ = [("name", c_char_p), ("content", c_void_p), ("size", c_size_t)]
+
+
+class Option(ctypes.Structure):
+    """``sam3rt_option``."""
+
+    _fields_ = [("name", c_char_p), ("value", c_char_p)]
 
 
 class PredictorOptions(ctypes.Structure):
@@ -117,7 +136,20 @@ _TEXTS = (
     "model_manifest_json",
     "prediction_rle",
     "prediction_warning",
+    "embedding_fingerprint",
+    "maps_name",
+    "report_explanation",
+    "report_case",
+    "report_output",
+    "report_metric",
+    "health_problem",
+    "health_backend",
+    "health_device",
+    "health_precision",
+    "health_fingerprint",
 )
+_SIZES = ("buffer_size", "prediction_rle_count", "embedding_nbytes", "maps_count", "report_count")
+_NUMBERS = ("report_value", "report_limit", "health_encode_seconds", "health_decode_seconds")
 
 
 class Sam3rtError(Exception):
@@ -148,8 +180,11 @@ class Library:
         for name in _TEXTS:
             getattr(self.c, f"sam3rt_{name}").restype = c_char_p
         self.c.sam3rt_buffer_data.restype = c_void_p
-        for name in ("buffer_size", "prediction_rle_count"):
+        for name in _SIZES:
             getattr(self.c, f"sam3rt_{name}").restype = c_size_t
+        for name in _NUMBERS:
+            getattr(self.c, f"sam3rt_{name}").restype = c_double
+        self.c.sam3rt_maps_values.restype = ArrayView
         for name in ("masks", "logits", "iou", "low_res", "object_scores"):
             function = getattr(self.c, f"sam3rt_prediction_{name}")
             function.restype, function.argtypes = ArrayView, [c_void_p]
@@ -199,6 +234,17 @@ class Library:
         """An image's embedding."""
         return self.make("model_encode", model, byref(image(pixels)))
 
+    def maps(self, embedding: c_void_p) -> dict[str, NDArray[np.float32]]:
+        """Copies of an embedding's feature maps, by name."""
+        maps = self.make("embedding_maps", embedding)
+        found = {}
+        for number in range(self.c.sam3rt_maps_count(maps)):
+            index = c_size_t(number)
+            values = copied(self.c.sam3rt_maps_values(maps, index), np.float32)
+            found[self.c.sam3rt_maps_name(maps, index).decode()] = values
+        self.c.sam3rt_maps_free(maps)
+        return found
+
     def predictor(self, model: c_void_p, **options: float) -> c_void_p:
         """A predictor with a Python predictor's keyword arguments."""
         given = PredictorOptions(
@@ -244,6 +290,19 @@ def image(pixels: NDArray[np.uint8]) -> Image:
     view = Image(ctypes.sizeof(Image), pixels.ctypes.data, pixels.shape[0], pixels.shape[1], 0)
     view.keep = pixels
     return view
+
+
+def memory_files(contents: Mapping[str, bytes | None]) -> tuple[Any, list[Any]]:
+    """An array of ``sam3rt_file``, and the memory that it points to; ``None`` for no content."""
+    files = (File * len(contents))()
+    kept = []
+    for file, (name, content) in zip(files, contents.items(), strict=True):
+        file.name, file.size = name.encode(), 1
+        if content is not None:
+            buffer = ctypes.create_string_buffer(content, len(content))
+            file.content, file.size = ctypes.addressof(buffer), len(content)
+            kept.append(buffer)
+    return files, kept
 
 
 def prompts(arguments: dict[str, Any]) -> Prompts:

@@ -284,7 +284,8 @@ typedef struct sam3rt_model_options {
     const char* thread_affinities;
     /* Not 0: threads of the model's own, with `threads`, wait actively between runs, too. */
     int32_t spin_between_runs;
-    /* Not 0: ONNX Runtime keeps no memory on the CPU from one run to the next. */
+    /* Not 0: ONNX Runtime keeps no memory on the CPU for the next run, in an arena: every buffer is
+     * asked of the process's malloc. */
     int32_t no_memory_arena;
     /* Not 0: ONNX Runtime takes memory of allocators that the host registered with the environment
      * it gave to sam3rt_set_ort_environment. */

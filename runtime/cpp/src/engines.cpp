@@ -290,7 +290,7 @@ public:
     }
 
     Verdict prove(const Runner& runner, const VerdictSubject& subject) const {
-        const Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
+        Verdict verdict = sam3rt::prove(runner, target_.bundle.manifest, *record_);
         save_verdict(subject, verdict);
         return verdict;
     }
@@ -351,7 +351,7 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        const EngineSet engines{pair.encoder.wrapper(),
+        EngineSet engines{pair.encoder.wrapper(),
                                 pair.decoder.wrapper(),
                                 pair.encoder.features_dtype,
                                 pair.precision(),

@@ -15,8 +15,18 @@
 namespace sam3rt {
 namespace {
 
+Model open(Bundle bundle, const ModelOptions& options) {
+    const std::string& fingerprint = bundle.manifest.fingerprint;
+    if (options.expected_fingerprint && *options.expected_fingerprint != fingerprint) {
+        throw BundleError(bundle.manifest.name + " has fingerprint " + fingerprint +
+                          ", expected " + *options.expected_fingerprint);
+    }
+    return Model(std::make_shared<const Model::Data>(std::move(bundle), options));
+}
+
 std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> names;
+    names.reserve(specs.size());
     for (const TensorSpec& spec : specs) {
         names.push_back(spec.name);
     }
@@ -41,15 +51,6 @@ void require_finite(const Array<float>& scores) {
             "the decoder returned scores that are not finite: the embedding or the device is at "
             "fault");
     }
-}
-
-Model open(Bundle bundle, const ModelOptions& options) {
-    const std::string& fingerprint = bundle.manifest.fingerprint;
-    if (options.expected_fingerprint && *options.expected_fingerprint != fingerprint) {
-        throw BundleError(bundle.manifest.name + " has fingerprint " + fingerprint +
-                          ", expected " + *options.expected_fingerprint);
-    }
-    return Model(std::make_shared<const Model::Data>(std::move(bundle), options));
 }
 
 /// Throws EmbeddingError, calling what was stored `subject`, where it does not fit the model.

@@ -212,6 +212,7 @@ std::vector<LoadedTensor> without_cut(std::vector<LoadedTensor> first,
 
 std::vector<Content> read_weights(const Bundle& bundle, const std::vector<FileEntry>& files) {
     std::vector<Content> weights;
+    weights.reserve(files.size());
     for (const FileEntry& entry : files) {
         weights.push_back(read_checked(bundle, entry));
     }
@@ -298,6 +299,7 @@ std::shared_ptr<const Features> OrtBackend::upload(const std::vector<Array<float
     try {
         const std::shared_ptr<const FeatureTransfer> way = transfer();
         std::vector<Ort::Value> values;
+        values.reserve(maps.size());
         for (const Array<float>& map : maps) {
             values.push_back(way->to_device(map));
         }

@@ -150,6 +150,12 @@ static void check_options(const char* bundle) {
            "no environment");
     refuse(sam3rt_model_load("nowhere", NULL, &model, &error), &error, SAM3RT_BUNDLE_ERROR, "",
            "a missing bundle");
+    refuse(sam3rt_model_load_from_memory(NULL, 0, NULL, &model, &error), &error,
+           SAM3RT_BUNDLE_ERROR, "bundle.json", "no files");
+    refuse(sam3rt_set_shared_threads(0, &error), &error, SAM3RT_INVALID_INPUT, "threads",
+           "a pool without threads");
+    refuse(sam3rt_set_shared_threads(2, &error), &error, SAM3RT_STATE_ERROR, "",
+           "a pool that is in use");
 }
 
 static void check_bad_input(const sam3rt_model* model, sam3rt_predictor* predictor,
@@ -215,8 +221,14 @@ static void check_batch(sam3rt_predictor* predictor, const sam3rt_image* image,
     sam3rt_prediction* predictions[2] = {NULL, NULL};
     const sam3rt_image* images[2];
     const sam3rt_prompts* both[2];
+    sam3rt_cancellation* cancellation = NULL;
     images[0] = image;
     images[1] = image;
+    succeed(sam3rt_cancellation_new(0, &cancellation, &error), &error, "a cancellation");
+    sam3rt_cancellation_cancel(cancellation);
+    refuse(sam3rt_predictor_set_image_batch_cancellable(predictor, images, 2, cancellation, &error),
+           &error, SAM3RT_CANCELLED, "", "a batch that is cancelled");
+    sam3rt_cancellation_free(cancellation);
     both[0] = prompts;
     both[1] = NULL;
     succeed(sam3rt_predictor_set_image_batch(predictor, images, 2, &error), &error, "a batch");
@@ -256,6 +268,35 @@ static void check_refinement(const sam3rt_predictor* predictor, const sam3rt_pro
                float_bytes(sam3rt_prediction_logits(second)));
     sam3rt_prediction_free(second);
     sam3rt_prediction_free(first);
+}
+
+/* An embedding's sizes and feature maps. */
+static void check_embedding(const sam3rt_model* model, const sam3rt_embedding* embedding) {
+    sam3rt_error* error = NULL;
+    sam3rt_maps* maps = NULL;
+    size_t bytes = 0;
+    int64_t height = 0;
+    int64_t width = 0;
+    sam3rt_embedding_input_size(embedding, &height, &width);
+    expect(height >= 1 && width >= 1, "the part of the input that the image fills");
+    expect(strcmp(sam3rt_embedding_fingerprint(embedding), sam3rt_model_fingerprint(model)) == 0,
+           "fingerprint of an embedding");
+    succeed(sam3rt_embedding_maps(embedding, &maps, &error), &error, "maps");
+    expect(sam3rt_maps_count(maps) > 0, "feature maps");
+    for (size_t index = 0; index < sam3rt_maps_count(maps); ++index) {
+        const sam3rt_float_array values = sam3rt_maps_values(maps, index);
+        expect(values.axes == 4 && values.shape[0] == 1, "axes of a feature map");
+        expect(strlen(sam3rt_maps_name(maps, index)) > 0, "name of a feature map");
+        bytes += float_bytes(values);
+    }
+    expect(bytes == sam3rt_embedding_nbytes(embedding), "memory of the feature maps");
+    expect(sam3rt_maps_values(maps, 99).axes == 0, "no map beyond the last");
+    expect(strlen(sam3rt_maps_name(maps, 99)) == 0, "and no name");
+    sam3rt_maps_free(maps);
+    refuse(sam3rt_embedding_maps(NULL, &maps, &error), &error, SAM3RT_INVALID_INPUT, "embedding",
+           "maps of NULL");
+    expect(sam3rt_maps_count(NULL) == 0 && sam3rt_embedding_nbytes(NULL) == 0, "nothing of NULL");
+    sam3rt_maps_free(NULL);
 }
 
 /* The bundle's own record passes, and says what was compared. */
@@ -365,6 +406,7 @@ int main(int count, char** arguments) {
     expect(sam3rt_model_encoder_loaded(model) == 1, "the encoder was used");
     sam3rt_embedding_image_size(embedding, &height, &width);
     expect(height == image.height && width == image.width, "size of the image");
+    check_embedding(model, embedding);
     check_accuracy(model);
     snprintf(path, sizeof path, "%s/image.embedding", arguments[5]);
     succeed(sam3rt_embedding_save(embedding, path, &error), &error, "save");

@@ -3,8 +3,10 @@
 //
 //   driver STEPS.json RESULTS.json
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <functional>
@@ -745,6 +747,23 @@ json count_threads() {
     return std::distance(begin(tasks), end(tasks));
 }
 
+/// On which processors each thread of this process may run.
+json affinities() {
+    // Threads see to it themselves when they begin.
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    json found = json::array();
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+        std::ifstream status(task.path() / "status");
+        const std::string name = "Cpus_allowed_list:\t";
+        for (std::string line; std::getline(status, line);) {
+            if (line.compare(0, name.size(), name) == 0) {
+                found.push_back(line.substr(name.size()));
+            }
+        }
+    }
+    return found;
+}
+
 /// Decode, and the processor time that this process then takes while it does nothing, seconds.
 json rest_after_decode(Session& session, const json& step) {
     decode(session, step);
@@ -788,11 +807,35 @@ void ORT_API_CALL count_line(void*, OrtLoggingLevel, const char*, const char*, c
     ++host_lines;
 }
 
-/// Let the library use an environment that counts the lines of its log.
-json set_environment() {
+/// A host's allocator, which counts what is asked of it.
+struct CountingAllocator : OrtAllocator {
+    CountingAllocator() : OrtAllocator{} {
+        version = ORT_API_VERSION;
+        Alloc = [](OrtAllocator* self, std::size_t size) -> void* {
+            ++static_cast<CountingAllocator*>(self)->count;
+            return std::aligned_alloc(64, (size + 63) / 64 * 64);
+        };
+        Free = [](OrtAllocator*, void* memory) { std::free(memory); };
+        Info = [](const OrtAllocator* self) -> const OrtMemoryInfo* {
+            return static_cast<const CountingAllocator*>(self)->info;
+        };
+    }
+
+    std::atomic<int> count{0};
+    Ort::MemoryInfo info = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+};
+
+CountingAllocator& host_allocator() {
     // It lives as long as what uses it.
+    static auto* const allocator = new CountingAllocator;
+    return *allocator;
+}
+
+/// Let the library use an environment that counts the lines of its log, and has an allocator.
+json set_environment() {
     static auto* const environment =
         new Ort::Env(ORT_LOGGING_LEVEL_INFO, "host", count_line, nullptr);
+    Ort::ThrowOnError(Ort::GetApi().RegisterAllocator(*environment, &host_allocator()));
     set_ort_environment(*environment);
     return nullptr;
 }
@@ -938,11 +981,14 @@ const std::map<std::string, Step>& steps() {
         {"memory", [](Session&, const json&) { return memory(); }},
         {"encode_at_once", encode_at_once},
         {"threads", [](Session&, const json&) { return count_threads(); }},
+        {"affinities", [](Session&, const json&) { return affinities(); }},
         {"rest_after_decode", rest_after_decode},
 #if SAM3RT_ONNXRUNTIME
         {"split_onnx", [](Session&, const json& s) { return split(s); }},
         {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
         {"set_environment", [](Session&, const json&) { return set_environment(); }},
+        {"host_allocations",
+         [](Session&, const json&) { return json(host_allocator().count.load()); }},
         {"host_lines", [](Session&, const json&) { return json(host_lines); }},
 #endif
         {"moved_from", [](Session&, const json&) { return moved_from(); }},

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds with clang, warnings as errors: everything, as `clang`, and the libFuzzer targets of
-# tests/fuzz with AddressSanitizer and UndefinedBehaviorSanitizer, as `fuzz`. tests/cpp/
-# test_cpp_fuzz.py runs them for a few seconds each; for longer, run FOLDER/fuzz/tests/fuzz/fuzz_*
-# with a folder of seeds.
+# Builds with clang, warnings as errors: everything, as `clang`, from whose commands tests/cpp/
+# test_cpp_tidy.py runs clang-tidy; and the libFuzzer targets of tests/fuzz with AddressSanitizer and
+# UndefinedBehaviorSanitizer, as `fuzz`. test_cpp_fuzz.py runs them for a few seconds each; for
+# longer, run FOLDER/fuzz/tests/fuzz/fuzz_* with a folder of seeds.
 #
 #   build_fuzzers.sh FOLDER      (FOLDER/dependencies is what fetch_dependencies.sh made)
 set -euo pipefail
@@ -18,5 +18,7 @@ configure() {
     ninja -C "$folder/$1" --quiet
 }
 
-configure clang -DCMAKE_CXX_FLAGS=-O0 -DSAM3RT_TESTS=ON -DSAM3RT_EXAMPLES=ON
+configure clang -DCMAKE_CXX_FLAGS=-O0 -DSAM3RT_TESTS=ON -DSAM3RT_EXAMPLES=ON \
+    -DSAM3RT_TENSORRT=ON "-DSAM3RT_NVINFER_SOURCE=$source/tests/stand_in/nvinfer.cpp" \
+    -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
 configure fuzz -DCMAKE_CXX_FLAGS=-O1 -DSAM3RT_FUZZERS=ON -DSAM3RT_SANITIZE=address,undefined

@@ -157,7 +157,7 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
             arguments.single_mask = true;
             continue;
         }
-        if (word.rfind("-", 0) != 0) {
+        if (word.empty() || word[0] != '-') {
             if (!arguments.image.empty()) {
                 throw UsageError("unrecognized argument: " + word);
             }

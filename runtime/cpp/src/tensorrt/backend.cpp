@@ -221,8 +221,9 @@ private:
         const Size& low = about.masks.low_res_size;
         Array<float> logits({1, 2, low.height, low.width});
         for (std::size_t i = 0; i < logits.size(); ++i) {
+            const std::size_t row = i / static_cast<std::size_t>(low.width);
             const auto x = static_cast<float>(i % static_cast<std::size_t>(low.width));
-            const auto y = static_cast<float>(i / static_cast<std::size_t>(low.width));
+            const auto y = static_cast<float>(row);
             logits[i] = std::sin(x / 2.0F) * std::cos(y / 3.0F) * 20.0F + 1.0F;
         }
         const Resampling resampling = resampling_to_image(geometry, about.image, about.masks);

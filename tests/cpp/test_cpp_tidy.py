@@ -1,0 +1,35 @@
+"""clang-tidy over every source of the C++ runtime, with the checks of runtime/cpp/.clang-tidy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.support.cpp_driver import ROOT
+
+CPP = ROOT / "runtime" / "cpp"
+# It is mostly stb_image, which others wrote.
+LEFT_OUT = {CPP / "examples" / "segment" / "image_files.cpp"}
+SOURCES = sorted(
+    path
+    for folder in ("src", "examples", "tests")
+    for path in (CPP / folder).rglob("*.cpp")
+    if path not in LEFT_OUT
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(CPP)))
+def test_nothing_is_found(cpp_builds: Path, source: Path) -> None:
+    commands = cpp_builds / "clang" / "compile_commands.json"
+    if shutil.which("clang-tidy") is None or not commands.exists():
+        pytest.skip("needs clang-tidy, and the build of runtime/cpp/tools/build_fuzzers.sh")
+    if not any(Path(entry["file"]) == source for entry in json.loads(commands.read_text())):
+        pytest.skip("not compiled in that build")
+    done = subprocess.run(
+        ["clang-tidy", "-p", commands.parent, "--quiet", source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
