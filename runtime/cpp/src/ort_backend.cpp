@@ -121,7 +121,9 @@ Ort::Value view(const Array<T>& array, const Shape& shape) {
 /// A tensor [1, count, ...] over `count` entries of the first axis of an array.
 template <typename T>
 Ort::Value view(const Array<T>& array, std::size_t first, std::size_t count) {
-    Shape shape = {1};
+    Shape shape;
+    shape.reserve(array.shape().size() + 1);
+    shape.push_back(1);
     shape.insert(shape.end(), array.shape().begin(), array.shape().end());
     const std::size_t step = array.size() / static_cast<std::size_t>(shape[1]);
     shape[1] = static_cast<std::int64_t>(count);
@@ -130,9 +132,9 @@ Ort::Value view(const Array<T>& array, std::size_t first, std::size_t count) {
 }
 
 /// Put a tensor [1, count, ...] at entry `first` of an array [1, objects, ...], which is made by
-/// the first of them.
+/// the first of them, at a place among the results.
 void store(const Ort::Value& value, std::size_t first, std::size_t count, std::size_t objects,
-           Array<float>& result) {
+           std::size_t place, std::vector<Array<float>>& results) {
     const auto info = value.GetTensorTypeAndShapeInfo();
     Shape shape = info.GetShape();
     if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.size() < 2 ||
@@ -141,11 +143,11 @@ void store(const Ort::Value& value, std::size_t first, std::size_t count, std::s
     }
     shape[1] = static_cast<std::int64_t>(objects);
     if (first == 0) {
-        result = Array<float>(shape);
-    }
-    if (result.shape() != shape) {
+        results.emplace_back(std::move(shape));
+    } else if (results[place].shape() != shape) {
         throw BackendError("the decoder returned tensors of changing shapes");
     }
+    Array<float>& result = results[place];
     std::copy_n(value.GetTensorData<float>(), info.GetElementCount(),
                 result.data() + first * (result.size() / objects));
 }
@@ -321,10 +323,11 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
     }
     const std::shared_ptr<const Loaded> decoder = loaded(decoder_);
     const auto objects = static_cast<std::size_t>(prompts.points.shape()[0]);
-    const Array<float> present({1}, {prompts.masks ? 1.0F : 0.0F});
     const bool has_many_masks = prompts.masks && prompts.masks->shape()[0] != 1;
     const Ort::MemoryInfo memory = host_memory();
-    // The inputs that the image and the mask prompts decide.
+    // The inputs that the image and the mask prompts decide. Bindings do not keep them.
+    float present = prompts.masks ? 1.0F : 0.0F;
+    const std::array<std::int64_t, 1> present_shape = {1};
     const auto bind_image = [&](Ort::IoBinding& binding, std::size_t first, std::size_t count) {
         for (std::size_t i = 0; i < own->values().size(); ++i) {
             binding.BindInput(encoder_.spec->outputs[i].name.c_str(), own->values()[i]);
@@ -336,7 +339,9 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
         } else {
             binding.BindInput("input_masks", view(*prompts.masks, 0, 1));
         }
-        binding.BindInput("has_input_masks", view(present, present.shape()));
+        binding.BindInput("has_input_masks",
+                          Ort::Value::CreateTensor<float>(memory, &present, 1,
+                                                          present_shape.data(), 1));
     };
     const auto run_first = [&](std::size_t first, std::size_t count) {
         Ort::IoBinding binding(*decoder->first);
@@ -349,7 +354,8 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
             CutValues{decoder->first, binding.GetOutputValues()});
     };
     std::shared_ptr<const CutValues> between;
-    std::vector<Array<float>> results(outputs.size());
+    std::vector<Array<float>> results;
+    results.reserve(outputs.size());
     try {
         for (std::size_t first = 0; first < objects; first += objects_per_run) {
             const std::size_t count = std::min(objects_per_run, objects - first);
@@ -377,7 +383,7 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
                 cancellation);
             const std::vector<Ort::Value> values = binding.GetOutputValues();
             for (std::size_t i = 0; i < values.size(); ++i) {
-                store(values[i], first, count, objects, results[i]);
+                store(values[i], first, count, objects, i, results);
             }
         }
         return results;
