@@ -244,12 +244,15 @@ def test_memory_does_not_grow_with_objects(cpp_builds: Path, tmp_path: Path) -> 
         {"op": "memory"},
         {"op": "decode", "model": "m", "embedding": "e", "prompts": {"box": boxes(64)}},
         {"op": "memory"},
+        {"op": "decode", "model": "m", "embedding": "e", "prompts": CLICK},
+        {"op": "memory"},
     ]
     results = run(Build(cpp_builds / "release", tmp_path), default_bundle_path(), *steps)
-    before, after = results[2].value, results[4].value
+    before, after, clicked = (results[index].value for index in (2, 4, 6))
     # At once they would take more than 2 GB. 64 objects' results take 50 MB.
     assert after["peak"] - before["now"] < 700e6
-    assert after["now"] - before["now"] < 200e6
+    # Kept for more of them, until there is a click.
+    assert clicked["now"] - before["now"] < 200e6
 
 
 def test_encodes_at_once_are_bounded(cpp_builds: Path, tmp_path: Path) -> None:

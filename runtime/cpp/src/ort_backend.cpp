@@ -80,6 +80,8 @@ private:
         /// Why it could not be made. A service would otherwise try again at every request.
         mutable std::exception_ptr failure;
         mutable std::atomic<bool> is_loaded{false};
+        /// Whether its memory is what several objects took.
+        mutable std::atomic<bool> holds_much{false};
         /// Bounds how many runs hold working memory at once.
         mutable Turnstile turnstile;
     };
@@ -353,6 +355,12 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
         return std::make_shared<const CutValues>(
             CutValues{decoder->first, binding.GetOutputValues()});
     };
+    // Memory is kept for the next call, which would spend a third of its time on asking the system
+    // for it again. Several objects take several times as much: the next click gives that back.
+    const bool gives_back = objects == 1 && decoder_.holds_much.exchange(false);
+    if (objects > 1) {
+        decoder_.holds_much = true;
+    }
     std::shared_ptr<const CutValues> between;
     std::vector<Array<float>> results;
     results.reserve(outputs.size());
@@ -378,9 +386,7 @@ std::vector<Array<float>> OrtBackend::decode(const Features& features, const Pac
             for (const std::string& output : outputs) {
                 binding.BindOutput(output.c_str(), memory);
             }
-            // One click keeps its memory for the next; more objects take several times as much.
-            run(decoder_, *decoder->session, binding, objects > 1 && first + count == objects,
-                cancellation);
+            run(decoder_, *decoder->session, binding, gives_back, cancellation);
             const std::vector<Ort::Value> values = binding.GetOutputValues();
             for (std::size_t i = 0; i < values.size(); ++i) {
                 store(values[i], first, count, objects, i, results);
