@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_what_an_image_decides_is_computed_once(cpp_build: Build, bundles: dict[
         steps.append({"op": "decode", "model": "m", "embedding": name, "prompts": click})
         steps.append({"op": "host_allocations"})
     counts = [result.value for result in cpp_build.run(steps)[start + 1 :: 2]]
-    taken = [later - earlier for earlier, later in zip(counts, counts[1:], strict=False)]
+    taken = [later - earlier for earlier, later in pairwise(counts)]
     same, other = taken[0], taken[1]
     assert same < other
     # a, b, b and a again, then c, d and e, after which b is no longer among the last four.

@@ -15,7 +15,7 @@
 #include "sam3rt/sam3rt.hpp"
 
 /// Where this program's code begins and ends; the linker says so.
-extern "C" const char __executable_start;
+extern "C" const char __executable_start;  // NOLINT(bugprone-reserved-identifier)
 extern "C" const char etext;
 
 namespace {

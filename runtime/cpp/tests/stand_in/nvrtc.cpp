@@ -21,7 +21,7 @@ API int nvrtcGetProgramLogSize(std::string*, std::size_t* size) {
     return 0;
 }
 API int nvrtcGetProgramLog(std::string*, char* log) {
-    std::strcpy(log, "no such option");
+    std::memcpy(log, "no such option", sizeof("no such option"));
     return 0;
 }
 API int nvrtcGetCUBINSize(std::string* program, std::size_t* size) {
