@@ -51,9 +51,10 @@ test-cpp: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime and test it,
 	SAM3RT_FAKE_GPU=1 SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) \
 		$(TEST_BIN)/python -m pytest tests/cpp tests/gpu/test_cpp.py --numprocesses auto --dist loadscope
 
-test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with clang, and fuzz it
+test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with clang, check it with clang-tidy, and fuzz it
 	runtime/cpp/tools/build_fuzzers.sh $(CPP_BUILDS)
-	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp/test_cpp_fuzz.py
+	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp/test_cpp_fuzz.py \
+		tests/cpp/test_cpp_tidy.py --numprocesses auto
 
 cpp-dependencies: $(CPP_BUILDS)/dependencies/.done ## Fetch what building the C++ runtime takes
 

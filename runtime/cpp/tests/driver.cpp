@@ -742,6 +742,7 @@ json image_geometry(const json& step) {
     return as_json(geometry_of(spec, size).input_size);
 }
 
+// NOLINTBEGIN(bugprone-use-after-move, clang-analyzer-cplusplus.Move)
 /// The shape, size and element count of copies of what was moved from.
 json moved_from() {
     Array<float> array({2, 3}, std::vector<float>(6, 1.0F));
@@ -762,6 +763,7 @@ json moved_from() {
     found.push_back(array[5]);
     return found;
 }
+// NOLINTEND(bugprone-use-after-move, clang-analyzer-cplusplus.Move)
 
 /// This process's memory now and at most so far, bytes.
 json memory() {
@@ -1107,6 +1109,7 @@ json run(Session& session, const json& step) {
 
 }  // namespace
 
+// What it throws ends the test. NOLINTNEXTLINE(bugprone-exception-escape)
 int main(int count, char** arguments) {
     if (count != 3) {
         std::cerr << "usage: driver STEPS.json RESULTS.json\n";

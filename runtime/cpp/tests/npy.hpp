@@ -33,7 +33,7 @@ Array<T> read_npy(const std::filesystem::path& path) {
     file.read(prefix.data(), 10);
     const auto low = static_cast<unsigned char>(prefix[8]);
     const auto high = static_cast<unsigned char>(prefix[9]);
-    std::string header(std::size_t{low} + 256U * high, '\0');
+    std::string header(low + std::size_t{256} * high, '\0');
     file.read(header.data(), static_cast<std::streamsize>(header.size()));
     std::smatch match;
     const std::regex form("'descr': '([^']*)', 'fortran_order': False, 'shape': \\(([^)]*)\\)");
