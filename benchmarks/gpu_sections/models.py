@@ -24,6 +24,7 @@ from sam3rt.backends.onnxruntime.lanes import open_lanes
 from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed, typed_folder
 from sam3rt.backends.tensorrt import LaneBackend
 from sam3rt.geometry import preprocess
+from sam3rt.masks import MaskOptions
 from sam3rt_bench.pytorch_backend import PyTorchBackend
 from sam3rt_bench.timing import Effort, alternate, timed
 from sam3rt_build.ort_graphs import build_typed_graphs
@@ -160,6 +161,17 @@ def measure(record: Record, settings: Settings, model: SegmentationModel) -> Non
             model.encode(image), _clicks(1), max_hole_area=holes, dtype=np.uint8
         ),
     }
+    if backend.joins_images:
+        several = [model.encode(gpu_checks.picture(*size, seed)) for seed in range(16)]
+        clicks = [_clicks(1)] * len(several)
+        options = MaskOptions(max_hole_area=holes, dtype=np.uint8)
+        calls["16 images, a click each, together"] = lambda: model.segment_batch(
+            several, clicks, True, options
+        )
+        calls["16 images, a click each, in turn"] = lambda: [
+            model.segment_batch([one], [click], True, options)
+            for one, click in zip(several, clicks, strict=True)
+        ]
     if backend.device == "cpu" and settings.small:
         del calls["64 objects"]
     for name, call in calls.items():
