@@ -97,10 +97,13 @@ def load(
     latencies: list[float] = []
     errors: list[str] = []
     start, over = threading.Barrier(clients + 1), threading.Event()
+    turn = threading.Lock()
 
     def client(number: int) -> None:
         try:
-            click = new_click()
+            # Sixty-four images at once would be refused, as more than may wait for the encoder.
+            with turn:
+                click = new_click()
             click(number % points)
             start.wait()
         except BaseException:
