@@ -1,9 +1,8 @@
 """ONNX Runtime's sessions in lanes on a GPU, as TensorRT's engines run there.
 
 Memory, pre- and postprocessing on the device, embeddings for other libraries and the number of
-calls at a time are what they are with TensorRT; see
-:class:`..tensorrt.backend.LaneBackend`. Only what runs between two addresses differs: a
-session whose inputs and outputs are bound to them.
+calls at a time are what they are with TensorRT; see :class:`..tensorrt.backend.LaneBackend`. Only
+what runs between two addresses differs: a session whose inputs and outputs are bound to them.
 
 ONNX Runtime ties a stream to a session (``user_compute_stream``), while every lane has one of its
 own and lanes share the sessions. So a run first waits for its lane's stream, and returns when

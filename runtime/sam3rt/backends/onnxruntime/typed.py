@@ -31,8 +31,8 @@ SIDECAR = "graphs.json"
 ENGINES = "engines"
 # Fastest first.
 TYPED_ORDER = ("fp16-activations", "fp16", "bf16")
-# Built and loaded where they are named only. BF16 is as fast as FP16 and eight times as coarse: it
-# is for weights whose results leave FP16's range, and what "auto" takes there is TF32.
+# Built and loaded where they are named only. BF16 is eight times as coarse as FP16: it is for
+# weights whose results leave FP16's range, and what "auto" takes there is TF32.
 ON_REQUEST = ("bf16",)
 _MAX_BYTES = 1 << 20
 

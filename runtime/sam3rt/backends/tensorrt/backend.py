@@ -29,7 +29,7 @@ from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool, ahead
 from .shapes import usual_classes
-from .together import decode_together
+from .together import decode_together, join_outputs
 
 _LOG = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class LaneBackend(Backend):
         with timed("decode", on_stage):
             runs, masks = self._pool.run(decode, holding=block)
         found = zip(*runs, strict=True)
-        return [_joined(parts, axis=1) for parts in found], _as_type(masks, options)
+        return [join_outputs(parts) for parts in found], _as_type(masks, options)
 
     def decode_images(
         self,
@@ -314,8 +314,3 @@ def _as_type(masks: NDArray[np.uint8], options: MaskOptions) -> NDArray[Any]:
     """Bytes of 0 and 1, which are what a bool is, too, in the type that was asked for."""
     dtype = np.dtype(options.dtype)
     return masks.view(dtype) if dtype.itemsize == 1 else masks.astype(dtype)
-
-
-def _joined(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:
-    """The parts along an axis; one part, the usual case, as it is."""
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)

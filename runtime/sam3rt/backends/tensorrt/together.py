@@ -125,10 +125,9 @@ def decode_together(
             count = len(prompts.labels)
             parts[image].append([array[:, at : at + count] for array in found])
             at += count
-    return [
-        [
-            pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 1)
-            for pieces in zip(*own, strict=True)
-        ]
-        for own in parts
-    ]
+    return [[join_outputs(pieces) for pieces in zip(*own, strict=True)] for own in parts]
+
+
+def join_outputs(pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Outputs [1, P, ...] of several runs as those of one; of one run, the usual case, as it is."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
