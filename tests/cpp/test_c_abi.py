@@ -24,7 +24,7 @@ from tests.support.c_library import (
     prompts,
 )
 from tests.support.cpp_driver import ROOT
-from tests.support.golden_calls import Golden, check_call
+from tests.support.golden_calls import Call, Golden, check_call
 from tests.support.helpers import noise
 from tests.support.records import recorded_bundle
 from tests.support.runnable_bundle import runnable_bundle
@@ -112,9 +112,30 @@ def test_every_golden_call(library: Library, golden: Golden) -> None:
         expected_axes = [1, objects] if has_scores and objects else [0, 0]
         assert [scores.axes, scores.shape[0]] == expected_axes
         library.c.sam3rt_prediction_free(decoded)
+    check_batches(library, model, golden, embeddings)
     for embedding in embeddings.values():
         library.c.sam3rt_embedding_free(embedding)
     library.c.sam3rt_model_free(model)
+
+
+def check_batches(
+    library: Library, model: c_void_p, golden: Golden, embeddings: dict[str, c_void_p]
+) -> None:
+    """The calls again, as few as their options allow, each on its own embedding."""
+    groups: dict[str, list[Call]] = {}
+    for call in golden.calls:
+        chosen = [call.arguments.get(name) for name in ("multimask_output", "return_logits")]
+        groups.setdefault(str((call.options, chosen)), []).append(call)
+    assert max(map(len, groups.values())) > 1
+    for calls in groups.values():
+        predictor = library.predictor(model, **calls[0].options)
+        count = ctypes.c_size_t(len(calls))
+        given = (c_void_p * len(calls))(*(embeddings[call.image].value for call in calls))
+        library.call("predictor_set_embedding_batch", predictor, given, count)
+        found = library.predict_batch(predictor, [call.arguments for call in calls])
+        for call, arrays in zip(calls, found, strict=True):
+            check_call(call, golden, *arrays)
+        library.c.sam3rt_predictor_free(predictor)
 
 
 def test_verify_and_health(library: Library, tmp_path: Path) -> None:
@@ -189,16 +210,10 @@ def test_batch(library: Library, model: c_void_p) -> None:
     pointers = (ctypes.POINTER(type(views[0])) * 2)(*map(ctypes.pointer, views))
     predictor = library.predictor(model)
     library.call("predictor_set_image_batch", predictor, pointers, ctypes.c_size_t(2))
-    click, box = prompts(CLICK), prompts({"box": [5, 5, 30, 30]})
-    both = (ctypes.POINTER(Prompts) * 2)(ctypes.pointer(click), ctypes.pointer(box))
-    made = (c_void_p * 2)()
-    library.call("predictor_predict_batch", predictor, both, ctypes.c_size_t(2), None, made)
-    shapes = [library.arrays(c_void_p(pointer))[0].shape for pointer in made]
-    assert shapes == [(3, 50, 70), (3, 64, 40)]
-    for pointer in made:
-        library.c.sam3rt_prediction_free(c_void_p(pointer))
-    one = ctypes.c_size_t(1)
-    arguments = (predictor, both, one, None, made)
+    found = library.predict_batch(predictor, [CLICK, {"box": [5, 5, 30, 30]}])
+    assert [masks.shape for masks, _, _ in found] == [(3, 50, 70), (3, 64, 40)]
+    click, made = ctypes.pointer(prompts(CLICK)), (c_void_p * 2)()
+    arguments = (predictor, byref(click), ctypes.c_size_t(1), None, made)
     refused("PROMPT_ERROR", "prompts", library, "predictor_predict_batch", *arguments)
     library.c.sam3rt_predictor_reset(predictor)
     refused("STATE_ERROR", "", library, "predictor_predict_batch", *arguments)

@@ -274,6 +274,26 @@ class Library:
         finally:
             self.c.sam3rt_prediction_free(prediction)
 
+    def predict_batch(
+        self, predictor: c_void_p, arguments: list[dict[str, Any]]
+    ) -> list[tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]]:
+        """What :meth:`predict` returns, for each image of a batch; the first call's options."""
+        given = [prompts(call) for call in arguments]
+        pointers = (ctypes.POINTER(Prompts) * len(given))(*map(ctypes.pointer, given))
+        options = PredictOptions(
+            ctypes.sizeof(PredictOptions),
+            int(not arguments[0].get("multimask_output", True)),
+            int(arguments[0].get("return_logits", False)),
+        )
+        made = (c_void_p * len(given))()
+        count = c_size_t(len(given))
+        self.call("predictor_predict_batch", predictor, pointers, count, byref(options), made)
+        try:
+            return [self.arrays(c_void_p(one), bool(options.return_logits)) for one in made]
+        finally:
+            for one in made:
+                self.c.sam3rt_prediction_free(c_void_p(one))
+
     def arrays(
         self, prediction: c_void_p, logits: bool = False
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]:

@@ -59,15 +59,20 @@ def add_engines(
     maps: str = "float",
     factor: float = 1.0,
     images: int = 1,
+    joined: int | None = None,
     **changes: Any,
 ) -> None:
-    """Put an encoder and a decoder into a bundle that compute what its graphs do."""
+    """Put an encoder and a decoder into a bundle that compute what its graphs do.
+
+    The decoder takes feature maps of ``joined`` images, unless given of one for each object.
+    """
     for role in ("encoder", "decoder"):
         where = bundle / "engines" / folder
         where.mkdir(parents=True, exist_ok=True)
         engine = where / f"{role}.engine"
         scale = factor if role == "encoder" else 1.0
-        line = f"stand-in {objects} {points} {maps} {scale} {images}\n"
+        joined = objects if joined is None else joined
+        line = f"stand-in {objects} {points} {maps} {scale} {images} {joined}\n"
         engine.write_bytes(line.encode() + (bundle / f"{role}.onnx").read_bytes())
         content = engine.read_bytes()
         sidecar = {

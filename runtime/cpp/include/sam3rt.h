@@ -339,6 +339,10 @@ SAM3RT_API void sam3rt_model_image_size(const sam3rt_model* model, int64_t* heig
 /* Height and width of a mask prompt, which are those of low-resolution logits too. */
 SAM3RT_API void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t* width);
 
+/* Whether sam3rt_predictor_predict_batch runs the decoder on objects of several images at once, which
+ * takes TensorRT without ONNX Runtime, and a bundle and engines whose decoder takes several: 0 or 1. */
+SAM3RT_API int32_t sam3rt_model_joins_images(const sam3rt_model* model);
+
 /* Whether the encoder's graph has been loaded so far: 0 or 1. */
 SAM3RT_API int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model);
 
@@ -535,6 +539,12 @@ SAM3RT_API sam3rt_status sam3rt_predictor_set_image_batch_cancellable(
     sam3rt_predictor* predictor, const sam3rt_image* const* images, size_t count,
     const sam3rt_cancellation* cancellation, sam3rt_error** error);
 
+/* Embeddings in place of images, likewise; one may come more than once. The predictor keeps what it
+ * needs of them. */
+SAM3RT_API sam3rt_status sam3rt_predictor_set_embedding_batch(
+    sam3rt_predictor* predictor, const sam3rt_embedding* const* embeddings, size_t count,
+    sam3rt_error** error);
+
 /* `prompts` and `options` may be NULL. */
 SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
                                                   const sam3rt_prompts* prompts,
@@ -543,7 +553,9 @@ SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predic
                                                   sam3rt_error** error);
 
 /* One entry of `prompts`, which may be NULL, per image of the batch; `predictions` has room for as
- * many results. Either all are stored or none. */
+ * many results, those that sam3rt_predictor_predict gives for each image. Where
+ * sam3rt_model_joins_images says so, objects of several images share runs of the decoder. Either all
+ * are stored or none: what is wrong with one entry or embedding fails the call. */
 SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(
     const sam3rt_predictor* predictor, const sam3rt_prompts* const* prompts, size_t count,
     const sam3rt_predict_options* options, sam3rt_prediction** predictions, sam3rt_error** error);

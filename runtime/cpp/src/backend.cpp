@@ -135,6 +135,16 @@ std::vector<std::shared_ptr<const Features>> Backend::encode_all(
     return found;
 }
 
+std::vector<std::vector<Array<float>>> Backend::decode_all(
+    const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
+    const Cancellation* cancellation) const {
+    std::vector<std::vector<Array<float>>> found;
+    for (const DecoderCall& call : calls) {
+        found.push_back(decode(call.features, call.prompts, outputs, cancellation, call.masks));
+    }
+    return found;
+}
+
 std::optional<Refusal> Backend::refuses(const void* /*address*/) const {
     return Refusal{"device memory",
                    "host memory: this model runs in ONNX Runtime on " + device().name() +

@@ -50,6 +50,14 @@ struct DeviceMasks {
     std::optional<Array<std::uint8_t>> masks;
 };
 
+/// What is asked about one image.
+struct DecoderCall {
+    const Features& features;
+    const PackedPrompts& prompts;
+    /// Masks that may be made as well, or null.
+    DeviceMasks* masks;
+};
+
 /// Why memory cannot be used: what came, and what was expected.
 struct Refusal {
     std::string got;
@@ -94,6 +102,15 @@ public:
                                              const std::vector<std::string>& outputs,
                                              const Cancellation* cancellation,
                                              DeviceMasks* masks) const = 0;
+
+    /// Whether decode_all runs the decoder on objects of several images at once.
+    virtual bool joins_images() const { return false; }
+
+    /// decode() for several images, together where the backend gains by it; no `masks` may have an
+    /// `output` then. The outputs of each call.
+    virtual std::vector<std::vector<Array<float>>> decode_all(
+        const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
+        const Cancellation* cancellation) const;
 
     /// Load both graphs now, also one that could not be loaded before.
     virtual void prepare() const = 0;

@@ -454,6 +454,9 @@ void sam3rt_model_mask_size(const sam3rt_model* model, int64_t* height, int64_t*
         model == nullptr ? sam3rt::Size{} : model->value.manifest().prompts.mask_size;
     store(size, height, width);
 }
+int32_t sam3rt_model_joins_images(const sam3rt_model* model) {
+    return model != nullptr && model->value.joins_images() ? 1 : 0;
+}
 int32_t sam3rt_model_encoder_loaded(const sam3rt_model* model) {
     return model != nullptr && model->value.encoder_loaded() ? 1 : 0;
 }
@@ -689,6 +692,20 @@ sam3rt_status sam3rt_predictor_set_image_batch_cancellable(
         }
         require(predictor, "predictor")
             .value.set_image_batch(views, cancellation_of(cancellation));
+    });
+}
+
+sam3rt_status sam3rt_predictor_set_embedding_batch(sam3rt_predictor* predictor,
+                                                   const sam3rt_embedding* const* embeddings,
+                                                   size_t count, sam3rt_error** error) {
+    return guarded(error, [&] {
+        std::vector<sam3rt::ImageEmbedding> values;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::string argument = "embeddings[" + std::to_string(i) + "]";
+            const sam3rt_embedding* const entry = (&require(embeddings, "embeddings"))[i];
+            values.push_back(require(entry, argument.c_str()).value);
+        }
+        require(predictor, "predictor").value.set_embedding_batch(std::move(values));
     });
 }
 

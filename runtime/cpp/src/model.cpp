@@ -63,6 +63,46 @@ void check_readable(const Backend& backend, const ImageView& image, const std::s
     }
 }
 
+/// Throws PromptError where a prompt is malformed, EmbeddingError where another bundle made the
+/// embedding.
+PackedPrompts pack_for(const Manifest& about, const ImageEmbedding& embedding,
+                       const Prompts& prompts) {
+    PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
+    if (embedding.fingerprint() != about.fingerprint) {
+        throw EmbeddingError("the embedding was made by the bundle " +
+                             embedding.fingerprint().substr(0, 16) + "..., this model is " +
+                             about.fingerprint.substr(0, 16) + "...; encode the image again");
+    }
+    return packed;
+}
+
+/// What the decoder says of no objects, for which it is not run.
+DecodedMasks of_no_objects(const Manifest& about, bool multimask_output, std::string warning) {
+    const std::int64_t count = multimask_output ? about.masks.multimask : 1;
+    const Size& size = about.masks.low_res_size;
+    return {Array<float>({0, count, size.height, size.width}), Array<float>({0, count}),
+            std::nullopt, std::move(warning)};
+}
+
+/// The decoder's outputs for so many objects, once they can be answers at all.
+DecodedMasks decoded_of(const Manifest& about, std::vector<Array<float>>& results,
+                        std::int64_t objects, std::string warning) {
+    DecodedMasks decoded{
+        without_batch(results[0], 4), without_batch(results[1], 2), {}, std::move(warning)};
+    const Shape& shape = decoded.low_res_masks.shape();
+    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} || shape[0] != objects ||
+        decoded.low_res_masks.size() == 0) {
+        throw BackendError("the decoder returned masks and scores that do not fit each other");
+    }
+    require_finite(decoded.iou_predictions);
+    if (has_object_score(about)) {
+        require_finite(results[2]);
+        const auto count = static_cast<std::int64_t>(results[2].size());
+        decoded.object_score_logits = without_batch(results[2], 2).reshaped({count});
+    }
+    return decoded;
+}
+
 /// Throws EmbeddingError, calling what was stored `subject`, where it does not fit the model.
 ImageEmbedding upload(const Model::Data& data, const std::string& subject,
                       const StoredEmbedding& stored) {
@@ -129,35 +169,45 @@ DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
                             const Prompts& prompts, bool multimask_output,
                             const Cancellation* cancellation, DeviceMasks* masks) {
     const Manifest& about = model.manifest();
-    const PackedPrompts packed = pack(prompts, about.prompts, embedding.data().geometry);
-    if (embedding.fingerprint() != about.fingerprint) {
-        throw EmbeddingError("the embedding was made by the bundle " +
-                             embedding.fingerprint().substr(0, 16) + "..., this model is " +
-                             about.fingerprint.substr(0, 16) + "...; encode the image again");
-    }
+    PackedPrompts packed = pack_for(about, embedding, prompts);
     check_cancelled(cancellation);
     const std::int64_t objects = packed.points.shape()[0];
     if (objects == 0) {
-        const std::int64_t count = multimask_output ? about.masks.multimask : 1;
-        const Size& size = about.masks.low_res_size;
-        return {Array<float>({0, count, size.height, size.width}), Array<float>({0, count}),
-                std::nullopt, packed.warning};
+        return of_no_objects(about, multimask_output, std::move(packed.warning));
     }
-    const std::vector<std::string> outputs = decoder_outputs(about, multimask_output);
     std::vector<Array<float>> results = model.data().backend.decode(
-        *embedding.data().features, packed, outputs, cancellation, masks);
-    DecodedMasks decoded{
-        without_batch(results[0], 4), without_batch(results[1], 2), {}, packed.warning};
-    const Shape& shape = decoded.low_res_masks.shape();
-    if (decoded.iou_predictions.shape() != Shape{shape[0], shape[1]} || shape[0] != objects ||
-        decoded.low_res_masks.size() == 0) {
-        throw BackendError("the decoder returned masks and scores that do not fit each other");
+        *embedding.data().features, packed, decoder_outputs(about, multimask_output), cancellation,
+        masks);
+    return decoded_of(about, results, objects, std::move(packed.warning));
+}
+
+std::vector<DecodedMasks> decode_batch(const Model& model,
+                                       const std::vector<ImageEmbedding>& embeddings,
+                                       const std::vector<Prompts>& prompts, bool multimask_output,
+                                       const Cancellation* cancellation,
+                                       std::vector<DeviceMasks>* masks) {
+    const Manifest& about = model.manifest();
+    // All are checked before the decoder runs.
+    std::vector<PackedPrompts> packed;
+    packed.reserve(prompts.size());
+    std::vector<DecoderCall> calls;
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+        packed.push_back(pack_for(about, embeddings[i], prompts[i]));
+        if (packed[i].points.shape()[0] != 0) {
+            calls.push_back({*embeddings[i].data().features, packed[i],
+                             masks == nullptr ? nullptr : &(*masks)[i]});
+        }
     }
-    require_finite(decoded.iou_predictions);
-    if (has_object_score(about)) {
-        require_finite(results[2]);
-        const auto count = static_cast<std::int64_t>(results[2].size());
-        decoded.object_score_logits = without_batch(results[2], 2).reshaped({count});
+    check_cancelled(cancellation);
+    std::vector<std::vector<Array<float>>> results = model.data().backend.decode_all(
+        calls, decoder_outputs(about, multimask_output), cancellation);
+    std::vector<DecodedMasks> decoded;
+    auto next = results.begin();
+    for (PackedPrompts& own : packed) {
+        const std::int64_t objects = own.points.shape()[0];
+        decoded.push_back(objects == 0
+                              ? of_no_objects(about, multimask_output, std::move(own.warning))
+                              : decoded_of(about, *next++, objects, std::move(own.warning)));
     }
     return decoded;
 }
@@ -207,6 +257,7 @@ Health Model::health(const Cancellation* cancellation) const {
     return health;
 }
 
+bool Model::joins_images() const { return data_->backend.joins_images(); }
 bool Model::encoder_loaded() const { return data_->backend.encoder_loaded(); }
 const Manifest& Model::manifest() const noexcept { return data_->bundle.manifest; }
 const std::string& Model::manifest_json() const noexcept { return data_->bundle.text; }

@@ -25,4 +25,12 @@ DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
                             const Prompts& prompts, bool multimask_output,
                             const Cancellation* cancellation, DeviceMasks* masks);
 
+/// The same for several images, together where the backend gains by it. As many prompts as
+/// embeddings; as many masks, or none.
+std::vector<DecodedMasks> decode_batch(const Model& model,
+                                       const std::vector<ImageEmbedding>& embeddings,
+                                       const std::vector<Prompts>& prompts, bool multimask_output,
+                                       const Cancellation* cancellation,
+                                       std::vector<DeviceMasks>* masks);
+
 }  // namespace sam3rt

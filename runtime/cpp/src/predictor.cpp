@@ -126,6 +126,77 @@ T* memory_for(const PredictOptions& options, const Shape& shape, Array<T>& own) 
     return static_cast<T*>(options.output);
 }
 
+/// What a backend that can is to make on its device.
+DeviceMasks no_masks_yet(const ImageEmbedding& embedding, const Cleaning& cleaning,
+                         const PredictOptions& options) {
+    return {embedding.data().geometry,
+            cleaning,
+            options.output_on_device ? options.output : nullptr,
+            options.output_size,
+            options.stream,
+            options.best_mask_only,
+            std::nullopt};
+}
+
+/// What callers get of one image, whose masks may be made already.
+Prediction finish(const Model& model, const ImageEmbedding& embedding, DecodedMasks& decoded,
+                  DeviceMasks& made, const PredictOptions& options) {
+    if (options.best_mask_only) {
+        keep_best(decoded, made);
+    }
+    const Manifest& about = model.manifest();
+    const Shape& low_res = decoded.low_res_masks.shape();
+    const std::shared_ptr<const Resampling> resampling = model.data().resampling.find(
+        embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
+    Prediction prediction;
+    prediction.shape = full_shape(decoded.low_res_masks, *resampling);
+    if (options.form == MaskForm::bits) {
+        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
+    }
+    if (options.return_logits) {
+        finish_logits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation,
+                      memory_for(options, prediction.shape, prediction.logits));
+    } else if (options.output_on_device) {
+        // They are there.
+    } else if (options.form == MaskForm::rle) {
+        prediction.rle = made.masks ? encode_masks(*made.masks)
+                                    : finish_rle(decoded.low_res_masks, *resampling, made.cleaning,
+                                                 options.cancellation);
+    } else if (made.masks && options.form == MaskForm::bytes && options.output == nullptr) {
+        prediction.masks = with_foreground(std::move(*made.masks), options.foreground);
+    } else {
+        std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
+        if (made.masks && options.form == MaskForm::bits) {
+            pack_masks(*made.masks, masks);
+        } else if (made.masks) {
+            const Array<std::uint8_t> all =
+                with_foreground(std::move(*made.masks), options.foreground);
+            std::copy(all.begin(), all.end(), masks);
+        } else if (options.form == MaskForm::bits) {
+            finish_bits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation, masks);
+        } else {
+            finish_masks(decoded.low_res_masks, *resampling, made.cleaning, options.foreground,
+                         options.cancellation, masks);
+        }
+    }
+    if (prediction.shape[0] == 1) {
+        prediction.shape.erase(prediction.shape.begin());
+    }
+    prediction.masks = without_single_object(std::move(prediction.masks));
+    prediction.logits = without_single_object(std::move(prediction.logits));
+    if (about.masks.low_res_limit) {
+        const float limit = *about.masks.low_res_limit;
+        float* logits = decoded.low_res_masks.data();
+        std::transform(logits, logits + decoded.low_res_masks.size(), logits,
+                       [limit](float logit) { return std::clamp(logit, -limit, limit); });
+    }
+    prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
+    prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
+    prediction.object_score_logits = std::move(decoded.object_score_logits);
+    prediction.warning = std::move(decoded.warning);
+    return prediction;
+}
+
 }  // namespace
 
 Predictor::Predictor(Model model, const PredictorOptions& options)
@@ -146,6 +217,11 @@ void Predictor::set_embedding(ImageEmbedding embedding) {
     is_batch_ = false;
 }
 
+void Predictor::set_embedding_batch(std::vector<ImageEmbedding> embeddings) {
+    embeddings_ = std::move(embeddings);
+    is_batch_ = true;
+}
+
 void Predictor::set_image_batch(const std::vector<ImageView>& images,
                                 const Cancellation* cancellation) {
     if (images.empty()) {
@@ -159,13 +235,22 @@ Prediction Predictor::predict(const Prompts& prompts, const PredictOptions& opti
     if (embeddings_.empty()) {
         throw StateError("an image must be set with set_image before predict");
     }
-    return predict_on(embeddings_.back(), prompts, options);
+    check_options(options, model_.data().backend);
+    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
+    const ImageEmbedding& embedding = embeddings_.back();
+    DeviceMasks made = no_masks_yet(embedding, cleaning, options);
+    DecodedMasks decoded =
+        decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
+                       options.return_logits ? nullptr : &made);
+    return finish(model_, embedding, decoded, made, options);
 }
 
 std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& prompts,
                                                  const PredictOptions& options) const {
     if (!is_batch_) {
-        throw StateError("a batch must be set with set_image_batch before predict_batch");
+        throw StateError(
+            "a batch must be set with set_image_batch or set_embedding_batch before "
+            "predict_batch");
     }
     if (prompts.size() != embeddings_.size()) {
         throw PromptError(
@@ -175,9 +260,18 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
     if (options.output != nullptr) {
         throw InvalidInputError("output", "memory", "none, for a batch");
     }
+    check_options(options, model_.data().backend);
+    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
+    std::vector<DeviceMasks> made;
+    for (const ImageEmbedding& embedding : embeddings_) {
+        made.push_back(no_masks_yet(embedding, cleaning, options));
+    }
+    std::vector<DecodedMasks> decoded =
+        decode_batch(model_, embeddings_, prompts, options.multimask_output, options.cancellation,
+                     options.return_logits ? nullptr : &made);
     std::vector<Prediction> predictions;
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-        predictions.push_back(predict_on(embeddings_[i], prompts[i], options));
+        predictions.push_back(finish(model_, embeddings_[i], decoded[i], made[i], options));
     }
     return predictions;
 }
@@ -185,76 +279,6 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
 void Predictor::reset() noexcept {
     embeddings_.clear();
     is_batch_ = false;
-}
-
-Prediction Predictor::predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
-                                 const PredictOptions& options) const {
-    check_options(options, model_.data().backend);
-    const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
-    DeviceMasks made{embedding.data().geometry,
-                     cleaning,
-                     options.output_on_device ? options.output : nullptr,
-                     options.output_size,
-                     options.stream,
-                     options.best_mask_only,
-                     std::nullopt};
-    DecodedMasks decoded =
-        decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
-                       options.return_logits ? nullptr : &made);
-    if (options.best_mask_only) {
-        keep_best(decoded, made);
-    }
-    const Manifest& about = model_.manifest();
-    const Shape& low_res = decoded.low_res_masks.shape();
-    const std::shared_ptr<const Resampling> resampling = model_.data().resampling.find(
-        embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
-    Prediction prediction;
-    prediction.shape = full_shape(decoded.low_res_masks, *resampling);
-    if (options.form == MaskForm::bits) {
-        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
-    }
-    if (options.return_logits) {
-        finish_logits(decoded.low_res_masks, *resampling, cleaning, options.cancellation,
-                      memory_for(options, prediction.shape, prediction.logits));
-    } else if (options.output_on_device) {
-        // They are there.
-    } else if (options.form == MaskForm::rle) {
-        prediction.rle = made.masks ? encode_masks(*made.masks)
-                                    : finish_rle(decoded.low_res_masks, *resampling, cleaning,
-                                                 options.cancellation);
-    } else if (made.masks && options.form == MaskForm::bytes && options.output == nullptr) {
-        prediction.masks = with_foreground(std::move(*made.masks), options.foreground);
-    } else {
-        std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
-        if (made.masks && options.form == MaskForm::bits) {
-            pack_masks(*made.masks, masks);
-        } else if (made.masks) {
-            const Array<std::uint8_t> all =
-                with_foreground(std::move(*made.masks), options.foreground);
-            std::copy(all.begin(), all.end(), masks);
-        } else if (options.form == MaskForm::bits) {
-            finish_bits(decoded.low_res_masks, *resampling, cleaning, options.cancellation, masks);
-        } else {
-            finish_masks(decoded.low_res_masks, *resampling, cleaning, options.foreground,
-                         options.cancellation, masks);
-        }
-    }
-    if (prediction.shape[0] == 1) {
-        prediction.shape.erase(prediction.shape.begin());
-    }
-    prediction.masks = without_single_object(std::move(prediction.masks));
-    prediction.logits = without_single_object(std::move(prediction.logits));
-    if (about.masks.low_res_limit) {
-        const float limit = *about.masks.low_res_limit;
-        float* logits = decoded.low_res_masks.data();
-        std::transform(logits, logits + decoded.low_res_masks.size(), logits,
-                       [limit](float logit) { return std::clamp(logit, -limit, limit); });
-    }
-    prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
-    prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
-    prediction.object_score_logits = std::move(decoded.object_score_logits);
-    prediction.warning = std::move(decoded.warning);
-    return prediction;
 }
 
 }  // namespace sam3rt

@@ -242,6 +242,45 @@ static void check_batch(sam3rt_predictor* predictor, const sam3rt_image* image,
     sam3rt_prediction_free(predictions[1]);
 }
 
+/* Embeddings in place of images, one of them twice. */
+static void check_embedding_batch(const sam3rt_model* model, const sam3rt_embedding* embedding,
+                                  const sam3rt_prompts* prompts) {
+    sam3rt_error* error = NULL;
+    sam3rt_predictor* predictor = NULL;
+    sam3rt_prediction* predictions[2] = {NULL, NULL};
+    const sam3rt_embedding* embeddings[2];
+    const sam3rt_prompts* both[2];
+    embeddings[0] = embedding;
+    embeddings[1] = NULL;
+    both[0] = prompts;
+    both[1] = prompts;
+    expect(sam3rt_model_joins_images(model) == 0, "ONNX Runtime goes image by image");
+    expect(sam3rt_model_joins_images(NULL) == 0, "NULL joins nothing");
+    succeed(sam3rt_predictor_new(model, NULL, &predictor, &error), &error, "a predictor");
+    refuse(sam3rt_predictor_set_embedding_batch(predictor, embeddings, 2, &error), &error,
+           SAM3RT_INVALID_INPUT, "embeddings[1]", "no embedding");
+    refuse(sam3rt_predictor_set_embedding_batch(predictor, NULL, 1, &error), &error,
+           SAM3RT_INVALID_INPUT, "embeddings", "no embeddings");
+    refuse(sam3rt_predictor_set_embedding_batch(NULL, embeddings, 1, &error), &error,
+           SAM3RT_INVALID_INPUT, "predictor", "embeddings for NULL");
+    succeed(sam3rt_predictor_set_embedding_batch(predictor, NULL, 0, &error), &error,
+            "an empty batch");
+    succeed(sam3rt_predictor_predict_batch(predictor, NULL, 0, NULL, predictions, &error), &error,
+            "predict_batch of nothing");
+    embeddings[1] = embedding;
+    succeed(sam3rt_predictor_set_embedding_batch(predictor, embeddings, 2, &error), &error,
+            "a batch of embeddings");
+    succeed(sam3rt_predictor_predict_batch(predictor, both, 2, NULL, predictions, &error), &error,
+            "predict_batch of embeddings");
+    for (size_t index = 0; index < 2; ++index) {
+        const sam3rt_mask_array masks = sam3rt_prediction_masks(predictions[index]);
+        expect(masks.axes == 3 && masks.shape[0] == 3, "masks of an embedding in a batch");
+    }
+    sam3rt_prediction_free(predictions[0]);
+    sam3rt_prediction_free(predictions[1]);
+    sam3rt_predictor_free(predictor);
+}
+
 static void check_refinement(const sam3rt_predictor* predictor, const sam3rt_prompts* prompts,
                              const char* folder) {
     sam3rt_error* error = NULL;
@@ -407,6 +446,7 @@ int main(int count, char** arguments) {
     sam3rt_embedding_image_size(embedding, &height, &width);
     expect(height == image.height && width == image.width, "size of the image");
     check_embedding(model, embedding);
+    check_embedding_batch(model, embedding, &prompts);
     check_accuracy(model);
     snprintf(path, sizeof path, "%s/image.embedding", arguments[5]);
     succeed(sam3rt_embedding_save(embedding, path, &error), &error, "save");

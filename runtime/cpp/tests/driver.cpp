@@ -311,6 +311,7 @@ ModelOptions model_options_of(const json& step) {
 json add_model(Session& session, const json& step, const Model& model) {
     session.models.insert_or_assign(text(step, "model"), model);
     return {{"device", model.device()},
+            {"joins_images", model.joins_images()},
             {"fingerprint", model.manifest().fingerprint},
             {"path", model.path().string()}};
 }
@@ -414,14 +415,26 @@ json set_image_batch(Session& session, const json& step) {
     return nullptr;
 }
 
+json set_embedding_batch(Session& session, const json& step) {
+    std::vector<ImageEmbedding> embeddings;
+    for (const json& name : step.at("embeddings")) {
+        embeddings.push_back(session.embeddings.at(name));
+    }
+    session.predictors.at(text(step, "predictor")).set_embedding_batch(std::move(embeddings));
+    return nullptr;
+}
+
 json predict_batch(Session& session, const json& step) {
     std::vector<Prompts> prompts;
     for (const json& entry : step.at("prompts")) {
         prompts.push_back(prompts_of(entry));
     }
+    const Ending ending(step);
+    PredictOptions options = predict_options_of(step);
+    options.cancellation = ending.get();
     const std::vector<Prediction> predictions =
         session.predictors.at(text(step, "predictor"))
-            .predict_batch(prompts, predict_options_of(step));
+            .predict_batch(prompts, options);
     for (std::size_t i = 0; i < predictions.size(); ++i) {
         write_prediction(step, std::to_string(i) + ".", predictions[i]);
     }
@@ -1016,6 +1029,7 @@ const std::map<std::string, Step>& steps() {
              return json();
          }},
         {"set_image_batch", set_image_batch},
+        {"set_embedding_batch", set_embedding_batch},
         {"predict", predict},
         {"predict_batch", predict_batch},
         {"reset",

@@ -154,6 +154,15 @@ int main(int count, char** arguments) {
                         ++failures;
                     }
                 }
+                predictor.set_embedding_batch({loaded, expected_embedding, own});
+                for (const auto& prediction :
+                     predictor.predict_batch({click(i), click(i), click(i)})) {
+                    const auto& wanted = expected[static_cast<std::size_t>(i)].iou_predictions;
+                    if (!close(prediction.iou_predictions,
+                               sam3rt::Array<float>({3}, wanted.data(), 3), model.device())) {
+                        ++failures;
+                    }
+                }
                 if (model.device().find("tensorrt") == 0 && !device_memory_does(model, pixels, i)) {
                     ++failures;
                 }

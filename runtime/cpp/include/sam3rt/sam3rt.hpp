@@ -750,6 +750,10 @@ public:
     /// well; CancelledError where `cancellation` is given and says so.
     Health health(const Cancellation* cancellation = nullptr) const;
 
+    /// Whether Predictor::predict_batch runs the decoder on objects of several images at once, which
+    /// takes TensorRT without ONNX Runtime, and a bundle and engines whose decoder takes several.
+    bool joins_images() const;
+
     /// Whether the encoder's graph has been loaded so far. Does not wait for one that is loading.
     bool encoder_loaded() const;
 
@@ -867,12 +871,19 @@ public:
     void set_image_batch(const std::vector<ImageView>& images,
                          const Cancellation* cancellation = nullptr);
 
+    /// Use embeddings made or loaded earlier in place of images, so that predict_batch can be called
+    /// on them; one may come more than once. predict then uses the last of them.
+    void set_embedding_batch(std::vector<ImageEmbedding> embeddings);
+
     /// Predict masks from prompts on the image set last.
     /// Throws StateError where no image is set, InvalidInputError where the options contradict each
     /// other or `output` is too small, else as Model::decode.
     Prediction predict(const Prompts& prompts, const PredictOptions& options = {}) const;
 
-    /// Predict masks on every image of the batch set last, with one entry of `prompts` per image.
+    /// Predict masks on every image of the batch set last, with one entry of `prompts` per image:
+    /// those that predict gives for each, in their order. Where Model::joins_images() says so, objects
+    /// of several images share runs of the decoder; else one image comes after the other. All prompts
+    /// and embeddings are checked first: what is wrong with one fails the call.
     /// Throws StateError where no batch is set, PromptError where there is not one entry per image,
     /// else as Model::decode.
     std::vector<Prediction> predict_batch(const std::vector<Prompts>& prompts,
@@ -884,9 +895,6 @@ public:
     const Model& model() const noexcept { return model_; }
 
 private:
-    Prediction predict_on(const ImageEmbedding& embedding, const Prompts& prompts,
-                          const PredictOptions& options) const;
-
     Model model_;
     double mask_threshold_;
     double max_hole_area_;

@@ -16,13 +16,12 @@
 #include "log.hpp"
 #include "tensorrt/encoder.hpp"
 #include "tensorrt/pool.hpp"
+#include "tensorrt/together.hpp"
 #include "turnstile.hpp"
 
 namespace sam3rt {
 namespace {
 
-// Bytes of masks that are made at once; more objects take several turns.
-constexpr std::int64_t most_masks = std::int64_t{128} << 20;
 // Of values up to about 2.6; FP32 sums of matrix multiplications reach 1e-6.
 constexpr float pixel_error = 1e-3F;
 // The part of pixels whose logit is within rounding of the threshold.
@@ -124,57 +123,38 @@ public:
                                      const std::vector<std::string>& outputs,
                                      const Cancellation* cancellation,
                                      DeviceMasks* masks) const override {
-        const auto* own = dynamic_cast<const DeviceFeatures*>(&features);
-        if (own == nullptr || own->device() != device_.name() ||
-            own->nbytes() != network_.features()->nbytes()) {
-            throw EmbeddingError("the embedding is on " + features.device() +
-                                 ", of another model or backend than this one, which runs on " +
-                                 device_.name() +
-                                 "; save the embedding and load it with this model");
+        return std::move(decode_all({{features, prompts, masks}}, outputs, cancellation).front());
+    }
+
+    bool joins_images() const override { return network_.joins_images(); }
+
+    std::vector<std::vector<Array<float>>> decode_all(
+        const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
+        const Cancellation* cancellation) const override {
+        std::vector<std::vector<Array<float>>> results(calls.size());
+        std::vector<RunPart> images;
+        for (std::size_t i = 0; i < calls.size(); ++i) {
+            images.push_back(part_of(calls[i], outputs, results[i]));
         }
-        const std::int64_t points = prompts.points.shape()[1];
-        if (points > network_.max_points()) {
-            throw BackendError(std::to_string(points) +
-                               " points for one object, corners and padding included; this engine "
-                               "takes " +
-                               std::to_string(network_.max_points()) +
-                               ". Build one that takes more: sam3rt build --max-points");
-        }
-        const std::int64_t objects = prompts.points.shape()[0];
-        const Layout layout = network_.outputs({objects, 1, 1});
-        std::vector<Array<float>> results;
-        results.reserve(outputs.size());
-        for (const std::string& name : outputs) {
-            results.emplace_back(layout[name].shape);
-        }
-        std::int64_t at_once = network_.max_objects();
-        DeviceMasks* const wanted = makes_masks_ ? masks : nullptr;
-        if (masks != nullptr && masks->output != nullptr && wanted == nullptr) {
-            throw BackendError(
-                "masks cannot be made on this GPU, and so not be left in its memory; the log says "
-                "why when the model is loaded");
-        }
-        if (wanted != nullptr) {
-            const Size& size = wanted->geometry.original_size;
-            const std::int64_t kinds = layout[outputs.at(0)].shape[2];
-            const Shape shape{objects, kinds, size.height, size.width};
-            if (wanted->output == nullptr) {
-                wanted->masks.emplace(shape);
-            } else {
-                check_room(*wanted, shape);
+        const DeviceFeatures* const held = calls.size() == 1 ? &images[0].features : nullptr;
+        bool joins = calls.size() > 1 && joins_images();
+        for (;;) {
+            try {
+                decoders_.run(held, cancellation, [&](DecoderLane& lane) {
+                    for (const std::vector<RunPart>& run : share_runs(images, network_, joins)) {
+                        check_cancelled(cancellation);
+                        lane.decode(run, outputs);
+                    }
+                });
+                return results;
+            } catch (const OutOfDeviceMemoryError&) {
+                // Feature maps are copied once for each object of a joined run.
+                if (!joins) {
+                    throw;
+                }
+                joins = false;
             }
-            at_once = std::clamp<std::int64_t>(most_masks / (kinds * size.height * size.width), 1,
-                                               at_once);
         }
-        decoders_.run(own, cancellation, [&](DecoderLane& lane) {
-            for (std::int64_t first = 0; first < objects; first += at_once) {
-                check_cancelled(cancellation);
-                lane.decode(*own, prompts, static_cast<std::size_t>(first),
-                            static_cast<std::size_t>(std::min(at_once, objects - first)), outputs,
-                            results, wanted);
-            }
-        });
-        return results;
     }
 
     /// Make every lane, and record the decoder for the usual classes of shapes on each.
@@ -230,6 +210,52 @@ private:
         const Array<std::uint8_t> rgb = encoder_->as_rgb(image);
         input.pixels = preprocess(bundle_.manifest.image, {rgb.data(), image.height, image.width},
                                   input.geometry);
+    }
+
+    /// All of a call's objects, with room for their results and masks.
+    RunPart part_of(const DecoderCall& call, const std::vector<std::string>& outputs,
+                    std::vector<Array<float>>& results) const {
+        const auto* own = dynamic_cast<const DeviceFeatures*>(&call.features);
+        if (own == nullptr || own->device() != device_.name() ||
+            own->nbytes() != network_.features()->nbytes()) {
+            throw EmbeddingError("the embedding is on " + call.features.device() +
+                                 ", of another model or backend than this one, which runs on " +
+                                 device_.name() +
+                                 "; save the embedding and load it with this model");
+        }
+        const std::int64_t points = call.prompts.points.shape()[1];
+        if (points > network_.max_points()) {
+            throw BackendError(std::to_string(points) +
+                               " points for one object, corners and padding included; this engine "
+                               "takes " +
+                               std::to_string(network_.max_points()) +
+                               ". Build one that takes more: sam3rt build --max-points");
+        }
+        const std::int64_t objects = call.prompts.points.shape()[0];
+        const Layout layout = network_.outputs({objects, 1, 1});
+        results.reserve(outputs.size());
+        for (const std::string& name : outputs) {
+            results.emplace_back(layout[name].shape);
+        }
+        DeviceMasks* const masks = makes_masks_ ? call.masks : nullptr;
+        if (call.masks != nullptr && call.masks->output != nullptr && masks == nullptr) {
+            throw BackendError(
+                "masks cannot be made on this GPU, and so not be left in its memory; the log says "
+                "why when the model is loaded");
+        }
+        std::size_t mask_bytes = 0;
+        if (masks != nullptr) {
+            const Size& size = masks->geometry.original_size;
+            const Shape shape{objects, results.at(0).shape()[2], size.height, size.width};
+            mask_bytes = element_count(shape) / static_cast<std::size_t>(objects);
+            if (masks->output == nullptr) {
+                masks->masks.emplace(shape);
+            } else {
+                check_room(*masks, shape);
+            }
+        }
+        return {*own, call.prompts, results, masks, mask_bytes, 0,
+                static_cast<std::size_t>(objects)};
     }
 
     /// Throws InvalidInputError where the caller's memory is too small for masks [P, C, H, W].

@@ -38,19 +38,32 @@ private:
     const std::uint64_t number_;
 };
 
+/// Some objects of one image, for a run of the decoder.
+struct RunPart {
+    const DeviceFeatures& features;
+    const PackedPrompts& prompts;
+    /// The outputs of all the image's objects, [1, P, ...] each.
+    std::vector<Array<float>>& results;
+    /// Masks of all the image's objects, or null for none; bytes of those of one object.
+    DeviceMasks* masks;
+    std::size_t mask_bytes;
+    /// The first of the objects, and how many they are.
+    std::size_t first;
+    std::size_t count;
+};
+
 /// Runs the decoder. Memory is taken for the shapes in use.
 class DecoderLane {
 public:
     DecoderLane(const Network& network, const std::shared_ptr<Memory>& memory,
                 const Imaging& imaging);
 
-    /// Run the decoder on `count` objects of the prompts, at most as many as the engine takes, from
-    /// one on. The named outputs go to that place of `results`, [1, P, ...] each; masks of the
-    /// first one, if they are wanted, to that place of masks [P, C, H, W]. The second one are their
-    /// scores.
-    void decode(const DeviceFeatures& features, const PackedPrompts& prompts, std::size_t first,
-                std::size_t count, const std::vector<std::string>& outputs,
-                std::vector<Array<float>>& results, DeviceMasks* masks);
+    /// Run the decoder on objects of one image or, if the engine joins them, of several: together
+    /// at most as many as it takes, all with mask prompts or none. The named outputs go to the
+    /// objects' place in their image's results; masks of the first output, if they are wanted, to
+    /// their place in its masks. The second output are the scores of the masks. Only a run on one
+    /// part may leave masks in the caller's device memory.
+    void decode(const std::vector<RunPart>& parts, const std::vector<std::string>& outputs);
 
     /// What that would make of float32 [P, C, h, w]: [P, C, H, W] of 0 and 1.
     Array<std::uint8_t> make_masks(const Array<float>& logits, const ImageGeometry& geometry,
@@ -66,22 +79,32 @@ private:
     /// The decoder for one class of shapes.
     struct Run {
         ShapeClass shape;
+        Layout maps;
         Layout inputs;
         Layout masks;
         Layout outputs;
         std::unique_ptr<Replay> replay;
     };
 
+    void run(const std::vector<RunPart>& parts, const std::vector<std::string>& outputs);
     Run& run_for(const ShapeClass& shape);
     /// Whether the block is a new one.
     bool make_room(Block& block, std::size_t bytes);
-    void fill_prompts(const Run& run, const PackedPrompts& prompts, std::size_t first,
-                      std::size_t count);
-    MaskJob job_for(DevicePointer logits, std::int64_t planes, const ImageGeometry& geometry,
-                    const Cleaning& cleaning, DevicePointer masks);
+    /// Queue copies of feature maps to where a run reads them, unless they are there. The number of
+    /// those that the lane's own buffers then hold.
+    std::uint64_t bring_features(const Run& run, const std::vector<RunPart>& parts);
+    void fill_prompts(const Run& run, const std::vector<RunPart>& parts);
+    void fill_mask_prompts(const Run& run, const std::vector<RunPart>& parts);
+    /// The jobs of making the parts' masks, of the logits in a slot of the outputs; none where no
+    /// masks are wanted.
+    std::vector<MaskJob> mask_jobs(const std::vector<RunPart>& parts, const Slot& logits);
+    /// A job that has room to clean so many planes.
+    MaskJob job_for(DevicePointer logits, std::size_t planes, std::size_t room,
+                    const ImageGeometry& geometry, const Cleaning& cleaning, DevicePointer masks);
+    /// Queue jobs that are not in a run's own block.
+    void queue_jobs(const std::vector<MaskJob>& jobs);
     /// Copy the best mask of each object to the caller's device memory.
-    void keep_best(const DeviceMasks& masks, const float* scores, DevicePointer made,
-                   std::size_t first, std::size_t count, std::size_t kinds);
+    void keep_best(const RunPart& part, DevicePointer made);
 
     const Network& network_;
     const Cuda& cuda_;
@@ -89,6 +112,7 @@ private:
     const Imaging& imaging_;
     OwnStream stream_;
     Block features_;
+    Block images_;
     Block inputs_;
     Block scratch_;
     Block masks_;
@@ -99,6 +123,7 @@ private:
     GrowingBuffer results_;
     GrowingBuffer pictures_;
     GrowingBuffer search_;
+    GrowingBuffer jobs_;
     /// The one used last stands first. Addresses are theirs for good, so they go when a block does.
     std::list<Run> runs_;
     std::uint64_t held_ = 0;

@@ -107,6 +107,10 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
     }
     max_objects_ = most(decoder_->tensor("input_points"), 1);
     max_points_ = most(decoder_->tensor("input_points"), 2);
+    joins_images_ = max_objects_ > 1;
+    for (const Slot& map : features_->slots()) {
+        joins_images_ = joins_images_ && most(decoder_->tensor(map.name), 0) >= max_objects_;
+    }
     const std::int64_t own_masks = most(decoder_->tensor("input_masks"), 1);
     if (own_masks < max_objects_) {
         throw BackendError("the decoder engine takes " + std::to_string(max_objects_) +
@@ -155,9 +159,11 @@ Layout Network::outputs(const ShapeClass& shape) const {
     return layout;
 }
 
-ShapeClass Network::classify(std::int64_t objects, std::int64_t points, bool own_masks) const {
+ShapeClass Network::classify(std::int64_t objects, std::int64_t points, bool own_masks,
+                             bool own_images) const {
     const std::int64_t count = padded(objects, object_counts, max_objects_);
-    return {count, padded(points, point_counts, max_points_), own_masks ? count : 1};
+    return {count, padded(points, point_counts, max_points_), own_masks ? count : 1,
+            own_images ? count : 1};
 }
 
 std::vector<ShapeClass> Network::usual_classes() const {
@@ -169,7 +175,7 @@ std::vector<ShapeClass> Network::usual_classes() const {
     }
     std::vector<ShapeClass> classes;
     for (auto size = sizes.rbegin(); size != sizes.rend(); ++size) {
-        classes.push_back({size->first, size->second, 1});
+        classes.push_back({size->first, size->second, 1, 1});
     }
     return classes;
 }

@@ -23,10 +23,12 @@ struct ShapeClass {
     std::int64_t points;
     /// 1, or as many as objects where each has a mask prompt of its own.
     std::int64_t masks;
+    /// 1, or as many as objects where each has an image of its own.
+    std::int64_t images = 1;
 
     bool operator==(const ShapeClass& other) const {
-        return std::tie(objects, points, masks) ==
-               std::tie(other.objects, other.points, other.masks);
+        return std::tie(objects, points, masks, images) ==
+               std::tie(other.objects, other.points, other.masks, other.images);
     }
 };
 
@@ -53,7 +55,7 @@ public:
     std::int64_t max_images() const { return max_images_; }
     /// One image's feature maps.
     const std::shared_ptr<const Layout>& features() const { return features_; }
-    /// Those of several images, as the encoder makes them.
+    /// Those of several images, as the encoder makes them and the decoder takes them.
     Layout batch(std::int64_t images) const;
 
     /// Everything of a prompt but its mask, and the job of making masks.
@@ -63,13 +65,17 @@ public:
     Layout outputs(const ShapeClass& shape) const;
 
     /// The class of a call, of at most max_objects() objects.
-    ShapeClass classify(std::int64_t objects, std::int64_t points, bool own_masks) const;
-    /// Those of all calls without mask prompts, up to 16 objects and 32 points, the largest first.
+    ShapeClass classify(std::int64_t objects, std::int64_t points, bool own_masks,
+                        bool own_images) const;
+    /// Those of all calls on one image without mask prompts, up to 16 objects and 32 points, the
+    /// largest first.
     std::vector<ShapeClass> usual_classes() const;
     /// The one whose blocks all others fit into.
     ShapeClass largest() const { return {max_objects_, max_points_, max_objects_}; }
     std::int64_t max_objects() const { return max_objects_; }
     std::int64_t max_points() const { return max_points_; }
+    /// Whether each object of a decoder call may have an image of its own.
+    bool joins_images() const { return joins_images_; }
 
     /// All outputs of the decoder.
     const std::vector<std::string>& output_names() const { return output_names_; }
@@ -86,6 +92,7 @@ private:
     std::int64_t max_images_ = 0;
     std::int64_t max_objects_ = 0;
     std::int64_t max_points_ = 0;
+    bool joins_images_ = false;
     bool fits_kernels_ = false;
 };
 

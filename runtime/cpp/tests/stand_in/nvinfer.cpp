@@ -2,9 +2,9 @@
 // line of text, in ONNX Runtime, on copies that it queues to the host and back as TensorRT would
 // queue its kernels. So it works on the stand-in for the driver and on a real GPU.
 //
-// The line reads "stand-in OBJECTS POINTS TYPE FACTOR IMAGES": the greatest sizes, the type of the
-// feature maps (float or half), what all outputs are multiplied by, 1 for an engine that is right,
-// and how many images the encoder takes.
+// The line reads "stand-in OBJECTS POINTS TYPE FACTOR IMAGES JOINED": the greatest sizes, the type of
+// the feature maps (float or half), what all outputs are multiplied by, 1 for an engine that is right,
+// how many images the encoder takes, and of how many the decoder takes feature maps.
 //
 // STAND_IN_ONNXRUNTIME names ONNX Runtime's library; STAND_IN_TENSORRT is the version that TensorRT
 // is to have, or "none".
@@ -69,7 +69,7 @@ public:
         std::istringstream line(std::string(content.begin(), end));
         std::string word;
         std::string type;
-        line >> word >> objects_ >> points_ >> type >> factor >> images_;
+        line >> word >> objects_ >> points_ >> type >> factor >> images_ >> joined_;
         if (!line || word != "stand-in") {
             throw BackendError("it is no engine");
         }
@@ -110,10 +110,10 @@ private:
         tensor.most = tensor.shape;
         for (std::size_t axis = 0; axis < tensor.most.size(); ++axis) {
             if (tensor.most[axis] < 0) {
-                const bool is_image = name == "pixel_values";
-                tensor.most[axis] = axis == 0   ? (is_image ? images_ : 1)
-                                    : axis == 1 ? objects_
-                                                : points_;
+                const std::int64_t images = name == "pixel_values"           ? images_
+                                            : name.find("image_embeddings") == 0 ? joined_
+                                                                             : 1;
+                tensor.most[axis] = axis == 0 ? images : axis == 1 ? objects_ : points_;
             }
         }
         tensors_[name] = tensor;
@@ -122,6 +122,7 @@ private:
     std::int64_t objects_ = 0;
     std::int64_t points_ = 0;
     std::int64_t images_ = 0;
+    std::int64_t joined_ = 0;
     std::unique_ptr<Ort::Session> session_;
 };
 
