@@ -235,9 +235,7 @@ def test_without_kernels(machine: Machine, proved: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["old bundle", "old engines", "one object"])
-def test_decoders_of_one_image(
-    machine: Machine, bundle: Path, tmp_path: Path, form: str
-) -> None:
+def test_decoders_of_one_image(machine: Machine, bundle: Path, tmp_path: Path, form: str) -> None:
     """They run image by image."""
     if form == "old bundle":
         bundle = with_engines(one_image_form(tmp_path / "old", bundle).path)
