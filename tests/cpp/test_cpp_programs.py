@@ -70,6 +70,22 @@ def test_threads(cpp_builds: Path, name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["shared.embedding"]
 
 
+def test_nothing_is_reported(cpp_build: Build, tmp_path: Path) -> None:
+    """ONNX Runtime keeps an identifier of the machine in the home folder before it reports."""
+    home = tmp_path / "home"
+    home.mkdir()
+    # In an environment that names a CI system it would not report either.
+    done = subprocess.run(
+        [cpp_build.path / "examples/sam3rt_segment", CHELSEA, "--point", "225,150"]
+        + ["--bundle", BUNDLE, "--output", tmp_path / "output"],
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
 # --- sam3rt_segment -------------------------------------------------------------------------------
 
 

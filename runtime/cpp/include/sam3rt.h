@@ -252,7 +252,11 @@ typedef struct sam3rt_option {
 
 /* Use the host's environment of ONNX Runtime (an OrtEnv*), with its logger and its threads, in
  * place of one of the library's own. It must live for as long as anything of the library. A state
- * error where a model was loaded before, or the library was built without ONNX Runtime. */
+ * error where a model was loaded before, or the library was built without ONNX Runtime.
+ *
+ * Without one, the first model creates it, and sets ORT_DISABLE_TELEMETRY=1 in the environment of the
+ * process where that is not set: ONNX Runtime would report to its maker, and takes no other word for
+ * it. Set the variable yourself where other threads may read the environment then. */
 SAM3RT_API sam3rt_status sam3rt_set_ort_environment(void* environment, sam3rt_error** error);
 
 /* How many threads the pool has that models without `threads` share, in place of as many as the

@@ -1,6 +1,7 @@
 #include "ort_session.hpp"
 
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -237,6 +238,9 @@ const Ort::Env& ort_environment() {
     require_version();
     const std::lock_guard<std::mutex> lock(environment_mutex);
     if (current_environment == nullptr) {
+        // From 1.29 on ONNX Runtime reports to its maker which models and devices a process uses. It
+        // asks for this variable alone, and once. A host that has set it has decided.
+        setenv("ORT_DISABLE_TELEMETRY", "1", 0);
         // Threads that look out for work between runs would take processor time from others.
         Ort::ThreadingOptions threading;
         threading.SetGlobalSpinControl(0);

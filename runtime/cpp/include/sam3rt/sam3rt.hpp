@@ -506,6 +506,10 @@ struct Manifest {
 /// long as anything of this library. Throws InvalidInputError where it is null, and StateError
 /// where the library has one already, because a model was loaded before, or was built without ONNX
 /// Runtime.
+///
+/// Without one, the first model creates it, and sets ORT_DISABLE_TELEMETRY=1 in the environment of
+/// the process where that is not set: ONNX Runtime would report to its maker, and takes no other
+/// word for it. Set the variable yourself where other threads may read the environment then.
 SAM3RT_EXPORT void set_ort_environment(OrtEnv* environment);
 
 /// How many threads the pool has that models without ModelOptions::threads share, in place of as
