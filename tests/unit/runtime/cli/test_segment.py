@@ -105,6 +105,12 @@ def test_segment_applies_exif_orientation(
         ["--max-pixels", "0"],
         ["--point", "-5,a"],
         ["--box", "-3,2"],
+        ["--mask-threshold", "nan"],
+        ["--max-hole-area", "inf"],
+        ["--max-sprinkle-area", "x"],
+        ["--pred-iou-thresh", "nan"],
+        ["--bundle", ""],
+        ["--prompts", ""],
     ],
 )
 def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Path, capsys) -> None:
@@ -113,6 +119,18 @@ def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Pat
     assert stopped.value.code == 2
     assert arguments[0] in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_an_empty_path_is_not_the_folder_here(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A variable that is not set leaves one."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.png").write_bytes(Path(CHELSEA).read_bytes())
+    assert main(["segment", "", *CLICK, "--output", "o"]) == 1
+    assert "image: got an empty path" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["segment", "mine.png", *CLICK, "--output", ""])
+    assert "--output: an empty path" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
