@@ -259,7 +259,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
 
 @pytest.mark.parametrize("earlier", [False, True])
 def test_nothing_is_left_of_a_run_that_fails(
-    segment_to: SegmentTo, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    segment_to: SegmentTo, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     output = tmp_path / "deep" / "out"
     if earlier:
@@ -267,6 +267,7 @@ def test_nothing_is_left_of_a_run_that_fails(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr("sam3rt.results.draw_objects", _full_disk)
     assert segment_to(output, "--single-mask") == 1
+    assert f"No space left on device: '{output}'" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ({"deep"} if earlier else set())
 
