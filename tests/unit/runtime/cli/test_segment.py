@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.conftest import PHOTOS
 from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
+from sam3rt.cli.segment import _print_table
 
 CHELSEA = str(PHOTOS / "chelsea.png")
 CLICK = ("--point", "9,9")
@@ -163,6 +165,28 @@ def test_errors_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_says_that_it_takes_long_and_shows_seconds(
+    tiny_sam3: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sam3rt.cli.segment.progress_printer", lambda: said.append)
+    given = ["segment", CHELSEA, "--everything", "--points-per-side", "2"]
+    given += ["--bundle", str(tiny_sam3), "--backend", "onnxruntime", "--device", "cpu"]
+    assert main([*given, "-o", str(tmp_path / "o")]) == 0
+    (line,) = said
+    assert line.startswith("asking for what is at 4 points")
+    assert "encoded in" not in capsys.readouterr().out
+    assert main([*given, "-o", str(tmp_path / "o"), "--quiet"]) == 0
+    assert said == [line]
+
+
+@pytest.mark.parametrize(("took", "shown"), [(0.25, "in 250 ms,"), (134.216, "in 134.22 s,")])
+def test_times_are_shown_as_people_read_them(took: float, shown: str, capsys) -> None:
+    options = argparse.Namespace(everything=True, no_overlay=True, output=Path("o"))
+    _print_table([], options, {"read": 0.0, "load": 0.0, "predict": took, "write": 0.0})
+    assert f"predicted {shown} written" in capsys.readouterr().out
 
 
 # --- the output folder ----------------------------------------------------------------------------
