@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from sam3rt.backends.telemetry import unreported_openvino
+
 from .document import Ceiling
 
 # Large enough that reading the operands does not matter, small enough for a second a product.
@@ -76,8 +78,9 @@ def _numpy() -> Iterator[Ceiling]:
 
 
 def _openvino(threads: int | None) -> Iterator[Ceiling]:
-    import openvino as ov
-    import openvino.opset13 as op
+    with unreported_openvino():
+        import openvino as ov
+        import openvino.opset13 as op
 
     core = ov.Core()
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -92,6 +92,7 @@ class _Benchmark:
         self._load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         self._size = (plan.image.shape[0], plan.image.shape[1])
         self._candidates: list[Candidate] = []
+        self._unusable: set[str] = set()
         self._firsts: dict[str, _First] = {}
         self.result = _empty_result(plan, self._load_average)
 
@@ -157,6 +158,7 @@ class _Benchmark:
             try:
                 load, candidate = timed(partial(self._loaded, choice))
             except (BackendError, VerificationError) as error:
+                self._unusable.add(choice.name)
                 self._skip(f"{choice.name}: {error}")
                 continue
             if any(c.name == candidate.name for c in self._candidates):
@@ -238,6 +240,8 @@ class _Benchmark:
     def _starts(self) -> None:
         plan = self._plan
         for choice in plan.choices:
+            if choice.name in self._unusable:
+                continue
             self._progress(f"fresh process: {choice.name}")
             timeout = min(_START_TIMEOUT, max(self._left(), 1.0))
             try:

@@ -361,7 +361,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise ExportError(f"output: {target} exists; remove it or ask to overwrite it")
+        raise ExportError(f"output: {target} exists; remove it, or give --overwrite")
     if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
 

@@ -22,6 +22,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from .arguments import file_path
 from .bundle import TensorSpec
 from .bundle.files import atomic_write
 from .errors import EmbeddingError, InvalidInputError
@@ -120,7 +121,7 @@ class ImageEmbedding:
             EmbeddingError: a feature map holds NaN or an infinity.
             OSError: the file cannot be written.
         """
-        write_embedding(Path(path), self.numpy(), self.geometry, self.fingerprint)
+        write_embedding(file_path("path", path), self.numpy(), self.geometry, self.fingerprint)
 
     def to_bytes(self) -> bytes:
         """The content of the file that :meth:`save` writes.
@@ -221,6 +222,8 @@ def read_embedding(
     data_bytes = sum(4 * math.prod(shape) for shape in _shapes(specs).values())
     most = data_bytes + _MAX_HEADER + _HEADER_START
     try:
+        if path.is_dir():
+            raise EmbeddingError(f"{path}: is a folder, and no embedding file")
         size = path.stat().st_size
         if not data_bytes < size <= most:
             raise EmbeddingError(

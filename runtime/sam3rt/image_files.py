@@ -13,6 +13,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from . import geometry
+from .arguments import flag
 from .errors import ImageError, InvalidInputError
 
 # What Pillow decodes in this process. Others start a program (EPS: Ghostscript) or need a handler.
@@ -49,12 +50,12 @@ def load_image(image: str | os.PathLike[str] | geometry.Image, bgr: bool) -> NDA
 
     Raises:
         ImageError: it cannot be read or used.
-        InvalidInputError: ``bgr`` with anything but an array.
+        InvalidInputError: ``bgr`` is neither true nor false, or true with anything but an array.
     """
-    if bgr and not isinstance(image, np.ndarray):
+    if flag("bgr", bgr) and not isinstance(image, np.ndarray):
         raise InvalidInputError("bgr", f"True with {type(image).__name__}", "False or an array")
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image(Path(os.fsdecode(image)))
     rgb = geometry.to_rgb(image)
     return rgb[..., ::-1] if bgr else rgb
 

@@ -12,12 +12,13 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
+from .arguments import file_path, flag
 from .backends import Backend, ImageCall
 from .bundle import Bundle, Manifest
 from .bundle.contract import decoder_outputs, has_object_score
 from .decoded import DecodedMasks, arrange
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
-from .errors import BackendError, EmbeddingError, InvalidInputError, StateError
+from .errors import BackendError, EmbeddingError, InvalidInputError, PromptError, StateError
 from .features import HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .image_files import load_image
@@ -132,7 +133,7 @@ class SegmentationModel:
     ) -> DecodedMasks:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
         embedding = self.upload(embedding)
-        outputs = decoder_outputs(self.manifest, multimask_output)
+        outputs = decoder_outputs(self.manifest, flag("multimask_output", multimask_output))
         with timed("decode", self.on_stage):
             results = self.backend.decode(embedding.features, prompts, outputs)
         return self._decoded(results)
@@ -200,7 +201,14 @@ class SegmentationModel:
             expected = f"one for each of {len(embeddings)} embeddings"
             raise InvalidInputError("prompts", f"{len(prompts)}", expected)
         uploaded = [self.upload(embedding) for embedding in embeddings]
-        packed = [self._pack(p, e.geometry) for p, e in zip(prompts, uploaded, strict=True)]
+        packed = []
+        for index, (own, embedding) in enumerate(zip(prompts, uploaded, strict=True)):
+            try:
+                packed.append(self._pack(own, embedding.geometry))
+            except PromptError as error:
+                if len(prompts) > 1:
+                    error.args = (f"prompts[{index}]: {error}",)
+                raise
         return self._segment(uploaded, packed, multimask_output, options or MaskOptions())
 
     def segment_image(
@@ -236,7 +244,7 @@ class SegmentationModel:
 
         Raises:
             ImageError: the image cannot be read or used.
-            InvalidInputError: ``bgr`` with anything but an array.
+            InvalidInputError: ``bgr`` with anything but an array, or an option is no such value.
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
         if points is not None:
@@ -245,6 +253,7 @@ class SegmentationModel:
         own = self.manifest.masks.max_hole_area
         holes = own if max_hole_area is None else max_hole_area
         options = MaskOptions(threshold, holes, max_sprinkle_area, dtype=np.bool_)
+        multimask_output = flag("multimask_output", multimask_output)
         # What is wrong with a prompt is said before the image is encoded.
         if isinstance(image, ImageEmbedding):
             rgb, packed = None, self._pack(prompts, image.geometry)
@@ -254,7 +263,6 @@ class SegmentationModel:
             where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
             packed = self._pack(prompts, where)
             embedding = self.encode(rgb)
-        multimask_output = bool(multimask_output)
         ((decoded, masks),) = self._segment([embedding], [packed], multimask_output, options)
         return arrange(
             masks,
@@ -293,7 +301,7 @@ class SegmentationModel:
         calls = [
             ImageCall(e.features, p, e.geometry) for e, p in zip(embeddings, prompts, strict=True)
         ]
-        outputs = decoder_outputs(self.manifest, multimask_output)
+        outputs = decoder_outputs(self.manifest, flag("multimask_output", multimask_output))
         found = self.backend.decode_images(calls, outputs, options, self.on_stage)
         return [(self._decoded(results), masks) for results, masks in found]
 
@@ -332,9 +340,11 @@ class SegmentationModel:
 
         Raises:
             EmbeddingError: the file is missing, damaged, or from another bundle.
+            InvalidInputError: the path is none.
         """
         fingerprint = self.manifest.fingerprint
-        maps, where = read_embedding(Path(path), fingerprint, self.manifest.encoder.outputs)
+        file = file_path("path", path)
+        maps, where = read_embedding(file, fingerprint, self.manifest.encoder.outputs)
         self._check_geometry(where, str(path))
         return ImageEmbedding(self.backend.upload(maps), where, fingerprint, self._names)
 

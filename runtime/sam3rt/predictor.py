@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from .arguments import flag, number
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
 from .masks import MaskOptions, clamp
+from .masks.postprocess import mask_dtype as check_mask_dtype
 from .model import SegmentationModel
 from .prompts import Prompts
 
@@ -68,17 +70,12 @@ class SAM3InteractiveImagePredictor:
                 "sam_model", type(sam_model).__qualname__, "a model from sam3rt.load_model"
             )
         self.model = sam_model
-        self.mask_threshold = _number("mask_threshold", mask_threshold)
+        self.mask_threshold = number("mask_threshold", mask_threshold)
         if max_hole_area is MAX_HOLE_AREA:
             max_hole_area = sam_model.manifest.masks.max_hole_area
-        self.max_hole_area = _number("max_hole_area", max_hole_area)
-        self.max_sprinkle_area = _number("max_sprinkle_area", max_sprinkle_area)
-        try:
-            self.mask_dtype = np.dtype(mask_dtype)
-        except (TypeError, ValueError) as error:
-            raise InvalidInputError("mask_dtype", repr(mask_dtype), "a NumPy dtype") from error
-        if self.mask_dtype not in (np.float32, np.bool_, np.uint8):
-            raise InvalidInputError("mask_dtype", str(self.mask_dtype), "float32, bool or uint8")
+        self.max_hole_area = number("max_hole_area", max_hole_area)
+        self.max_sprinkle_area = number("max_sprinkle_area", max_sprinkle_area)
+        self.mask_dtype = check_mask_dtype("mask_dtype", mask_dtype)
         self._embeddings: list[ImageEmbedding] = []
         self._is_batch = False
         self._in_use = threading.Lock()
@@ -190,7 +187,8 @@ class SAM3InteractiveImagePredictor:
             if not self._embeddings:
                 raise StateError("an image must be set with set_image before predict")
             self._warn_of_another_threads_image()
-            prompts = Prompts(point_coords, point_labels, box, mask_input, bool(normalize_coords))
+            normalize = flag("normalize_coords", normalize_coords)
+            prompts = Prompts(point_coords, point_labels, box, mask_input, normalize)
             (prediction,) = self._predict(
                 self._embeddings[-1:], [prompts], multimask_output, return_logits
             )
@@ -242,7 +240,7 @@ class SAM3InteractiveImagePredictor:
             results = self._predict(
                 self._embeddings,
                 [
-                    Prompts(coords, labels, box, mask, bool(normalize_coords))
+                    Prompts(coords, labels, box, mask, flag("normalize_coords", normalize_coords))
                     for coords, labels, box, mask in zip(*lists, strict=True)
                 ],
                 multimask_output,
@@ -314,10 +312,10 @@ class SAM3InteractiveImagePredictor:
             self.mask_threshold,
             self.max_hole_area,
             self.max_sprinkle_area,
-            bool(return_logits),
+            flag("return_logits", return_logits),
             self.mask_dtype,
         )
-        found = self.model.segment_batch(embeddings, prompts, bool(multimask_output), options)
+        found = self.model.segment_batch(embeddings, prompts, multimask_output, options)
         predictions = []
         for decoded, masks in found:
             scores, low_res = decoded.iou_predictions, decoded.low_res_masks
@@ -327,18 +325,6 @@ class SAM3InteractiveImagePredictor:
             else:
                 predictions.append((masks, scores, low_res))
         return predictions
-
-
-def _number(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise InvalidInputError(argument, repr(value), "a number")
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise InvalidInputError(argument, "a huge number", "a finite number") from error
-    if not np.isfinite(number):
-        raise InvalidInputError(argument, repr(value), "a finite number")
-    return number
 
 
 def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from .arguments import file_path, number
 from .bundle.files import atomic_write
 from .errors import InvalidInputError, StateError
 from .geometry import Image, to_rgb
@@ -188,7 +189,11 @@ class Segmentation:
 
         Returns:
             For each mask a list of float64 [M, 2], (x, y).
+
+        Raises:
+            InvalidInputError: the tolerance is no finite number of at least 0.
         """
+        tolerance = number("tolerance", tolerance, 0)
         found = (outlines(self._mask(index), tolerance) for index in range(len(self)))
         return [[ring for ring in rings if holes or signed_area(ring) > 0] for rings in found]
 
@@ -336,7 +341,7 @@ class Segmentation:
             InvalidInputError: the suffix is another one, or there is no image to plot on.
             OSError: the file cannot be written.
         """
-        path = Path(path)
+        path = file_path("path", path)
         suffix = path.suffix.lower()
         if suffix not in {*_PICTURES, ".json", ".npz"}:
             known = ", ".join([*_PICTURES, ".json", ".npz"])

@@ -169,7 +169,10 @@ class _Api:
         if _media_type(request) != "application/json":
             raise HTTPException(415, "application/json is expected")
         async with self._body(request, JSON_BYTES) as body:
-            question = msgspec.json.decode(body, type=MasksQuestion)
+            try:
+                question = msgspec.json.decode(body, type=MasksQuestion)
+            except UnicodeDecodeError as error:
+                raise msgspec.DecodeError("JSON is not in UTF-8") from error
 
         def finish(found: list[ObjectMasks]) -> bytes:
             objects = [object_answer(one, question) for one in found]

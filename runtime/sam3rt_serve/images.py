@@ -46,7 +46,9 @@ def read_image(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
     except (ImageError, MemoryError):
         raise
     except PIL.Image.DecompressionBombError as error:
-        raise TooLargeError(f"an image of too many pixels: {error}") from error
+        raise TooLargeError(
+            f"an image of too many pixels, at most {max_pixels} are taken"
+        ) from error
     except PIL.UnidentifiedImageError as error:
         raise ImageError("image", "something else", "a JPEG or PNG file") from error
     except Exception as error:  # Pillow's plugins raise many classes on damaged files

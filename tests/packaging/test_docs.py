@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import sam3rt
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,6 +45,26 @@ def test_the_page_of_errors_quotes_messages_that_exist() -> None:
         and not quote.endswith("Error")
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/prompts.md", "docs/results.md"]
+)
+def test_the_python_of_a_page_runs_as_it_stands(
+    page: str,
+    tiny_model: sam3rt.SegmentationModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Block after block, as one who copies them would, on a model that takes no time."""
+    monkeypatch.setattr(sam3rt, "load_model", lambda *named: tiny_model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+    assert blocks
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ USES = {
 }
 # The runtime from the bottom up: a module imports from its own layer and from lower ones.
 LAYERS = (
-    {"_version", "errors", "machine", "timer"},
+    {"_version", "arguments", "errors", "machine", "timer"},
     {"bundle"},
     {"geometry", "image_files", "prompts", "object_prompts", "masks", "features", "overlay"},
     {"accuracy"},

@@ -12,10 +12,14 @@ from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError, VerificationError
 from .base import Backend, GpuOptions, ImageCall, Offer
 from .table import TABLE, entry, nothing_installed
+from .telemetry import decline_onnxruntime
 
 __all__ = ["BACKENDS", "Backend", "GpuOptions", "ImageCall", "Offer", "create_backend"]
 
 _LOG = logging.getLogger(__name__)
+
+# Before anything here can import it.
+decline_onnxruntime()
 
 BACKENDS = tuple(entry.name for entry in TABLE)
 # What "auto" tries, best first, and the device each is tried on.

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from typing import NamedTuple
 
+from .telemetry import unreported_openvino
+
 
 class BackendEntry(NamedTuple):
     """One backend.
@@ -47,7 +49,8 @@ class BackendEntry(NamedTuple):
         """
         for module in self.modules:
             try:
-                importlib.import_module(module)
+                with unreported_openvino():
+                    importlib.import_module(module)
             except Exception as error:  # somebody else's broken installation raises anything
                 return f"{module} cannot be imported ({error or type(error).__name__}): {self.hint}"
         return None

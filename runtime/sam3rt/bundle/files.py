@@ -199,9 +199,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 # Given any folder, Python follows the link, which alone names such a file.
                 os.link(f"{_HANDLES}/{handle}", temporary, src_dir_fd=handle)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        name_file(error, path)
         raise
+
+
+def name_file(error: BaseException, path: Path) -> None:
+    """Let an error of the system say what was written where it does not: on a full disk."""
+    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        error.filename = str(path)
 
 
 def remove_temporaries(folder: Path) -> None:

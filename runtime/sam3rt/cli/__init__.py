@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,8 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where something failed, 2 where the arguments are wrong, 130 where
-        the user interrupted it, 141 where nobody reads its output any more.
+        the user interrupted it, 141 where nobody reads its output any more. SIGTERM ends the
+        process with 143, once what was half written is removed.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A path that the terminal's encoding cannot express is shown escaped, not refused.
         if isinstance(stream, io.TextIOWrapper):
@@ -28,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Imported here: loading NumPy takes a moment, in which an interrupt is to be quiet.
             from .commands import run
 
-            return run(arguments)
+            with _end_on_sigterm():
+                return run(arguments)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -38,3 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _open_closed_streams() -> None:
+    """Let a standard stream that was closed when the process started be an empty one.
+
+    Python has None in its place. And a file that is opened later would get the stream's number, to
+    which libraries write their messages.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+
+
+@contextlib.contextmanager
+def _end_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that temporary files are removed, for the block."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

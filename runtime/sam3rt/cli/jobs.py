@@ -99,6 +99,8 @@ def find_images(arguments: Sequence[str], output: Path) -> Images:
     """
     images = Images()
     for argument in arguments:
+        if not argument:
+            raise InvalidInputError("image", "an empty path", "a file, a folder or a pattern")
         path = Path(argument)
         if _URL.match(argument):
             raise InvalidInputError(
@@ -164,7 +166,7 @@ def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("--prompts", f"{path}: {error}", "a text file") from error
     lines: dict[str, list[_Line]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line ends
         if line.strip():
             parsed = _parse_line(line, f"{path}, line {number}")
             lines.setdefault(parsed.image, []).append(parsed)
@@ -220,6 +222,9 @@ def _parse_line(text: str, where: str) -> _Line:
         )
     if set(line.labels or ()) - {0, 1}:
         raise InvalidInputError("--prompts", f"{where}: labels {line.labels}", "0 and 1")
+    # In classes.txt a name is a line.
+    if line.name.splitlines() != [line.name] or re.search("[\ud800-\udfff]", line.name):
+        raise InvalidInputError("--prompts", f"{where}: the name {line.name!r}", "one line of text")
     return line
 
 

@@ -18,7 +18,7 @@ def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "bundle",
         nargs="?",
-        type=Path,
+        type=named_path,
         metavar="BUNDLE",
         help="bundle folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
@@ -70,6 +70,23 @@ def printable(text: str) -> str:
         else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def named_path(text: str) -> Path:
+    """A path; not an empty one, which a variable that is not set leaves, and means the folder here.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    (value,) = numbers(text, (1,), "a finite number")
+    return value
 
 
 def positive_int(text: str) -> int:

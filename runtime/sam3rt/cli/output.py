@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..bundle.files import name_file
 from ..errors import InvalidInputError
 
 RESULT = "result.json"
@@ -45,8 +46,9 @@ def result_folder(target: Path, source: Path) -> Iterator[Path]:
             _replace(target, temporary, earlier)
         else:
             temporary.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        name_file(error, target)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,16 @@ from .. import geometry
 from ..errors import InvalidInputError, PromptError
 from .folder import run_many
 from .jobs import STDIN, Images, Job, Prompt, check_names, find_images, read_prompts
-from .options import add_model_options, load_from_options, numbers, positive_int, printable
+from .options import (
+    add_model_options,
+    load_from_options,
+    named_path,
+    number,
+    numbers,
+    positive_int,
+    printable,
+    progress_printer,
+)
 from .output import OVERLAY, RESULT, result_folder
 from .worker import Worker, read
 from .writers import FORMATS, as_json, write_pictures, write_text
@@ -61,14 +69,15 @@ examples:
 """
 
 
+_POINTS_PER_SIDE = 32
 # SAM's own names and defaults.
 _EVERYTHING: tuple[tuple[str, Any, Any, str], ...] = (
-    ("--points-per-side", positive_int, 32, "points of the grid along a side"),
-    ("--pred-iou-thresh", float, 0.88, "drop masks of a lower predicted IoU"),
-    ("--stability-score-thresh", float, 0.95, "drop masks that change more with the threshold"),
-    ("--box-nms-thresh", float, 0.7, "drop the worse of two masks whose boxes overlap more"),
+    ("--points-per-side", positive_int, _POINTS_PER_SIDE, "points of the grid along a side"),
+    ("--pred-iou-thresh", number, 0.88, "drop masks of a lower predicted IoU"),
+    ("--stability-score-thresh", number, 0.95, "drop masks that change more with the threshold"),
+    ("--box-nms-thresh", number, 0.7, "drop the worse of two masks whose boxes overlap more"),
     ("--crop-n-layers", int, 0, "also cut the image up, so often"),
-    ("--min-mask-region-area", float, 0, "remove smaller holes and islands, pixels"),
+    ("--min-mask-region-area", number, 0, "remove smaller holes and islands, pixels"),
 )
 
 
@@ -109,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="prompts.jsonl with the prompts of each image (below), or - for standard input",
     )
@@ -138,26 +147,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bundle",
-        type=Path,
+        type=named_path,
         metavar="DIR",
         help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
     parser.add_argument(
-        *("-o", "--output"), type=Path, required=True, metavar="DIR", help="folder for the results"
+        *("-o", "--output"),
+        type=named_path,
+        required=True,
+        metavar="DIR",
+        help="folder for the results",
     )
     parser.add_argument(
-        "--mask-threshold", type=float, default=0.0, help="logits above it are object (default: 0)"
+        "--mask-threshold", type=number, default=0.0, help="logits above it are object (default: 0)"
     )
     parser.add_argument(
         "--max-hole-area",
-        type=float,
+        type=number,
         metavar="PIXELS",
         help="fill holes up to this many low-resolution pixels (default: as the model's own "
         "predictor: 256 for SAM 3, 0 for MobileSAM)",
     )
     parser.add_argument(
         "--max-sprinkle-area",
-        type=float,
+        type=number,
         default=0.0,
         metavar="PIXELS",
         help="remove islands up to this many low-resolution pixels (default: 0)",
@@ -256,6 +269,10 @@ def _run_single(job: Job, options: argparse.Namespace) -> int:
         clock.stop("load")
         embedding = worker.encode(image)
         clock.stop("encode")
+        say = progress_printer()
+        if say and options.everything and not options.quiet:
+            side = options.points_per_side or _POINTS_PER_SIDE
+            say(f"asking for what is at {side * side} points: a minute or two on a CPU")
         result = worker.segment(job, image, embedding)
         clock.stop("predict")
         entries = write_pictures(folder, result, not options.no_overlay)
@@ -338,9 +355,13 @@ def _print_table(
     for entry in entries:
         score = entry.get("predicted_iou", entry.get("predicted_iou_log_odds"))
         print(f"{entry['file']:<14}{entry['object']:>7}{score:>15.4f}{entry['area']:>11}")
+    # The automatic mask generator encodes as it goes.
+    encoded = "" if options.everything else f"encoded in {seconds['encode']:.2f} s, "
+    took = seconds["predict"]
+    predicted = f"{took * 1e3:.0f} ms" if took < 1 else f"{took:.2f} s"
     what = "results" if options.no_overlay else f"results and {OVERLAY}"
     print(
         f"read in {seconds['read']:.2f} s, loaded in {seconds['load']:.2f} s, "
-        f"encoded in {seconds['encode']:.2f} s, predicted in {seconds['predict'] * 1e3:.0f} ms, "
-        f"written in {seconds['write']:.2f} s; {what} in {printable(str(options.output))}"
+        f"{encoded}predicted in {predicted}, written in {seconds['write']:.2f} s; {what} in "
+        f"{printable(str(options.output))}"
     )

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ..arguments import flag, number
 from ..bundle import ImageSpec, MaskSpec
+from ..errors import InvalidInputError
 from ..geometry import ImageGeometry
 from .components import small_components
 from .upsampling import direct, resize, unpadded
@@ -109,6 +111,9 @@ class MaskOptions:
         max_sprinkle_area: see :func:`clean`.
         return_logits: skip the threshold.
         dtype: type of thresholded masks: float32, bool or uint8. Logits are always float32.
+
+    Raises:
+        InvalidInputError: one of them is not such a value.
     """
 
     threshold: float = 0.0
@@ -116,6 +121,27 @@ class MaskOptions:
     max_sprinkle_area: float = 0.0
     return_logits: bool = False
     dtype: DTypeLike = np.float32
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "max_hole_area", "max_sprinkle_area"):
+            number(name, getattr(self, name))
+        flag("return_logits", self.return_logits)
+        mask_dtype("dtype", self.dtype)
+
+
+def mask_dtype(argument: str, value: DTypeLike) -> np.dtype[Any]:
+    """A type that masks can have.
+
+    Raises:
+        InvalidInputError: it is another one, or none.
+    """
+    try:
+        dtype = np.dtype(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(argument, repr(value), "a NumPy dtype") from error
+    if dtype not in (np.float32, np.bool_, np.uint8):
+        raise InvalidInputError(argument, str(dtype), "float32, bool or uint8")
+    return dtype
 
 
 def finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -489,6 +490,18 @@ def test_candidates_that_would_take_the_time_of_all_are_not_loaded(
     result = run_benchmark(plan_for(toy, 5.0, "calls"), lambda _: None, lambda _: None)
     assert [c.name for c in result.candidates] == ["onnxruntime:fp32"]
     assert any(line.startswith("openvino:fp32: not loaded") for line in result.skipped)
+
+
+def test_what_cannot_be_loaded_is_said_once_and_gets_no_process(toy: Bundle) -> None:
+    choices = (Choice("onnxruntime", "fp32"), Choice("pytorch", "fp32"))
+    plan = dataclasses.replace(plan_for(toy, 100.0, "calls", "starts"), choices=choices)
+    said: list[str] = []
+    result = run_benchmark(plan, said.append, lambda _: None)
+    assert [line for line in said if line.startswith("fresh")] == [
+        "fresh process: onnxruntime:fp32"
+    ]
+    assert [row.candidate for row in result.starts] == ["onnxruntime:fp32"]
+    assert len([line for line in result.skipped if "pytorch" in line]) == 1
 
 
 def test_what_was_measured_is_handed_over_after_each_part(toy: Bundle) -> None:

@@ -462,3 +462,11 @@ def test_deadlines_and_bounds_of_clicks(serve: Callable[..., Service]) -> None:
     assert patient.result(5)
     with pytest.raises(DeadlineError):
         late.result(5)
+
+
+def test_an_image_that_pillow_refuses_is_told_the_services_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(TooLargeError, match="too many pixels, at most 50 are taken"):
+        read_image(image_file(noise(40, 30)), 50)

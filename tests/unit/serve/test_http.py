@@ -237,6 +237,8 @@ FORM, JSON = "multipart/form-data", "application/json"
         ("POST", f"{IMAGES}/no/masks", json.dumps(QUESTION), JSON, 404, "UnknownImageError"),
         ("POST", MASKS, b"{", JSON, 400, "DecodeError"),
         ("POST", MASKS, b"\xff", JSON, 400, "DecodeError"),
+        ("POST", MASKS, b'{"\xe9": 1}', JSON, 400, "DecodeError"),
+        ("POST", MASKS, b'{"format": "\xed\xa0\x80"}', JSON, 400, "DecodeError"),
         ("POST", MASKS, b'{"objects":' + b"[" * 100_000, JSON, 400, "ValidationError"),
         ("POST", MASKS, b'{"objects":[{"points":[[1e999,1]]}]}', JSON, 400, "ValidationError"),
         ("POST", MASKS, b"{}", JSON, 400, "ValidationError"),

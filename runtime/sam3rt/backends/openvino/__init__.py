@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from .backend import OpenVinoBackend, known_recipes, offer
+from ..telemetry import unreported_openvino
+
+with unreported_openvino():
+    from .backend import OpenVinoBackend, known_recipes, offer
 
 __all__ = ["OpenVinoBackend", "known_recipes", "offer"]

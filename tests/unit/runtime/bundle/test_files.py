@@ -6,6 +6,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -129,6 +130,16 @@ def test_a_folder_that_cannot_be_written(
     with pytest.raises(OSError, match=os.strerror(number)):
         write(tmp_path / "a", b"new")
     monkeypatch.undo()
+    assert names(tmp_path) == []
+
+
+def test_an_error_while_writing_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{path}'")):  # noqa: SIM117
+        with atomic_write(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"^mine$"), atomic_write(path):
+        raise OSError("mine")
     assert names(tmp_path) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.conftest import PHOTOS
 from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
+from sam3rt.cli.segment import _print_table
 
 CHELSEA = str(PHOTOS / "chelsea.png")
 CLICK = ("--point", "9,9")
@@ -105,6 +107,12 @@ def test_segment_applies_exif_orientation(
         ["--max-pixels", "0"],
         ["--point", "-5,a"],
         ["--box", "-3,2"],
+        ["--mask-threshold", "nan"],
+        ["--max-hole-area", "inf"],
+        ["--max-sprinkle-area", "x"],
+        ["--pred-iou-thresh", "nan"],
+        ["--bundle", ""],
+        ["--prompts", ""],
     ],
 )
 def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Path, capsys) -> None:
@@ -113,6 +121,18 @@ def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Pat
     assert stopped.value.code == 2
     assert arguments[0] in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_an_empty_path_is_not_the_folder_here(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A variable that is not set leaves one."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.png").write_bytes(Path(CHELSEA).read_bytes())
+    assert main(["segment", "", *CLICK, "--output", "o"]) == 1
+    assert "image: got an empty path" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["segment", "mine.png", *CLICK, "--output", ""])
+    assert "--output: an empty path" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut"])
@@ -145,6 +165,28 @@ def test_errors_are_one_line(
     assert message in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_says_that_it_takes_long_and_shows_seconds(
+    tiny_sam3: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sam3rt.cli.segment.progress_printer", lambda: said.append)
+    given = ["segment", CHELSEA, "--everything", "--points-per-side", "2"]
+    given += ["--bundle", str(tiny_sam3), "--backend", "onnxruntime", "--device", "cpu"]
+    assert main([*given, "-o", str(tmp_path / "o")]) == 0
+    (line,) = said
+    assert line.startswith("asking for what is at 4 points")
+    assert "encoded in" not in capsys.readouterr().out
+    assert main([*given, "-o", str(tmp_path / "o"), "--quiet"]) == 0
+    assert said == [line]
+
+
+@pytest.mark.parametrize(("took", "shown"), [(0.25, "in 250 ms,"), (134.216, "in 134.22 s,")])
+def test_times_are_shown_as_people_read_them(took: float, shown: str, capsys) -> None:
+    options = argparse.Namespace(everything=True, no_overlay=True, output=Path("o"))
+    _print_table([], options, {"read": 0.0, "load": 0.0, "predict": took, "write": 0.0})
+    assert f"predicted {shown} written" in capsys.readouterr().out
 
 
 # --- the output folder ----------------------------------------------------------------------------
@@ -241,7 +283,7 @@ def test_a_bad_output_is_found_before_the_model_is_loaded(
 
 @pytest.mark.parametrize("earlier", [False, True])
 def test_nothing_is_left_of_a_run_that_fails(
-    segment_to: SegmentTo, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    segment_to: SegmentTo, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     output = tmp_path / "deep" / "out"
     if earlier:
@@ -249,6 +291,7 @@ def test_nothing_is_left_of_a_run_that_fails(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr("sam3rt.results.draw_objects", _full_disk)
     assert segment_to(output, "--single-mask") == 1
+    assert f"No space left on device: '{output}'" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ({"deep"} if earlier else set())
 

@@ -42,6 +42,54 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(arguments: list[str]) 
     assert done.returncode == (0 if "--help" in arguments else 141)
 
 
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_closed_stream_is_an_empty_one(stream: int, tmp_path: Path, tiny_sam3: Path) -> None:
+    image = tmp_path / "photo.png"
+    PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
+    model = ("--bundle", str(tiny_sam3), "--backend", "onnxruntime", "--device", "cpu")
+    for source, status in ((str(image), 0), ("-", 0 if stream else 1)):
+        command = ["segment", source, "--point", "5,5", *model, "--output", str(tmp_path / "o")]
+        closed = ["sh", "-c", f'exec {stream}<&-; exec "$@"', "sh", sys.executable, "-m", "sam3rt"]
+        done = subprocess.run(
+            [*closed, *command],
+            capture_output=True,
+            check=False,
+            input=image.read_bytes() if stream else None,
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == status
+    if stream == 0:
+        assert b"image: got -" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path, tiny_sam3: Path) -> None:
+    image = tmp_path / "photo.png"
+    PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
+    code = """
+import sys, time
+from sam3rt.cli import main, segment
+def write(*arguments):
+    print("writing", flush=True)
+    time.sleep(60)
+segment.write_pictures = write
+sys.exit(main())
+"""
+    model = ("--bundle", str(tiny_sam3), "--backend", "onnxruntime", "--device", "cpu")
+    output = ("--output", str(tmp_path / "deep" / "o"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "segment", str(image), "--point", "5,5", *model, *output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    process.terminate()
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
 def test_an_interrupt_while_libraries_load_is_quiet(tmp_path: Path) -> None:
     """A NumPy that never finishes loading stands in for a slow disk."""
     (tmp_path / "numpy.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")

@@ -1,0 +1,133 @@
+"""Wrong arguments of the public calls: each is named, whatever else numpy or pathlib would say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.helpers import label
+
+from sam3rt import (
+    EmbeddingError,
+    ImageError,
+    InvalidInputError,
+    PromptError,
+    Prompts,
+    SAM3InteractiveImagePredictor,
+    Segmentation,
+    SegmentationModel,
+)
+from sam3rt.masks import MaskOptions
+
+IMAGE = np.zeros((20, 30, 3), np.uint8)
+CLICK: dict[str, Any] = {"point_coords": [[5, 5]], "point_labels": [1]}
+NO_NUMBERS = ["1", None, True, math.nan, math.inf, -math.inf, 10**400, [1.0], np.array([1.0])]
+NO_FLAGS = ["no", None, 2, math.nan, [], [True], np.array([True, False])]
+
+
+class Unnamed:
+    """A path as bytes."""
+
+    def __fspath__(self) -> bytes:
+        return b"picture.png"
+
+
+@pytest.fixture(scope="module")
+def result(tiny_model: SegmentationModel) -> Segmentation:
+    return tiny_model.segment_image(IMAGE, points=[5, 5])
+
+
+@pytest.mark.parametrize("value", NO_FLAGS, ids=label)
+@pytest.mark.parametrize("name", ["multimask_output", "return_logits", "normalize_coords"])
+def test_flags_of_predict(name: str, value: Any, tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
+    predictor.set_image(IMAGE)
+    with pytest.raises(InvalidInputError, match=f"^{name}: got .*, expected True or False"):
+        predictor.predict(**CLICK, **{name: value})
+    predictor.set_image_batch([IMAGE])
+    with pytest.raises(InvalidInputError, match=f"^{name}: "):
+        predictor.predict_batch([CLICK["point_coords"]], [[1]], **{name: value})
+
+
+def test_flags_may_be_numpys_or_0_and_1(tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
+    predictor.set_image(IMAGE)
+    for value in (False, 0, np.False_, np.int8(0)):
+        assert len(predictor.predict(**CLICK, multimask_output=value)[0]) == 1
+
+
+@pytest.mark.parametrize("value", NO_FLAGS, ids=label)
+def test_flags_of_the_model(value: Any, tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(IMAGE)
+    with pytest.raises(InvalidInputError, match=r"^multimask_output: "):
+        tiny_model.decode(embedding, Prompts(**CLICK), value)
+    with pytest.raises(InvalidInputError, match=r"^multimask_output: "):
+        tiny_model.segment_batch([embedding], [Prompts(**CLICK)], value)
+    with pytest.raises(InvalidInputError, match=r"^return_logits: "):
+        tiny_model.segment(embedding, Prompts(**CLICK), return_logits=value)
+    for name in ("multimask_output", "bgr"):
+        with pytest.raises(InvalidInputError, match=f"^{name}: "):
+            tiny_model.segment_image(IMAGE, points=[5, 5], **{name: value})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=label)
+@pytest.mark.parametrize("name", ["threshold", "max_hole_area", "max_sprinkle_area"])
+def test_numbers_of_masks(name: str, value: Any, tiny_model: SegmentationModel) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{name}: got "):
+        MaskOptions(**{name: value})
+    if (name, value) == ("max_hole_area", None):  # the model's own
+        return
+    with pytest.raises(InvalidInputError, match=f"^{name}: got "):
+        tiny_model.segment_image(IMAGE, points=[5, 5], **{name: value})
+
+
+def test_a_predictors_setting_that_was_changed_is_checked(tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
+    predictor.set_image(IMAGE)
+    predictor.mask_threshold = math.nan
+    with pytest.raises(InvalidInputError, match=r"^threshold: got nan"):
+        predictor.predict(**CLICK)
+
+
+@pytest.mark.parametrize("value", ["nothing", object, "float64"], ids=label)
+def test_the_type_of_masks(value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"^dtype: got "):
+        MaskOptions(dtype=value)
+
+
+@pytest.mark.parametrize("value", ["x", -1, math.nan, math.inf, None], ids=label)
+def test_the_tolerance_of_polygons(value: Any, result: Segmentation) -> None:
+    with pytest.raises(InvalidInputError, match=r"^tolerance: got "):
+        result.polygons(tolerance=value)
+
+
+@pytest.mark.parametrize("value", [b"a.png", None, 3, "", Path(), "a\0.png", Unnamed()], ids=label)
+def test_paths(value: Any, result: Segmentation, tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(IMAGE)
+    for call in (result.save, embedding.save, tiny_model.load_embedding):
+        with pytest.raises(InvalidInputError, match=r"^path: got .*, expected .*path"):
+            call(value)
+
+
+def test_a_folder_is_no_embedding_and_a_path_of_bytes_no_crash(
+    tmp_path: Path, tiny_model: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EmbeddingError, match="is a folder"):
+        tiny_model.load_embedding(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageError, match=r"picture\.png"):
+        tiny_model.segment_image(Unnamed())
+
+
+def test_a_wrong_prompt_of_several_images_says_which(tiny_model: SegmentationModel) -> None:
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
+    predictor.set_image_batch([IMAGE, IMAGE])
+    wrong = "point_coords: got shape"
+    with pytest.raises(PromptError, match=rf"^prompts\[1\]: {wrong}") as caught:
+        predictor.predict_batch([[[5, 5]], [[1, 2, 3]]], [[1], [1]])
+    assert caught.value.argument == "point_coords"
+    with pytest.raises(PromptError, match=f"^{wrong}"):
+        predictor.predict([[1, 2, 3]], [1])
