@@ -35,11 +35,6 @@ void set_log_callback(LogCallback callback, LogLevel level) {
     current_sink().swap(fresh);
 }
 
-bool is_logged(LogLevel level) noexcept {
-    const std::shared_ptr<const Sink> found = sink();
-    return found != nullptr && level >= found->level;
-}
-
 void log(LogLevel level, const std::string& line) noexcept {
     const std::shared_ptr<const Sink> found = sink();
     if (found == nullptr || level < found->level) {

@@ -8,9 +8,6 @@
 
 namespace sam3rt {
 
-/// Whether anybody wants lines of this level.
-bool is_logged(LogLevel level) noexcept;
-
 /// Give a line to the callback, if there is one that wants it.
 void log(LogLevel level, const std::string& line) noexcept;
 

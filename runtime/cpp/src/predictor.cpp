@@ -126,9 +126,9 @@ T* memory_for(const PredictOptions& options, const Shape& shape, Array<T>& own) 
     return static_cast<T*>(options.output);
 }
 
-/// What a backend that can is to make on its device.
-DeviceMasks no_masks_yet(const ImageEmbedding& embedding, const Cleaning& cleaning,
-                         const PredictOptions& options) {
+/// The masks of one image, for a backend that makes them on its device.
+DeviceMasks masks_to_make(const ImageEmbedding& embedding, const Cleaning& cleaning,
+                          const PredictOptions& options) {
     return {embedding.data().geometry,
             cleaning,
             options.output_on_device ? options.output : nullptr,
@@ -173,7 +173,8 @@ Prediction finish(const Model& model, const ImageEmbedding& embedding, DecodedMa
                 with_foreground(std::move(*made.masks), options.foreground);
             std::copy(all.begin(), all.end(), masks);
         } else if (options.form == MaskForm::bits) {
-            finish_bits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation, masks);
+            finish_bits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation,
+                        masks);
         } else {
             finish_masks(decoded.low_res_masks, *resampling, made.cleaning, options.foreground,
                          options.cancellation, masks);
@@ -238,7 +239,7 @@ Prediction Predictor::predict(const Prompts& prompts, const PredictOptions& opti
     check_options(options, model_.data().backend);
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     const ImageEmbedding& embedding = embeddings_.back();
-    DeviceMasks made = no_masks_yet(embedding, cleaning, options);
+    DeviceMasks made = masks_to_make(embedding, cleaning, options);
     DecodedMasks decoded =
         decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
                        options.return_logits ? nullptr : &made);
@@ -264,7 +265,7 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
     std::vector<DeviceMasks> made;
     for (const ImageEmbedding& embedding : embeddings_) {
-        made.push_back(no_masks_yet(embedding, cleaning, options));
+        made.push_back(masks_to_make(embedding, cleaning, options));
     }
     std::vector<DecodedMasks> decoded =
         decode_batch(model_, embeddings_, prompts, options.multimask_output, options.cancellation,

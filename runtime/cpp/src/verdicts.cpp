@@ -147,8 +147,7 @@ fs::path home_folder() {
     return entry.pw_dir;
 }
 
-}  // namespace
-
+/// Where verdicts lie, by each system's custom; empty where there is no home folder.
 fs::path verdict_folder() {
     const fs::path home = home_folder();
 #ifdef __APPLE__
@@ -162,6 +161,8 @@ fs::path verdict_folder() {
 #endif
     return home.empty() ? fs::path() : cache / "sam3rt" / "verdicts";
 }
+
+}  // namespace
 
 std::optional<Verdict> load_verdict(const VerdictSubject& subject) {
     const fs::path folder = verdict_folder();

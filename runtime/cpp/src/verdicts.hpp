@@ -42,7 +42,4 @@ std::optional<Verdict> load_verdict(const VerdictSubject& subject);
 /// Remember a verdict. Where nothing can be written, this process alone remembers it.
 void save_verdict(const VerdictSubject& subject, const Verdict& verdict);
 
-/// Where verdicts lie, by each system's custom; empty where there is no home folder.
-std::filesystem::path verdict_folder();
-
 }  // namespace sam3rt

@@ -624,8 +624,8 @@ struct ModelOptions {
     /// they take all the processor time that they can get. Only with `threads`.
     bool spin_between_runs = false;
     /// ONNX Runtime keeps memory on the CPU for the next run in an arena, which shrinks after images,
-    /// and where a click follows a call about several objects. Without one, every buffer is asked of the process's malloc, which then
-    /// decides what is kept.
+    /// and where a click follows a call about several objects. Without one, every buffer is asked of
+    /// the process's malloc, which then decides what is kept.
     bool memory_arena = true;
     /// ONNX Runtime takes memory of allocators that the host registered with the environment it gave
     /// to set_ort_environment.

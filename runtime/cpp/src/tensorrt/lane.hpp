@@ -44,11 +44,13 @@ struct RunPart {
     const PackedPrompts& prompts;
     /// The outputs of all the image's objects, [1, P, ...] each.
     std::vector<Array<float>>& results;
-    /// Masks of all the image's objects, or null for none; bytes of those of one object.
+    /// Masks of all the image's objects, or null for none.
     DeviceMasks* masks;
+    /// Bytes of one object's masks.
     std::size_t mask_bytes;
-    /// The first of the objects, and how many they are.
+    /// The number of the first object among the image's.
     std::size_t first;
+    /// How many objects there are.
     std::size_t count;
 };
 
@@ -90,8 +92,8 @@ private:
     Run& run_for(const ShapeClass& shape);
     /// Whether the block is a new one.
     bool make_room(Block& block, std::size_t bytes);
-    /// Queue copies of feature maps to where a run reads them, unless they are there. The number of
-    /// those that the lane's own buffers then hold.
+    /// Queue copies of feature maps to where a run reads them, unless they are there. Returns the
+    /// number of those that features_ then holds.
     std::uint64_t bring_features(const Run& run, const std::vector<RunPart>& parts);
     void fill_prompts(const Run& run, const std::vector<RunPart>& parts);
     void fill_mask_prompts(const Run& run, const std::vector<RunPart>& parts);
