@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -33,35 +32,9 @@ from sam3rt.prompts import Prompts
 from .errors import TooLargeError, UnknownImageError
 from .images import content_id, read_image
 from .joining import joining_pays
+from .limits import Limits
 from .sessions import Sessions
 from .work import WorkQueue
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how many may wait.
-
-    Attributes:
-        image_bytes: length of an image file.
-        pixels: of an image.
-        objects: in a request.
-        points: of an object.
-        mask_pixels: of all masks of a request together.
-        waiting_images: images that may wait for the encoder.
-        waiting_clicks: requests for masks that may wait for the decoder.
-        seconds: time that a request has.
-        session_bytes: memory for the low-resolution masks of all sessions.
-    """
-
-    image_bytes: int = 32 << 20
-    pixels: int = 1 << 26
-    objects: int = 64
-    points: int = 256
-    mask_pixels: int = 1 << 28
-    waiting_images: int = 16
-    waiting_clicks: int = 256
-    seconds: float = 30.0
-    session_bytes: int = 64 << 20
 
 
 class StoredImage(NamedTuple):

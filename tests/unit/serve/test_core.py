@@ -25,10 +25,11 @@ from sam3rt import (
     SAM3InteractiveImagePredictor,
     SegmentationModel,
 )
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectPrompt, Service
 from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
 from sam3rt_serve.images import read_image
 from sam3rt_serve.joining import joining_pays
+from sam3rt_serve.limits import Limits
 from sam3rt_serve.sessions import Sessions
 
 IMAGE = noise(24, 31)
