@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.embedding import ImageEmbedding
-from sam3rt.embedding_cache import EmbeddingCache
+from sam3rt.embedding_cache import CacheFullError, EmbeddingCache
 from sam3rt.errors import PromptError
 from sam3rt.machine import usable_cores
 from sam3rt.masks import MaskOptions, clamp
@@ -83,7 +83,7 @@ class _Click(NamedTuple):
 
 
 class _Upload(NamedTuple):
-    image_id: str | None
+    image_id: str
     content: bytes | NDArray[np.uint8]
 
 
@@ -154,7 +154,9 @@ class Service:
         *,
         deadline: float | None = None,
     ) -> Future[StoredImage]:
-        """Encode an image, unless that has been done.
+        """Encode an image, unless that has been done: one that is known does not wait.
+
+        Whether it is known takes a hash of the content and, perhaps, a file to be read.
 
         Args:
             content: a JPEG or PNG file, whose EXIF orientation is applied, or uint8 [H, W, 3] RGB.
@@ -176,6 +178,12 @@ class Service:
             size, most = content.nbytes, 3 * self.limits.pixels
         if size > most:
             raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
+        image_id = image_id or content_id(content)
+        # Where the cache has no room for an image of its folder, there may be some after a while.
+        with contextlib.suppress(UnknownImageError, CacheFullError):
+            known: Future[StoredImage] = Future()
+            known.set_result(self.find_image(image_id))
+            return known
         upload = _Upload(image_id, content)
         return self.uploads.submit(upload, self._deadline(deadline), kind="image")
 
@@ -272,16 +280,13 @@ class Service:
     # --- on the queues' threads -------------------------------------------------------------------
 
     def _store(self, uploads: Sequence[_Upload]) -> list[StoredImage]:
-        ids = [given or content_id(content) for given, content in uploads]
+        new = {
+            image_id: read_image(content, self.limits.pixels)
+            if isinstance(content, bytes)
+            else content
+            for image_id, content in uploads
+        }
         stored: dict[str, StoredImage] = {}
-        new: dict[str, NDArray[np.uint8]] = {}
-        for image_id, (_, content) in zip(ids, uploads, strict=True):
-            with contextlib.suppress(UnknownImageError):
-                stored[image_id] = self.find_image(image_id)
-                continue
-            if isinstance(content, bytes):
-                content = read_image(content, self.limits.pixels)
-            new[image_id] = content
         with self._encoder:
             for image_id in list(new):
                 with contextlib.suppress(UnknownImageError):  # it came twice at the same time
@@ -291,7 +296,7 @@ class Service:
             for image_id, embedding in zip(new, embeddings, strict=True):
                 self.cache.add(image_id, embedding)
                 stored[image_id] = StoredImage(image_id, embedding.original_size, True)
-        return [stored[image_id] for image_id in ids]
+        return [stored[image_id] for image_id, _ in uploads]
 
     def _answer(self, clicks: Sequence[_Click]) -> list[Any]:
         """Answer clicks, all multi-mask or all single-mask, and on one image unless these join."""
