@@ -38,8 +38,8 @@ import openvino as ov
 from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
-from sam3rt.backends import Backend, create_backend
-from sam3rt.backends.base import OBJECTS_AT_ONCE
+from sam3rt.backends.base import OBJECTS_AT_ONCE, Backend
+from sam3rt.backends.create import create_backend
 from sam3rt.backends.openvino.bf16 import TOKENS, matmuls_in_bf16
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.contract import decoder_outputs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sam3rt.backends import BACKENDS, create_backend
+from sam3rt.backends import BACKENDS
+from sam3rt.backends.create import create_backend
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, InvalidInputError
 from sam3rt.model import SegmentationModel

@@ -21,7 +21,8 @@ from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
 from sam3rt.accuracy.metrics import cosine
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import rerecord, verify
-from sam3rt.backends import BACKENDS, create_backend
+from sam3rt.backends import BACKENDS
+from sam3rt.backends.create import create_backend
 from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle import Bundle
 from sam3rt.errors import InvalidInputError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .backends import GpuOptions, create_backend
+from .backends.base import GpuOptions
+from .backends.create import create_backend
 from .bundle import open_bundle
 from .bundle.default import default_bundle_path
 from .bundle.names import find_bundle

@@ -56,7 +56,7 @@ class BackendEntry(NamedTuple):
 TABLE: tuple[BackendEntry, ...] = (
     BackendEntry(
         "tensorrt",
-        "sam3rt.backends.tensorrt:offer_tensorrt",
+        "sam3rt.backends.tensorrt.offer:offer_tensorrt",
         ("tensorrt", "cuda.bindings"),
         ("cuda",),
         "gpu",
@@ -64,7 +64,7 @@ TABLE: tuple[BackendEntry, ...] = (
     ),
     BackendEntry(
         "tensorrt-rtx",
-        "sam3rt.backends.tensorrt:offer_tensorrt_rtx",
+        "sam3rt.backends.tensorrt.offer:offer_tensorrt_rtx",
         ("tensorrt_rtx", "cuda.bindings"),
         ("cuda",),
         "rtx",
@@ -79,6 +79,8 @@ TABLE: tuple[BackendEntry, ...] = (
     ),
     BackendEntry("openvino", "sam3rt.backends.openvino:offer", ("openvino",), ("cpu",), "openvino"),
 )
+
+BACKENDS = tuple(entry.name for entry in TABLE)
 
 
 def entry(name: str) -> BackendEntry:

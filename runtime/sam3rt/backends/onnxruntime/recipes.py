@@ -18,7 +18,6 @@ from ...errors import BackendError
 from ..base import Backend, GpuOptions, Offer
 from ..tensorrt.driver import Device, probe
 from .backend import OnnxRuntimeBackend
-from .lanes import open_lanes
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
@@ -76,6 +75,8 @@ def offer(
     def open_recipe(recipe: Recipe) -> Backend:
         graphs = recipes[recipe]
         if card is not None and _has_cuda_python():
+            from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
+
             return open_lanes(bundle, graphs, card, options)
         where = "cpu" if kind == "cpu" else f"cuda:{number}"
         return OnnxRuntimeBackend(bundle, where, graphs, threads=threads, map_weights=map_weights)

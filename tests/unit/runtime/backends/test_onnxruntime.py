@@ -29,7 +29,7 @@ from sam3rt import (
     load_model,
     open_bundle,
 )
-from sam3rt.backends import create_backend
+from sam3rt.backends.create import create_backend
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend

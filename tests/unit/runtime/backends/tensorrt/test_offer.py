@@ -18,9 +18,10 @@ from tests.support.fake_tensorrt import Perturbation
 from tests.support.tensorrt_helpers import GPU, Rig, make_rig
 
 import sam3rt
-from sam3rt.backends import create_backend
-from sam3rt.backends.tensorrt import Platform, TensorRtBackend, engines
+from sam3rt.backends.create import create_backend
+from sam3rt.backends.tensorrt import engines
 from sam3rt.backends.tensorrt.driver import Gpu, probe
+from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
 from sam3rt.bundle import Bundle, file_entry
