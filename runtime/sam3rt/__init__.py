@@ -9,7 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .automatic import AutomaticMaskGenerator
-    from .backends.base import GpuOptions
+    from .backends.options import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
     from .decoded import DecodedMasks
     from .embedding import ImageEmbedding
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # before NumPy has loaded and can be interrupted meanwhile.
 _HOMES = {
     "automatic": ("AutomaticMaskGenerator",),
-    "backends.base": ("GpuOptions",),
+    "backends.options": ("GpuOptions",),
     "bundle": ("Bundle", "Manifest", "open_bundle"),
     "embedding": ("ImageEmbedding",),
     "errors": (

@@ -18,7 +18,7 @@ from .. import masks
 from ..accuracy.select import Recipe
 from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
-from ..errors import EmbeddingError, InvalidInputError, StateError
+from ..errors import EmbeddingError, StateError
 from ..features import Features
 from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
@@ -294,33 +294,6 @@ class Backend(abc.ABC):
         """An output for no objects at all, float32 [1, 0, ...]."""
         (spec,) = (s for s in self.bundle.manifest.decoder.outputs if s.name == output)
         return np.empty([side if isinstance(side, int) else 0 for side in spec.shape], np.float32)
-
-
-@dataclass(frozen=True)
-class GpuOptions:
-    """How the backends use a GPU.
-
-    Attributes:
-        lanes: calls at a time, at most; each takes memory of its own.
-        memory: bytes of device memory for embeddings and calls, at most; ``None`` for what there
-            is. The engines' weights come on top.
-        blocking: let threads sleep while they wait for the GPU, instead of keeping a core busy
-            each; it holds for the whole process. For boards with few cores.
-
-    Raises:
-        InvalidInputError: a number is not positive.
-    """
-
-    lanes: int = 4
-    memory: int | None = None
-    blocking: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("lanes", "memory"):
-            value = getattr(self, name)
-            if (value is None and name == "memory") or (type(value) is int and value > 0):
-                continue
-            raise InvalidInputError(f"gpu.{name}", repr(value), "a positive whole number")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
-from typing import Any
+from dataclasses import replace
 
 from ..accuracy.select import select
 from ..bundle import Bundle
 from ..errors import BackendError, InvalidInputError, VerificationError
-from .base import Backend, GpuOptions, Offer
+from .base import Backend, Offer
+from .options import BackendOptions
 from .table import BACKENDS, entry, nothing_installed
 
 _LOG = logging.getLogger(__name__)
@@ -23,65 +23,36 @@ AUTO_ORDER: tuple[tuple[str, str], ...] = (
     ("openvino", "cpu"),
     ("onnxruntime", "cpu"),
 )
-_DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")
 
 
-def create_backend(
-    name: str,
-    bundle: Bundle,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-    gpu: GpuOptions | None = None,
-) -> Backend:
+def create_backend(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
     """Create the named backend, or the best one that works here for ``"auto"``.
 
     Args:
         name: a backend's name or ``"auto"``.
         bundle: an opened bundle.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        threads: CPU threads per operator; ``None`` leaves it to the backend.
-        precision: ``"auto"``, or what the backend must compute in; see the backends.
-        map_weights: see :func:`sam3rt.load_model`.
-        gpu: for backends on a GPU; others pay no heed to it.
+        options: where and how it runs.
 
     Raises:
-        InvalidInputError: there is no backend of that name, or an option makes no sense.
+        InvalidInputError: there is no backend of that name, or it has no such device.
         BackendError: it cannot be used here; the message says what to install or change.
         VerificationError: the precision asked for fails the gate here.
         BundleError: the bundle's parity record is damaged.
     """
     if name not in ("auto", *BACKENDS):
         raise InvalidInputError("backend", repr(name), "one of " + ", ".join(["auto", *BACKENDS]))
-    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
-        raise InvalidInputError("device", repr(device), '"auto", "cpu", "cuda" or "cuda:N"')
-    if threads is not None and (
-        isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
-    ):
-        raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
-    if not isinstance(precision, str):
-        raise InvalidInputError("precision", repr(precision), 'a name such as "auto" or "fp32"')
-    options: dict[str, Any] = {
-        "threads": threads,
-        "precision": precision,
-        "map_weights": map_weights,
-        "gpu": gpu,
-    }
     if name != "auto":
-        return _create(name, bundle, device=device, **options)
+        return _create(name, bundle, options)
     nothing = nothing_installed()
     if nothing is not None:
         raise BackendError(nothing)
     reasons = []
     for candidate, kind in AUTO_ORDER:
-        if device != "auto" and device.partition(":")[0] != kind:
+        device = kind if options.device == "auto" else options.device
+        if device.partition(":")[0] != kind:
             continue
         try:
-            backend = _create(
-                candidate, bundle, device=kind if device == "auto" else device, **options
-            )
+            backend = _create(candidate, bundle, replace(options, device=device))
         except (BackendError, VerificationError) as error:
             reasons.append(f"{candidate} on {kind}: {error}")
             continue
@@ -91,7 +62,7 @@ def create_backend(
     raise BackendError("no backend works here: " + "; ".join(reasons))
 
 
-def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
+def _create(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
     """Open the first recipe of a backend that is proven here.
 
     Raises:
@@ -106,9 +77,7 @@ def _create(name: str, bundle: Bundle, **options: Any) -> Backend:
         raise BackendError(
             f"the {name} backend cannot be imported ({error}): {found.hint}"
         ) from error
-    if not found.takes_gpu_options:
-        del options["gpu"]
-    offer: Offer = factory(bundle, **options)
+    offer: Offer = factory(bundle, options)
 
     def say(line: str) -> None:
         _LOG.info("%s: %s", name, line)

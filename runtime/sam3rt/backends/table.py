@@ -27,11 +27,6 @@ class BackendEntry(NamedTuple):
     note: str = ""
 
     @property
-    def takes_gpu_options(self) -> bool:
-        """Whether it is one of those that :class:`sam3rt.GpuOptions` are for."""
-        return "cuda" in self.devices
-
-    @property
     def hint(self) -> str:
         """How to install it."""
         return f"pip install 'sam3rt[{self.extra}]'" + (f", {self.note}" if self.note else "")

@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from ...bundle import Bundle, GraphSpec
 from ...errors import BackendError
-from ..base import GpuOptions
+from ..options import GpuOptions
 from ..tensorrt.backend import LaneBackend
 from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device

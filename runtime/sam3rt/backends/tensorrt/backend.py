@@ -18,7 +18,8 @@ from ...geometry import ImageGeometry, preprocess
 from ...masks import MaskOptions, finish
 from ...prompts import PackedPrompts
 from ...timer import StageListener, timed
-from ..base import Backend, GpuOptions, ImageCall
+from ..base import Backend, ImageCall
+from ..options import GpuOptions
 from .cuda import Cuda
 from .driver import Device
 from .features import DeviceFeatures
