@@ -24,7 +24,7 @@ from .masks import upsample
 from .masks.components import remove_small_regions
 from .masks.rle import Runs, box_around, box_of, mask_of, runs_of
 from .model import SegmentationModel
-from .prompts import MAX_OBJECTS, Prompts
+from .prompts import MAX_OBJECTS, Prompts, finite_number
 from .results import Segmentation, confidence
 
 # SAM's tolerance for a box that ends at the edge of a crop, pixels.
@@ -93,19 +93,21 @@ class AutomaticMaskGenerator:
         self.model = model
         self.points_per_side = _whole("points_per_side", points_per_side, 1, _MOST_POINTS_PER_SIDE)
         self.points_per_batch = _whole("points_per_batch", points_per_batch, 1, MAX_OBJECTS)
-        self.pred_iou_thresh = _number("pred_iou_thresh", pred_iou_thresh, -math.inf)
-        self.stability_score_thresh = _number(
-            "stability_score_thresh", stability_score_thresh, -math.inf
+        self.pred_iou_thresh = finite_number("pred_iou_thresh", pred_iou_thresh)
+        self.stability_score_thresh = finite_number(
+            "stability_score_thresh", stability_score_thresh
         )
-        self.stability_score_offset = _number("stability_score_offset", stability_score_offset)
-        self.box_nms_thresh = _number("box_nms_thresh", box_nms_thresh)
+        self.stability_score_offset = finite_number(
+            "stability_score_offset", stability_score_offset, 0.0
+        )
+        self.box_nms_thresh = finite_number("box_nms_thresh", box_nms_thresh, 0.0)
         self.crop_n_layers = _whole("crop_n_layers", crop_n_layers, 0, _MOST_LAYERS)
-        self.crop_nms_thresh = _number("crop_nms_thresh", crop_nms_thresh)
-        self.crop_overlap_ratio = _number("crop_overlap_ratio", crop_overlap_ratio)
+        self.crop_nms_thresh = finite_number("crop_nms_thresh", crop_nms_thresh, 0.0)
+        self.crop_overlap_ratio = finite_number("crop_overlap_ratio", crop_overlap_ratio, 0.0)
         self.crop_n_points_downscale_factor = _whole(
             "crop_n_points_downscale_factor", crop_n_points_downscale_factor, 1, 1 << 20
         )
-        self.min_mask_region_area = _number("min_mask_region_area", min_mask_region_area)
+        self.min_mask_region_area = finite_number("min_mask_region_area", min_mask_region_area, 0.0)
         if points_per_side // self.crop_n_points_downscale_factor**crop_n_layers < 1:
             raise InvalidInputError(
                 "crop_n_points_downscale_factor",
@@ -293,16 +295,6 @@ def _without_duplicates(found: list[_Found], scores: list[float], threshold: flo
             iou = shared / (areas[best] + areas[rest] - shared)
         order = rest[~(iou > threshold)]
     return kept
-
-
-def _number(argument: str, value: Any, least: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise InvalidInputError(argument, repr(value), "a number")
-    number = float(value)
-    if not math.isfinite(number) or number < least:
-        expected = "a finite number" if least < 0 else f"a finite number of at least {least:g}"
-        raise InvalidInputError(argument, repr(value), expected)
-    return number
 
 
 def _whole(argument: str, value: Any, least: int, most: int) -> int:

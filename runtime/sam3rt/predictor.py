@@ -16,7 +16,7 @@ from .errors import ImageError, InvalidInputError, PromptError, StateError, Stat
 from .geometry import Image, to_rgb
 from .masks import MaskOptions, clamp
 from .model import SegmentationModel
-from .prompts import Prompts
+from .prompts import Prompts, finite_number
 
 
 class _ModelDefault(float):
@@ -68,11 +68,11 @@ class SAM3InteractiveImagePredictor:
                 "sam_model", type(sam_model).__qualname__, "a model from sam3rt.load_model"
             )
         self.model = sam_model
-        self.mask_threshold = _number("mask_threshold", mask_threshold)
+        self.mask_threshold = finite_number("mask_threshold", mask_threshold)
         if max_hole_area is MAX_HOLE_AREA:
             max_hole_area = sam_model.manifest.masks.max_hole_area
-        self.max_hole_area = _number("max_hole_area", max_hole_area)
-        self.max_sprinkle_area = _number("max_sprinkle_area", max_sprinkle_area)
+        self.max_hole_area = finite_number("max_hole_area", max_hole_area)
+        self.max_sprinkle_area = finite_number("max_sprinkle_area", max_sprinkle_area)
         try:
             self.mask_dtype = np.dtype(mask_dtype)
         except (TypeError, ValueError) as error:
@@ -327,18 +327,6 @@ class SAM3InteractiveImagePredictor:
             else:
                 predictions.append((masks, scores, low_res))
         return predictions
-
-
-def _number(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise InvalidInputError(argument, repr(value), "a number")
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise InvalidInputError(argument, "a huge number", "a finite number") from error
-    if not np.isfinite(number):
-        raise InvalidInputError(argument, repr(value), "a finite number")
-    return number
 
 
 def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:

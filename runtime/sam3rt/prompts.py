@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import PromptSpec
 from .bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
-from .errors import PromptError, PromptWarning
+from .errors import InvalidInputError, PromptError, PromptWarning
 from .geometry import ImageGeometry
 
 NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
@@ -189,6 +190,24 @@ def decoder_inputs(
         (MASKS, np.ascontiguousarray(masks)),
         (HAS_MASKS, np.array([prompts.masks is not None], np.float32)),
     )
+
+
+def finite_number(argument: str, value: Any, least: float = -math.inf) -> float:
+    """A number that a caller gave, checked.
+
+    Raises:
+        InvalidInputError: it is not a real number, not finite, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise InvalidInputError(argument, repr(value), "a number")
+    expected = "a finite number" + (f" of at least {least:g}" if math.isfinite(least) else "")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InvalidInputError(argument, "a huge number", expected) from error
+    if not math.isfinite(number) or number < least:
+        raise InvalidInputError(argument, repr(value), expected)
+    return number
 
 
 def _read_points(prompts: Prompts) -> _Points | None:
