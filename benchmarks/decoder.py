@@ -38,9 +38,10 @@ import openvino as ov
 from benchmarks.report import conditions, publish
 from numpy.typing import NDArray
 
-from sam3rt.backends import Backend, create_backend
-from sam3rt.backends.base import OBJECTS_AT_ONCE
+from sam3rt.backends.base import OBJECTS_AT_ONCE, Backend
+from sam3rt.backends.create import create_backend
 from sam3rt.backends.openvino.bf16 import TOKENS, matmuls_in_bf16
+from sam3rt.backends.options import BackendOptions
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.contract import decoder_outputs
 from sam3rt.errors import BackendError
@@ -82,7 +83,7 @@ def backends(bundle: Bundle, threads: int) -> Iterator[tuple[str, Backend | str]
 def load(bundle: Bundle, name: str, precision: str, threads: int) -> Backend:
     """A backend as it is, proved or not."""
     unproven = precision if precision == "fp32" else f"{precision}-unproven"
-    return create_backend(name, bundle, device="cpu", threads=threads, precision=unproven)
+    return create_backend(name, bundle, BackendOptions("cpu", threads, unproven))
 
 
 def calls(bundle: Bundle, counts: list[int], rounds: int, threads: int) -> Iterator[dict[str, Any]]:

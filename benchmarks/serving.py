@@ -66,7 +66,8 @@ from sam3rt.bundle.files import atomic_write
 from sam3rt.image_files import read_image
 from sam3rt.machine import usable_cores
 from sam3rt_serve.client import Client, ServerError
-from sam3rt_serve.core import Limits, ObjectMasks, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectMasks, ObjectPrompt, Service
+from sam3rt_serve.limits import Limits
 from sam3rt_serve.wire import MasksQuestion, object_answer
 
 POINTS = 16

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 import sam3rt
-from sam3rt import backends
+from sam3rt.backends import create
 from sam3rt.bundle.default import default_bundle_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,10 +74,10 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
 
     Tests of OpenVINO ask for it by name, or put this order back.
     """
-    original = backends.AUTO_ORDER
+    original = create.AUTO_ORDER
     with pytest.MonkeyPatch.context() as patch:
         order = tuple(entry for entry in original if entry[0] != "openvino")
-        patch.setattr(backends, "AUTO_ORDER", order)
+        patch.setattr(create, "AUTO_ORDER", order)
         yield original
 
 

@@ -18,11 +18,11 @@ from sam3rt import GpuOptions, Prompts, SegmentationModel, load_model, open_bund
 from sam3rt.accuracy.gate import judge, limits_for
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
-from sam3rt.backends import Backend
+from sam3rt.backends.base import Backend
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import open_lanes
 from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed, typed_folder
-from sam3rt.backends.tensorrt import LaneBackend
+from sam3rt.backends.tensorrt.backend import LaneBackend
 from sam3rt.geometry import preprocess
 from sam3rt.masks import MaskOptions
 from sam3rt_bench.pytorch_backend import PyTorchBackend

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sam3rt.backends import BACKENDS, create_backend
+from sam3rt.backends import BACKENDS
+from sam3rt.backends.create import create_backend
+from sam3rt.backends.options import BackendOptions
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, InvalidInputError
 from sam3rt.model import SegmentationModel
@@ -120,13 +122,8 @@ def load_candidate(bundle: Bundle, choice: Choice, settings: Settings) -> Candid
         BackendError: it cannot be used here; the message says why.
     """
     if choice.backend != PYTORCH:
-        backend = create_backend(
-            choice.backend,
-            bundle,
-            device=settings.device,
-            threads=settings.threads,
-            precision=choice.precision,
-        )
+        options = BackendOptions(settings.device, settings.threads, choice.precision)
+        backend = create_backend(choice.backend, bundle, options)
         return Candidate(choice, SegmentationModel(bundle, backend), settings.threads)
     if settings.checkpoint is None:
         raise BackendError("PyTorch needs --checkpoint, the model the bundle was exported from")

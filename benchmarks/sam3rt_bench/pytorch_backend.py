@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sam3rt.backends import Backend
+from sam3rt.backends.base import Backend
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, EmbeddingError
 from sam3rt.features import Features

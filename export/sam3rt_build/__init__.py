@@ -5,3 +5,6 @@ none.
 """
 
 from __future__ import annotations
+
+# It keeps ONNX Runtime from reporting, which asks when it is imported.
+import sam3rt.backends  # noqa: F401

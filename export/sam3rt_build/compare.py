@@ -21,7 +21,9 @@ from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
 from sam3rt.accuracy.metrics import cosine
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import rerecord, verify
-from sam3rt.backends import BACKENDS, create_backend
+from sam3rt.backends import BACKENDS
+from sam3rt.backends.create import create_backend
+from sam3rt.backends.options import BackendOptions
 from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle import Bundle
 from sam3rt.errors import InvalidInputError
@@ -102,7 +104,9 @@ def open_side(bundle: Bundle, side: Side) -> SegmentationModel:
     if side.backend == SIMULATED:
         recipe = recipe_named(side.precision)
         return SegmentationModel(bundle, SimulatedBackend(bundle, recipe, recipe))
-    return SegmentationModel(bundle, create_backend(side.backend, bundle, precision=side.precision))
+    return SegmentationModel(
+        bundle, create_backend(side.backend, bundle, BackendOptions(precision=side.precision))
+    )
 
 
 def compare_models(bundle: Bundle, first: Side, second: Side) -> Verdict:

@@ -6,27 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .errors import (
+    BackendError,
+    BundleError,
+    DeviceLostError,
+    EmbeddingError,
+    ImageError,
+    InvalidInputError,
+    PromptError,
+    PromptWarning,
+    Sam3rtError,
+    StateError,
+    StateWarning,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from .automatic import AutomaticMaskGenerator
-    from .backends import GpuOptions
+    from .backends.options import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
     from .decoded import DecodedMasks
     from .embedding import ImageEmbedding
-    from .errors import (
-        BackendError,
-        BundleError,
-        DeviceLostError,
-        EmbeddingError,
-        ImageError,
-        InvalidInputError,
-        PromptError,
-        PromptWarning,
-        Sam3rtError,
-        StateError,
-        StateWarning,
-        VerificationError,
-    )
     from .loading import load_model
     from .model import SegmentationModel
     from .overlay import draw_overlay
@@ -34,27 +34,13 @@ if TYPE_CHECKING:
     from .prompts import Prompts
     from .results import Segmentation
 
-# Where each name lives. Names are imported when they are first used, so that the command line runs
-# before NumPy has loaded and can be interrupted meanwhile.
+# Where each other name lives. Those are imported when they are first used, so that the command line
+# runs before NumPy has loaded and can be interrupted meanwhile.
 _HOMES = {
     "automatic": ("AutomaticMaskGenerator",),
-    "backends": ("GpuOptions",),
+    "backends.options": ("GpuOptions",),
     "bundle": ("Bundle", "Manifest", "open_bundle"),
     "embedding": ("ImageEmbedding",),
-    "errors": (
-        "BackendError",
-        "BundleError",
-        "DeviceLostError",
-        "EmbeddingError",
-        "ImageError",
-        "InvalidInputError",
-        "PromptError",
-        "PromptWarning",
-        "Sam3rtError",
-        "StateError",
-        "StateWarning",
-        "VerificationError",
-    ),
     "decoded": ("DecodedMasks",),
     "loading": ("load_model",),
     "model": ("SegmentationModel",),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from .backends import GpuOptions, create_backend
+from .backends.create import create_backend
+from .backends.options import BackendOptions, GpuOptions
 from .bundle import open_bundle
 from .bundle.default import default_bundle_path
 from .bundle.names import find_bundle
@@ -63,15 +64,5 @@ def load_model(
         raise BundleError(
             f"{path} has fingerprint {opened.manifest.fingerprint}, expected {expected_fingerprint}"
         )
-    return SegmentationModel(
-        opened,
-        create_backend(
-            backend,
-            opened,
-            device=device,
-            threads=threads,
-            precision=precision,
-            map_weights=map_weights,
-            gpu=gpu,
-        ),
-    )
+    options = BackendOptions(device, threads, precision, map_weights, gpu or GpuOptions())
+    return SegmentationModel(opened, create_backend(backend, opened, options))

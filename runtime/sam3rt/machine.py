@@ -6,8 +6,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 _CPUINFO = Path("/proc/cpuinfo")
 # What results and speed may depend on.
@@ -79,6 +81,23 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def user_folder(kind: Literal["data", "cache"]) -> Path:
+    """Where programs keep a user's data, or what they can make again, by each system's custom.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local) if local else Path.home() / "AppData" / "Local"
+    if sys.platform == "darwin":
+        names = {"data": "Application Support", "cache": "Caches"}
+        return Path.home() / "Library" / names[kind]
+    named = os.environ.get(f"XDG_{kind.upper()}_HOME", "")
+    below = {"data": ".local/share", "cache": ".cache"}
+    return Path(named) if Path(named).is_absolute() else Path.home() / below[kind]
 
 
 def memory_gb() -> float | None:

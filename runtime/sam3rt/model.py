@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
 from .arguments import file_path, flag
-from .backends import Backend, ImageCall
+from .backends.base import Backend, ImageCall
 from .bundle import Bundle, Manifest
 from .bundle.contract import decoder_outputs, has_object_score
 from .decoded import DecodedMasks, arrange

@@ -13,7 +13,7 @@ from pathlib import Path
 from sam3rt.cli.options import add_model_options, load_from_options, positive_int
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
-from .core import Limits, Service
+from .limits import add_limit_options, add_number, limits_from_options
 
 HELP = "serve a model over HTTP (needs the serve extra)"
 DESCRIPTION = """\
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-connections", 800, "connections"),
         ("--health-seconds", 300, "how long an answer of /readyz holds"),
     ):
-        _add_number(parser, name, default, what)
+        add_number(parser, name, default, what)
     add_limit_options(parser)
     parser.add_argument(
         "--workers",
@@ -66,45 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
-def add_limit_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what one request may ask for, and how many may wait."""
-    for name, default, what in (
-        ("--max-image-mb", Limits.image_bytes >> 20, "largest image file"),
-        ("--max-pixels", Limits.pixels, "largest image"),
-        ("--max-objects", Limits.objects, "objects in a request"),
-        ("--max-points", Limits.points, "points of an object"),
-        ("--max-waiting-images", Limits.waiting_images, "images that may wait for the encoder"),
-        ("--max-waiting-clicks", Limits.waiting_clicks, "requests for masks that may wait"),
-        ("--deadline", int(Limits.seconds), "seconds that a request has"),
-    ):
-        _add_number(parser, name, default, what)
-
-
-def limits_from_options(options: argparse.Namespace) -> Limits:
-    """What :func:`add_limit_options` declared."""
-    return Limits(
-        image_bytes=options.max_image_mb << 20,
-        pixels=options.max_pixels,
-        objects=options.max_objects,
-        points=options.max_points,
-        waiting_images=options.max_waiting_images,
-        waiting_clicks=options.max_waiting_clicks,
-        seconds=float(options.deadline),
-    )
-
-
-def _add_number(parser: argparse.ArgumentParser, name: str, default: int, what: str) -> None:
-    parser.add_argument(
-        name, type=positive_int, default=default, metavar="N", help=f"{what} ({default})"
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
     try:
         import uvicorn
 
         from .connections import BoundedProtocol
+        from .core import Service
         from .http import create_app
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]

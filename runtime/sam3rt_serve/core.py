@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.embedding import ImageEmbedding
-from sam3rt.embedding_cache import EmbeddingCache
+from sam3rt.embedding_cache import CacheFullError, EmbeddingCache
 from sam3rt.errors import PromptError
 from sam3rt.machine import usable_cores
 from sam3rt.masks import MaskOptions, clamp
@@ -33,35 +32,9 @@ from sam3rt.prompts import Prompts
 from .errors import TooLargeError, UnknownImageError
 from .images import content_id, read_image
 from .joining import joining_pays
+from .limits import Limits
 from .sessions import Sessions
 from .work import WorkQueue
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how many may wait.
-
-    Attributes:
-        image_bytes: length of an image file.
-        pixels: of an image.
-        objects: in a request.
-        points: of an object.
-        mask_pixels: of all masks of a request together.
-        waiting_images: images that may wait for the encoder.
-        waiting_clicks: requests for masks that may wait for the decoder.
-        seconds: time that a request has.
-        session_bytes: memory for the low-resolution masks of all sessions.
-    """
-
-    image_bytes: int = 32 << 20
-    pixels: int = 1 << 26
-    objects: int = 64
-    points: int = 256
-    mask_pixels: int = 1 << 28
-    waiting_images: int = 16
-    waiting_clicks: int = 256
-    seconds: float = 30.0
-    session_bytes: int = 64 << 20
 
 
 class StoredImage(NamedTuple):
@@ -110,7 +83,7 @@ class _Click(NamedTuple):
 
 
 class _Upload(NamedTuple):
-    image_id: str | None
+    image_id: str
     content: bytes | NDArray[np.uint8]
 
 
@@ -181,7 +154,9 @@ class Service:
         *,
         deadline: float | None = None,
     ) -> Future[StoredImage]:
-        """Encode an image, unless that has been done.
+        """Encode an image, unless that has been done: one that is known does not wait.
+
+        Whether it is known takes a hash of the content and, perhaps, a file to be read.
 
         Args:
             content: a JPEG or PNG file, whose EXIF orientation is applied, or uint8 [H, W, 3] RGB.
@@ -203,6 +178,12 @@ class Service:
             size, most = content.nbytes, 3 * self.limits.pixels
         if size > most:
             raise TooLargeError(f"an image of {size} bytes, at most {most} are taken")
+        image_id = image_id or content_id(content)
+        # Where the cache has no room for an image of its folder, there may be some after a while.
+        with contextlib.suppress(UnknownImageError, CacheFullError):
+            known: Future[StoredImage] = Future()
+            known.set_result(self.find_image(image_id))
+            return known
         upload = _Upload(image_id, content)
         return self.uploads.submit(upload, self._deadline(deadline), kind="image")
 
@@ -299,16 +280,13 @@ class Service:
     # --- on the queues' threads -------------------------------------------------------------------
 
     def _store(self, uploads: Sequence[_Upload]) -> list[StoredImage]:
-        ids = [given or content_id(content) for given, content in uploads]
+        new = {
+            image_id: read_image(content, self.limits.pixels)
+            if isinstance(content, bytes)
+            else content
+            for image_id, content in uploads
+        }
         stored: dict[str, StoredImage] = {}
-        new: dict[str, NDArray[np.uint8]] = {}
-        for image_id, (_, content) in zip(ids, uploads, strict=True):
-            with contextlib.suppress(UnknownImageError):
-                stored[image_id] = self.find_image(image_id)
-                continue
-            if isinstance(content, bytes):
-                content = read_image(content, self.limits.pixels)
-            new[image_id] = content
         with self._encoder:
             for image_id in list(new):
                 with contextlib.suppress(UnknownImageError):  # it came twice at the same time
@@ -318,7 +296,7 @@ class Service:
             for image_id, embedding in zip(new, embeddings, strict=True):
                 self.cache.add(image_id, embedding)
                 stored[image_id] = StoredImage(image_id, embedding.original_size, True)
-        return [stored[image_id] for image_id in ids]
+        return [stored[image_id] for image_id, _ in uploads]
 
     def _answer(self, clicks: Sequence[_Click]) -> list[Any]:
         """Answer clicks, all multi-mask or all single-mask, and on one image unless these join."""

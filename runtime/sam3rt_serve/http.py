@@ -158,7 +158,10 @@ class _Api:
         most = self._limits.image_bytes + (1 << 16 if is_form else 0)
         async with self._body(request, most) as body:
             content = await _form_image(request, body) if is_form else body
-            future = self._service.add_image(content, image_id, deadline=deadline)
+            # On a thread, as it hashes the file.
+            future = await asyncio.to_thread(
+                self._service.add_image, content, image_id, deadline=deadline
+            )
             stored = await self._wait(request, future, deadline)
         return _image_answer(stored, start)
 

@@ -21,8 +21,9 @@ from sam3rt import load_model
 from sam3rt.bundle.names import find_bundle
 from sam3rt.errors import InvalidInputError
 
-from .core import Limits, Service
+from .core import Service
 from .http import create_app
+from .limits import Limits
 
 _DEFAULTS = {
     "bundle": "",

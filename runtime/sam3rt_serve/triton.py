@@ -13,11 +13,10 @@ from pathlib import Path
 import sam3rt
 from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
-from sam3rt.cli.options import add_model_options, positive_int
+from sam3rt.cli.options import add_model_options
 from sam3rt.errors import InvalidInputError
 
-from .cli import add_limit_options, limits_from_options
-from .triton_model import WARM_UP
+from .limits import WARM_UP, add_limit_options, add_number, limits_from_options
 
 HELP = "write a model repository for Triton Inference Server"
 DESCRIPTION = """\
@@ -130,20 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where embeddings go from model to model (default: REPOSITORY-embeddings)",
     )
-    parser.add_argument(
-        "--cache-mb",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="memory of one instance for embeddings (1024)",
-    )
-    parser.add_argument(
-        "--instances",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="processes of each model, on a GPU on each GPU (1)",
-    )
+    add_number(parser, "--cache-mb", 1024, "memory of one instance for embeddings")
+    add_number(parser, "--instances", 1, "processes of each model, on a GPU on each GPU")
     add_limit_options(parser)
     add_model_options(parser)
 

@@ -20,12 +20,11 @@ from sam3rt import load_model
 from sam3rt.embedding_cache import CacheFullError
 from sam3rt.errors import BackendError, InvalidInputError, PromptError
 
-from .core import Limits, ObjectMasks, ObjectPrompt, Service
+from .core import ObjectMasks, ObjectPrompt, Service
 from .errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
+from .limits import WARM_UP, Limits
 
 _POLL = 0.1  # how often a request that is being answered is asked whether it was cancelled, seconds
-# The image that an instance decodes once before it is ready. No hash of an image is like it.
-WARM_UP = "warm-up"
 
 
 class Model:

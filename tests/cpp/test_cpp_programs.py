@@ -75,9 +75,10 @@ def test_nothing_is_reported(cpp_build: Build, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     # In an environment that names a CI system it would not report either.
+    program = cpp_build.path / "examples/sam3rt_segment"
+    output = tmp_path / "output"
     done = subprocess.run(
-        [cpp_build.path / "examples/sam3rt_segment", CHELSEA, "--point", "225,150"]
-        + ["--bundle", BUNDLE, "--output", tmp_path / "output"],
+        [program, CHELSEA, "--point", "225,150", "--bundle", BUNDLE, "--output", output],
         env={"HOME": str(home), "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,

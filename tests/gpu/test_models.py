@@ -13,7 +13,7 @@ from tests.gpu.conftest import FAKE, Card, passes_the_gate
 from tests.support import golden, gpu_checks
 
 from sam3rt import BackendError, ImageEmbedding, Prompts, SegmentationModel
-from sam3rt.backends.tensorrt import LaneBackend
+from sam3rt.backends.tensorrt.backend import LaneBackend
 
 CASES = golden.sam_cases("sam3")
 SINGLE = [name for name, case in CASES.items() if not case.get("batch")]

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support.helpers import WrappedBackend, edit_manifest, relist, tiny_bundle
 
 from sam3rt.accuracy.record import ParityRecord
-from sam3rt.backends import Backend
+from sam3rt.backends.base import Backend
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.features import Features
 from sam3rt.prompts import PackedPrompts

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam3rt import Prompts, SegmentationModel
-from sam3rt.backends.tensorrt import LaneBackend
+from sam3rt.backends.tensorrt.backend import LaneBackend
 from sam3rt.backends.tensorrt.cuda import Cuda, OutOfDeviceMemoryError
 from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.errors import BackendError

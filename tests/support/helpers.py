@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sam3rt import SegmentationModel
-from sam3rt.backends import Backend
+from sam3rt.backends.base import Backend
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,

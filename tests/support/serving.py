@@ -175,6 +175,25 @@ def hostile_calls(port: int, file: bytes) -> list[Callable[[], None]]:
     ]
 
 
+def answers(process: subprocess.Popen[Any], url: str) -> bool:
+    """Whether a server answers at an address within two minutes, while its process runs."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process, and wait for it."""
+    process.terminate()
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
+
+
 class ServerProcess:
     """``sam3rt serve`` as a process of its own, for a ``with`` statement.
 
@@ -200,24 +219,13 @@ class ServerProcess:
             env=self._environment,
             stderr=self.log,
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.url}/livez", timeout=5):
-                    return self
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
-        self.__exit__()
-        raise AssertionError(self.lines())
+        if not answers(self.process, f"{self.url}/livez"):
+            stop(self.process)
+            raise AssertionError(self.lines())
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        finally:
-            self.process.kill()
+        stop(self.process)
 
     def connect(self) -> socket.socket:
         """A bare connection."""
@@ -276,23 +284,13 @@ class TritonServer:
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, env=self._variables, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while self._process.poll() is None and time.monotonic() < deadline:
-            try:
-                url = f"http://127.0.0.1:{self.http}/v2/health/ready"
-                with urllib.request.urlopen(url, timeout=5):
-                    return self
-            except OSError:
-                time.sleep(0.2)
-        self.__exit__()
-        raise AssertionError(self.log()[-4000:])
+        if not answers(self._process, f"http://127.0.0.1:{self.http}/v2/health/ready"):
+            stop(self._process)
+            raise AssertionError(self.log()[-4000:])
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(60)
-        finally:
-            self._process.kill()
+        stop(self._process)
 
     def log(self) -> str:
         """What it has said so far."""

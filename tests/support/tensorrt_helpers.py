@@ -17,8 +17,8 @@ from tests.support.fake_tensorrt import Perturbation, engine_content, make_modul
 
 import sam3rt
 from sam3rt import GpuOptions
-from sam3rt.backends.tensorrt import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.driver import Device, Gpu
+from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.engines import EngineFile, candidates, engine_path, folder_name
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,

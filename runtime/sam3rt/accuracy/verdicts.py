@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import stat
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import msgspec
 
 from ..bundle import Bundle
 from ..bundle.files import atomic_write
+from ..machine import user_folder
 from .gate import GATE_LIMITS, Verdict
 
 _LOG = logging.getLogger(__name__)
@@ -119,19 +119,9 @@ def save_verdict(bundle: Bundle, subject: Subject, verdict: StoredVerdict) -> Pa
 def verdict_folder() -> Path | None:
     """Where verdicts lie: in the user's cache folder by each system's custom, if there is one."""
     try:
-        return _cache_folder() / "sam3rt" / "verdicts"
+        return user_folder("cache") / "sam3rt" / "verdicts"
     except RuntimeError:  # there is no home folder
         return None
-
-
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local) if local else Path.home() / "AppData" / "Local"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
 
 
 def _read(path: Path) -> bytes:

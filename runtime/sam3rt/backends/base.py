@@ -18,7 +18,7 @@ from .. import masks
 from ..accuracy.select import Recipe
 from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
-from ..errors import EmbeddingError, InvalidInputError, StateError
+from ..errors import EmbeddingError, StateError
 from ..features import Features
 from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
@@ -52,9 +52,8 @@ class Backend(abc.ABC):
 
     A subclass implements :meth:`_encode`, :meth:`_decode`, :meth:`upload`, :meth:`prepare` and
     :meth:`versions`. What surrounds the two graphs (resizing, normalization, upsampling) is done
-    on the host; a backend that can do it on its device overrides :meth:`encode_image` and
-    :meth:`decode_masks`. One that gains by several images at once overrides :meth:`encode_images`
-    or :meth:`decode_images`.
+    on the host; a backend that can do it on its device, or gains by several images at once,
+    overrides :meth:`encode_image`, :meth:`encode_images` and :meth:`decode_images`.
 
     Args:
         bundle: an opened bundle.
@@ -188,39 +187,6 @@ class Backend(abc.ABC):
         with timed("encode", on_stage):
             return self.encode(pixels)
 
-    def decode_masks(
-        self,
-        features: Features,
-        prompts: PackedPrompts,
-        outputs: Sequence[str],
-        geometry: ImageGeometry,
-        options: MaskOptions,
-        on_stage: StageListener | None = None,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[Any]]:
-        """Run the decoder and make masks of the image's size from its first output.
-
-        Args:
-            features: see :meth:`decode`.
-            prompts: see :meth:`decode`.
-            outputs: names of decoder outputs; the first is the mask logits.
-            geometry: where the image lies in the encoder's input.
-            options: how logits become masks.
-            on_stage: told how long ``"decode"`` and ``"postprocess"`` took.
-
-        Returns:
-            What :meth:`decode` returns, and masks (or logits), [P, C, H, W].
-
-        Raises:
-            EmbeddingError, BackendError, StateError: see :meth:`decode`.
-        """
-        with timed("decode", on_stage):
-            results = self.decode(features, prompts, outputs)
-        with timed("postprocess", on_stage):
-            manifest = self.bundle.manifest
-            return results, masks.finish(
-                results[0][0], geometry, manifest.image, manifest.masks, options
-            )
-
     def decode_images(
         self,
         calls: Sequence[ImageCall],
@@ -228,15 +194,30 @@ class Backend(abc.ABC):
         options: MaskOptions,
         on_stage: StageListener | None = None,
     ) -> list[tuple[list[NDArray[np.float32]], NDArray[Any]]]:
-        """:meth:`decode_masks` for several images, one after another unless the backend gains.
+        """Run the decoder and make masks of each image's size from its first output.
+
+        One image after another, unless the backend gains by several at once.
+
+        Args:
+            calls: what is asked about each image.
+            outputs: names of decoder outputs; the first is the mask logits.
+            options: how logits become masks.
+            on_stage: told how long ``"decode"`` and ``"postprocess"`` took.
+
+        Returns:
+            For each call what :meth:`decode` returns, and masks (or logits), [P, C, H, W].
 
         Raises:
             EmbeddingError, BackendError, StateError: see :meth:`decode`.
         """
-        return [
-            self.decode_masks(features, prompts, outputs, where, options, on_stage)
-            for features, prompts, where in calls
-        ]
+        rules, answers = self.bundle.manifest, []
+        for features, prompts, where in calls:
+            with timed("decode", on_stage):
+                results = self.decode(features, prompts, outputs)
+            with timed("postprocess", on_stage):
+                made = masks.finish(results[0][0], where, rules.image, rules.masks, options)
+            answers.append((results, made))
+        return answers
 
     def encode_images(
         self,
@@ -294,33 +275,6 @@ class Backend(abc.ABC):
         """An output for no objects at all, float32 [1, 0, ...]."""
         (spec,) = (s for s in self.bundle.manifest.decoder.outputs if s.name == output)
         return np.empty([side if isinstance(side, int) else 0 for side in spec.shape], np.float32)
-
-
-@dataclass(frozen=True)
-class GpuOptions:
-    """How the backends use a GPU.
-
-    Attributes:
-        lanes: calls at a time, at most; each takes memory of its own.
-        memory: bytes of device memory for embeddings and calls, at most; ``None`` for what there
-            is. The engines' weights come on top.
-        blocking: let threads sleep while they wait for the GPU, instead of keeping a core busy
-            each; it holds for the whole process. For boards with few cores.
-
-    Raises:
-        InvalidInputError: a number is not positive.
-    """
-
-    lanes: int = 4
-    memory: int | None = None
-    blocking: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("lanes", "memory"):
-            value = getattr(self, name)
-            if (value is None and name == "memory") or (type(value) is int and value > 0):
-                continue
-            raise InvalidInputError(f"gpu.{name}", repr(value), "a positive whole number")
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,6 @@ class BackendEntry(NamedTuple):
     note: str = ""
 
     @property
-    def takes_gpu_options(self) -> bool:
-        """Whether it is one of those that :class:`sam3rt.GpuOptions` are for."""
-        return "cuda" in self.devices
-
-    @property
     def hint(self) -> str:
         """How to install it."""
         return f"pip install 'sam3rt[{self.extra}]'" + (f", {self.note}" if self.note else "")
@@ -59,7 +54,7 @@ class BackendEntry(NamedTuple):
 TABLE: tuple[BackendEntry, ...] = (
     BackendEntry(
         "tensorrt",
-        "sam3rt.backends.tensorrt:offer_tensorrt",
+        "sam3rt.backends.tensorrt.offer:offer_tensorrt",
         ("tensorrt", "cuda.bindings"),
         ("cuda",),
         "gpu",
@@ -67,7 +62,7 @@ TABLE: tuple[BackendEntry, ...] = (
     ),
     BackendEntry(
         "tensorrt-rtx",
-        "sam3rt.backends.tensorrt:offer_tensorrt_rtx",
+        "sam3rt.backends.tensorrt.offer:offer_tensorrt_rtx",
         ("tensorrt_rtx", "cuda.bindings"),
         ("cuda",),
         "rtx",
@@ -82,6 +77,8 @@ TABLE: tuple[BackendEntry, ...] = (
     ),
     BackendEntry("openvino", "sam3rt.backends.openvino:offer", ("openvino",), ("cpu",), "openvino"),
 )
+
+BACKENDS = tuple(entry.name for entry in TABLE)
 
 
 def entry(name: str) -> BackendEntry:

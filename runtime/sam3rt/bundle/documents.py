@@ -2,8 +2,8 @@
 
 The Structs are the schema. Declare them with ``frozen=True, forbid_unknown_fields=True`` and use
 :data:`Number` for floats: then unknown fields, missing ones, other types, NaN, infinities and
-numbers beyond 1e30 are refused, and the message names the field. Nothing in a document raises
-anything but :class:`DocumentError`.
+numbers beyond 1e30 are refused, and the message names the file and the field. Nothing in a document
+raises anything but :class:`BundleError`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from ..errors import BundleError
+
 # A float of ordinary size. JSON's grammar has no NaN; 1e999 would be an infinity.
 Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
@@ -20,48 +22,52 @@ _LONGEST_MESSAGE = 300
 _Document = TypeVar("_Document")
 
 
-class DocumentError(ValueError):
-    """A document is not what its schema asks for; the message says where and why."""
-
-
-def parse_document(raw: bytes, form: str, newest: int, advice: str) -> dict[str, Any]:
+def parse_document(raw: bytes, file: str, form: str, newest: int, advice: str) -> dict[str, Any]:
     """Parse a JSON object that names its format and version.
 
     Args:
         raw: the file's content.
+        file: its name, for messages.
         form: what its ``format`` must be.
         newest: the newest ``format_version`` that can be read.
         advice: what to do about a newer one.
 
     Raises:
-        DocumentError: it is not JSON, of another format, or newer.
+        BundleError: it is not JSON, of another format, or newer.
     """
     try:
         document = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DocumentError(f"is not valid JSON: {_shown(error)}") from error
+        raise BundleError(f"is not valid JSON: {_shown(error)}", file) from error
     if not isinstance(document, dict) or document.get("format") != form:
-        raise DocumentError(f'"format" is not "{form}"')
+        raise BundleError(f'"format" is not "{form}"', file)
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise DocumentError(f'"format_version" is {reprlib.repr(version)}, expected a whole number')
+        found = reprlib.repr(version)
+        raise BundleError(f'"format_version" is {found}, expected a whole number', file)
     if version > newest:
-        raise DocumentError(
-            f"has format version {version}; this sam3rt reads up to {newest}: {advice}"
+        raise BundleError(
+            f"has format version {version}; this sam3rt reads up to {newest}: {advice}", file
         )
     return document
 
 
-def read_as(kind: type[_Document], document: Any) -> _Document:
-    """Build ``kind``, a Struct, from parsed JSON.
+def read_as(kind: type[_Document], document: Any, file: str) -> _Document:
+    """Build ``kind``, a Struct, from the parsed JSON of a file.
 
     Raises:
-        DocumentError: naming the field at fault, what it is and what was expected.
+        BundleError: naming the field at fault, what it is and what was expected.
     """
     try:
         return msgspec.convert(document, kind)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise DocumentError(_shown(error)) from error
+        raise BundleError(_shown(error), file) from error
+
+
+def as_document(value: msgspec.Struct) -> dict[str, Any]:
+    """What JSON has of a Struct, its format and version first."""
+    document: dict[str, Any] = msgspec.to_builtins(value)
+    return {key: document[key] for key in ("format", "format_version")} | document
 
 
 def _shown(error: Exception) -> str:

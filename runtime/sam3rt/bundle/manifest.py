@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import BundleError
-from .documents import DocumentError, Number, parse_document, read_as
+from .documents import Number, parse_document, read_as
 from .files import MANIFEST, FileEntry, atomic_write, check_file
 from .names import find_bundle
 
@@ -310,13 +310,9 @@ def parse_manifest(raw: bytes) -> Manifest:
         BundleError: it is not JSON, not a bundle manifest, newer than this runtime, breaks a
             rule, or does not match its own fingerprint.
     """
-    try:
-        document = parse_document(
-            raw, FORMAT, FORMAT_VERSION, "update sam3rt or export the model again"
-        )
-        manifest = read_as(Manifest, document)
-    except DocumentError as error:
-        raise BundleError(str(error), MANIFEST) from error
+    advice = "update sam3rt or export the model again"
+    document = parse_document(raw, MANIFEST, FORMAT, FORMAT_VERSION, advice)
+    manifest = read_as(Manifest, document, MANIFEST)
     _check_rules(manifest)
     expected = fingerprint_of(raw, manifest.fingerprint)
     if expected != manifest.fingerprint:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import sys
 from pathlib import Path
 
 from ..errors import BundleError
+from ..machine import user_folder
 from .default import default_bundle_path
 from .files import MANIFEST
 
@@ -29,18 +29,8 @@ def search_folders() -> list[Path]:
     if os.environ.get("SAM3RT_HOME"):
         folders.append(Path(os.environ["SAM3RT_HOME"]))
     with contextlib.suppress(RuntimeError):  # a user without a home
-        folders.append(_data_folder() / "sam3rt")
+        folders.append(user_folder("data") / "sam3rt")
     return folders
-
-
-def _data_folder() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local) if local else Path.home() / "AppData" / "Local"
-    named = os.environ.get("XDG_DATA_HOME", "")
-    return Path(named) if Path(named).is_absolute() else Path.home() / ".local" / "share"
 
 
 def list_bundles() -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import importlib.metadata
 import logging
 import re
@@ -14,14 +15,13 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import Sam3rtError
-from . import info, models, segment, verify
 from .options import printable
 
 _LOG = logging.getLogger(__name__)
 
 # A subcommand is a module with HELP, DESCRIPTION, add_arguments(parser) and run(arguments) -> int.
-# It imports what it needs when it runs, so that --help is quick and needs no extra.
-_OWN = (segment, models, verify, info)
+# What an extra installs, it imports when it runs, so that --help needs none.
+_OWN = ("segment", "models", "verify", "info")
 _GROUP = "sam3rt.commands"
 # In the order in which people need them; whatever else is installed comes last.
 _ORDER = (
@@ -90,8 +90,13 @@ class _Formatter(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser with all subcommands.
+
+    Args:
+        only: leave out the others where there is one of this name: what they need takes a moment
+            to import.
+    """
     parser = _Parser(
         prog="sam3rt",
         description="Segment objects in images from clicks, boxes and masks, without PyTorch.",
@@ -106,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print a script for a shell's completion (needs shtab)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in _subcommands().items():
+    for name, module in _subcommands(only).items():
         command = commands.add_parser(
             name,
             help=module.HELP,
@@ -121,22 +126,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _subcommands() -> dict[str, ModuleType]:
+def _subcommands(only: str | None = None) -> dict[str, ModuleType]:
     """The runtime's own subcommands and those that other installed packages offer."""
-    found = {module.__name__.rpartition(".")[2]: module for module in _OWN}
-    for entry in importlib.metadata.entry_points(group=_GROUP):
+    entries = {entry.name: entry for entry in importlib.metadata.entry_points(group=_GROUP)}
+    listed = [name for name in _ORDER if name in {*_OWN, *entries}]
+    names = (*listed, *sorted(set(entries) - set(listed)))
+    found = {}
+    for name in [only] if only in names else names:
         try:
-            found[entry.name] = entry.load()
-        except ImportError as error:  # somebody else's broken package must not break this one
-            _LOG.warning("the subcommand %s cannot be loaded: %s", entry.name, error)
-    order = [name for name in _ORDER if name in found]
-    return {name: found[name] for name in (*order, *sorted(set(found) - set(order)))}
+            found[name] = (
+                entries[name].load()
+                if name in entries
+                else importlib.import_module(f".{name}", __package__)
+            )
+        except ImportError as error:
+            if name not in entries:
+                raise
+            # Somebody else's broken package must not break this one.
+            _LOG.warning("the subcommand %s cannot be loaded: %s", name, error)
+    return found or _subcommands()
 
 
 def run(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the subcommand they name; see :func:`sam3rt.cli.main`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = build_parser()
+    parser = build_parser(given[0] if given else None)
     options, unknown = parser.parse_known_args(_attach_negative(given))
     if unknown:
         command = options.parser

@@ -7,10 +7,12 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..backends.table import TABLE
-from ..loading import load_model
-from ..model import SegmentationModel
+from ..backends import BACKENDS
+
+if TYPE_CHECKING:
+    from ..model import SegmentationModel
 
 
 def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help="what runs the graphs: auto (the default), "
-        + ", ".join(sorted(entry.name for entry in TABLE)),
+        help="what runs the graphs: auto (the default), " + ", ".join(sorted(BACKENDS)),
     )
     parser.add_argument(
         "--device",
@@ -52,6 +53,8 @@ def load_from_options(
     options: argparse.Namespace, *, check_files: bool = True
 ) -> SegmentationModel:
     """Load the model the options ask for."""
+    from ..loading import load_model
+
     return load_model(
         options.bundle,
         backend=options.backend,

@@ -14,13 +14,21 @@ _DIGITS = 13  # of five bits, enough for any int64
 
 
 def runs_of(mask: NDArray[np.bool_]) -> Runs:
-    """The runs of a mask, bool [H, W]."""
-    flat = np.ravel(mask, order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    bounds = np.concatenate([[0], changes, [flat.size]])
-    if flat.size and flat[0]:
-        bounds = np.concatenate([[0], bounds])
-    return np.diff(bounds)
+    """The runs of a mask, bool [H, W].
+
+    Pixels are compared where they lie, row by row: to turn the mask first would take ten times as
+    long as to sort the few places where it changes.
+    """
+    if not mask.size:
+        return np.zeros(1, np.int64)
+    height, width = mask.shape
+    changes = np.empty(mask.shape, np.bool_)
+    np.not_equal(mask[1:], mask[:-1], out=changes[1:])
+    # Above a column lies the end of the one before, and above the first a zero.
+    np.not_equal(mask[0, 1:], mask[-1, :-1], out=changes[0, 1:])
+    changes[0, 0] = mask[0, 0]
+    rows, columns = np.divmod(np.flatnonzero(changes), width)
+    return np.diff(np.sort(columns * height + rows), prepend=0, append=mask.size)
 
 
 def mask_of(runs: Runs, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -292,6 +292,8 @@ def test_logits_of_full_size_are_never_held_for_many(
         ("points_per_side", 2.5),
         ("points_per_batch", 100_000),
         ("pred_iou_thresh", "high"),
+        ("pred_iou_thresh", 10**400),
+        ("stability_score_thresh", np.complex64(1)),
         ("stability_score_offset", -1.0),
         ("box_nms_thresh", float("nan")),
         ("crop_n_layers", -1),
@@ -299,6 +301,7 @@ def test_logits_of_full_size_are_never_held_for_many(
         ("min_mask_region_area", -3),
         ("crop_n_points_downscale_factor", 0),
     ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_wrong_arguments_are_named(small: SegmentationModel, argument: str, value: Any) -> None:
     with pytest.raises(InvalidInputError) as caught:

@@ -25,10 +25,11 @@ from sam3rt import (
     SAM3InteractiveImagePredictor,
     SegmentationModel,
 )
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectPrompt, Service
 from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
 from sam3rt_serve.images import read_image
 from sam3rt_serve.joining import joining_pays
+from sam3rt_serve.limits import Limits
 from sam3rt_serve.sessions import Sessions
 
 IMAGE = noise(24, 31)
@@ -444,6 +445,29 @@ def test_clicks_do_not_wait_for_images(
     with pytest.raises(BusyError):
         service.add_image(image_file(noise(9, 9, 9)))
     assert service.segment(image_id, [POINT]).result(5)
+    gate.set()
+    assert all(upload.result(5).is_new for upload in uploads)
+
+
+def test_an_image_that_is_known_neither_waits_nor_is_refused(
+    toy: SegmentationModel, serve: Callable[..., Service]
+) -> None:
+    gate = threading.Event()
+    gate.set()
+    model = wrapped(toy, on_encode=lambda maps: (gate.wait(10), maps)[1])
+    service = serve(model, waiting_images=1)
+    stored = service.add_image(FILE).result(5)
+    service.add_image(IMAGE, "mine").result(5)
+    gate.clear()
+    uploads = []
+    for n in range(3):  # two are with the threads, one waits
+        uploads.append(service.add_image(noise(9, 9, n)))
+        while n < 2 and service.uploads.waiting:
+            time.sleep(0.001)
+    with pytest.raises(BusyError):
+        service.add_image(FILE, "other")
+    assert service.add_image(FILE).result(0) == stored._replace(is_new=False)
+    assert not service.add_image(b"not even read", "mine").result(0).is_new
     gate.set()
     assert all(upload.result(5).is_new for upload in uploads)
 

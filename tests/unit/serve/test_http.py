@@ -25,8 +25,9 @@ from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationMo
 from sam3rt.masks.polygons import signed_area
 from sam3rt.masks.rle import decompress, mask_of
 from sam3rt_serve.cli import JsonFormatter
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectPrompt, Service
 from sam3rt_serve.http import create_app
+from sam3rt_serve.limits import Limits
 from sam3rt_serve.wire import OPERATIONS
 
 IMAGE = noise(24, 31)

@@ -38,8 +38,9 @@ from sam3rt import (
 from sam3rt_serve import wire
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.connections import BoundedProtocol
-from sam3rt_serve.core import Limits, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectPrompt, Service
 from sam3rt_serve.http import create_app
+from sam3rt_serve.limits import Limits
 
 IMAGE = noise(24, 31)
 FILE = image_file(IMAGE)

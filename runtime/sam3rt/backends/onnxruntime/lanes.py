@@ -23,11 +23,12 @@ import onnxruntime as ort
 
 from ...bundle import Bundle, GraphSpec
 from ...errors import BackendError
-from ..base import GpuOptions
-from ..tensorrt import LaneBackend, allow_imaging
+from ..options import GpuOptions
+from ..tensorrt.backend import LaneBackend
 from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device
 from ..tensorrt.network import Network
+from ..tensorrt.offer import allow_imaging
 from ..tensorrt.trt import Tensor
 from .sessions import ORT_TYPES, cuda_options, open_session
 from .typed import Graphs

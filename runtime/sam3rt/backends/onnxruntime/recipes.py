@@ -15,10 +15,10 @@ from ...accuracy.select import Recipe
 from ...accuracy.verdicts import Subject
 from ...bundle import Bundle
 from ...errors import BackendError
-from ..base import Backend, GpuOptions, Offer
+from ..base import Backend, Offer
+from ..options import BackendOptions
 from ..tensorrt.driver import Device, probe
 from .backend import OnnxRuntimeBackend
-from .lanes import open_lanes
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
@@ -27,15 +27,7 @@ _LOG = logging.getLogger(__name__)
 _GEMM_OPTIONS = "ORT_CUDA_GEMM_OPTIONS"
 
 
-def offer(
-    bundle: Bundle,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-    gpu: GpuOptions | None = None,
-) -> Offer:
+def offer(bundle: Bundle, options: BackendOptions) -> Offer:
     """What ONNX Runtime can do here: FP32; on CUDA what the gate allows of the rest, too.
 
     That is TF32, which takes an option alone, and the recipes whose graphs
@@ -43,18 +35,14 @@ def offer(
 
     Args:
         bundle: an opened bundle.
-        device: ``"auto"`` takes CUDA where it works and the CPU otherwise; ``"cpu"``,
-            ``"cuda"`` or ``"cuda:N"`` insist.
-        threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
-        precision: ``"auto"``, ``"fp32"`` or, on CUDA, ``"tf32"`` or a recipe that was built.
-        map_weights: see :func:`sam3rt.load_model`.
-        gpu: how to use a GPU.
+        options: the device ``"auto"`` is CUDA where it works and the CPU otherwise; precisions are
+            ``"auto"``, ``"fp32"`` or, on CUDA, ``"tf32"`` or a recipe that was built.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
     """
-    kind, number = _choose_device(device)
-    options = gpu or GpuOptions()
+    kind, number = _choose_device(options.device)
+    precision = options.precision
     card = _card(number) if kind == "cuda" else None
     found = {FP32: Graphs(bundle)}
     if card is not None:
@@ -76,9 +64,13 @@ def offer(
     def open_recipe(recipe: Recipe) -> Backend:
         graphs = recipes[recipe]
         if card is not None and _has_cuda_python():
-            return open_lanes(bundle, graphs, card, options)
+            from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
+
+            return open_lanes(bundle, graphs, card, options.gpu)
         where = "cpu" if kind == "cpu" else f"cuda:{number}"
-        return OnnxRuntimeBackend(bundle, where, graphs, threads=threads, map_weights=map_weights)
+        return OnnxRuntimeBackend(
+            bundle, where, graphs, threads=options.threads, map_weights=options.map_weights
+        )
 
     return Offer(wanted, open_recipe)
 
@@ -101,7 +93,7 @@ def _recipe(graphs: Graphs, card: Device | None) -> Recipe:
 
 
 def _choose_device(device: str) -> tuple[str, int]:
-    """Kind and number of the device to use; ``create_backend`` has checked how it is written."""
+    """Kind and number of the device to use; ``BackendOptions`` has checked how it is written."""
     if device == "cpu":
         return "cpu", 0
     usable = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_answers()

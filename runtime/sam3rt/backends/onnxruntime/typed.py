@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from ...bundle import Bundle, FileEntry, GraphSpec, is_inside
 from ...bundle.contract import is_feature_name
-from ...bundle.documents import DocumentError, parse_document, read_as
+from ...bundle.documents import as_document, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
 
@@ -103,10 +103,8 @@ def write_typed_sidecar(folder: Path, sidecar: TypedSidecar) -> None:
     Raises:
         OSError: the folder is missing, read-only or full.
     """
-    document = msgspec.to_builtins(sidecar)
-    document = {key: document.pop(key) for key in ("format", "format_version")} | document
     with atomic_write(folder / SIDECAR) as stream:
-        stream.write((json.dumps(document, indent=2) + "\n").encode())
+        stream.write((json.dumps(as_document(sidecar), indent=2) + "\n").encode())
 
 
 def find_typed(bundle: Bundle) -> tuple[Graphs, ...]:
@@ -133,14 +131,10 @@ def _read(bundle: Bundle, folder: Path, recipe: str) -> Graphs:
             raise BundleError("is a link that leaves the bundle", SIDECAR)
         with path.open("rb") as stream:
             raw = stream.read(_MAX_BYTES + 1)
-        sidecar = read_as(
-            TypedSidecar,
-            parse_document(raw, FORMAT, FORMAT_VERSION, "update sam3rt or build again"),
-        )
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
         raise BundleError(f"cannot be read: {error}", SIDECAR) from error
-    except DocumentError as error:
-        raise BundleError(str(error), SIDECAR) from error
+    document = parse_document(raw, SIDECAR, FORMAT, FORMAT_VERSION, "update sam3rt or build again")
+    sidecar = read_as(TypedSidecar, document, SIDECAR)
     manifest = bundle.manifest
     if sidecar.bundle_fingerprint != manifest.fingerprint:
         raise BundleError("was made from another bundle: build it again", SIDECAR)

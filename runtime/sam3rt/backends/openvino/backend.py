@@ -32,6 +32,7 @@ from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
+from ..options import BackendOptions
 from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
 from .graphs import CompiledGraph, Decoder
 from .hidden_layers import split_hidden_layers
@@ -67,14 +68,7 @@ _OFFERED = ("auto", *_RECIPES, *(name + _UNPROVEN for name in _REDUCED))
 _KNOWN_TO_FAIL = frozenset({"mobile_sam"})
 
 
-def offer(
-    bundle: Bundle,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-) -> Offer:
+def offer(bundle: Bundle, options: BackendOptions) -> Offer:
     """What OpenVINO can do here.
 
     There are four recipes: ``"bf16"``; ``"bf16-encoder"``, whose decoder computes in FP32;
@@ -84,16 +78,14 @@ def offer(
 
     Args:
         bundle: an opened bundle.
-        device: ``"auto"`` or ``"cpu"``.
-        threads: CPU threads; ``None`` leaves it to OpenVINO.
-        precision: ``"auto"`` offers all recipes where the CPU has BF16; a recipe's name insists on
-            it; with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does without the
-            gate, for those who have compared by other means.
-        map_weights: see :func:`sam3rt.load_model`.
+        options: the precision ``"auto"`` offers all recipes where the CPU has BF16; a recipe's name
+            insists on it; with ``"-unproven"`` after it, such as ``"bf16-unproven"``, it does
+            without the gate, for those who have compared by other means.
 
     Raises:
         BackendError: the device or the precision is not to be had here.
     """
+    device, precision = options.device, options.precision
     if device not in ("auto", "cpu"):
         raise BackendError(f"device {device!r} was asked for; the openvino backend runs on the CPU")
     if precision not in _OFFERED:
@@ -117,7 +109,9 @@ def offer(
     )
 
     def open_recipe(recipe: Recipe) -> OpenVinoBackend:
-        return OpenVinoBackend(bundle, recipe.name, threads=threads, map_weights=map_weights)
+        return OpenVinoBackend(
+            bundle, recipe.name, threads=options.threads, map_weights=options.map_weights
+        )
 
     return Offer(recipes, open_recipe)
 

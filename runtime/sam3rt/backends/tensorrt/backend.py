@@ -18,18 +18,19 @@ from ...geometry import ImageGeometry, preprocess
 from ...masks import MaskOptions, finish
 from ...prompts import PackedPrompts
 from ...timer import StageListener, timed
-from ..base import Backend, GpuOptions, ImageCall
+from ..base import Backend, ImageCall
+from ..options import GpuOptions
 from .cuda import Cuda
 from .driver import Device
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
 from .lane import Lane
-from .masking import Masks, Pictures
+from .masking import Masks
 from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool, ahead
 from .shapes import usual_classes
-from .together import decode_together, join_outputs
+from .together import decode_together
 
 _LOG = logging.getLogger(__name__)
 
@@ -177,43 +178,6 @@ class LaneBackend(Backend):
             return self._pool.run(lambda lane: lane.encode_images(given), encode=True)
         return self._pool.run(lambda lane: lane.encode(given), encode=True)
 
-    def decode_masks(
-        self,
-        features: Features,
-        prompts: PackedPrompts,
-        outputs: Sequence[str],
-        geometry: ImageGeometry,
-        options: MaskOptions,
-        on_stage: StageListener | None = None,
-    ) -> tuple[list[NDArray[np.float32]], NDArray[Any]]:
-        """Run the decoder and make masks, on the device where it may and can.
-
-        Masks cross the bus as one byte per pixel, whatever type they are asked for in.
-        """
-        if not self.imaging.postprocess_allowed or options.return_logits or not len(prompts.labels):
-            return super().decode_masks(features, prompts, outputs, geometry, options, on_stage)
-        self.check_process()
-        self._check_points(prompts)
-        block = self._block(features)
-        at_once = self.imaging.objects_at_once(geometry, self._limits.objects)
-
-        shape = (len(prompts.labels), self._masks_each[outputs[0]], *geometry.original_size)
-
-        def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], NDArray[np.uint8]]:
-            masks, done, runs = lane.room_for_masks(shape), 0, []
-            for part in prompts.split(at_once):
-                room = masks.part(done, done + len(part.labels))
-                runs.append(
-                    lane.decode([block], part, outputs, [Pictures(geometry, options, room)])
-                )
-                done += len(part.labels)
-            return runs, masks.array
-
-        with timed("decode", on_stage):
-            runs, masks = self._pool.run(decode, holding=block)
-        found = zip(*runs, strict=True)
-        return [join_outputs(parts) for parts in found], _as_type(masks, options)
-
     def decode_images(
         self,
         calls: Sequence[ImageCall],
@@ -221,17 +185,21 @@ class LaneBackend(Backend):
         options: MaskOptions,
         on_stage: StageListener | None = None,
     ) -> list[tuple[list[NDArray[np.float32]], NDArray[Any]]]:
-        """As many objects in one run as the decoder takes, each with its image's feature maps.
+        """As many objects in one run as the decoder takes; masks on the device where that may be.
 
-        Feature maps are copied on the device, once for each object.
+        Where objects of several images share a run, feature maps are copied on the device, once for
+        each object. Masks cross the bus as one byte per pixel, whatever type they are asked for in.
         """
-        if not self.joins_images or len(calls) < 2 or not all(len(c.prompts.labels) for c in calls):
+        on_device = self.imaging.postprocess_allowed and not options.return_logits
+        all_ask = all(len(call.prompts.labels) for call in calls)
+        if len(calls) > 1 and not (self.joins_images and all_ask):
+            return [self.decode_images([call], outputs, options, on_stage)[0] for call in calls]
+        if not calls or (len(calls) == 1 and not (on_device and all_ask)):
             return super().decode_images(calls, outputs, options, on_stage)
         self.check_process()
         for call in calls:
             self._check_points(call.prompts)
         blocks = [self._block(call.features) for call in calls]
-        on_device = self.imaging.postprocess_allowed and not options.return_logits
         at_once, each = self._limits.objects, self._masks_each[outputs[0]]
         if on_device:
             places = (call.geometry for call in calls)
@@ -245,8 +213,9 @@ class LaneBackend(Backend):
             )
             return found, masks
 
+        holding = blocks[0] if len(blocks) == 1 else None
         with timed("decode", on_stage):
-            found, masks = self._pool.run(decode)
+            found, masks = self._pool.run(decode, holding=holding)
         if on_device:
             return [(r, _as_type(m.array, options)) for r, m in zip(found, masks, strict=True)]
         with timed("postprocess", on_stage):

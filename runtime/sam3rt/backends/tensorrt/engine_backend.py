@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...bundle import Bundle
 from ...errors import BundleError
-from ..base import GpuOptions
+from ..options import GpuOptions
 from .backend import LaneBackend
 from .cuda import Cuda
 from .driver import Device

@@ -21,7 +21,8 @@ from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
-from ..base import GpuOptions, Offer
+from ..base import Offer
+from ..options import BackendOptions, GpuOptions
 from .backend import LaneBackend
 from .driver import probe
 from .engine_backend import Platform, TensorRtBackend, open_platform
@@ -44,49 +45,30 @@ _PIXEL_ERROR = 1e-3
 _MASK_PIXELS = 1e-4
 
 
-def offer_tensorrt(
-    bundle: Bundle,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-    gpu: GpuOptions | None = None,
-) -> Offer:
+def offer_tensorrt(bundle: Bundle, options: BackendOptions) -> Offer:
     """What the module ``tensorrt`` can run.
 
     Args:
         bundle: an opened bundle with engines.
-        device: ``"auto"`` and ``"cuda"`` take the first GPU; ``"cuda:N"`` insists.
-        threads: means nothing to a GPU.
-        map_weights: means nothing to engines, which are copied to the GPU.
-        precision: ``"auto"``, a recipe for both engines, or ``"ENCODER+DECODER"``.
-        gpu: how to use the GPU.
+        options: the devices ``"auto"`` and ``"cuda"`` are the first GPU; precisions are ``"auto"``,
+            a recipe for both engines, or ``"ENCODER+DECODER"``. Engines are copied to the GPU, so
+            that mapping weights means nothing.
 
     Raises:
         InvalidInputError: the device is not a GPU.
         BackendError: the driver, a library or a fitting engine is missing; the message says what
             to do.
     """
-    return _offer("tensorrt", bundle, device, precision, gpu)
+    return _offer("tensorrt", bundle, options)
 
 
-def offer_tensorrt_rtx(
-    bundle: Bundle,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-    map_weights: bool = False,
-    gpu: GpuOptions | None = None,
-) -> Offer:
+def offer_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Offer:
     """What the module ``tensorrt_rtx`` can run; see :func:`offer_tensorrt`."""
-    return _offer("tensorrt-rtx", bundle, device, precision, gpu)
+    return _offer("tensorrt-rtx", bundle, options)
 
 
-def _offer(
-    flavour: BackendName, bundle: Bundle, device: str, precision: str, options: GpuOptions | None
-) -> Offer:
+def _offer(flavour: BackendName, bundle: Bundle, options: BackendOptions) -> Offer:
+    device = options.device
     if device == "cpu":
         raise InvalidInputError("device", "'cpu'", f'"auto", "cuda" or "cuda:N" with {flavour}')
     gpu = probe(int(device.partition(":")[2] or 0))
@@ -96,11 +78,11 @@ def _offer(
             f"{bundle.path} has no {flavour} engines; build them on this machine: "
             f"sam3rt build {bundle.path} --backend {flavour}"
         )
-    platform = open_platform(flavour, gpu, blocking=options is not None and options.blocking)
+    platform = open_platform(flavour, gpu, blocking=options.gpu.blocking)
     target = platform.target
     sets = {
         recipe_of(engines, target): engines
-        for engines in candidates(bundle, target, precision, found)
+        for engines in candidates(bundle, target, options.precision, found)
     }
 
     def on_verdict(recipe: Recipe, verdict: StoredVerdict) -> None:
@@ -112,7 +94,7 @@ def _offer(
     def open_recipe(recipe: Recipe) -> TensorRtBackend:
         engines = sets[recipe]
         try:
-            backend = open_engines(bundle, engines, platform, options)
+            backend = open_engines(bundle, engines, platform, options.gpu)
         except BundleError as error:
             raise BackendError(f"an engine cannot be used: {error}") from error
         verdict = load_verdict(bundle, subject_of(engines, target))

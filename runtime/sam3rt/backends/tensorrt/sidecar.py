@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from ...bundle import FileEntry
-from ...bundle.documents import DocumentError, Number, parse_document, read_as
+from ...bundle.documents import Number, as_document, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
 from .driver import Gpu
@@ -111,8 +111,7 @@ def write_sidecar(engine: Path, sidecar: EngineSidecar) -> None:
     """
     path = sidecar_path(engine)
     _check_rules(sidecar, path)
-    document = msgspec.to_builtins(sidecar)
-    document = {key: document.pop(key) for key in ("format", "format_version")} | document
+    document = as_document(sidecar)
     document["parity"] = {
         name: value if math.isfinite(value) and abs(value) <= 1e30 else None
         for name, value in sidecar.parity.items()
@@ -138,16 +137,12 @@ def read_sidecar(engine: Path) -> EngineSidecar:
         raw = path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot be read: {error}", path.name) from error
-    try:
-        document = parse_document(
-            raw, FORMAT, FORMAT_VERSION, "update sam3rt or build the engine again"
-        )
-        parity = document.get("parity")
-        if isinstance(parity, dict):
-            document["parity"] = {k: math.nan if v is None else v for k, v in parity.items()}
-        sidecar = read_as(EngineSidecar, document)
-    except DocumentError as error:
-        raise BundleError(str(error), path.name) from error
+    advice = "update sam3rt or build the engine again"
+    document = parse_document(raw, path.name, FORMAT, FORMAT_VERSION, advice)
+    parity = document.get("parity")
+    if isinstance(parity, dict):
+        document["parity"] = {k: math.nan if v is None else v for k, v in parity.items()}
+    sidecar = read_as(EngineSidecar, document, path.name)
     _check_rules(sidecar, path)
     return sidecar
 

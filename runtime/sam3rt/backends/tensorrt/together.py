@@ -1,4 +1,4 @@
-"""Objects of several images in common runs of the decoder."""
+"""Objects of one image or several in common runs of the decoder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def decode_together(
     at_once: int,
     limits: Limits,
 ) -> list[list[NDArray[Any]]]:
-    """Run the decoder for several images.
+    """Run the decoder for one image or several.
 
     Args:
         lane: where.
@@ -125,9 +125,9 @@ def decode_together(
             count = len(prompts.labels)
             parts[image].append([array[:, at : at + count] for array in found])
             at += count
-    return [[join_outputs(pieces) for pieces in zip(*own, strict=True)] for own in parts]
+    return [[_joined(pieces) for pieces in zip(*own, strict=True)] for own in parts]
 
 
-def join_outputs(pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _joined(pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Outputs [1, P, ...] of several runs as those of one; of one run, the usual case, as it is."""
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)

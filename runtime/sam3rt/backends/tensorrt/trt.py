@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...bundle.files import atomic_write
 from ...errors import BackendError
@@ -375,8 +374,3 @@ def _make_logger(trt: Any, messages: deque[str]) -> Any:
             _LOG.log(python_level, "%s", message)
 
     return PythonLogger()
-
-
-def contiguous(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The array as a tensor of the given type lies in memory."""
-    return np.ascontiguousarray(array, dtype)

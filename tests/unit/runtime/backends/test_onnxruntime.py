@@ -29,10 +29,11 @@ from sam3rt import (
     load_model,
     open_bundle,
 )
-from sam3rt.backends import create_backend
+from sam3rt.backends.create import create_backend
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from sam3rt.backends.options import BackendOptions
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.onnx_split import split_onnx
@@ -233,7 +234,7 @@ def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
     monkeypatch.setattr(ort, "InferenceSession", Session)
     card = Device(2, Gpu("a GPU", "8.9"), 1 << 30, "580", (13, 0))
     bundle = open_bundle(default_bundle_path(), check_files=False)
-    offered = recipes.offer(bundle, device="cuda:2")
+    offered = recipes.offer(bundle, BackendOptions(device="cuda:2"))
     assert [(r.name, r.subject is not None) for r in offered.recipes] == [
         ("tf32", True),
         ("fp32", False),
@@ -642,6 +643,9 @@ def test_weights_beside_the_graph_are_found(
 
 def test_create_backend_passes_options_on(tiny: Path) -> None:
     bundle = open_bundle(tiny)
-    assert create_backend("onnxruntime", bundle, device="cpu", threads=2).device == "cpu"
+    assert (
+        create_backend("onnxruntime", bundle, BackendOptions(device="cpu", threads=2)).device
+        == "cpu"
+    )
     with pytest.raises(InvalidInputError):
-        create_backend("onnxruntime", bundle, device="cpu", threads=0)
+        create_backend("onnxruntime", bundle, BackendOptions(device="cpu", threads=0))

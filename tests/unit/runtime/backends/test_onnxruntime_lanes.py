@@ -20,6 +20,7 @@ from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 from sam3rt.backends.onnxruntime.recipes import offer
 from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
+from sam3rt.backends.options import BackendOptions
 from sam3rt.errors import VerificationError
 from sam3rt.masks import MaskOptions
 from sam3rt_build.ort_graphs import build_typed_graphs
@@ -202,7 +203,7 @@ def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Pa
 
 
 def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: Path) -> None:
-    recipes = offer(open_bundle(built), device="cuda").recipes
+    recipes = offer(open_bundle(built), BackendOptions(device="cuda")).recipes
     assert [recipe.name for recipe in recipes] == ["fp16-activations", "fp16", "tf32", "fp32"]
     subjects = [recipe.subject for recipe in recipes]
     assert subjects[-1] is None
@@ -214,8 +215,9 @@ def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: P
 def test_bf16_is_offered_by_name_only(provider: FakeProvider, bundle: Path) -> None:
     opened = open_bundle(bundle)
     build_typed_graphs(opened, ["bf16"])
-    assert [recipe.name for recipe in offer(opened, device="cuda").recipes] == ["tf32", "fp32"]
-    found = offer(opened, device="cuda", precision="bf16").recipes
+    found = offer(opened, BackendOptions(device="cuda")).recipes
+    assert [recipe.name for recipe in found] == ["tf32", "fp32"]
+    found = offer(opened, BackendOptions(device="cuda", precision="bf16")).recipes
     assert [recipe.name for recipe in found] == ["bf16"]
 
 
@@ -263,7 +265,7 @@ def test_sums_in_fp16_are_another_subject(
     provider: FakeProvider, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def versions() -> list[str]:
-        recipes = offer(open_bundle(built), device="cuda").recipes
+        recipes = offer(open_bundle(built), BackendOptions(device="cuda")).recipes
         return [r.subject.version for r in recipes if isinstance(r.subject, Subject)]
 
     before = versions()
@@ -287,7 +289,7 @@ def test_without_cuda_python_sessions_run_by_themselves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
-    offered = offer(open_bundle(built), device="cuda", precision="fp16")
+    offered = offer(open_bundle(built), BackendOptions(device="cuda", precision="fp16"))
     backend = offered.open(offered.recipes[0])
     assert isinstance(backend, OnnxRuntimeBackend)
     assert (backend.device, backend.precision) == ("cuda:0", "fp16")

@@ -11,7 +11,8 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from sam3rt.backends import AUTO_ORDER, BACKENDS
+from sam3rt.backends import BACKENDS
+from sam3rt.backends.create import AUTO_ORDER
 from sam3rt.backends.table import TABLE, BackendEntry, entry, nothing_installed
 
 NOWHERE = BackendEntry("x", "a:b", ("json", "sam3rt_no_such.module"), ("cpu",), "cpu")

@@ -45,6 +45,11 @@ def test_nothing_is_reported(backend: str, code: str, tiny_sam3: Path, tmp_path:
     assert [name for name in files(tmp_path) if not name.startswith("cache/sam3rt/")] == []
 
 
+def test_a_build_reports_nothing(tmp_path: Path) -> None:
+    run("import sam3rt_build.simulated", tmp_path)
+    assert files(tmp_path) == []
+
+
 def test_the_callers_own_choice_stays(tmp_path: Path) -> None:
     say = "import os, sam3rt.backends; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     assert run(say, tmp_path).strip() == "1"

@@ -185,3 +185,23 @@ def test_running_out_of_memory_is_one_line(
     assert main(["info"]) == 1
     error = capsys.readouterr().err
     assert error == "sam3rt info: not enough memory (Unable to allocate 9 TiB)\n"
+
+
+def test_a_command_loads_nothing_that_others_need(tmp_path: Path) -> None:
+    image = tmp_path / "photo.png"
+    PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
+    code = "import atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    for how, foreign in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
+        done = run(
+            *("segment", str(image), "--point", "5,5", "--device", "cpu"),
+            *("--backend", how, "--output", str(tmp_path / how)),
+            code=code,
+        )
+        assert done.returncode == 0
+        loaded = set(done.stderr.decode().split())
+        assert "sam3rt.cli.segment" in loaded
+        packages = {name.partition(".")[0] for name in loaded}
+        assert {name for name in packages if name.startswith("sam3rt")} == {"sam3rt"}
+        assert foreign not in packages
+        for other in ("cli.verify", "cli.info", "backends.tensorrt.backend"):
+            assert f"sam3rt.{other}" not in loaded

@@ -38,6 +38,18 @@ def test_long_runs_are_written_rightly() -> None:
     np.testing.assert_array_equal(mask_of(decompress(text), mask.shape), mask)
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_a_mask_without_pixels_is_one_empty_run(shape: tuple[int, int]) -> None:
+    assert runs_of(np.zeros(shape, bool)).tolist() == [0]
+
+
+def test_a_mask_of_any_memory_order_has_the_same_runs() -> None:
+    mask = np.random.default_rng(0).random((40, 30)) < 0.5
+    turned = np.asfortranarray(mask)
+    np.testing.assert_array_equal(runs_of(turned), runs_of(mask))
+    np.testing.assert_array_equal(runs_of(mask[::2, ::-1]), runs_of(mask[::2, ::-1].copy()))
+
+
 @pytest.mark.parametrize("text", ["", "P", " ", "z", "o" * 14 + "0", "ä"])
 def test_other_text_is_refused(text: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - UnicodeEncodeError is one

@@ -26,7 +26,6 @@ from sam3rt import (
     Prompts,
     SegmentationModel,
     VerificationError,
-    backends,
     load_model,
     open_bundle,
 )
@@ -34,6 +33,7 @@ from sam3rt.accuracy import select
 from sam3rt.accuracy.metrics import Measurement
 from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
+from sam3rt.backends import create
 from sam3rt.backends.openvino import backend as backend_module
 from sam3rt.backends.openvino.hidden_layers import split_hidden_layers
 from sam3rt.cli import main
@@ -113,7 +113,7 @@ def close(actual: NDArray[np.float32], expected: NDArray[np.float32], limit: flo
 def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
     tiny: Path, auto_order: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "AUTO_ORDER", auto_order)
+    monkeypatch.setattr(create, "AUTO_ORDER", auto_order)
     monkeypatch.setattr(backend_module, "_has_bf16", lambda core: False)
     assert load_model(tiny, device="cpu").backend.name == "openvino"
     assert auto_order.index(("openvino", "cpu")) < auto_order.index(("onnxruntime", "cpu"))

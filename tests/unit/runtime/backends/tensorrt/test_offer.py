@@ -18,9 +18,11 @@ from tests.support.fake_tensorrt import Perturbation
 from tests.support.tensorrt_helpers import GPU, Rig, make_rig
 
 import sam3rt
-from sam3rt.backends import create_backend
-from sam3rt.backends.tensorrt import Platform, TensorRtBackend, engines
+from sam3rt.backends.create import create_backend
+from sam3rt.backends.options import BackendOptions
+from sam3rt.backends.tensorrt import engines
 from sam3rt.backends.tensorrt.driver import Gpu, probe
+from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
 from sam3rt.bundle import Bundle, file_entry
@@ -36,7 +38,7 @@ def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig
 
 
 def opened(bundle: Bundle, **options: Any) -> TensorRtBackend:
-    backend = create_backend("tensorrt", bundle, **options)
+    backend = create_backend("tensorrt", bundle, BackendOptions(**options))
     assert isinstance(backend, TensorRtBackend)
     return backend
 
@@ -278,7 +280,7 @@ def test_a_gpu_without_enough_memory(rig: Rig) -> None:
 def test_there_is_no_tensorrt_on_the_cpu(rig: Rig) -> None:
     rig.build()
     with pytest.raises(InvalidInputError, match="device"):
-        create_backend("tensorrt", rig.bundle, device="cpu")
+        create_backend("tensorrt", rig.bundle, BackendOptions(device="cpu"))
 
 
 def test_engines_without_a_driver_are_refused_before_anything_is_loaded(
