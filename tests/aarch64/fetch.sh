@@ -5,19 +5,17 @@
 #   system/     Debian for arm64: the C and C++ libraries and Python
 #   python/     a virtual environment with the aarch64 wheels of the runtime; bin/python starts QEMU
 #   run         starts a program of arm64
-#   cpp/        the C++ runtime, cross-built against the ONNX Runtime of these wheels
 #
-#   fetch.sh FOLDER PYTHON DEPENDENCIES
+#   fetch.sh FOLDER PYTHON
 #
-# PYTHON is an interpreter with pip; DEPENDENCIES is what fetch_dependencies.sh made. Packages are
-# those of the machine's own release of Debian. Exits with 77 where they cannot be had.
+# PYTHON is an interpreter with pip. Packages are those of the machine's own release of Debian. Exits
+# with 77 where they cannot be had.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 python=$2
-dependencies=$(cd "$3" && pwd)
 
 absent() {
     echo "tests/aarch64/fetch.sh: $*" >&2
@@ -27,6 +25,7 @@ absent() {
 command -v apt-get > /dev/null && command -v dpkg > /dev/null || absent "this is no Debian system"
 
 # Both architectures' packages, with lists and a cache apart from the machine's.
+rm -f "$folder/.done"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
@@ -83,7 +82,8 @@ mkdir -p "$folder/python/bin"
 "$python" -m pip --quiet --disable-pip-version-check install --target "$site" \
     "${platforms[@]}" --platform manylinux2014_aarch64 --only-binary=:all: --no-compile \
     --python-version "${version#python}" --constraint "$root/constraints.txt" \
-    msgspec numpy pillow safetensors onnxruntime openvino filelock hypothesis pytest \
+    msgspec numpy pillow safetensors onnxruntime openvino \
+    filelock hypothesis onnx pycocotools pytest \
     || absent "wheels for aarch64 cannot be downloaded"
 echo "home = /usr/bin" > "$folder/python/pyvenv.cfg"
 # A Cortex-A76 has the instructions of a Jetson Orin's A78AE that libraries choose kernels by.
@@ -96,19 +96,4 @@ cat > "$folder/python/bin/python" <<END
 exec "$folder/run" -0 "$folder/python/bin/python" "$folder/system/usr/bin/$version" "\$@"
 END
 chmod +x "$folder/run" "$folder/python/bin/python"
-
-# The headers are those that other tests build with; the library is the one in the wheel.
-mkdir -p "$folder/onnxruntime/lib"
-ln -sfn "$dependencies/include" "$folder/onnxruntime/include"
-for name in libonnxruntime.so libonnxruntime.so.1; do
-    ln -sfn "$site"/onnxruntime/capi/libonnxruntime.so.* "$folder/onnxruntime/lib/$name"
-done
-# What the unpacked compiler is linked to, and where it finds the libraries of arm64.
-export PATH="$folder/tools/usr/bin:$PATH"
-export LD_LIBRARY_PATH="$folder/tools/usr/lib/x86_64-linux-gnu"
-cmake -G Ninja --preset aarch64 -S "$root/runtime/cpp" -B "$folder/cpp/release" \
-    -DCMAKE_SYSROOT="$folder/tools" -DCMAKE_PREFIX_PATH="$dependencies" \
-    -DONNXRUNTIME_ROOT="$folder/onnxruntime" -DCMAKE_INSTALL_PREFIX="$folder/cpp/install" \
-    -DSAM3RT_OPENSSL=OFF -DSAM3RT_TESTS=ON -DSAM3RT_EXAMPLES=ON -DSAM3RT_WARNINGS_AS_ERRORS=ON \
-    > "$folder/cpp.log" || { cat "$folder/cpp.log"; exit 1; }
-ninja -C "$folder/cpp/release" --quiet install > /dev/null
+touch "$folder/.done"

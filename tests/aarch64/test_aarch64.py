@@ -40,7 +40,10 @@ CLICK = "225,150"
 # What of the unit tests depends on bytes, arrays, the C library or the processor.
 UNIT_TESTS = (
     "tests/conformance",
-    "tests/unit/runtime/accuracy",
+    "tests/unit/runtime/accuracy/test_gate.py",
+    "tests/unit/runtime/accuracy/test_npz.py",
+    "tests/unit/runtime/accuracy/test_record.py",
+    "tests/unit/runtime/accuracy/test_verdicts.py",
     "tests/unit/runtime/bundle",
     "tests/unit/runtime/masks",
     "tests/unit/runtime/test_embedding.py",
