@@ -62,6 +62,8 @@ unpack() {
 
 unpack "$folder/tools" amd64 g++-aarch64-linux-gnu qemu-user-static
 unpack "$folder/system" arm64 python3 libstdc++6
+# Since Debian 13 all libraries lie under /usr.
+[ -e "$folder/system/lib" ] || ln -s usr/lib "$folder/system/lib"
 emulators=("$folder"/tools/usr/bin/qemu-aarch64*)
 # QEMU shows files of `system` in the place of the machine's. ONNX Runtime cannot be loaded where
 # /proc/cpuinfo describes an x86 processor.

@@ -53,6 +53,8 @@ UNIT_TESTS = (
     "tests/unit/runtime/test_predictor.py",
     "tests/unit/runtime/test_prompts.py",
 )
+# Those that compare with PyTorch, or with the exporter, which needs it.
+WITHOUT_TORCH = "not torch and not steps_in_order and not exactly_at and not of_every_export"
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -93,7 +95,7 @@ def test_info() -> None:
 
 
 def test_units(exports: Path) -> None:
-    run_tests(*UNIT_TESTS, exports=exports)
+    run_tests(*UNIT_TESTS, "-k", WITHOUT_TORCH, exports=exports)
 
 
 @pytest.mark.parametrize("family", ["sam3", "sam2", "mobile_sam"])
