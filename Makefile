@@ -5,11 +5,12 @@ DEMO_ENV := .venv-demo
 TEST_ENV := .venv-test
 TEST_BIN := $(TEST_ENV)/bin
 CPP_BUILDS := build-cpp
+AARCH64 := build-aarch64
 SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(wildcard engines/mobile_sam/*)
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-servers test-gpu test-cpp test-cpp-fuzz cpp-dependencies docs lint locks default-bundle clean
+.PHONY: help demo test test-full test-servers test-gpu test-cpp test-cpp-fuzz test-aarch64 cpp-dependencies docs lint locks default-bundle clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +57,14 @@ test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with cl
 	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp/test_cpp_fuzz.py \
 		tests/cpp/test_cpp_tidy.py --numprocesses auto
 
+test-aarch64: $(AARCH64)/.done ## Run both runtimes on 64-bit ARM under QEMU: an hour or more
+	[ ! -e $< ] || nice tests/aarch64/build.sh $(AARCH64) $(CPP_BUILDS)/dependencies
+	SAM3RT_AARCH64=$(abspath $(AARCH64)) nice $(TEST_BIN)/python -m pytest tests/aarch64
+
+# Exits with 77 where QEMU or packages cannot be had; it has said why, and the tests are skipped.
+$(AARCH64)/.done: $(CPP_BUILDS)/dependencies/.done tests/aarch64/fetch.sh
+	nice tests/aarch64/fetch.sh $(AARCH64) $(TEST_BIN)/python || [ $$? -eq 77 ]
+
 cpp-dependencies: $(CPP_BUILDS)/dependencies/.done ## Fetch what building the C++ runtime takes
 
 $(CPP_BUILDS)/dependencies/.done: $(TEST_ENV)/.done runtime/cpp/tools/fetch_dependencies.sh
@@ -96,4 +105,4 @@ locks: $(TEST_ENV)/.done $(DEMO_ENV)/.done ## Write the lock files and the bill 
 	$(TEST_BIN)/python requirements/sbom.py --environment $(DEMO_ENV)
 
 clean: ## Remove the virtual environments and everything built
-	rm -rf $(DEMO_ENV) $(TEST_ENV) $(CPP_BUILDS) demo-output build *.egg-info
+	rm -rf $(DEMO_ENV) $(TEST_ENV) $(CPP_BUILDS) $(AARCH64) demo-output build *.egg-info

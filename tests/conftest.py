@@ -163,8 +163,19 @@ def tiny_sam3(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def small_sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden data's small SAM 2.1 as a bundle, exported once for many runs. It is a copy."""
+def small_sam2(small_sam2_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden data's small SAM 2.1 as a bundle. It is a copy."""
+    path = tmp_path_factory.mktemp("bundles") / "sam2_small"
+    shutil.copytree(small_sam2_export / "sam2_small", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_sam2_export() -> Path:
+    """The folder of that bundle, exported once for many runs."""
+    given = os.environ.get("SAM3RT_TEST_EXPORTS")
+    if given:
+        return Path(given) / "sam2_small"
 
     def make(folder: Path) -> None:
         from tests.support.export_helpers import small_sam2_model
@@ -178,9 +189,22 @@ def small_sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = [sam2_synthetic.FOLDER / name for name in ("keys.tsv", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
     key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *data], libraries)
-    path = tmp_path_factory.mktemp("bundles") / "sam2_small"
-    shutil.copytree(disk_cache.cached_folder("sam2_small", key, make) / "sam2_small", path)
-    return path
+    return disk_cache.cached_folder("sam2_small", key, make)
+
+
+@pytest.fixture(scope="session")
+def exports(
+    small_export: Path,
+    tiny_export: Path,
+    small_sam2_export: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The bundles that only PyTorch can make, for environments without it."""
+    folder = tmp_path_factory.mktemp("exports")
+    (folder / "sam3_small").symlink_to(small_export)
+    (folder / "sam3_tiny").symlink_to(tiny_export)
+    (folder / "sam2_small").symlink_to(small_sam2_export)
+    return folder
 
 
 @pytest.fixture(scope="session")

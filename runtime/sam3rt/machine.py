@@ -58,9 +58,10 @@ def processor_name() -> str:
 def processor_has(flag: str) -> bool:
     """Whether Linux lists an extension of the instruction set, such as ``"amx_bf16"``.
 
-    ``False`` on systems that do not say.
+    On ARM the names are others, such as ``"bf16"``. ``False`` on systems that do not say.
     """
-    return flag in _cpuinfo().get("flags", "").split()
+    fields = _cpuinfo()
+    return flag in fields.get("flags", fields.get("Features", "")).split()
 
 
 def _cpuinfo() -> dict[str, str]:

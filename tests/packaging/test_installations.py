@@ -96,17 +96,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def exports(
-    small_export: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The bundles that only PyTorch can make, for environments without it."""
-    folder = tmp_path_factory.mktemp("exports")
-    (folder / "sam3_small").symlink_to(small_export)
-    (folder / "sam3_tiny").symlink_to(tiny_export)
-    return folder
-
-
 def run_tests(python: Path, exports: Path) -> None:
     """The golden cases and the runtime's own tests, in an environment that has them."""
     run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from sam3rt.bundle import open_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ROOT / "runtime" / "cpp" / "sanitizers"
+# What runs programs that were built for another processor, such as QEMU with its options.
+EMULATOR = shlex.split(os.environ.get("SAM3RT_CPP_EMULATOR", ""))
 Step = dict[str, Any]
 
 
@@ -63,10 +66,10 @@ class Build:
     ) -> subprocess.CompletedProcess[str]:
         """Run a program of the build; a sanitizer's report makes its exit status non-zero."""
         return subprocess.run(
-            [self.path / name, *map(str, arguments)],
+            [*EMULATOR, self.path / name, *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=3000 if EMULATOR else 300,
             env={
                 **os.environ,
                 "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.conftest import ROOT
 
 from sam3rt import machine
 
@@ -28,6 +29,22 @@ ARM = """processor\t: 0
 Features\t: fp asimd bf16
 CPU implementer\t: 0x41
 """
+# Cores of ARM's (Cortex-A78AE, Neoverse N1 and V2) and of Ampere's. JetPack's kernel calls every
+# model by the same name; that of a server says none.
+ORIN = (ROOT / "tests" / "aarch64" / "cpuinfo_orin.txt").read_text()
+SERVER = ORIN.replace("model name\t: ARMv8 Processor rev 1 (v8l)\n", "")
+ARM_MACHINES = {
+    "Jetson Orin": (ORIN, "ARMv8 Processor rev 1 (v8l), implementer 0x41 part 0xd42 variant 0x0"),
+    "Neoverse N1": (
+        SERVER.replace("0xd42", "0xd0c"),
+        "aarch64, implementer 0x41 part 0xd0c variant 0x0",
+    ),
+    "Grace": (SERVER.replace("0xd42", "0xd4f"), "aarch64, implementer 0x41 part 0xd4f variant 0x0"),
+    "AmpereOne": (
+        SERVER.replace("0x41", "0xc0").replace("0xd42", "0xac3"),
+        "aarch64, implementer 0xc0 part 0xac3 variant 0x0",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +77,17 @@ def test_a_processor_without_a_name_is_called_by_its_numbers(cpuinfo: Path) -> N
     }
 
 
+@pytest.mark.parametrize("name", ARM_MACHINES)
+def test_arm_machines(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Linux on ARM tells models apart by numbers, and lists extensions as ``Features``."""
+    text, expected = ARM_MACHINES[name]
+    cpuinfo.write_text(text)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert machine.processor_name() == expected
+    assert machine.processor_has("asimddp")
+    assert not machine.processor_has("amx_bf16")
+
+
 def test_without_the_file_python_is_asked() -> None:
     assert machine.processor_name() == (platform.processor() or platform.machine())
 
@@ -77,5 +105,5 @@ def test_extensions_are_whole_words_of_the_first_processor(
 
 def test_a_system_that_does_not_say_has_no_extension(cpuinfo: Path) -> None:
     assert not machine.processor_has("amx_bf16")
-    cpuinfo.write_text(ARM)
+    cpuinfo.write_text("processor\t: 0\n")
     assert not machine.processor_has("amx_bf16")
