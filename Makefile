@@ -7,6 +7,8 @@ TEST_BIN := $(TEST_ENV)/bin
 CPP_BUILDS := build-cpp
 AARCH64 := build-aarch64
 SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(wildcard engines/mobile_sam/*)
+# ONNX Runtime would report to its maker wherever a test imports it.
+export ORT_DISABLE_TELEMETRY := 1
 PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help

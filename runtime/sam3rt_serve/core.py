@@ -51,7 +51,9 @@ class ObjectPrompt(Struct, frozen=True, forbid_unknown_fields=True):
     points: list[tuple[float, float]] = []
     labels: Annotated[
         list[Annotated[int, Meta(ge=-1, le=3)]],
-        Meta(description="one per point: 1 the object, 0 background"),
+        Meta(
+            description="one per point: 1 the object, 0 background; -1, 2 and 3 as predict has them"
+        ),
     ] = []
     box: Annotated[tuple[float, float, float, float] | None, Meta(description="x0, y0, x1, y1")] = (
         None

@@ -101,12 +101,15 @@ def create_app(
         yield
         await asyncio.to_thread(service.close)
 
-    return Starlette(
+    app = Starlette(
         routes=[*own, *routes],
         exception_handlers=dict.fromkeys(_EXPECTED, api.on_error),
         middleware=[Middleware(Watched, metrics=api.metrics)],
         lifespan=lifespan,
     )
+    # A redirect's address would be made of the Host header, which a caller writes.
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Api:

@@ -246,6 +246,7 @@ FORM, JSON = "multipart/form-data", "application/json"
         ("POST", MASKS, b"{}", "text/plain", 415, "HTTPException"),
         ("POST", MASKS, b" " * (5 << 20), JSON, 413, "TooLargeError"),
         ("GET", "/v1", b"", "", 404, "HTTPException"),
+        ("GET", f"{IMAGES}/nobody/", b"", "", 404, "HTTPException"),
         ("PATCH", IMAGES, b"", "", 405, "HTTPException"),
     ],
 )
