@@ -7,9 +7,9 @@ TEST_BIN := $(TEST_ENV)/bin
 CPP_BUILDS := build-cpp
 AARCH64 := build-aarch64
 SOURCES := $(shell find runtime export benchmarks/sam3rt_bench -name '*.py') $(wildcard engines/mobile_sam/*)
+PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 # ONNX Runtime would report to its maker wherever a test imports it.
 export ORT_DISABLE_TELEMETRY := 1
-PIP_OPTIONS := --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full test-servers test-gpu test-cpp test-cpp-fuzz test-aarch64 cpp-dependencies docs lint locks default-bundle clean
