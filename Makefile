@@ -59,7 +59,7 @@ test-cpp-fuzz: $(CPP_BUILDS)/dependencies/.done ## Build the C++ runtime with cl
 	SAM3RT_CPP_BUILDS=$(abspath $(CPP_BUILDS)) $(TEST_BIN)/python -m pytest tests/cpp/test_cpp_fuzz.py \
 		tests/cpp/test_cpp_tidy.py --numprocesses auto
 
-test-aarch64: $(AARCH64)/.done ## Run both runtimes on 64-bit ARM under QEMU: an hour or more
+test-aarch64: $(AARCH64)/.done ## Run both runtimes on 64-bit ARM under QEMU: hours
 	[ ! -e $< ] || nice tests/aarch64/build.sh $(AARCH64) $(CPP_BUILDS)/dependencies
 	SAM3RT_AARCH64=$(abspath $(AARCH64)) nice $(TEST_BIN)/python -m pytest tests/aarch64
 
