@@ -84,17 +84,13 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
 def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Path:
     """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs.
 
-    ``progress.json`` in it holds the lines that the export told of its progress. Where PyTorch is
-    not installed, ``SAM3RT_TEST_EXPORTS`` names the folder into which another environment made it.
+    ``progress.json`` in it holds the lines that the export told of its progress.
 
     Args:
         name: what the folder, the checkpoint and the bundle are called.
         tensors: gives the checkpoint.
         data: files that it is made from, beside those of the small SAM 3.
     """
-    given = os.environ.get("SAM3RT_TEST_EXPORTS")
-    if given:
-        return Path(given) / name
 
     def make(folder: Path) -> None:
         import torch
@@ -112,8 +108,22 @@ def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Pa
     helpers = ROOT / "tests" / "support" / "export_helpers.py"
     own = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
-    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *own, *data], libraries)
-    return disk_cache.cached_folder(name, key, make)
+    files = [*disk_cache.python_files(*sources), helpers, *own, *data]
+    return _made_once(name, make, files, libraries)
+
+
+def _made_once(
+    name: str, make: Callable[[Path], None], files: list[Path], libraries: tuple[str, ...]
+) -> Path:
+    """A folder of an export, made once for many runs while files and libraries stay the same.
+
+    Where PyTorch is not installed, ``SAM3RT_TEST_EXPORTS`` names the folder into which another
+    environment made it.
+    """
+    given = os.environ.get("SAM3RT_TEST_EXPORTS")
+    if given:
+        return Path(given) / name
+    return disk_cache.cached_folder(name, disk_cache.key_of(files, libraries), make)
 
 
 @pytest.fixture(scope="session")
@@ -173,9 +183,6 @@ def small_sam2(small_sam2_export: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def small_sam2_export() -> Path:
     """The folder of that bundle, exported once for many runs."""
-    given = os.environ.get("SAM3RT_TEST_EXPORTS")
-    if given:
-        return Path(given) / "sam2_small"
 
     def make(folder: Path) -> None:
         from tests.support.export_helpers import small_sam2_model
@@ -188,8 +195,8 @@ def small_sam2_export() -> Path:
     helpers = ROOT / "tests" / "support" / "export_helpers.py"
     data = [sam2_synthetic.FOLDER / name for name in ("keys.tsv", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "transformers")
-    key = disk_cache.key_of([*disk_cache.python_files(*sources), helpers, *data], libraries)
-    return disk_cache.cached_folder("sam2_small", key, make)
+    files = [*disk_cache.python_files(*sources), helpers, *data]
+    return _made_once("sam2_small", make, files, libraries)
 
 
 @pytest.fixture(scope="session")
