@@ -267,12 +267,16 @@ void check_rules(const Manifest& manifest) {
         manifest.image.size.height != manifest.image.size.width) {
         refuse("resizes by the longest side to an input that is not square");
     }
+    if (manifest.encoder.inputs.size() != 1 || manifest.encoder.outputs.empty()) {
+        refuse("has an encoder that does not make feature maps of one input");
+    }
     for (const TensorSpec& spec : manifest.encoder.outputs) {
-        for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
-            const auto* side = std::get_if<std::int64_t>(&spec.shape[axis]);
-            if (side == nullptr || *side < 1) {
-                refuse("feature map '" + spec.name + "' has no fixed size");
-            }
+        if (spec.shape.size() != 4 ||
+            !std::all_of(spec.shape.begin() + 1, spec.shape.end(), [](const Axis& axis) {
+                const auto* side = std::get_if<std::int64_t>(&axis);
+                return side != nullptr && *side >= 1 && *side <= max_image_side;
+            })) {
+            refuse("feature map '" + spec.name + "' is not [B, C, h, w]");
         }
     }
     if (manifest.masks.low_res_limit && !(*manifest.masks.low_res_limit > 0)) {

@@ -377,9 +377,12 @@ def _check_rules(manifest: Manifest) -> None:
         raise BundleError('"masks.max_hole_area" is negative', MANIFEST)
     if manifest.image.resize == "longest_side" and len(set(manifest.image.size)) != 1:
         raise BundleError("resizes by the longest side to an input that is not square", MANIFEST)
+    if len(manifest.encoder.inputs) != 1 or not manifest.encoder.outputs:
+        raise BundleError("has an encoder that does not make feature maps of one input", MANIFEST)
     for spec in manifest.encoder.outputs:
-        if any(not isinstance(side, int) or side < 1 for side in spec.shape[1:]):
-            raise BundleError(f"feature map {spec.name!r} has no fixed size", MANIFEST)
+        fixed = [side for side in spec.shape[1:] if isinstance(side, int) and 1 <= side <= 1 << 16]
+        if len(spec.shape) != 4 or len(fixed) != 3:
+            raise BundleError(f"feature map {spec.name!r} is not [B, C, h, w]", MANIFEST)
     limit = manifest.masks.low_res_limit
     if limit is not None and limit <= 0:
         raise BundleError('"masks.low_res_limit" is not positive', MANIFEST)
