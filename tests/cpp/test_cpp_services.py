@@ -121,7 +121,8 @@ def test_a_call_does_not_wait_for_its_turn_any_longer(
 
 
 def test_cpp_calls_end_too(cpp_build: Build, toy_bundle: Path) -> None:
-    past, late = {"deadline": -1}, {"deadline": 60}
+    # The last one is 292 years from now, where the clock ends.
+    past, late, never = {"deadline": -1}, {"deadline": 60}, {"deadline": 9.2233720368e9}
     on_model: Step = {"model": "m", "embedding": "e", "prompts": as_prompts(CLICK)}
     on_predictor: Step = {"op": "predict", "predictor": "p", "prompts": as_prompts(CLICK)}
     results = cpp_build.run(
@@ -133,15 +134,16 @@ def test_cpp_calls_end_too(cpp_build: Build, toy_bundle: Path) -> None:
             {"op": "encode", "model": "m", "embedding": "f", "image": PICTURE, **late},
             {"op": "decode", **on_model, **late},
             {**on_predictor, **late},
+            {**on_predictor, **never},
             {**on_predictor, "cancel_after": 0},
         )
     )[4:]
     for result in results[:3]:
         assert "deadline" in result.refusal("CancelledError")
-    for result in results[3:6]:
+    for result in results[3:7]:
         assert result.error is None
     # Whichever is first: nothing breaks.
-    assert results[6].error is None or results[6].error["class"] == "CancelledError"
+    assert results[7].error is None or results[7].error["class"] == "CancelledError"
 
 
 def test_deadlines_that_make_no_sense(library: Library) -> None:

@@ -1,13 +1,15 @@
 #include "cancellation.hpp"
 
-#include <system_error>
+#include <exception>
 
 namespace sam3rt {
 
 Cancellation::Cancellation() : state_(std::make_shared<State>()) {}
 
 Cancellation::Cancellation(std::chrono::steady_clock::time_point deadline) : Cancellation() {
-    state_->deadline = deadline;
+    if (deadline != std::chrono::steady_clock::time_point::max()) {
+        state_->deadline = deadline;
+    }
 }
 
 void Cancellation::cancel() const noexcept {
@@ -56,7 +58,8 @@ OnCancel::OnCancel(const Cancellation* cancellation, std::function<void()> funct
                 (*own_)();
             }
         });
-    } catch (const std::system_error& error) {
+    } catch (const std::exception& error) {
+        // Nobody destroys this object, and whoever cancels would call its function.
         const std::lock_guard<std::mutex> lock(state_->mutex);
         state_->listeners.erase(own_);
         throw BackendError(std::string("no thread can be started to watch a deadline: ") +

@@ -162,11 +162,10 @@ class SAM3RT_EXPORT Cancellation {
 public:
     /// Only cancel() ends calls.
     Cancellation();
-    /// Calls end at a time, too.
+    /// Calls end at a time, too; time_point::max() is never.
     explicit Cancellation(std::chrono::steady_clock::time_point deadline);
-    /// Calls end some time from now, too.
-    explicit Cancellation(std::chrono::nanoseconds from_now)
-        : Cancellation(std::chrono::steady_clock::now() + from_now) {}
+    /// Calls end some time from now, too. What lies beyond the clock's range is never.
+    explicit Cancellation(std::chrono::nanoseconds from_now) : Cancellation(after(from_now)) {}
 
     /// End the calls under way that were given this object or a copy of it, and all later ones.
     void cancel() const noexcept;
@@ -178,6 +177,12 @@ public:
     State& state() const noexcept { return *state_; }
 
 private:
+    static std::chrono::steady_clock::time_point after(std::chrono::nanoseconds time) {
+        using TimePoint = std::chrono::steady_clock::time_point;
+        const TimePoint now = std::chrono::steady_clock::now();
+        return time < TimePoint::max() - now ? now + time : TimePoint::max();
+    }
+
     std::shared_ptr<State> state_;
 };
 
