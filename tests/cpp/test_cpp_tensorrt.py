@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines
@@ -210,6 +211,23 @@ def test_auto(machine: Machine, bundle: Path) -> None:
         assert "built without ONNX Runtime" in message
     add_engines(bundle)
     assert machine.run(loaded(bundle, "auto"))[0].value["device"] == "tensorrt:0"
+
+
+def test_the_example_says_what_computed(machine: Machine, bundle: Path, tmp_path: Path) -> None:
+    if machine.build.path.name != "address":
+        pytest.skip("built there alone")
+    add_engines(bundle)
+    PIL.Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    output = tmp_path / "output"
+    done = machine.build.program(
+        "examples/sam3rt_segment",
+        tmp_path / "image.png",
+        *("--bundle", bundle, "--output", output, "--point=30,25", "--backend", "tensorrt"),
+        env=machine.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    model = json.loads((output / "result.json").read_text())["model"]
+    assert (model["backend"], model["device"]) == ("tensorrt", "tensorrt:0")
 
 
 def test_without_graphs_and_kernels(machine: Machine, bundle: Path, tiny_model: Any) -> None:

@@ -59,6 +59,11 @@ Json prompts_of(const Arguments& arguments) {
     return prompts;
 }
 
+/// What runs the graphs; devices of TensorRT are called by its name.
+std::string backend_of(const std::string& device) {
+    return device.rfind("tensorrt", 0) == 0 ? device.substr(0, device.find(':')) : "onnxruntime";
+}
+
 std::string mask_name(std::size_t index) { return "mask_" + std::to_string(index) + ".png"; }
 
 template <typename... Values>
@@ -123,7 +128,7 @@ void write_results(const Arguments& arguments, const Picture& image, const sam3r
         {"model",
          {{"name", model.manifest().name},
           {"fingerprint", model.manifest().fingerprint},
-          {"backend", "onnxruntime"},
+          {"backend", backend_of(model.device())},
           {"device", model.device()}}},
         {"seconds",
          {{"load", rounded(seconds.load, 1e4)},
