@@ -125,26 +125,6 @@ std::string Backend::name() const {
     return is_tensorrt ? name_of(provider) : "onnxruntime";
 }
 
-std::vector<std::shared_ptr<const Features>> Backend::encode_all(
-    const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
-    const Cancellation* cancellation) const {
-    std::vector<std::shared_ptr<const Features>> found;
-    for (std::size_t i = 0; i < images.size(); ++i) {
-        found.push_back(encode(images[i], geometries[i], cancellation));
-    }
-    return found;
-}
-
-std::vector<std::vector<Array<float>>> Backend::decode_all(
-    const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
-    const Cancellation* cancellation) const {
-    std::vector<std::vector<Array<float>>> found;
-    for (const DecoderCall& call : calls) {
-        found.push_back(decode(call.features, call.prompts, outputs, cancellation, call.masks));
-    }
-    return found;
-}
-
 std::optional<Refusal> Backend::refuses(const void* /*address*/) const {
     return Refusal{"device memory",
                    "host memory: this model runs in ONNX Runtime on " + device().name() +
@@ -154,12 +134,13 @@ std::optional<Refusal> Backend::refuses(const void* /*address*/) const {
 Runner runner_of(const Backend& backend, const Cancellation* cancellation) {
     return [&backend, cancellation](const ImageView& image, const ImageGeometry& geometry) {
         const std::shared_ptr<const Features> features =
-            backend.encode(image, geometry, cancellation);
+            backend.encode({image}, {geometry}, cancellation).front();
         return EncodedImage{
             features->maps(),
             [&backend, features, cancellation](const PackedPrompts& prompts,
                                                const std::vector<std::string>& outputs) {
-                return backend.decode(*features, prompts, outputs, cancellation, nullptr);
+                return std::move(
+                    backend.decode({{*features, prompts, nullptr}}, outputs, cancellation).front());
             }};
     };
 }

@@ -78,15 +78,11 @@ public:
     /// What computes: "onnxruntime", "tensorrt" or "tensorrt-rtx".
     std::string name() const;
 
-    /// Preprocess a checked image and run the encoder on it; the features stay on the device.
-    virtual std::shared_ptr<const Features> encode(const ImageView& image,
-                                                   const ImageGeometry& geometry,
-                                                   const Cancellation* cancellation) const = 0;
-
-    /// The same for several images, together where the backend gains by it.
-    virtual std::vector<std::shared_ptr<const Features>> encode_all(
+    /// Preprocess checked images and run the encoder on them, together where the backend gains by
+    /// it; the features stay on the device.
+    virtual std::vector<std::shared_ptr<const Features>> encode(
         const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
-        const Cancellation* cancellation) const;
+        const Cancellation* cancellation) const = 0;
 
     /// Why an address is not one in device memory that images can be read from and masks written
     /// to, if it is not.
@@ -95,22 +91,16 @@ public:
     /// Bring feature maps, [1, C, h, w] each, to the device.
     virtual std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const = 0;
 
-    /// Run the decoder and bring the named outputs, [1, P, ...] each, to the host, in the order
-    /// asked for. It runs on a few objects at a time: memory does not grow with the number of
-    /// objects. With `masks`, the backend may make those too.
-    virtual std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
-                                             const std::vector<std::string>& outputs,
-                                             const Cancellation* cancellation,
-                                             DeviceMasks* masks) const = 0;
-
-    /// Whether decode_all runs the decoder on objects of several images at once.
-    virtual bool joins_images() const { return false; }
-
-    /// decode() for several images, together where the backend gains by it; no `masks` may have an
-    /// `output` then. The outputs of each call.
-    virtual std::vector<std::vector<Array<float>>> decode_all(
+    /// Run the decoder for calls about an image each, together where the backend gains by it, and
+    /// bring each call's named outputs, [1, P, ...], to the host, in the order asked for. It runs on
+    /// a few objects at a time: memory does not grow with the number of objects. The backend may
+    /// make a call's `masks` too. Of several calls none may have an `output` for them.
+    virtual std::vector<std::vector<Array<float>>> decode(
         const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
-        const Cancellation* cancellation) const;
+        const Cancellation* cancellation) const = 0;
+
+    /// Whether decode() runs the decoder on objects of several images at once.
+    virtual bool joins_images() const { return false; }
 
     /// Load both graphs now, also one that could not be loaded before.
     virtual void prepare() const = 0;

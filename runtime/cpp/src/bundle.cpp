@@ -334,6 +334,15 @@ std::string fingerprint_of(Bytes raw, const std::string& current) {
 
 }  // namespace
 
+Bytes read_or_refuse(const fs::path& path, std::uint64_t limit, const std::string& name,
+                     Links links, const std::string& advice) {
+    try {
+        return read_file(path, limit, links);
+    } catch (const std::system_error& error) {
+        throw BundleError(std::string("cannot be read: ") + error.what() + advice, name);
+    }
+}
+
 bool is_inside(const fs::path& path, const fs::path& folder) {
     const fs::path target = fs::weakly_canonical(path);
     const fs::path base = fs::canonical(folder);
@@ -424,12 +433,7 @@ void check_file(const fs::path& folder, const FileEntry& entry) {
 
 Bytes read_checked(const fs::path& folder, const FileEntry& entry) {
     check_length(folder, entry);
-    Bytes content;
-    try {
-        content = read_file(folder / entry.file, entry.bytes);
-    } catch (const std::system_error& error) {
-        throw BundleError(std::string("cannot be read: ") + error.what(), entry.file);
-    }
+    Bytes content = read_or_refuse(folder / entry.file, entry.bytes, entry.file);
     check_digest(sha256_hex(content.data(), content.size()), entry);
     return content;
 }

@@ -104,6 +104,11 @@ Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files);
 /// Parse and validate the content of bundle.json. Throws BundleError.
 Manifest parse_manifest(const Bytes& raw);
 
+/// The content of a plain file of at most `limit` bytes, called `name` in errors. Throws BundleError
+/// where it cannot be read, with `advice` at the end.
+Bytes read_or_refuse(const std::filesystem::path& path, std::uint64_t limit, const std::string& name,
+                     Links links = Links::follow, const std::string& advice = "");
+
 /// Refuse a file that is missing, not a plain file, a link that leaves the folder, or of another
 /// length or hash than its entry says. Throws BundleError.
 void check_file(const std::filesystem::path& folder, const FileEntry& entry);

@@ -11,6 +11,7 @@
 #include "files.hpp"
 #include "json_reader.hpp"
 #include "sha256.hpp"
+#include "signature.hpp"
 
 namespace sam3rt {
 namespace {
@@ -173,21 +174,13 @@ Parsed parse(const std::string& subject, const std::uint8_t* content, std::size_
     return parsed;
 }
 
-Shape shape_of(const TensorSpec& spec) {
-    Shape shape = {1};
-    for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
-        shape.push_back(std::get<std::int64_t>(spec.shape[axis]));
-    }
-    return shape;
-}
-
 /// Bytes of each feature map.
 std::vector<std::size_t> sizes_of(const std::string& subject,
                                   const std::vector<TensorSpec>& specs) {
     std::vector<std::size_t> sizes;
     std::size_t sum = 0;
     for (const TensorSpec& spec : specs) {
-        sizes.push_back(element_count(shape_of(spec)) * sizeof(float));
+        sizes.push_back(element_count(shape_of_map(spec)) * sizeof(float));
         sum += sizes.back();
         if (sum > max_elements) {
             refuse(subject, "the model's feature maps are larger than memory can be");
@@ -272,7 +265,12 @@ void write_embedding(const std::filesystem::path& path, const std::vector<std::s
 Bytes encode_embedding(const std::vector<std::string>& names, const std::vector<Array<float>>& maps,
                        const ImageGeometry& geometry, const std::string& fingerprint) {
     const std::string start = file_start(names, maps, geometry, fingerprint);
-    Bytes content(start.begin(), start.end());
+    Bytes content;
+    content.reserve(std::accumulate(
+        maps.begin(), maps.end(), start.size(), [](std::size_t sum, const Array<float>& map) {
+            return sum + map.size() * sizeof(float);
+        }));
+    content.assign(start.begin(), start.end());
     for (const Array<float>& map : maps) {
         const auto* bytes = reinterpret_cast<const std::uint8_t*>(map.data());
         content.insert(content.end(), bytes, bytes + map.size() * sizeof(float));
@@ -315,7 +313,7 @@ StoredEmbedding parse_embedding(const std::uint8_t* content, std::size_t size,
     }
     std::size_t offset = 0;
     for (std::size_t i = 0; i < specs.size(); ++i) {
-        const Shape shape = shape_of(specs[i]);
+        const Shape shape = shape_of_map(specs[i]);
         const std::vector<std::int64_t> offsets = {static_cast<std::int64_t>(offset),
                                                    static_cast<std::int64_t>(offset + sizes[i])};
         const auto found = tensors.find(specs[i].name);

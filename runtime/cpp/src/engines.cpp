@@ -53,12 +53,7 @@ struct Pair {
 Engine read_sidecar(const fs::path& folder, const std::string& role) {
     const std::string engine_name = role + ".engine";
     const std::string name = engine_name + ".json";
-    Bytes raw;
-    try {
-        raw = read_file(folder / name, max_sidecar_bytes);
-    } catch (const std::system_error& error) {
-        throw BundleError(std::string("cannot be read: ") + error.what(), name);
-    }
+    const Bytes raw = read_or_refuse(folder / name, max_sidecar_bytes, name);
     const JsonDocument document(raw.data(), raw.size(), name);
     const JsonValue root = document.root();
     static const std::vector<std::string> fields = {
@@ -261,14 +256,9 @@ void check(const Engine& engine) {
     check_file(engine.folder, engine.file);
     const fs::path wrapper = engine.wrapper();
     const std::string name = wrapper.filename().string();
-    Bytes content;
-    try {
-        content = read_file(wrapper, max_wrapper_bytes, Links::refuse);
-    } catch (const std::system_error& error) {
-        throw BundleError(std::string("cannot be read: ") + error.what() +
-                              "; build the engine again, so that ONNX Runtime can load it",
-                          name);
-    }
+    const Bytes content =
+        read_or_refuse(wrapper, max_wrapper_bytes, name, Links::refuse,
+                       "; build the engine again, so that ONNX Runtime can load it");
     check_wrapper(content, name, engine.file.file);
 }
 

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 
@@ -41,6 +42,12 @@ std::string driver_version() {
 }
 
 }  // namespace
+
+std::string Gpu::capability_digits() const {
+    std::string digits = compute_capability;
+    digits.erase(std::remove(digits.begin(), digits.end(), '.'), digits.end());
+    return digits;
+}
 
 Machine query_gpu(int number) {
     const Library library = open_library("libcuda.so.1");

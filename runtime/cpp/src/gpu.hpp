@@ -10,6 +10,9 @@ struct Gpu {
     std::string name;
     std::string compute_capability;
 
+    /// The compute capability as compilers take it behind "sm_", such as "89".
+    std::string capability_digits() const;
+
     bool operator==(const Gpu& other) const {
         return name == other.name && compute_capability == other.compute_capability;
     }

@@ -103,6 +103,12 @@ DecodedMasks decoded_of(const Manifest& about, std::vector<Array<float>>& result
     return decoded;
 }
 
+ImageEmbedding embedding_of(const Manifest& about, std::shared_ptr<const Features> features,
+                            const ImageGeometry& geometry) {
+    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(ImageEmbedding::Data{
+        std::move(features), geometry, about.fingerprint, names_of(about.encoder.outputs)}));
+}
+
 /// Throws EmbeddingError, calling what was stored `subject`, where it does not fit the model.
 ImageEmbedding upload(const Model::Data& data, const std::string& subject,
                       const StoredEmbedding& stored) {
@@ -110,9 +116,28 @@ ImageEmbedding upload(const Model::Data& data, const std::string& subject,
     if (!(stored.geometry == geometry_of(about.image, stored.geometry.original_size))) {
         throw EmbeddingError(subject + ": its image geometry contradicts this model's");
     }
-    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data.backend.upload(stored.maps), stored.geometry, about.fingerprint,
-                             names_of(about.encoder.outputs)}));
+    return embedding_of(about, data.backend->upload(stored.maps), stored.geometry);
+}
+
+/// Encode images, each with the name that errors call it by.
+std::vector<ImageEmbedding> encode_all(const Model::Data& data,
+                                       const std::vector<ImageView>& images,
+                                       const std::vector<std::string>& names,
+                                       const Cancellation* cancellation) {
+    const Manifest& about = data.bundle.manifest;
+    std::vector<ImageGeometry> geometries;
+    // All are checked before the first is encoded: encoding is the expensive part.
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        check_readable(*data.backend, images[i], names[i]);
+        geometries.push_back(geometry_of(about.image, {images[i].height, images[i].width}));
+    }
+    check_cancelled(cancellation);
+    const auto features = data.backend->encode(images, geometries, cancellation);
+    std::vector<ImageEmbedding> embeddings;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        embeddings.push_back(embedding_of(about, features.at(i), geometries[i]));
+    }
+    return embeddings;
 }
 
 }  // namespace
@@ -131,76 +156,43 @@ Model Model::load_from_memory(const std::vector<BundleFile>& files, const ModelO
 }
 
 ImageEmbedding Model::encode(const ImageView& image, const Cancellation* cancellation) const {
-    check_readable(data_->backend, image, "image");
-    check_cancelled(cancellation);
-    const Manifest& about = manifest();
-    const ImageGeometry geometry = geometry_of(about.image, {image.height, image.width});
-    return ImageEmbedding(std::make_shared<const ImageEmbedding::Data>(
-        ImageEmbedding::Data{data_->backend.encode(image, geometry, cancellation), geometry,
-                             about.fingerprint, names_of(about.encoder.outputs)}));
+    return std::move(encode_all(*data_, {image}, {"image"}, cancellation).front());
 }
 
 std::vector<ImageEmbedding> Model::encode_batch(const std::vector<ImageView>& images,
                                                 const Cancellation* cancellation) const {
-    const Manifest& about = manifest();
-    std::vector<ImageGeometry> geometries;
-    // All are checked before the first is encoded: encoding is the expensive part.
+    std::vector<std::string> names;
     for (std::size_t i = 0; i < images.size(); ++i) {
-        check_readable(data_->backend, images[i], "images[" + std::to_string(i) + "]");
-        geometries.push_back(geometry_of(about.image, {images[i].height, images[i].width}));
+        names.push_back("images[" + std::to_string(i) + "]");
     }
-    check_cancelled(cancellation);
-    const auto features = data_->backend.encode_all(images, geometries, cancellation);
-    std::vector<ImageEmbedding> embeddings;
-    for (std::size_t i = 0; i < images.size(); ++i) {
-        embeddings.emplace_back(std::make_shared<const ImageEmbedding::Data>(
-            ImageEmbedding::Data{features.at(i), geometries[i], about.fingerprint,
-                                 names_of(about.encoder.outputs)}));
-    }
-    return embeddings;
+    return encode_all(*data_, images, names, cancellation);
 }
 
 DecodedMasks Model::decode(const ImageEmbedding& embedding, const Prompts& prompts,
                            bool multimask_output, const Cancellation* cancellation) const {
-    return decode_prompts(*this, embedding, prompts, multimask_output, cancellation, nullptr);
+    return std::move(
+        decode_all(*this, {{embedding, prompts, nullptr}}, multimask_output, cancellation).front());
 }
 
-DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
-                            const Prompts& prompts, bool multimask_output,
-                            const Cancellation* cancellation, DeviceMasks* masks) {
+std::vector<DecodedMasks> decode_all(const Model& model, const std::vector<Question>& questions,
+                                     bool multimask_output, const Cancellation* cancellation) {
     const Manifest& about = model.manifest();
-    PackedPrompts packed = pack_for(about, embedding, prompts);
-    check_cancelled(cancellation);
-    const std::int64_t objects = packed.points.shape()[0];
-    if (objects == 0) {
-        return of_no_objects(about, multimask_output, std::move(packed.warning));
-    }
-    std::vector<Array<float>> results = model.data().backend.decode(
-        *embedding.data().features, packed, decoder_outputs(about, multimask_output), cancellation,
-        masks);
-    return decoded_of(about, results, objects, std::move(packed.warning));
-}
-
-std::vector<DecodedMasks> decode_batch(const Model& model,
-                                       const std::vector<ImageEmbedding>& embeddings,
-                                       const std::vector<Prompts>& prompts, bool multimask_output,
-                                       const Cancellation* cancellation,
-                                       std::vector<DeviceMasks>* masks) {
-    const Manifest& about = model.manifest();
-    // All are checked before the decoder runs.
     std::vector<PackedPrompts> packed;
-    packed.reserve(prompts.size());
+    packed.reserve(questions.size());
     std::vector<DecoderCall> calls;
-    for (std::size_t i = 0; i < prompts.size(); ++i) {
-        packed.push_back(pack_for(about, embeddings[i], prompts[i]));
-        if (packed[i].points.shape()[0] != 0) {
-            calls.push_back({*embeddings[i].data().features, packed[i],
-                             masks == nullptr ? nullptr : &(*masks)[i]});
+    for (const Question& question : questions) {
+        packed.push_back(pack_for(about, question.embedding, question.prompts));
+        if (packed.back().points.shape()[0] != 0) {
+            calls.push_back(
+                {*question.embedding.data().features, packed.back(), question.masks});
         }
     }
     check_cancelled(cancellation);
-    std::vector<std::vector<Array<float>>> results = model.data().backend.decode_all(
-        calls, decoder_outputs(about, multimask_output), cancellation);
+    std::vector<std::vector<Array<float>>> results;
+    if (!calls.empty()) {
+        results = model.data().backend->decode(calls, decoder_outputs(about, multimask_output),
+                                               cancellation);
+    }
     std::vector<DecodedMasks> decoded;
     auto next = results.begin();
     for (PackedPrompts& own : packed) {
@@ -228,7 +220,7 @@ ImageEmbedding Model::embedding_from_bytes(const void* content, std::size_t size
                                   about.fingerprint, about.encoder.outputs));
 }
 
-void Model::prepare() const { data_->backend.prepare(); }
+void Model::prepare() const { data_->backend->prepare(); }
 
 void Model::warm_up() const {
     prepare();
@@ -242,13 +234,13 @@ void Model::warm_up() const {
 
 VerifyReport Model::verify(const Cancellation* cancellation) const {
     const ParityRecord record = load_record(data_->bundle);
-    const Backend& backend = data_->backend;
+    const Backend& backend = *data_->backend;
     return judge(run_record(runner_of(backend, cancellation), manifest(), record,
                             limits_for(manifest(), backend.precision())));
 }
 
 Health Model::health(const Cancellation* cancellation) const {
-    const Backend& backend = data_->backend;
+    const Backend& backend = *data_->backend;
     Health health = check_health(runner_of(backend, cancellation), data_->bundle,
                                  limits_for(manifest(), backend.precision()));
     health.backend = backend.name();
@@ -257,11 +249,11 @@ Health Model::health(const Cancellation* cancellation) const {
     return health;
 }
 
-bool Model::joins_images() const { return data_->backend.joins_images(); }
-bool Model::encoder_loaded() const { return data_->backend.encoder_loaded(); }
+bool Model::joins_images() const { return data_->backend->joins_images(); }
+bool Model::encoder_loaded() const { return data_->backend->encoder_loaded(); }
 const Manifest& Model::manifest() const noexcept { return data_->bundle.manifest; }
 const std::string& Model::manifest_json() const noexcept { return data_->bundle.text; }
 const std::filesystem::path& Model::path() const noexcept { return data_->bundle.path; }
-std::string Model::device() const { return data_->backend.device().name(); }
+std::string Model::device() const { return data_->backend->device().name(); }
 
 }  // namespace sam3rt

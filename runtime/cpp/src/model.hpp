@@ -11,26 +11,24 @@ namespace sam3rt {
 struct Model::Data {
     Data(Bundle opened, const ModelOptions& options)
         : bundle(std::move(opened)),
-          owned_backend(open_backend(bundle, options)),
-          backend(*owned_backend) {}
+          backend(open_backend(bundle, options)) {}
 
     const Bundle bundle;
-    const std::shared_ptr<const Backend> owned_backend;
-    const Backend& backend;
+    const std::shared_ptr<const Backend> backend;
     mutable ResamplingCache resampling;
 };
 
-/// Model::decode, which may make masks on the device as well.
-DecodedMasks decode_prompts(const Model& model, const ImageEmbedding& embedding,
-                            const Prompts& prompts, bool multimask_output,
-                            const Cancellation* cancellation, DeviceMasks* masks);
+/// What is asked about one image.
+struct Question {
+    const ImageEmbedding& embedding;
+    const Prompts& prompts;
+    /// Masks that the backend may make as well, or null.
+    DeviceMasks* masks;
+};
 
-/// The same for several images, together where the backend gains by it. As many prompts as
-/// embeddings; as many masks, or none.
-std::vector<DecodedMasks> decode_batch(const Model& model,
-                                       const std::vector<ImageEmbedding>& embeddings,
-                                       const std::vector<Prompts>& prompts, bool multimask_output,
-                                       const Cancellation* cancellation,
-                                       std::vector<DeviceMasks>* masks);
+/// Model::decode for questions about an image each, together where the backend gains by it. All are
+/// checked before the decoder runs.
+std::vector<DecodedMasks> decode_all(const Model& model, const std::vector<Question>& questions,
+                                     bool multimask_output, const Cancellation* cancellation);
 
 }  // namespace sam3rt

@@ -58,13 +58,13 @@ public:
 
     const Device& device() const override { return device_; }
     std::string precision() const override { return engines_ ? engines_->precision : "fp32"; }
-    std::shared_ptr<const Features> encode(const ImageView& image, const ImageGeometry& geometry,
-                                           const Cancellation* cancellation) const override;
+    std::vector<std::shared_ptr<const Features>> encode(
+        const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
+        const Cancellation* cancellation) const override;
     std::shared_ptr<const Features> upload(const std::vector<Array<float>>& maps) const override;
-    std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
-                                     const std::vector<std::string>& outputs,
-                                     const Cancellation* cancellation,
-                                     DeviceMasks* masks) const override;
+    std::vector<std::vector<Array<float>>> decode(const std::vector<DecoderCall>& calls,
+                                                  const std::vector<std::string>& outputs,
+                                                  const Cancellation* cancellation) const override;
     void prepare() const override;
     bool encoder_loaded() const override;
 
@@ -86,6 +86,12 @@ private:
         mutable Turnstile turnstile;
     };
 
+    std::shared_ptr<const Features> encode_one(const ImageView& image,
+                                               const ImageGeometry& geometry,
+                                               const Cancellation* cancellation) const;
+    std::vector<Array<float>> decode_one(const Features& features, const PackedPrompts& prompts,
+                                         const std::vector<std::string>& outputs,
+                                         const Cancellation* cancellation) const;
     std::shared_ptr<const Loaded> loaded(const Graph& graph, bool try_again = false) const;
     Loaded load(const Graph& graph) const;
     std::optional<Loaded> load_parts(const Graph& graph, ByteView content) const;
@@ -157,10 +163,7 @@ void store(const Ort::Value& value, std::size_t first, std::size_t count, std::s
 /// Memory for a feature map, outside of what ONNX Runtime reuses between runs: maps live long, and
 /// would keep that from being given back.
 Ort::Value empty_map(const TensorSpec& spec) {
-    Shape shape = {1};
-    for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
-        shape.push_back(std::get<std::int64_t>(spec.shape[axis]));
-    }
+    const Shape shape = shape_of_map(spec);
     Ort::AllocatorWithDefaultOptions allocator;
     return Ort::Value::CreateTensor(allocator, shape.data(), shape.size(),
                                     element_types().at(spec.dtype));
@@ -276,9 +279,19 @@ OrtBackend::OrtBackend(const Bundle& bundle, const ModelOptions& options, const 
     std::fill_n(blank_mask_.data(), blank_mask_.size(), 0.0F);
 }
 
-std::shared_ptr<const Features> OrtBackend::encode(const ImageView& image,
-                                                   const ImageGeometry& geometry,
-                                                   const Cancellation* cancellation) const {
+std::vector<std::shared_ptr<const Features>> OrtBackend::encode(
+    const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
+    const Cancellation* cancellation) const {
+    std::vector<std::shared_ptr<const Features>> found;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        found.push_back(encode_one(images[i], geometries[i], cancellation));
+    }
+    return found;
+}
+
+std::shared_ptr<const Features> OrtBackend::encode_one(const ImageView& image,
+                                                       const ImageGeometry& geometry,
+                                                       const Cancellation* cancellation) const {
     const Array<float> pixels = preprocess(bundle_.manifest.image, image, geometry);
     const std::shared_ptr<Ort::Session> session = loaded(encoder_)->session;
     try {
@@ -314,10 +327,20 @@ std::shared_ptr<const Features> OrtBackend::upload(const std::vector<Array<float
     }
 }
 
-std::vector<Array<float>> OrtBackend::decode(const Features& features, const PackedPrompts& prompts,
-                                             const std::vector<std::string>& outputs,
-                                             const Cancellation* cancellation,
-                                             DeviceMasks* /*masks*/) const {
+std::vector<std::vector<Array<float>>> OrtBackend::decode(const std::vector<DecoderCall>& calls,
+                                                          const std::vector<std::string>& outputs,
+                                                          const Cancellation* cancellation) const {
+    std::vector<std::vector<Array<float>>> found;
+    for (const DecoderCall& call : calls) {
+        found.push_back(decode_one(call.features, call.prompts, outputs, cancellation));
+    }
+    return found;
+}
+
+std::vector<Array<float>> OrtBackend::decode_one(const Features& features,
+                                                 const PackedPrompts& prompts,
+                                                 const std::vector<std::string>& outputs,
+                                                 const Cancellation* cancellation) const {
     const auto* own = dynamic_cast<const OrtFeatures*>(&features);
     if (own == nullptr || own->device() != device_.name()) {
         throw EmbeddingError("the embedding is on " + features.device() + ", this model runs on " +

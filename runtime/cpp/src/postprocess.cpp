@@ -17,32 +17,38 @@ std::size_t plane_size(const Resampling& resampling) {
 
 /// Clean one map after the other, and give each to a function with its number.
 template <typename Function>
-void for_each_map(const Array<float>& low_res, const Cleaning& cleaning,
-                  const Cancellation* cancellation, const Function& function) {
-    const Shape& shape = low_res.shape();
-    const Size size{shape[2], shape[3]};
+void for_each_map(const MaskSource& source, const Function& function) {
+    const Shape& shape = source.low_res.shape();
+    const Cleaning& cleaning = source.cleaning;
     const auto count = static_cast<std::size_t>(shape[0] * shape[1]);
     for (std::size_t i = 0; i < count; ++i) {
-        check_cancelled(cancellation);
-        const float* logits = low_res.data() + i * (low_res.size() / count);
+        check_cancelled(source.cancellation);
+        const float* logits = source.low_res.data() + i * (source.low_res.size() / count);
         if (cleaning.max_hole_area <= 0 && cleaning.max_sprinkle_area <= 0) {
             function(i, logits);
         } else {
-            function(i, clean(logits, size, cleaning).data());
+            function(i, clean(logits, {shape[2], shape[3]}, cleaning).data());
         }
     }
 }
 
-/// Make one mask after the other in the same memory, of 0 and 1, and give each to a function.
+/// Give one mask of 0 and 1 after the other to a function with its number: those that were made, or
+/// each in the same memory.
 template <typename Function>
-void for_each_mask(const Array<float>& low_res, const Resampling& resampling,
-                   const Cleaning& cleaning, const Cancellation* cancellation,
-                   const Function& function) {
+void for_each_mask(const MaskSource& source, const Function& function) {
+    const std::size_t size = plane_size(source.resampling);
+    if (source.made != nullptr) {
+        for (std::size_t at = 0; at < source.made->size(); at += size) {
+            check_cancelled(source.cancellation);
+            function(at / size, source.made->data() + at);
+        }
+        return;
+    }
     std::vector<float> scratch;
-    std::vector<std::uint8_t> mask(plane_size(resampling));
-    const auto threshold = static_cast<float>(cleaning.threshold);
-    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
-        resize_to_mask(logits, resampling, threshold, 1, scratch, mask.data());
+    std::vector<std::uint8_t> mask(size);
+    const auto threshold = static_cast<float>(source.cleaning.threshold);
+    for_each_map(source, [&](std::size_t i, const float* logits) {
+        resize_to_mask(logits, source.resampling, threshold, 1, scratch, mask.data());
         function(i, mask.data());
     });
 }
@@ -89,67 +95,45 @@ Shape full_shape(const Array<float>& low_res, const Resampling& resampling) {
             static_cast<std::int64_t>(resampling.columns.outputs())};
 }
 
-void finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                  const Cleaning& cleaning, std::uint8_t foreground,
-                  const Cancellation* cancellation, std::uint8_t* out) {
+void finish_masks(const MaskSource& source, std::uint8_t foreground, std::uint8_t* out) {
+    if (source.made != nullptr) {
+        std::transform(source.made->begin(), source.made->end(), out, [foreground](std::uint8_t mask) {
+            return static_cast<std::uint8_t>(mask * foreground);
+        });
+        return;
+    }
     std::vector<float> scratch;
-    const auto threshold = static_cast<float>(cleaning.threshold);
-    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
-        resize_to_mask(logits, resampling, threshold, foreground, scratch,
-                       out + i * plane_size(resampling));
+    const auto threshold = static_cast<float>(source.cleaning.threshold);
+    for_each_map(source, [&](std::size_t i, const float* logits) {
+        resize_to_mask(logits, source.resampling, threshold, foreground, scratch,
+                       out + i * plane_size(source.resampling));
     });
 }
 
-void finish_bits(const Array<float>& low_res, const Resampling& resampling,
-                 const Cleaning& cleaning, const Cancellation* cancellation, std::uint8_t* out) {
-    const std::size_t height = resampling.rows.outputs();
-    const std::size_t width = resampling.columns.outputs();
+void finish_bits(const MaskSource& source, std::uint8_t* out) {
+    const std::size_t height = source.resampling.rows.outputs();
+    const std::size_t width = source.resampling.columns.outputs();
     const std::size_t row_size = (width + 7) / 8;
-    const auto pack = [&](std::size_t i, const std::uint8_t* mask) {
+    for_each_mask(source, [&](std::size_t i, const std::uint8_t* mask) {
         for (std::size_t y = 0; y < height; ++y) {
             pack_row(mask + y * width, width, out + (i * height + y) * row_size);
         }
-    };
-    for_each_mask(low_res, resampling, cleaning, cancellation, pack);
+    });
 }
 
-std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
-                                    const Cleaning& cleaning, const Cancellation* cancellation) {
+std::vector<std::string> finish_rle(const MaskSource& source) {
     std::vector<std::string> texts;
-    for_each_mask(
-        low_res, resampling, cleaning, cancellation, [&](std::size_t, const std::uint8_t* mask) {
-            texts.push_back(
-                compressed_runs(mask, resampling.rows.outputs(), resampling.columns.outputs()));
-        });
+    for_each_mask(source, [&](std::size_t, const std::uint8_t* mask) {
+        texts.push_back(compressed_runs(mask, source.resampling.rows.outputs(),
+                                        source.resampling.columns.outputs()));
+    });
     return texts;
 }
 
-void pack_masks(const Array<std::uint8_t>& masks, std::uint8_t* out) {
-    const Shape& shape = masks.shape();
-    const auto width = static_cast<std::size_t>(shape[3]);
-    const auto rows = static_cast<std::size_t>(shape[0] * shape[1] * shape[2]);
-    for (std::size_t row = 0; row < rows; ++row) {
-        pack_row(masks.data() + row * width, width, out + row * ((width + 7) / 8));
-    }
-}
-
-std::vector<std::string> encode_masks(const Array<std::uint8_t>& masks) {
-    const Shape& shape = masks.shape();
-    const auto height = static_cast<std::size_t>(shape[2]);
-    const auto width = static_cast<std::size_t>(shape[3]);
-    std::vector<std::string> texts;
-    for (std::int64_t i = 0; i < shape[0] * shape[1]; ++i) {
-        texts.push_back(compressed_runs(masks.data() + static_cast<std::size_t>(i) * height * width,
-                                        height, width));
-    }
-    return texts;
-}
-
-void finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                   const Cleaning& cleaning, const Cancellation* cancellation, float* out) {
+void finish_logits(const MaskSource& source, float* out) {
     std::vector<float> scratch;
-    for_each_map(low_res, cleaning, cancellation, [&](std::size_t i, const float* logits) {
-        resize_logits(logits, resampling, scratch, out + i * plane_size(resampling));
+    for_each_map(source, [&](std::size_t i, const float* logits) {
+        resize_logits(logits, source.resampling, scratch, out + i * plane_size(source.resampling));
     });
 }
 

@@ -34,27 +34,28 @@ inline std::size_t best_mask(const float* scores, std::size_t masks) {
 /// Of masks [P, C, H, W] of the image's size, of [P, C, h, w] low-resolution logits.
 Shape full_shape(const Array<float>& low_res, const Resampling& resampling);
 
-/// Clean, upsample and threshold [P, C, h, w] unclamped logits: [P, C, H, W] at `out`, 0 and
-/// `foreground`. Here and below, throws CancelledError before the next mask where the call is to
-/// end.
-void finish_masks(const Array<float>& low_res, const Resampling& resampling,
-                  const Cleaning& cleaning, std::uint8_t foreground,
-                  const Cancellation* cancellation, std::uint8_t* out);
+/// What masks of the image's size are made of.
+struct MaskSource {
+    /// [P, C, h, w], unclamped logits.
+    const Array<float>& low_res;
+    const Resampling& resampling;
+    const Cleaning& cleaning;
+    /// CancelledError is thrown before the next mask where the call is to end; may be null.
+    const Cancellation* cancellation;
+    /// Those masks, [P, C, H, W] of 0 and 1, where a device has made them already, or null.
+    const Array<std::uint8_t>* made;
+};
+
+/// Clean, upsample and threshold: [P, C, H, W] at `out`, 0 and `foreground`.
+void finish_masks(const MaskSource& source, std::uint8_t foreground, std::uint8_t* out);
 
 /// The same as bits, [P, C, H, ceil(W / 8)].
-void finish_bits(const Array<float>& low_res, const Resampling& resampling,
-                 const Cleaning& cleaning, const Cancellation* cancellation, std::uint8_t* out);
+void finish_bits(const MaskSource& source, std::uint8_t* out);
 
 /// The same as COCO's compressed run lengths.
-std::vector<std::string> finish_rle(const Array<float>& low_res, const Resampling& resampling,
-                                    const Cleaning& cleaning, const Cancellation* cancellation);
+std::vector<std::string> finish_rle(const MaskSource& source);
 
-/// Masks of 0 and 1, [P, C, H, W], as bits, or as run lengths, likewise.
-void pack_masks(const Array<std::uint8_t>& masks, std::uint8_t* out);
-std::vector<std::string> encode_masks(const Array<std::uint8_t>& masks);
-
-/// Clean and upsample [P, C, h, w] unclamped logits: [P, C, H, W] logits at `out`.
-void finish_logits(const Array<float>& low_res, const Resampling& resampling,
-                   const Cleaning& cleaning, const Cancellation* cancellation, float* out);
+/// Clean and upsample: [P, C, H, W] logits at `out`.
+void finish_logits(const MaskSource& source, float* out);
 
 }  // namespace sam3rt

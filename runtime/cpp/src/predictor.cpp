@@ -148,37 +148,24 @@ Prediction finish(const Model& model, const ImageEmbedding& embedding, DecodedMa
     const Shape& low_res = decoded.low_res_masks.shape();
     const std::shared_ptr<const Resampling> resampling = model.data().resampling.find(
         embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
+    const MaskSource source{decoded.low_res_masks, *resampling, made.cleaning,
+                            options.cancellation, made.masks ? &*made.masks : nullptr};
     Prediction prediction;
     prediction.shape = full_shape(decoded.low_res_masks, *resampling);
-    if (options.form == MaskForm::bits) {
-        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
-    }
     if (options.return_logits) {
-        finish_logits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation,
-                      memory_for(options, prediction.shape, prediction.logits));
+        finish_logits(source, memory_for(options, prediction.shape, prediction.logits));
     } else if (options.output_on_device) {
         // They are there.
     } else if (options.form == MaskForm::rle) {
-        prediction.rle = made.masks ? encode_masks(*made.masks)
-                                    : finish_rle(decoded.low_res_masks, *resampling, made.cleaning,
-                                                 options.cancellation);
-    } else if (made.masks && options.form == MaskForm::bytes && options.output == nullptr) {
+        prediction.rle = finish_rle(source);
+    } else if (options.form == MaskForm::bits) {
+        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
+        finish_bits(source, memory_for(options, prediction.shape, prediction.masks));
+    } else if (made.masks && options.output == nullptr) {
         prediction.masks = with_foreground(std::move(*made.masks), options.foreground);
     } else {
-        std::uint8_t* const masks = memory_for(options, prediction.shape, prediction.masks);
-        if (made.masks && options.form == MaskForm::bits) {
-            pack_masks(*made.masks, masks);
-        } else if (made.masks) {
-            const Array<std::uint8_t> all =
-                with_foreground(std::move(*made.masks), options.foreground);
-            std::copy(all.begin(), all.end(), masks);
-        } else if (options.form == MaskForm::bits) {
-            finish_bits(decoded.low_res_masks, *resampling, made.cleaning, options.cancellation,
-                        masks);
-        } else {
-            finish_masks(decoded.low_res_masks, *resampling, made.cleaning, options.foreground,
-                         options.cancellation, masks);
-        }
+        finish_masks(source, options.foreground,
+                     memory_for(options, prediction.shape, prediction.masks));
     }
     if (prediction.shape[0] == 1) {
         prediction.shape.erase(prediction.shape.begin());
@@ -196,6 +183,28 @@ Prediction finish(const Model& model, const ImageEmbedding& embedding, DecodedMa
     prediction.object_score_logits = std::move(decoded.object_score_logits);
     prediction.warning = std::move(decoded.warning);
     return prediction;
+}
+
+/// Predict on `count` images, with an entry of `prompts` for each.
+std::vector<Prediction> predict_all(const Model& model, const ImageEmbedding* embeddings,
+                                    const Prompts* prompts, std::size_t count,
+                                    const Cleaning& cleaning, const PredictOptions& options) {
+    check_options(options, *model.data().backend);
+    std::vector<DeviceMasks> made;
+    std::vector<Question> questions;
+    made.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        made.push_back(masks_to_make(embeddings[i], cleaning, options));
+        questions.push_back(
+            {embeddings[i], prompts[i], options.return_logits ? nullptr : &made.back()});
+    }
+    std::vector<DecodedMasks> decoded =
+        decode_all(model, questions, options.multimask_output, options.cancellation);
+    std::vector<Prediction> predictions;
+    for (std::size_t i = 0; i < count; ++i) {
+        predictions.push_back(finish(model, embeddings[i], decoded[i], made[i], options));
+    }
+    return predictions;
 }
 
 }  // namespace
@@ -236,14 +245,9 @@ Prediction Predictor::predict(const Prompts& prompts, const PredictOptions& opti
     if (embeddings_.empty()) {
         throw StateError("an image must be set with set_image before predict");
     }
-    check_options(options, model_.data().backend);
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
-    const ImageEmbedding& embedding = embeddings_.back();
-    DeviceMasks made = masks_to_make(embedding, cleaning, options);
-    DecodedMasks decoded =
-        decode_prompts(model_, embedding, prompts, options.multimask_output, options.cancellation,
-                       options.return_logits ? nullptr : &made);
-    return finish(model_, embedding, decoded, made, options);
+    return std::move(
+        predict_all(model_, &embeddings_.back(), &prompts, 1, cleaning, options).front());
 }
 
 std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& prompts,
@@ -261,20 +265,9 @@ std::vector<Prediction> Predictor::predict_batch(const std::vector<Prompts>& pro
     if (options.output != nullptr) {
         throw InvalidInputError("output", "memory", "none, for a batch");
     }
-    check_options(options, model_.data().backend);
     const Cleaning cleaning{mask_threshold_, max_hole_area_, max_sprinkle_area_};
-    std::vector<DeviceMasks> made;
-    for (const ImageEmbedding& embedding : embeddings_) {
-        made.push_back(masks_to_make(embedding, cleaning, options));
-    }
-    std::vector<DecodedMasks> decoded =
-        decode_batch(model_, embeddings_, prompts, options.multimask_output, options.cancellation,
-                     options.return_logits ? nullptr : &made);
-    std::vector<Prediction> predictions;
-    for (std::size_t i = 0; i < prompts.size(); ++i) {
-        predictions.push_back(finish(model_, embeddings_[i], decoded[i], made[i], options));
-    }
-    return predictions;
+    return predict_all(model_, embeddings_.data(), prompts.data(), prompts.size(), cleaning,
+                       options);
 }
 
 void Predictor::reset() noexcept {

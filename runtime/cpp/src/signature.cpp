@@ -6,12 +6,7 @@ namespace sam3rt {
 namespace {
 
 LoadedTensor as_loaded(const TensorSpec& spec) {
-    LoadedTensor tensor{spec.name, spec.dtype, {}};
-    for (const Axis& side : spec.shape) {
-        const auto* size = std::get_if<std::int64_t>(&side);
-        tensor.shape.push_back(size == nullptr ? -1 : *size);
-    }
-    return tensor;
+    return {spec.name, spec.dtype, shape_of(spec, -1)};
 }
 
 /// Whether names, types and ranks are equal, and all sizes that both sides fix.
@@ -54,6 +49,21 @@ std::string mismatch(std::vector<LoadedTensor> found, const std::vector<TensorSp
 }
 
 }  // namespace
+
+Shape shape_of(const TensorSpec& spec, std::int64_t dynamic) {
+    Shape shape;
+    for (const Axis& side : spec.shape) {
+        const auto* size = std::get_if<std::int64_t>(&side);
+        shape.push_back(size == nullptr ? dynamic : *size);
+    }
+    return shape;
+}
+
+Shape shape_of_map(const TensorSpec& spec) {
+    Shape shape = shape_of(spec, 1);
+    shape.at(0) = 1;
+    return shape;
+}
 
 std::string signature_mismatch(const GraphSpec& promised, std::vector<LoadedTensor> inputs,
                                std::vector<LoadedTensor> outputs, bool is_retyped) {

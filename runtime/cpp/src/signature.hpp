@@ -15,6 +15,12 @@ struct LoadedTensor {
     Shape shape;
 };
 
+/// A tensor's sizes, with `dynamic` for axes that have names.
+Shape shape_of(const TensorSpec& spec, std::int64_t dynamic);
+
+/// Of one image's feature map, an output of the encoder: [1, C, h, w].
+Shape shape_of_map(const TensorSpec& spec);
+
 /// How names, types, ranks and fixed sizes differ from what is promised, such as "has inputs [...],
 /// the manifest says [...]"; empty where they do not. What `is_retyped` was made from the graph, as
 /// an engine is: types may be other ones, and tensors may come in any order.

@@ -493,13 +493,14 @@ json finish(const json& step) {
     const Array<float> low_res = read_npy<float>(text(step, "low_res"));
     masks.low_res_size = {low_res.shape().at(2), low_res.shape().at(3)};
     const Resampling resampling = resampling_to_image(geometry_from(step), image, masks);
+    const MaskSource source{low_res, resampling, cleaning, nullptr, nullptr};
     if (step.at("return_logits").get<bool>()) {
         Array<float> logits(full_shape(low_res, resampling));
-        finish_logits(low_res, resampling, cleaning, nullptr, logits.data());
+        finish_logits(source, logits.data());
         write_npy(result_path(step, "masks"), logits);
     } else {
         Array<std::uint8_t> finished(full_shape(low_res, resampling));
-        finish_masks(low_res, resampling, cleaning, 1, nullptr, finished.data());
+        finish_masks(source, 1, finished.data());
         write_npy(result_path(step, "masks"), finished);
     }
     return nullptr;

@@ -29,11 +29,10 @@ constexpr double differing_pixels = 1e-4;
 
 /// Load an engine from the content that was hashed.
 std::shared_ptr<Engine> load(const EngineFile& engine, const Machine& machine) {
-    std::string capability = machine.gpu.compute_capability;
-    capability.erase(std::remove(capability.begin(), capability.end(), '.'), capability.end());
-    return load_engine(read_checked(engine.folder, engine.file),
-                       (engine.folder.filename() / engine.file.file).string(),
-                       engine.folder / ("kernels-sm" + capability + ".cache"));
+    return load_engine(
+        read_checked(engine.folder, engine.file),
+        (engine.folder.filename() / engine.file.file).string(),
+        engine.folder / ("kernels-sm" + machine.gpu.capability_digits() + ".cache"));
 }
 
 /// A set of engines on a GPU.
@@ -60,12 +59,7 @@ public:
     std::string precision() const override { return precision_; }
     bool encoder_loaded() const override { return true; }
 
-    std::shared_ptr<const Features> encode(const ImageView& image, const ImageGeometry& geometry,
-                                           const Cancellation* cancellation) const override {
-        return encode_all({image}, {geometry}, cancellation).front();
-    }
-
-    std::vector<std::shared_ptr<const Features>> encode_all(
+    std::vector<std::shared_ptr<const Features>> encode(
         const std::vector<ImageView>& images, const std::vector<ImageGeometry>& geometries,
         const Cancellation* cancellation) const override {
         std::vector<std::shared_ptr<const Features>> found;
@@ -119,18 +113,11 @@ public:
         return features_of(std::move(block));
     }
 
-    std::vector<Array<float>> decode(const Features& features, const PackedPrompts& prompts,
-                                     const std::vector<std::string>& outputs,
-                                     const Cancellation* cancellation,
-                                     DeviceMasks* masks) const override {
-        return std::move(decode_all({{features, prompts, masks}}, outputs, cancellation).front());
-    }
-
     bool joins_images() const override { return network_.joins_images(); }
 
-    std::vector<std::vector<Array<float>>> decode_all(
-        const std::vector<DecoderCall>& calls, const std::vector<std::string>& outputs,
-        const Cancellation* cancellation) const override {
+    std::vector<std::vector<Array<float>>> decode(const std::vector<DecoderCall>& calls,
+                                                  const std::vector<std::string>& outputs,
+                                                  const Cancellation* cancellation) const override {
         std::vector<std::vector<Array<float>>> results(calls.size());
         std::vector<RunPart> images;
         for (std::size_t i = 0; i < calls.size(); ++i) {
@@ -342,7 +329,7 @@ private:
         std::size_t count = 0;
         for (const Cleaning& cleaning : {Cleaning{0, 0, 0}, Cleaning{1.5, 30, 20}}) {
             Array<std::uint8_t> expected(full_shape(logits, resampling));
-            finish_masks(logits, resampling, cleaning, 1, nullptr, expected.data());
+            finish_masks({logits, resampling, cleaning, nullptr, nullptr}, 1, expected.data());
             Array<std::uint8_t> found;
             decoders_.run(nullptr, nullptr, [&](DecoderLane& lane) {
                 found = lane.make_masks(logits, geometry, cleaning);

@@ -323,8 +323,7 @@ std::vector<char> Cuda::compile(const char* source) const {
         throw BackendError("NVRTC cannot make a program");
     }
     const std::shared_ptr<void> owner(program, [&nvrtc](void* made) { nvrtc.destroy(&made); });
-    std::string capability = machine_.gpu.compute_capability;
-    capability.erase(std::remove(capability.begin(), capability.end(), '.'), capability.end());
+    const std::string capability = machine_.gpu.capability_digits();
     const std::string architecture = "--gpu-architecture=sm_" + capability;
     // No contraction: a result is the same as on the CPU.
     const std::array<const char*, 2> options = {architecture.c_str(), "--fmad=false"};

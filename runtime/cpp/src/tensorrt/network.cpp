@@ -54,16 +54,6 @@ std::int64_t most(const EngineTensor& tensor, std::size_t axis) {
     return tensor.most[axis];
 }
 
-/// A tensor's fixed sizes, with `dynamic` for each other axis.
-Shape shape_of(const TensorSpec& spec, std::int64_t dynamic) {
-    Shape shape;
-    for (const Axis& side : spec.shape) {
-        const auto* size = std::get_if<std::int64_t>(&side);
-        shape.push_back(size == nullptr ? dynamic : *size);
-    }
-    return shape;
-}
-
 }  // namespace
 
 Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
@@ -84,9 +74,7 @@ Network::Network(const Manifest& manifest, std::shared_ptr<Engine> encoder,
                                " in another type than the decoder engine takes it; build both "
                                "again with one recipe");
         }
-        Shape shape = shape_of(spec, 1);
-        shape[0] = 1;
-        features->add(spec.name, shape, type);
+        features->add(spec.name, shape_of_map(spec), type);
     }
     features_ = std::move(features);
     fits_kernels_ = pixels.type == ElementType::float32;
