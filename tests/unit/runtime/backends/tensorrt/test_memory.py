@@ -6,9 +6,11 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateEr
 from sam3rt.backends.tensorrt.buffers import GrowingBuffer
 from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.backends.tensorrt.offer import allow_imaging
+from sam3rt.backends.tensorrt.replay import Replay
 
 PROMPTS = Prompts([[225, 150]], [1])
 
@@ -29,6 +32,20 @@ def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig
     rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
     return rig
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        raise error
+
+    return call
+
+
+class Recordable:
+    """A context that may be recorded, and does nothing else here."""
+
+    def check_capturable(self, stream: int) -> None:
+        pass
 
 
 def many(objects: int) -> Prompts:
@@ -51,6 +68,41 @@ def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() ->
         pinned = [len(buffer.pinned(n)) for n in (10, 500, *[20] * 130)]
         assert pinned[1] == 500
         assert cuda.live["pinned"] <= 3
+
+
+def test_what_a_buffer_could_not_get_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(total=1 << 20)
+    with cuda.active():
+        buffer = GrowingBuffer(Memory(cuda))
+        buffer.block(100)
+        with pytest.raises(BackendError, match="out of device memory"):
+            buffer.block(1 << 21)
+        assert buffer.block(100).nbytes == 100
+        with monkeypatch.context() as short:
+            short.setattr(cuda, "allocate_host", raises(BackendError("no more can be pinned")))
+            with pytest.raises(BackendError, match="no more can be pinned"):
+                buffer.pinned(1 << 21)
+        assert len(buffer.pinned(100)) == 100
+        assert sum(array.nbytes for array in cuda._pinned.values()) == 100
+
+
+def test_a_recording_that_is_interrupted_ends() -> None:
+    cuda = FakeCuda()
+    with cuda.active():
+        stream = cuda.create_stream()
+
+        def work() -> None:
+            if cuda.is_capturing(stream):
+                raise KeyboardInterrupt
+
+        replay = Replay(work, Recordable(), cuda, Memory(cuda), stream, 0)
+        replay.queue()
+        with pytest.raises(KeyboardInterrupt):
+            replay.record()
+        assert not cuda.is_capturing(stream)
+        assert cuda.live["graphs"] == 0
 
 
 def test_lent_memory_is_the_callers_until_the_last_array_over_it_is_gone() -> None:
@@ -291,6 +343,33 @@ def test_closing_waits_for_the_calls_under_way(rig: Rig) -> None:
         order.append("closed")
         done.result()
     assert order == ["call", "closed"]
+
+
+def test_whoever_closes_a_model_second_waits_as_well(rig: Rig) -> None:
+    model = rig.model()
+    with ThreadPoolExecutor(2) as pool:
+        with model.backend._pool.lane():
+            closing = [pool.submit(model.close) for _ in range(2)]
+            time.sleep(0.1)
+            assert not any(call.done() for call in closing)
+        for call in closing:
+            call.result(30)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_lane_that_nothing_made_is_not_waited_for(
+    error: type[BaseException], rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rig.model(lanes=2)
+    lanes = model.backend._pool
+    with lanes.lane():
+        monkeypatch.setattr(lanes, "_make", raises(error()))
+        with pytest.raises(error), lanes.lane():
+            pass
+    closing = threading.Thread(target=model.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
