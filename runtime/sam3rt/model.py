@@ -309,12 +309,13 @@ class SegmentationModel:
         """Name the decoder's outputs, once they can be answers at all.
 
         Raises:
-            BackendError: a score is not a finite number, so the masks mean nothing either.
+            BackendError: a value is not a finite number: a mask of NaN would be an empty one.
         """
-        if not np.isfinite(results[1]).all():
+        if not all(np.isfinite(result).all() for result in results):
             raise BackendError(
-                f"the decoder returned scores that are not finite ({self.backend.name}, "
-                f"{self.backend.precision}): the embedding or a mask prompt is broken"
+                f"the decoder returned values that are not finite ({self.backend.name}, "
+                f"{self.backend.precision}): the embedding or a mask prompt is broken, or the "
+                "model's values leave the range of what it computes in"
             )
         score = results[2][0, :, 0] if has_object_score(self.manifest) else None
         return DecodedMasks(results[0][0], results[1][0], score)

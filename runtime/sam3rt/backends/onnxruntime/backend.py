@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from ...errors import BackendError
 from ...features import Features
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend
-from ..kept import Kept
+from ..kept import Kept, Once
 from .sessions import SessionParts, cuda_options, open_parts, open_session
 from .typed import Graphs
 
@@ -81,23 +79,22 @@ class OnnxRuntimeBackend(Backend):
         self._device_id = int(number or 0)
         self._features = self._graphs.bundle.manifest.encoder.outputs
         self._of_no_mask: Kept[dict[str, Any]] = Kept()
-        # Two threads may ask for a session at once; it must be made once.
-        self._lock = threading.Lock()
+        self._encoder: Once[Any] = Once()
+        self._decoder: Once[Any] = Once()
         _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
 
     def close(self) -> None:
         """Let go of both sessions; calls under way keep theirs to their end."""
         super().close()
-        with self._lock:
-            self._of_no_mask = Kept()
-            for name in ("_encoder_session", "_decoder_session"):
-                self.__dict__.pop(name, None)
+        self._encoder.close()
+        self._decoder.close()
+        self._of_no_mask = Kept()
 
     def prepare(self) -> None:
         """Load both graphs now."""
         self.check_process()
-        self._encoder()
-        self._decoder()
+        self._encoder.get(self._load_encoder)
+        self._decoder.get(self._load_decoder)
 
     def versions(self) -> dict[str, str]:
         """Version of ONNX Runtime."""
@@ -106,7 +103,8 @@ class OnnxRuntimeBackend(Backend):
     def _encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
         given = {self.bundle.manifest.encoder.inputs[0].name: pixels}
         names = [spec.name for spec in self._features]
-        binding = self._run("encoder", self._encoder(), {}, given, names, self._kind)
+        session = self._encoder.get(self._load_encoder)
+        binding = self._run("encoder", session, {}, given, names, self._kind)
         return OrtFeatures(tuple(binding.get_outputs()))
 
     def _decode(
@@ -115,7 +113,7 @@ class OnnxRuntimeBackend(Backend):
         own = self._own(features, OrtFeatures)
         maps = {s.name: value for s, value in zip(self._features, own.values, strict=True)}
         given = dict(decoder_inputs(prompts, self._no_mask))
-        decoder = self._decoder()
+        decoder = self._decoder.get(self._load_decoder)
         if not isinstance(decoder, SessionParts):
             return self._decoded(decoder, maps, given, outputs)
         masks = {name: given.pop(name) for name in (MASKS, HAS_MASKS)}
@@ -139,6 +137,7 @@ class OnnxRuntimeBackend(Backend):
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OrtFeatures:
         """Bring feature maps to the device."""
+        self.check_process()
         return OrtFeatures(
             tuple(
                 ort.OrtValue.ortvalue_from_numpy(
@@ -176,22 +175,12 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(f"ONNX Runtime failed in the {graph}: {error}") from error
         return binding
 
-    def _encoder(self) -> Any:
-        with self._lock:
-            return self._encoder_session
-
-    def _decoder(self) -> Any:
-        with self._lock:
-            return self._decoder_session
-
-    @cached_property
-    def _encoder_session(self) -> Any:
+    def _load_encoder(self) -> Any:
         # A memory pattern plans all of a run's buffers as one block, from the second run on and
         # beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
         return self.create_session(self._graphs.bundle.manifest.encoder, memory_pattern=False)
 
-    @cached_property
-    def _decoder_session(self) -> Any:
+    def _load_decoder(self) -> Any:
         graph = self._graphs.bundle.manifest.decoder
         return self.create_parts(graph) or self.create_session(graph, memory_pattern=True)
 

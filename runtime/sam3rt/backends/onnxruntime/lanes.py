@@ -39,6 +39,8 @@ _LOG = logging.getLogger(__name__)
 _MOST = {"num_objects": 16, "num_masks": 16, "num_images": 16, "num_points": 4096}
 # No graph is recorded in runs of this number.
 _NOT_RECORDED = -1
+# Graphs of a session. It keeps them to its end: contexts beyond so many run without one.
+_MOST_GRAPHS = 128
 
 
 class OnnxRuntimeLanes(LaneBackend):
@@ -158,7 +160,8 @@ class SessionEngine:
         }
         # With CUDA graphs, ONNX Runtime allows one run at a time.
         self._turn = threading.Lock()
-        self._numbers = itertools.count(1) if records else itertools.repeat(_NOT_RECORDED)
+        recorded = range(1, _MOST_GRAPHS + 1) if records else ()
+        self._numbers = itertools.chain(recorded, itertools.repeat(_NOT_RECORDED))
 
     def context(self) -> SessionContext:
         """A way of running it at one set of sizes and addresses."""

@@ -11,7 +11,7 @@ from ...errors import BackendError
 from ...geometry import ImageGeometry
 from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
-from .imaging import RESIZE_JOB, RESIZING, DeviceImaging
+from .imaging import RESIZE_JOB, RESIZING, DeviceImaging, resize_job
 from .memory import Block, Memory, aligned
 from .network import Network
 from .replay import Replay
@@ -83,7 +83,8 @@ class Encoding:
         jobs = self._uploads.pinned(len(images) * _JOB_BYTES)
         at = tables + len(jobs)
         for index, ((image, where), (spans, weights)) in enumerate(zip(images, sizes, strict=True)):
-            job = self._imaging.resize_job(
+            job = resize_job(
+                self._imaging.manifest.image,
                 where,
                 image=image.address,
                 pixels=self.pixels + index * each,

@@ -24,7 +24,8 @@ import msgspec
 from ...accuracy.select import Recipe
 from ...accuracy.verdicts import StoredVerdict, Subject
 from ...bundle import Bundle, is_inside
-from ...errors import BackendError, BundleError
+from ...errors import BundleError
+from ..base import UnfitError
 from .driver import Gpu
 from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
 
@@ -138,6 +139,11 @@ def mark_sidecars(
     """
 
     def marked(engine: EngineFile, **changes: Any) -> EngineFile:
+        try:
+            if read_sidecar(engine.path).engine != engine.sidecar.engine:
+                return engine  # built again meanwhile
+        except BundleError:
+            return engine
         sidecar = msgspec.structs.replace(
             engine.sidecar,
             gpu=target.gpu,
@@ -229,7 +235,7 @@ def candidates(
         engines: to choose from; by default those of the bundle.
 
     Raises:
-        BackendError: nothing fits; the message says which field differs, with both values, and
+        UnfitError: nothing fits; the message says which field differs, with both values, and
             which command builds what fits.
     """
     found = find_engines(bundle) if engines is None else tuple(engines)
@@ -245,7 +251,7 @@ def candidates(
             key=lambda e: (_rank(e.sidecar.recipe), e.path),
         )
         if not fitting[role]:
-            raise BackendError(_explain(role, of_role, bundle, target, wanted))
+            raise UnfitError(_explain(role, of_role, bundle, target, wanted))
     sets = [
         EngineSet(encoder, decoder)
         for encoder in fitting["encoder"]
@@ -256,7 +262,7 @@ def candidates(
         types = {
             role: sorted({e.sidecar.features_dtype for e in fitting[role]}) for role in recipes
         }
-        raise BackendError(
+        raise UnfitError(
             f"no {target.backend} encoder and decoder of {bundle.path} fit each other: "
             f"features_dtype is {types['encoder']} for encoders and {types['decoder']} for "
             f"decoders; build both: {_command(bundle, target, precision)}"

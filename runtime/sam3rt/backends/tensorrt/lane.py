@@ -21,11 +21,12 @@ from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
 from .imaging import MASKING, DeviceImaging
-from .masking import Masking, Masks, Pictures
+from .masking import Masking, Picture
 from .memory import Block, Layout, Memory
 from .network import JOB, Network
 from .replay import Replay
 from .shapes import ShapeClass, classify
+from .together import Part, join
 
 # Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
 # A warm-up makes nine; the others are for calls in which each object has a mask prompt, or an image
@@ -128,24 +129,18 @@ class Lane:
             self._cuda.synchronize(self._stream)
         return host.view(np.float32).reshape(shape).copy()
 
-    def decode(
-        self,
-        features: Sequence[Block],
-        prompts: PackedPrompts,
-        names: Sequence[str],
-        pictures: Sequence[Pictures] = (),
-    ) -> list[NDArray[np.float32]]:
-        """Run the decoder, and make masks of its first output where it is said how.
+    def decode(self, parts: Sequence[Part], names: Sequence[str]) -> None:
+        """Run the decoder, and make masks of its first output where a part wants them.
 
         Args:
-            features: the feature maps' block, from any lane: one for all objects, or one for each.
-            prompts: at most as many objects and points as the engine takes.
+            parts: at most as many objects and points as the engine takes. All want masks, or none.
             names: the outputs wanted; the first is the mask logits.
-            pictures: the masks to make, image by image in the order of the objects; or none.
-
-        Returns:
-            The outputs, float32, in the order of the names.
         """
+        features = [part.block for part in parts for _ in range(part.objects)]
+        if all(block is features[0] for block in features):
+            features = features[:1]
+        prompts = join([part.prompts for part in parts])
+        pictures = [part.picture for part in parts if part.picture is not None]
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
         own_images = len(features) > 1
@@ -169,27 +164,32 @@ class Lane:
             self._masking.bring(made, pictures)
             if run.replay.record():
                 self._network.keep_kernels(shape)
-        slots = [run.outputs.slots[name] for name in names]
-        # The pinned buffers are the next call's: what leaves is a copy.
-        return [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
+        at = 0
+        for part in parts:
+            # A warm-up has no use for results.
+            for name, result in zip(names, part.results, strict=False):
+                result[...] = run.outputs.slots[name].view(host, start)[:, at : at + part.objects]
+            at += part.objects
 
     def make_masks(
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
         """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
-        masks = self.room_for_masks((*logits.shape[:2], *where.original_size))
-        pictures = [Pictures(where, options, masks)]
+        objects, each = logits.shape[:2]
+        picture = self.room_for_masks(objects, each, where, options)
         with self._idle_on_error():
             host = self._staging.pinned(logits.nbytes)
             block = self._staging.block(len(host))
             host.view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
-            self._masking.bring(self._masking.queue(block.address, pictures), pictures)
-        return masks.array
+            self._masking.bring(self._masking.queue(block.address, [picture]), [picture])
+        return picture.masks
 
-    def room_for_masks(self, shape: tuple[int, ...]) -> Masks:
-        """Host memory for masks [P, C, H, W], which the caller keeps."""
-        return self._masking.room(shape)
+    def room_for_masks(
+        self, objects: int, each: int, where: ImageGeometry, options: MaskOptions
+    ) -> Picture:
+        """Host memory for masks, which the caller keeps; see :meth:`.masking.Masking.room`."""
+        return self._masking.room(objects, each, where, options)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
@@ -225,7 +225,7 @@ class Lane:
                 np.full((shape.objects, shape.points), PADDING_LABEL, np.int64),
                 None,
             )
-            self.decode([self._features], prompts, names)
+            self.decode([Part(self._features, prompts, [])], names)
 
     def holds(self, features: Block) -> bool:
         """Whether its fixed buffers hold these feature maps."""

@@ -22,6 +22,7 @@ from tests.support.helpers import WrappedBackend, examples, flip, noise, relist,
 
 from sam3rt import BundleError, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy import run
+from sam3rt.accuracy.gate import GATE_LIMITS
 from sam3rt.accuracy.metrics import Measurement, relative_error
 from sam3rt.accuracy.record import (
     ExpectedCase,
@@ -432,8 +433,9 @@ def test_log_odds_are_compared_as_the_ious_they_mean(tiny_model: SegmentationMod
     assert wrong(other.compare_case(case, near, limits)) == set()
     off = dataclasses.replace(right, iou=log_odds(np.full_like(right.iou, 0.99)))
     assert wrong(other.compare_case(case, off, limits)) == {(f"{case.name} predicted IoU", "error")}
-    broken = dataclasses.replace(right, iou=np.full_like(right.iou, np.nan))
-    assert wrong(other.compare_case(case, broken, limits))
+    for value in (np.nan, np.inf):  # the IoU that an infinity means is a number
+        broken = dataclasses.replace(right, iou=np.full_like(right.iou, value))
+        assert wrong(other.compare_case(case, broken, GATE_LIMITS))
 
 
 # --- measurements ---------------------------------------------------------------------------------

@@ -166,13 +166,34 @@ def test_no_objects_give_empty_outputs(tiny_model: SegmentationModel) -> None:
     assert scores.shape == (1, 0, 3)
 
 
-def test_scores_that_are_no_numbers_are_an_error(tiny_model: SegmentationModel) -> None:
+@pytest.mark.parametrize("output", ["pred_masks", "iou_scores", "object_score_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_an_error(
+    tiny_model: SegmentationModel, output: str, value: float
+) -> None:
     def spoil(outputs: dict[str, np.ndarray]) -> None:
-        outputs["iou_scores"][0, 0, 1] = np.nan
+        outputs[output].flat[-1] = value
 
     model = wrapped(tiny_model, on_decode=spoil)
+    embedding, click = model.encode(noise(9, 9)), Prompts([[4, 4]], [1])
     with pytest.raises(BackendError, match="not finite"):
-        model.decode(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
+        model.decode(embedding, click)
+    with pytest.raises(BackendError, match="not finite"):
+        model.segment(embedding, click)
+
+
+def test_a_feature_map_that_left_its_range_gives_no_empty_mask(
+    tiny_model: SegmentationModel,
+) -> None:
+    """The finest map reaches the masks alone: scores do not tell."""
+
+    def spoil(maps: list[np.ndarray]) -> list[np.ndarray]:
+        maps[0][0, 0] = np.inf
+        return maps
+
+    model = wrapped(tiny_model, on_encode=spoil)
+    with pytest.raises(BackendError, match="not finite"):
+        model.segment(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
 
 
 # --- weights beside a graph -----------------------------------------------------------------------

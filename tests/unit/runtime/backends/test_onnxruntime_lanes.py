@@ -199,6 +199,18 @@ def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Pa
     model.encode(noise(9, 12))
 
 
+def test_graphs_that_no_context_needs_any_more_do_not_pile_up(
+    provider: FakeProvider, bundle: Path
+) -> None:
+    """ONNX Runtime keeps each to the session's end."""
+    model = load(bundle, precision="fp32")
+    with model.backend._pool.lane() as lane:
+        decoder = lane._network.decoder
+    numbers = [decoder.context()._number for _ in range(1000)]
+    assert len(set(numbers)) == 129
+    assert numbers[-1] == -1
+
+
 # --- recipes --------------------------------------------------------------------------
 
 
@@ -308,6 +320,13 @@ def test_typed_features_come_back_in_fp32(built: Path, tiny_model: SegmentationM
     again = model.backend.upload(maps)
     assert again.nbytes == embedding.features.nbytes
     model.decode(embedding, CLICK)
+
+
+def test_typed_graphs_are_hashed_even_if_weights_may_be_mapped(built: Path) -> None:
+    """Nothing else hashes them, and a verdict on them is about their hashes."""
+    bundle = open_bundle(built)
+    graphs = next(found for found in find_typed(bundle) if found.precision == "fp16")
+    OnnxRuntimeBackend(bundle, "cpu", graphs, map_weights=True).prepare()
 
 
 # --- what lies beside the engines -----------------------------------------------------

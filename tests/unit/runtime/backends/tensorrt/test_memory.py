@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from tests.support.fake_cuda import FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
-from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateError, load_model
+from sam3rt import (
+    BackendError,
+    GpuOptions,
+    ImageEmbedding,
+    InvalidInputError,
+    Prompts,
+    StateError,
+    load_model,
+)
 from sam3rt.backends.tensorrt.buffers import GrowingBuffer
 from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.backends.tensorrt.offer import allow_imaging
@@ -151,7 +159,7 @@ def test_masks_beyond_what_may_be_lent_are_the_same(
         model = rig.model()
         allow_imaging(model.backend)
         # More than the backend makes at once.
-        monkeypatch.setattr("sam3rt.backends.tensorrt.imaging._MOST_MASKS", 2 * 3 * 300 * 451)
+        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", 2 * 3 * 300 * 451)
         found = [
             model.segment(model.encode(chelsea), many(5), dtype=dtype, max_hole_area=4)[1]
             for _ in range(2)
@@ -217,10 +225,12 @@ def test_a_limit_on_memory_holds(rig: Rig, chelsea: NDArray[np.uint8]) -> None:
     assert rig.cuda.used <= needed + nbytes
 
 
-@pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": True}, {"memory": -1}, {"lanes": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"lanes": 0}, {"lanes": True}, {"memory": -1}, {"lanes": 1.5}, {"blocking": "no"}]
+)
 def test_numbers_that_make_no_sense(options: dict[str, int]) -> None:
     (name,) = options
-    with pytest.raises(InvalidInputError, match=rf"gpu\.{name}: got .* a positive whole number"):
+    with pytest.raises(InvalidInputError, match=rf"gpu\.{name}: got .*, expected"):
         GpuOptions(**options)
 
 
@@ -383,4 +393,11 @@ def test_models_of_other_backends_close_too(
         model.encode(chelsea)
     with pytest.raises(StateError, match="the model is closed"):
         model.decode(embedding, PROMPTS)
-    assert not any("session" in name or "compiled" in name for name in vars(model.backend))
+    with pytest.raises(StateError, match="the model is closed"):
+        model.upload(ImageEmbedding.from_bytes(embedding.to_bytes()))
+    # A call that began before must not load a graph that nobody gives back.
+    pixels = np.zeros((1, 3, *model.manifest.image.size), np.float32)
+    with pytest.raises(StateError, match="the model is closed"):
+        model.backend._encode(pixels)
+    assert not model.backend._encoder.is_made
+    assert not model.backend._decoder.is_made

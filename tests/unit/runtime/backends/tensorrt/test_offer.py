@@ -18,6 +18,7 @@ from tests.support.fake_tensorrt import Perturbation
 from tests.support.tensorrt_helpers import GPU, Rig, make_rig
 
 import sam3rt
+from sam3rt.accuracy import select
 from sam3rt.backends.create import create_backend
 from sam3rt.backends.options import BackendOptions
 from sam3rt.backends.tensorrt import engines
@@ -310,13 +311,49 @@ def test_auto_takes_a_proven_set_and_says_so(rig: Rig, caplog: pytest.LogCapture
 def test_auto_falls_to_the_next_backend_and_says_why(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
     rig.perturbations["wrong"] = with_cosine(0.5)
     rig.build("fp16", state="unproven", perturbation="wrong")
+    # It is a warning, that of engines which do not serve: neither INFO nor every backend that is
+    # not installed.
     model = sam3rt.load_model(rig.bundle.path, check_files=False)
     assert model.backend.name not in ("tensorrt", "tensorrt-rtx")
-    assert "fails the gate on this machine" in caplog.text
-    assert "not tensorrt on cuda" in caplog.text
+    assert "not tensorrt on cuda: fp16 fails the gate on this machine" in caplog.text
+    assert "tensorrt-rtx" not in caplog.text
+    caplog.clear()
+    rig.build("fp16", tensorrt_version="10.3.0")
+    sam3rt.load_model(rig.bundle.path, check_files=False)
+    assert "not tensorrt on cuda: none of 1 encoder engines" in caplog.text
+
+
+def test_a_faster_recipe_that_does_not_serve_is_said_aloud_once(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.perturbations["wrong"] = with_cosine(0.5)
+    rig.build("fp16", state="unproven", perturbation="wrong")
+    rig.build("fp32", state="unproven")
+    assert opened(rig.bundle).precision == "fp32+fp16"
+    assert "tensorrt: not fp16: fp16 fails the gate" in caplog.text
+    caplog.clear()
+    assert opened(rig.bundle).precision == "fp32+fp16"
+    assert not caplog.records
+
+
+def test_a_verdict_is_not_written_over_engines_that_were_built_meanwhile(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = rig.build("fp16", state="unproven")
+    prove = select.verify
+
+    def slowly(*arguments: Any) -> Any:
+        yield from prove(*arguments)
+        rig.engine("encoder", "fp16", state="unproven", perturbation="other")
+
+    rig.perturbations["other"] = little_noise
+    monkeypatch.setattr(select, "verify", slowly)
+    opened(rig.bundle)
+    after = read_sidecar(engines["encoder"].path)
+    assert after.engine == file_entry(engines["encoder"].path)
+    assert after.state == "unproven"
 
 
 def test_precision_insists(rig: Rig) -> None:
