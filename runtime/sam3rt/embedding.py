@@ -121,7 +121,9 @@ class ImageEmbedding:
             EmbeddingError: a feature map holds NaN or an infinity.
             OSError: the file cannot be written.
         """
-        write_embedding(file_path("path", path), self.numpy(), self.geometry, self.fingerprint)
+        file, content = file_path("path", path), self.to_bytes()
+        with atomic_write(file) as stream:
+            stream.write(content)
 
     def to_bytes(self) -> bytes:
         """The content of the file that :meth:`save` writes.
@@ -160,26 +162,17 @@ class _Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def write_embedding(path: Path, maps: Maps, geometry: ImageGeometry, fingerprint: str) -> None:
-    """Write feature maps in the layout described above.
+def encode_embedding(maps: Maps, geometry: ImageGeometry, fingerprint: str) -> bytes:
+    """The content of a file in the layout described above.
 
     Args:
-        path: file to write.
         maps: float32 arrays by name, finest first.
         geometry: the image's geometry.
         fingerprint: of the bundle that made them.
 
     Raises:
         EmbeddingError: a map holds NaN or an infinity.
-        OSError: the file cannot be written.
     """
-    content = encode_embedding(maps, geometry, fingerprint)
-    with atomic_write(path) as stream:
-        stream.write(content)
-
-
-def encode_embedding(maps: Maps, geometry: ImageGeometry, fingerprint: str) -> bytes:
-    """The content of an embedding's file; see :func:`write_embedding`."""
     from safetensors.numpy import save
 
     _check_finite(maps, "the embedding")

@@ -64,7 +64,7 @@ class GrowingBuffer:
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory of that size."""
-        return self._pinned.get(nbytes).array[:nbytes]
+        return self._pinned.get(nbytes)[:nbytes]
 
 
 class Workspace:

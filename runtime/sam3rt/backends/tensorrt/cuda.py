@@ -130,9 +130,9 @@ class Cuda:
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
         return np.ctypeslib.as_array(buffer)
 
-    def free_host(self, array: NDArray[np.uint8]) -> None:
+    def free_host(self, address: int) -> None:
         """Give pinned host memory back."""
-        self._call(self._runtime.cudaFreeHost, array.ctypes.data)
+        self._call(self._runtime.cudaFreeHost, address)
 
     def create_stream(self) -> int:
         """A stream that does not wait for the default one."""

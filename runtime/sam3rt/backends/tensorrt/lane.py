@@ -337,7 +337,7 @@ class Lane:
                     f"{slot.shape}: build it again"
                 )
         cuda, imaging, target = self._cuda, self._imaging, self._inputs.address
-        packed = self._pinned_inputs.array[: inputs.nbytes]
+        packed = self._pinned_inputs[: inputs.nbytes]
         prompt = {name: slot.view(packed) for name, slot in inputs.slots.items()}
         job = target + inputs.slots[JOB].offset
 

@@ -325,7 +325,7 @@ def test_pinned_memory_is_the_drivers_and_writable(monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(array, range(16))
     array[3] = 77
     assert backing[3] == 77
-    cuda.free_host(array)
+    cuda.free_host(array.ctypes.data)
     assert freed == [ctypes.addressof(backing)]
 
 
