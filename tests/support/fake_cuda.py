@@ -413,7 +413,7 @@ class FakeCuda(Cuda):
         flat = array.reshape(-1).view(np.uint8)
         for address, pinned in list(self._pinned.items()):
             offset = flat.ctypes.data - address
-            if 0 <= offset and offset + flat.nbytes <= pinned.nbytes:
+            if offset >= 0 and offset + flat.nbytes <= pinned.nbytes:
                 return pinned[offset : offset + flat.nbytes]
         return flat
 

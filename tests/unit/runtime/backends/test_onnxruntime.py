@@ -33,9 +33,9 @@ from sam3rt.backends.create import create_backend
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.sessions import cuda_options, open_session
+from sam3rt.backends.onnxruntime.typed import Graphs
 from sam3rt.backends.options import BackendOptions
-from sam3rt.backends.tensorrt.driver import Device, Gpu
-from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.onnx_split import split_onnx
 from sam3rt.prompts import PackedPrompts, pack
 
@@ -182,68 +182,41 @@ def test_auto_without_cuda_is_the_cpu(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "answers", "usable"),
-    [(True, True, True), (True, False, False), (False, True, False)],
+    ("listed", "answers", "python", "problem"),
+    [
+        (True, True, True, ""),
+        (True, True, False, "pip install cuda-python"),
+        (True, False, True, "CUDA is not usable"),
+        (False, True, True, "CUDA is not usable"),
+    ],
 )
 def test_cuda_must_be_listed_and_answer(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, answers: bool, usable: bool
+    monkeypatch: pytest.MonkeyPatch, listed: bool, answers: bool, python: bool, problem: str
 ) -> None:
     """onnxruntime-gpu lists CUDA even where there is no driver."""
     providers = ["CUDAExecutionProvider"] * listed + ["CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: answers)
-    assert load_model(tiny, device="cpu").device == "cpu"
-    assert load_model(tiny, device="auto").device == ("cuda:0" if usable else "cpu")
-    if usable:
-        assert load_model(tiny, device="cuda").device == "cuda:0"
-        assert load_model(tiny, device="cuda:3").device == "cuda:3"
-    else:
-        with pytest.raises(BackendError, match="CUDA is not usable"):
-            load_model(tiny, device="cuda")
+    monkeypatch.setattr(recipes, "_cuda_answers", lambda: answers)
+    monkeypatch.setattr(recipes, "_has_cuda_python", lambda: python)
+    monkeypatch.setattr(recipes, "probe", lambda number: f"GPU {number}")
+    assert recipes._choose_gpu("cpu") is None
+    assert recipes._choose_gpu("auto") == (None if problem else "GPU 0")
+    for device, number in (("cuda", 0), ("cuda:3", 3)):
+        if problem:
+            with pytest.raises(BackendError, match=problem):
+                recipes._choose_gpu(device)
+        else:
+            assert recipes._choose_gpu(device) == f"GPU {number}"  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
-def test_session_that_falls_back_to_the_cpu_is_refused(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_that_falls_back_to_the_cpu_is_refused(tiny_sam3: Path) -> None:
     """Asked for CUDA, ONNX Runtime may return a session without it."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: True)
-    model = load_model(copied, device="cuda")
+    graphs = Graphs(open_bundle(tiny_sam3))
+    graph = graphs.bundle.manifest.decoder
     with pytest.raises(BackendError, match=r"CUDA|cuda"):
-        model.backend.prepare()
-
-
-def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The provider's own default is TF32, which would be called FP32 here."""
-    asked: list[Any] = []
-
-    class Session:
-        def __init__(self, source: Any, options: Any, providers: Any) -> None:
-            asked.append(providers[0])
-            raise RuntimeError("enough seen")
-
-    monkeypatch.setattr(
-        "sam3rt.backends.onnxruntime.recipes._choose_device", lambda device: ("cuda", 2)
-    )
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._card", lambda number: card)
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
-    monkeypatch.setattr(ort, "InferenceSession", Session)
-    card = Device(2, Gpu("a GPU", "8.9"), 1 << 30, "580", (13, 0))
-    bundle = open_bundle(default_bundle_path(), check_files=False)
-    offered = recipes.offer(bundle, BackendOptions(device="cuda:2"))
-    assert [(r.name, r.subject is not None) for r in offered.recipes] == [
-        ("tf32", True),
-        ("fp32", False),
-    ]
-    for recipe in offered.recipes:
-        with pytest.raises(BackendError, match="enough seen"):
-            offered.open(recipe).prepare()
-    assert [name for name, _ in asked] == ["CUDAExecutionProvider"] * 2
-    assert [(options["device_id"], options["use_tf32"]) for _, options in asked] == [(2, 1), (2, 0)]
+        open_session(graphs, graph, cuda_options(0, graphs, graph))
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -295,23 +295,23 @@ def test_what_was_not_built_says_how_to(provider: FakeProvider, bundle: Path) ->
     assert "build" not in str(caught.value)
 
 
-def test_without_cuda_python_sessions_run_by_themselves(
-    provider: FakeProvider,
-    built: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
+    provider: FakeProvider, bundle: Path
 ) -> None:
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
-    offered = offer(open_bundle(built), BackendOptions(device="cuda", precision="fp16"))
-    backend = offered.open(offered.recipes[0])
-    assert isinstance(backend, OnnxRuntimeBackend)
-    assert (backend.device, backend.precision) == ("cuda:0", "fp16")
+    """The provider's own default is TF32, which would be called FP32 here."""
+    offered = offer(open_bundle(bundle), BackendOptions(device="cuda")).recipes
+    assert [(r.name, r.subject is not None) for r in offered] == [("tf32", True), ("fp32", False)]
+    for precision, allowed in (("tf32", 1), ("fp32", 0)):
+        provider.asked.clear()
+        load(bundle, precision=precision)
+        assert [options["use_tf32"] for options in provider.asked] == [allowed] * 2
 
 
 def test_typed_features_come_back_in_fp32(built: Path, tiny_model: SegmentationModel) -> None:
     """The plain backend over typed graphs; on the CPU, which computes them in FP32."""
     graphs = next(found for found in find_typed(open_bundle(built)) if found.precision == "fp16")
     bundle = open_bundle(built)
-    model = SegmentationModel(bundle, OnnxRuntimeBackend(bundle, "cpu", graphs))
+    model = SegmentationModel(bundle, OnnxRuntimeBackend(bundle, graphs))
     embedding = model.encode(noise(9, 12))
     maps = embedding.features.numpy()
     assert {array.dtype.name for array in maps} == {"float32"}
@@ -326,7 +326,7 @@ def test_typed_graphs_are_hashed_even_if_weights_may_be_mapped(built: Path) -> N
     """Nothing else hashes them, and a verdict on them is about their hashes."""
     bundle = open_bundle(built)
     graphs = next(found for found in find_typed(bundle) if found.precision == "fp16")
-    OnnxRuntimeBackend(bundle, "cpu", graphs, map_weights=True).prepare()
+    OnnxRuntimeBackend(bundle, graphs, map_weights=True).prepare()
 
 
 # --- what lies beside the engines -----------------------------------------------------
