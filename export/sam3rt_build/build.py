@@ -18,11 +18,10 @@ from sam3rt.accuracy.run import Runner
 from sam3rt.accuracy.select import Recipe as Candidate
 from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict
-from sam3rt.backends.table import entry
+from sam3rt.backends.table import ENGINES, entry
 from sam3rt.backends.tensorrt.driver import Device, probe
 from sam3rt.backends.tensorrt.engine_backend import TensorRtBackend, open_platform
 from sam3rt.backends.tensorrt.engines import (
-    ENGINES,
     EngineFile,
     EngineSet,
     EngineTarget,

@@ -21,6 +21,7 @@ from ...bundle.contract import is_feature_name
 from ...bundle.documents import as_document, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
+from ..table import ENGINES
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ FP32, TF32 = "fp32", "tf32"
 FORMAT = "sam3rt-typed-graphs"
 FORMAT_VERSION = 1
 SIDECAR = "graphs.json"
-ENGINES = "engines"
 # Fastest first.
 TYPED_ORDER = ("fp16-activations", "fp16", "bf16")
 # Built and loaded where they are named only. BF16 is eight times as coarse as FP16: it is for

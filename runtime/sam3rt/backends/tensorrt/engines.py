@@ -26,12 +26,12 @@ from ...accuracy.verdicts import StoredVerdict, Subject
 from ...bundle import Bundle, is_inside
 from ...errors import BundleError
 from ..base import UnfitError
+from ..table import ENGINES
 from .driver import Gpu
 from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
 
 _LOG = logging.getLogger(__name__)
 
-ENGINES = "engines"
 # Fastest first. A recipe that is not listed, as engines of older builds have, comes last.
 RECIPE_ORDER: tuple[str, ...] = (
     "fp16",

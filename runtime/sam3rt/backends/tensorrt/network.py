@@ -48,6 +48,39 @@ class Context(Protocol):
     def enqueue(self, stream: int) -> None: ...
 
 
+class NamedAxes:
+    """The sizes and addresses of a context, for a library with working memory of its own.
+
+    Args:
+        axes: of each tensor, by name: a size, or a name that stands for one.
+    """
+
+    def __init__(self, axes: Mapping[str, tuple[int | str, ...]]) -> None:
+        self._axes = axes
+        self._sizes: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """Nothing."""
+
+    def scratch_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
+        pairs = zip(self._axes[name], shape, strict=True)
+        self._sizes |= {axis: side for axis, side in pairs if isinstance(axis, str)}
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies on the device."""
+        self.addresses[name] = address
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The size of a tensor, once all inputs have theirs."""
+        return tuple(a if isinstance(a, int) else self._sizes[a] for a in self._axes[name])
+
+
 class Engine(Protocol):
     """A loaded graph: TensorRT's engine, or another library's session."""
 
