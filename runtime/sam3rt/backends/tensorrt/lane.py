@@ -23,7 +23,7 @@ from .encoding import Encoding
 from .imaging import MASKING, DeviceImaging
 from .masking import Masking, Picture
 from .memory import Block, Layout, Memory
-from .network import JOB, Network
+from .network import JOB, Network, set_addresses
 from .replay import Replay
 from .shapes import ShapeClass, classify
 from .together import Part, join
@@ -321,21 +321,11 @@ class Lane:
             images=maps.nbytes if shape.images > 1 else 0,
         )
         context.set_scratch(workspace["scratch"].address, workspace["scratch"].nbytes)
-        for layout, block in (
-            (maps, workspace["images"] if shape.images > 1 else self._features),
-            (inputs, self._inputs),
-            (masks, workspace["masks"]),
-            (outputs, workspace["outputs"]),
-        ):
-            for name, slot in layout.slots.items():
-                if name != JOB:
-                    context.set_address(name, block.address + slot.offset)
-        for name, slot in outputs.slots.items():
-            if context.shape(name) != slot.shape:
-                raise BackendError(
-                    f"the decoder engine makes {name} of shape {context.shape(name)}, expected "
-                    f"{slot.shape}: build it again"
-                )
+        images = workspace["images"] if shape.images > 1 else self._features
+        set_addresses(context, maps, images)
+        set_addresses(context, inputs, self._inputs)
+        set_addresses(context, masks, workspace["masks"])
+        set_addresses(context, outputs, workspace["outputs"], "decoder")
         cuda, imaging, target = self._cuda, self._imaging, self._inputs.address
         packed = self._pinned_inputs[: inputs.nbytes]
         prompt = {name: slot.view(packed) for name, slot in inputs.slots.items()}

@@ -21,7 +21,7 @@ from ...bundle.contract import (
 )
 from ...errors import BackendError
 from .imaging import MASK_JOB
-from .memory import Layout
+from .memory import Block, Layout
 from .shapes import Limits, ShapeClass
 from .trt import KernelCache, Tensor
 
@@ -215,6 +215,29 @@ class Network:
     def largest(self) -> ShapeClass:
         """The greatest class, whose blocks all others fit into."""
         return ShapeClass(self.limits.objects, self.limits.points, self.limits.objects)
+
+
+def set_addresses(context: Context, layout: Layout, block: Block, made_by: str = "") -> None:
+    """Say where the tensors of a block lie.
+
+    Args:
+        context: whose.
+        layout: how they lie.
+        block: where they lie.
+        made_by: the role of the engine whose outputs they are, or empty.
+
+    Raises:
+        BackendError: an output is of another shape.
+    """
+    for name, slot in layout.slots.items():
+        if name == JOB:
+            continue
+        context.set_address(name, block.address + slot.offset)
+        if made_by and context.shape(name) != slot.shape:
+            raise BackendError(
+                f"the {made_by} engine makes {name} of shape {context.shape(name)}, expected "
+                f"{slot.shape}: build it again"
+            )
 
 
 def _check(role: str, engine: Engine, graph: GraphSpec) -> None:
