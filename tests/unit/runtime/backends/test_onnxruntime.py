@@ -21,7 +21,6 @@ from tests.support.helpers import edit_manifest, noise, relist, tiny_bundle
 from sam3rt import (
     BackendError,
     BundleError,
-    EmbeddingError,
     ImageEmbedding,
     InvalidInputError,
     Prompts,
@@ -433,40 +432,6 @@ def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) ->
             assert said.object_score_logits is None
 
 
-def test_features_of_another_backend_are_refused(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
-) -> None:
-    class OtherFeatures:
-        nbytes = 0
-
-        def numpy(self) -> tuple[NDArray[np.float32], ...]:
-            return tuple(embedding.numpy().values())
-
-    with pytest.raises(EmbeddingError, match="OtherFeatures"):
-        tiny_model.backend.decode(OtherFeatures(), click, ["pred_masks"])
-    other = ImageEmbedding(
-        OtherFeatures(), embedding.geometry, embedding.fingerprint, embedding.names
-    )
-    with pytest.raises(EmbeddingError, match="save the embedding"):
-        tiny_model.decode(other, CLICK)
-
-
-def test_uploaded_maps_are_copies(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
-) -> None:
-    expected = tiny_model.backend.decode(embedding.features, click, ["pred_masks"])[0]
-    maps = list(embedding.numpy().values())
-    views = [maps[0].astype(np.float64), np.asfortranarray(maps[1]), maps[2]]
-    features = tiny_model.backend.upload(views)
-    assert features.nbytes == embedding.nbytes
-    for array in views:
-        array[...] = 0
-    del views
-    np.testing.assert_array_equal(
-        tiny_model.backend.decode(features, click, ["pred_masks"])[0], expected
-    )
-
-
 def test_content_of_an_absent_mask_prompt_does_not_matter(
     tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
@@ -476,38 +441,7 @@ def test_content_of_an_absent_mask_prompt_does_not_matter(
     assert np.abs(tiny_model.decode(embedding, zeros).low_res_masks - without).max() > 1e-2
 
 
-def test_failure_inside_onnxruntime_is_a_backend_error(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding
-) -> None:
-    with pytest.raises(BackendError, match="encoder"):
-        tiny_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
-    wrong = PackedPrompts(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.int64), None)
-    with pytest.raises(BackendError, match="decoder"):
-        tiny_model.backend.decode(embedding.features, wrong, ["pred_masks"])
-    tiny_model.decode(embedding, CLICK)
-
-
 # --- graphs that are not what the manifest says ---------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
-@pytest.mark.parametrize("damage", ["cut", "other graph", "missing"])
-def test_graph_exchanged_after_opening_is_refused(copied: Path, name: str, damage: str) -> None:
-    model = load_model(copied, device="cpu")
-    content = (copied / name).read_bytes()
-    other = "decoder.onnx" if name == "encoder.onnx" else "encoder.onnx"
-    if damage == "missing":
-        (copied / name).unlink()
-    elif damage == "cut":
-        (copied / name).write_bytes(content[:-1])
-    else:
-        shutil.copy(copied / other, copied / name)
-    with pytest.raises(BundleError) as caught:
-        model.backend.prepare()
-    assert caught.value.file == name
-    # It may come back: the failure is not remembered.
-    (copied / name).write_bytes(content)
-    model.backend.prepare()
 
 
 def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
@@ -563,25 +497,6 @@ def test_signature_other_than_the_manifests_is_refused(copied: Path, name: str) 
     with pytest.raises(BundleError) as caught:
         model.backend.prepare()
     assert caught.value.file == file
-
-
-def test_swapped_graphs_are_refused(copied: Path) -> None:
-    """Both carry the right export id."""
-    (copied / "encoder.onnx").rename(copied / "other")
-    (copied / "decoder.onnx").rename(copied / "encoder.onnx")
-    (copied / "other").rename(copied / "decoder.onnx")
-    relist(copied)
-    with pytest.raises(BundleError, match="the manifest says"):
-        load_model(copied, device="cpu").backend.prepare()
-
-
-@pytest.mark.parametrize("content", [b"", b"not ONNX", b"\0" * 1000])
-def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes) -> None:
-    (copied / "decoder.onnx").write_bytes(content)
-    relist(copied)
-    model = load_model(copied, device="cpu")
-    with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
-        model.backend.prepare()
 
 
 def test_weights_beside_the_graph_are_found(
