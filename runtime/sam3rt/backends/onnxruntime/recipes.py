@@ -17,7 +17,7 @@ from ...bundle import Bundle
 from ...errors import BackendError
 from ..base import Backend, Offer, UnfitError
 from ..options import BackendOptions
-from ..tensorrt.driver import Device, probe
+from ..tensorrt.driver import Device, probe, processor
 from .backend import OnnxRuntimeBackend
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
@@ -82,7 +82,7 @@ def _recipe(graphs: Graphs, gpu: Device | None) -> Recipe:
     version = str(ort.__version__)
     if set_to := os.environ.get(_GEMM_OPTIONS):
         version += f", {_GEMM_OPTIONS}={set_to}"
-    kind = f"{gpu.gpu.name}, {gpu.gpu.compute_capability}, driver {gpu.driver_version}"
+    kind = processor(gpu.gpu, gpu.driver_version)
     subject = Subject("onnxruntime", version, kind, graphs.precision, graphs.digest)
     return Recipe(graphs.precision, graphs.precision, subject)
 

@@ -84,7 +84,6 @@ class LaneBackend(Backend):
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
-        self._masks_each = network.masks_each
         self.joins_images = network.takes_images and network.limits.objects > 1
         self._dlpack_device = cuda.dlpack_device
         self.imaging = imaging
@@ -197,13 +196,11 @@ class LaneBackend(Backend):
         def decode(lane: Lane, *, joins: bool) -> list[Part]:
             given = parts
             if on_device:
-                each = self._masks_each[outputs[0]]
-                given = [
-                    part._replace(
-                        picture=lane.room_for_masks(part.objects, each, call.geometry, options)
-                    )
+                pictures = (
+                    lane.masking.room(part.results[0].shape[1:3], call.geometry, options)
                     for part, call in zip(parts, calls, strict=True)
-                ]
+                )
+                given = [p._replace(picture=room) for p, room in zip(parts, pictures, strict=True)]
             for run in share_runs(given, self._limits, joins=joins):
                 lane.decode(run, outputs)
             return given

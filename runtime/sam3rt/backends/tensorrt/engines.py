@@ -27,7 +27,7 @@ from ...bundle import Bundle, is_inside
 from ...errors import BundleError
 from ..base import UnfitError
 from ..table import ENGINES
-from .driver import Gpu
+from .driver import Gpu, processor
 from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
 
 _LOG = logging.getLogger(__name__)
@@ -98,11 +98,10 @@ def pair_name(encoder: str, decoder: str) -> str:
 
 def subject_of(engines: EngineSet, target: EngineTarget) -> Subject:
     """What a verdict on a set of engines is about."""
-    gpu = target.gpu
     return Subject(
         target.backend,
         target.tensorrt_version,
-        f"{gpu.name}, {gpu.compute_capability}, driver {target.driver_version}",
+        processor(target.gpu, target.driver_version),
         engines.precision,
         f"{engines.encoder.sidecar.engine.sha256} {engines.decoder.sidecar.engine.sha256}",
     )

@@ -21,7 +21,7 @@ from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
 from .imaging import MASKING, DeviceImaging
-from .masking import Masking, Picture
+from .masking import Masking
 from .memory import Block, Layout, Memory
 from .network import JOB, Network, set_addresses
 from .replay import Replay
@@ -70,6 +70,7 @@ class Lane:
 
     Attributes:
         encodes: whether it can encode.
+        masking: makes masks.
         is_given_up: whether its pool has no more use for it.
 
     Raises:
@@ -100,7 +101,7 @@ class Lane:
         self._pinned_inputs = memory.allocate_pinned(self._inputs.nbytes)
         self._staging = GrowingBuffer(memory)
         self._results = GrowingBuffer(memory)
-        self._masking = Masking(cuda, memory, imaging, self._stream)
+        self.masking = Masking(cuda, memory, imaging, self._stream)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
         if encodes:
             self._encoding = Encoding(
@@ -153,15 +154,15 @@ class Lane:
             run.prompt[JOB][...] = 0
             made: list[int] = []
             if len(pictures) == 1:
-                made = self._masking.fill(run.prompt[JOB], logits, pictures)
+                made = self.masking.fill(run.prompt[JOB], logits, pictures)
             self._bring(features, run)
             self._send(run, prompts)
             run.replay.queue()
             if len(pictures) > 1:
-                made = self._masking.queue(logits, pictures)
+                made = self.masking.queue(logits, pictures)
             host = self._results.pinned(end - start)
             self._cuda.download(host, outputs_at + start, self._stream)
-            self._masking.bring(made, pictures)
+            self.masking.bring(made, pictures)
             if run.replay.record():
                 self._network.keep_kernels(shape)
         at = 0
@@ -175,21 +176,14 @@ class Lane:
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
         """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
-        objects, each = logits.shape[:2]
-        picture = self.room_for_masks(objects, each, where, options)
+        picture = self.masking.room(logits.shape[:2], where, options)
         with self._idle_on_error():
             host = self._staging.pinned(logits.nbytes)
             block = self._staging.block(len(host))
             host.view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
-            self._masking.bring(self._masking.queue(block.address, [picture]), [picture])
+            self.masking.bring(self.masking.queue(block.address, [picture]), [picture])
         return picture.masks
-
-    def room_for_masks(
-        self, objects: int, each: int, where: ImageGeometry, options: MaskOptions
-    ) -> Picture:
-        """Host memory for masks, which the caller keeps; see :meth:`.masking.Masking.room`."""
-        return self._masking.room(objects, each, where, options)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""

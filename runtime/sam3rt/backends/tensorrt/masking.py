@@ -58,9 +58,9 @@ class Masking:
         self._masks = GrowingBuffer(memory)
         self._search = GrowingBuffer(memory)
 
-    def room(self, objects: int, each: int, where: ImageGeometry, options: MaskOptions) -> Picture:
-        """Host memory for ``each`` masks of so many objects, which the caller keeps."""
-        shape = (objects, each, *where.original_size)
+    def room(self, planes: tuple[int, ...], where: ImageGeometry, options: MaskOptions) -> Picture:
+        """Host memory for P objects' C masks each, ``planes``, which the caller keeps."""
+        shape = (*planes, *where.original_size)
         nbytes = math.prod(shape)
         lent = self._memory.lend(nbytes) if nbytes else None
         masks = np.empty(shape, np.uint8) if lent is None else lent.reshape(shape)

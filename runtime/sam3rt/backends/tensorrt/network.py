@@ -110,7 +110,6 @@ class Network:
         limits: the greatest sizes of a decoder call.
         takes_images: whether each object of a decoder call may have an image of its own.
         output_names: all decoder outputs, in the order of their layout.
-        masks_each: masks of each object in an output of logits, by its name.
 
     Raises:
         BackendError: an engine is not what the bundle's manifest describes, or the two differ in
@@ -149,7 +148,6 @@ class Network:
         order = (*MULTIMASK_OUTPUTS, OBJECT_SCORE, *SINGLE_MASK_OUTPUTS)
         self.output_names = tuple(name for name in order if name in self._outputs)
         logits = (MULTIMASK_OUTPUTS[0], SINGLE_MASK_OUTPUTS[0])
-        self.masks_each = {name: int(self._outputs[name][0][2]) for name in logits}
         types = {self.pixels.dtype, *(self._outputs[name][1] for name in logits)}
         self.makes_plain_logits = types == {np.dtype(np.float32)}
         points = decoder.tensors[POINTS].most
