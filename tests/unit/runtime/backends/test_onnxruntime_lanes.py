@@ -224,6 +224,20 @@ def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: P
     assert files[-1] == ""
 
 
+@pytest.mark.parametrize("change", [{"tf32": True}, {"narrow": ["encoder.onnx", "decoder.onnx"]}])
+def test_a_verdict_is_also_about_where_tf32_is_allowed(
+    provider: FakeProvider, built: Path, change: dict[str, Any]
+) -> None:
+    """The same files compute otherwise where their sidecar says so."""
+    bundle = open_bundle(built)
+    options = BackendOptions(device="cuda", precision="fp16")
+    (before,) = offer(bundle, options).recipes
+    path = typed_folder(built, "fp16") / SIDECAR
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (after,) = offer(bundle, options).recipes
+    assert before.subject != after.subject
+
+
 def test_bf16_is_offered_by_name_only(provider: FakeProvider, bundle: Path) -> None:
     opened = open_bundle(bundle)
     build_typed_graphs(opened, ["bf16"])

@@ -22,7 +22,7 @@ from sam3rt.accuracy import select
 from sam3rt.backends.create import create_backend
 from sam3rt.backends.options import BackendOptions
 from sam3rt.backends.tensorrt import engines
-from sam3rt.backends.tensorrt.driver import Gpu, probe
+from sam3rt.backends.tensorrt.driver import probe
 from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.backends.tensorrt.sidecar import read_sidecar, write_sidecar
@@ -74,29 +74,11 @@ def one_nan(outputs: Outputs) -> None:
         array.flat[array.size // 2] = np.nan
 
 
-def swapped_masks(outputs: Outputs) -> None:
-    if "pred_masks" in outputs:
-        outputs["pred_masks"] = outputs["pred_masks"][:, :, ::-1].copy()
-
-
-def wrong_single_mask(outputs: Outputs) -> None:
-    if "single_pred_masks" in outputs:
-        outputs["single_pred_masks"] = -outputs["single_pred_masks"]
-
-
-def all_wrong_scores(outputs: Outputs) -> None:
-    if "iou_scores" in outputs:
-        outputs["iou_scores"] = 1 - outputs["iou_scores"]
-
-
+# What else fails the gate stands in accuracy/test_select.py.
 FAILURES: dict[str, tuple[Perturbation, str]] = {
-    "cosine 0.04": (with_cosine(0.04), "encoder"),
     "cosine 0.9": (with_cosine(0.9), "encoder"),
     "NaN features": (one_nan, "encoder"),
     "NaN logits": (one_nan, "decoder"),
-    "swapped outputs": (swapped_masks, "decoder"),
-    "wrong single mask": (wrong_single_mask, "decoder"),
-    "wrong scores": (all_wrong_scores, "decoder"),
 }
 
 
@@ -253,9 +235,7 @@ def test_an_engine_that_tensorrt_cannot_read_is_passed_over(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("gpu", Gpu("NVIDIA L4", "8.9"), r"gpu\.name is NVIDIA L4, here it is NVIDIA Fake 9000"),
         ("tensorrt_version", "10.3.0", r"tensorrt_version is 10\.3\.0, here it is 10\.16\.0"),
-        ("bundle_fingerprint", "0" * 64, r"bundle_fingerprint is 0000.*this bundle's is"),
         ("backend", "tensorrt-rtx", r"no tensorrt engines"),
     ],
 )
