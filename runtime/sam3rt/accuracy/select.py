@@ -112,7 +112,8 @@ def select(
                     f"{recipe.name} fails the gate on this machine: {stored.explanation}"
                 )
         except (BackendError, BundleError, VerificationError) as error:
-            pass_over(recipe, error, is_known=isinstance(error, VerificationError) and not opened)
+            is_known = opened is None and isinstance(error, VerificationError)
+            pass_over(recipe, error, is_known=is_known)
         else:
             assert opened is not None
             say("; ".join([f"computing in {recipe.name}", *problems]))

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..accuracy.select import select
 from ..bundle import Bundle
-from ..errors import BackendError, InvalidInputError, VerificationError
+from ..errors import BackendError, DeviceLostError, InvalidInputError, VerificationError
 from .base import Backend, Offer, UnfitError
 from .options import BackendOptions
 from .table import BACKENDS, entry, nothing_installed
@@ -88,6 +88,8 @@ def _create(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
         return select(
             bundle, offer.recipes, offer.open, say=say, warn=warn, on_verdict=offer.on_verdict
         )
+    except DeviceLostError:
+        raise
     except BackendError as error:
         advice = f". {offer.advice}" if offer.advice else ""
         raise UnfitError(f"{error}{advice}") from error
