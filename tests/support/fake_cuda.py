@@ -107,7 +107,6 @@ class FakeCuda(Cuda):
     def __init__(self, total: int = 4 << 30, seed: int = 0) -> None:
         self.index = 0
         self.lost = None
-        self._nvtx = None
         # What a compiler does not take, as NVRTC would not where it is missing.
         self.compiles = True
         # Device memory is host memory, so that NumPy can read what is exported.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,9 +66,6 @@ class Cuda:
                 "pip install 'cuda-python==12.9.*'"
             ) from error
         self._runtime = runtime
-        self._nvtx: Any = None
-        with contextlib.suppress(ImportError):
-            self._nvtx = importlib.import_module("nvtx")
         self.index = index
         self.dlpack_device = (2, index)
         with self.active():
@@ -97,13 +93,6 @@ class Cuda:
         finally:
             if int(before) != self.index:
                 self._restore(self._runtime.cudaSetDevice, int(before))
-
-    def range(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """A block that has a name in a profile of Nsight Systems, where ``nvtx`` is installed."""
-        if self._nvtx is None:
-            return contextlib.nullcontext()
-        range_: contextlib.AbstractContextManager[Any] = self._nvtx.annotate(name, domain="sam3rt")
-        return range_
 
     def allocate(self, nbytes: int) -> int:
         """Device memory, aligned to 256 bytes; the address.

@@ -110,13 +110,13 @@ class Lane:
 
     def encode(self, pixels: NDArray[np.float32]) -> list[Block]:
         """Run the encoder on float32 [N, 3, H, W] of the encoder's size."""
-        with self._cuda.range("encode"), self._idle_on_error():
+        with self._idle_on_error():
             self._encoding.queue_pixels(pixels)
             return self._encode(len(pixels))
 
     def encode_images(self, images: Sequence[tuple[Block, ImageGeometry]]) -> list[Block]:
         """Resize and normalize images, from :meth:`upload_image`, and run the encoder on them."""
-        with self._cuda.range("encode"), self._idle_on_error():
+        with self._idle_on_error():
             self._encoding.queue_images(images)
             return self._encode(len(images))
 
@@ -146,7 +146,7 @@ class Lane:
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
         own_images = len(features) > 1
         shape = classify(objects, points, own_masks, self._network.limits, own_images=own_images)
-        with self._cuda.range("decode"), self._idle_on_error():
+        with self._idle_on_error():
             run = self._run(shape)
             start, end = run.outputs.span(names)
             outputs_at = self._workspace["outputs"].address
@@ -196,7 +196,7 @@ class Lane:
 
     def upload_image(self, image: NDArray[np.uint8]) -> Block:
         """Bring uint8 [H, W, 3] to a block of its own."""
-        with self._cuda.range("upload image"), self._idle_on_error():
+        with self._idle_on_error():
             # In steps of a megabyte, so that images of similar sizes share spare blocks.
             host = self._staging.pinned(-(-image.nbytes >> 20) << 20)
             host[: image.nbytes].reshape(image.shape)[...] = image
