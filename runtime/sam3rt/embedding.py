@@ -121,9 +121,7 @@ class ImageEmbedding:
             EmbeddingError: a feature map holds NaN or an infinity.
             OSError: the file cannot be written.
         """
-        file, content = file_path("path", path), self.to_bytes()
-        with atomic_write(file) as stream:
-            stream.write(content)
+        write_embedding(file_path("path", path), self.numpy(), self.geometry, self.fingerprint)
 
     def to_bytes(self) -> bytes:
         """The content of the file that :meth:`save` writes.
@@ -160,6 +158,18 @@ class _Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     original_size: str
     input_size: str
     sha256: str
+
+
+def write_embedding(path: Path, maps: Maps, geometry: ImageGeometry, fingerprint: str) -> None:
+    """Write what :func:`encode_embedding` gives, whole or not at all.
+
+    Raises:
+        EmbeddingError: a map holds NaN or an infinity.
+        OSError: the file cannot be written.
+    """
+    content = encode_embedding(maps, geometry, fingerprint)
+    with atomic_write(path) as stream:
+        stream.write(content)
 
 
 def encode_embedding(maps: Maps, geometry: ImageGeometry, fingerprint: str) -> bytes:

@@ -40,8 +40,7 @@ from sam3rt import (
     load_model,
 )
 from sam3rt.bundle import TensorSpec
-from sam3rt.embedding import encode_embedding, read_embedding
-from sam3rt.features import HostFeatures
+from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.geometry import ImageGeometry
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -71,13 +70,11 @@ def read(path: Path) -> tuple[list[NDArray[np.float32]], ImageGeometry]:
 
 
 @pytest.fixture(scope="module")
-def content() -> bytes:
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A valid embedding file for SPECS."""
-    return encode_embedding(random_maps(), PLACE, FINGERPRINT)
-
-
-def write_embedding(path: Path, maps: Maps, where: ImageGeometry, fingerprint: str) -> None:
-    ImageEmbedding(HostFeatures(tuple(maps.values())), where, fingerprint, tuple(maps)).save(path)
+    path = tmp_path_factory.mktemp("valid") / "a.emb"
+    write_embedding(path, random_maps(), PLACE, FINGERPRINT)
+    return path.read_bytes()
 
 
 def forge(
@@ -210,13 +207,14 @@ def test_a_file_of_the_first_release_is_read(tmp_path: Path) -> None:
     (tmp_path / "old.emb").write_bytes(old)
     for actual, expected in zip(read(tmp_path / "old.emb")[0], random_maps().values(), strict=True):
         same_bits(actual, expected)
-    assert encode_embedding(random_maps(), PLACE, FINGERPRINT) == old
+    write_embedding(tmp_path / "new.emb", random_maps(), PLACE, FINGERPRINT)
+    assert (tmp_path / "new.emb").read_bytes() == old
 
 
 def test_strided_maps_are_written_in_order(tmp_path: Path) -> None:
     maps = random_maps()
     views = {name: np.asfortranarray(array) for name, array in maps.items()}
-    (tmp_path / "a.emb").write_bytes(encode_embedding(views, PLACE, FINGERPRINT))
+    write_embedding(tmp_path / "a.emb", views, PLACE, FINGERPRINT)
     for actual, expected in zip(read(tmp_path / "a.emb")[0], maps.values(), strict=True):
         same_bits(actual, expected)
 
@@ -546,8 +544,8 @@ def test_header_that_reaches_into_blank_data_is_refused(tmp_path: Path) -> None:
     first = next(iter(maps.values()))
     first.reshape(-1)[:2] = np.frombuffer(b" " * 8, np.float32)
     path = tmp_path / "a.emb"
-    content = encode_embedding(maps, PLACE, FINGERPRINT)
-    path.write_bytes(content)
+    write_embedding(path, maps, PLACE, FINGERPRINT)
+    content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     read(path)
     for other in (length + 4, length + 8, length - 1):
