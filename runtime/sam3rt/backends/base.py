@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from .. import masks
 from ..accuracy.select import Recipe
-from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
 from ..errors import BackendError, EmbeddingError, StateError
 from ..features import Features
@@ -292,13 +291,11 @@ class Offer:
     Attributes:
         recipes: fastest first.
         open: loads one.
-        on_verdict: told every verdict that is reached, or ``None``.
         advice: what to do where no recipe can serve, or empty.
     """
 
     recipes: tuple[Recipe, ...]
     open: Callable[[Recipe], Backend]
-    on_verdict: Callable[[Recipe, StoredVerdict], None] | None = None
     advice: str = ""
 
 

@@ -85,9 +85,7 @@ def _create(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
 
     say, warn = (partial(log, "%s: %s", name) for log in (_LOG.info, _LOG.warning))
     try:
-        return select(
-            bundle, offer.recipes, offer.open, say=say, warn=warn, on_verdict=offer.on_verdict
-        )
+        return select(bundle, offer.recipes, offer.open, say=say, warn=warn)
     except DeviceLostError:
         raise
     except BackendError as error:

@@ -17,18 +17,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from ...accuracy.select import Recipe
-from ...accuracy.verdicts import StoredVerdict, Subject
+from ...accuracy.verdicts import Subject
 from ...bundle import Bundle, is_inside
 from ...errors import BundleError
 from ..base import UnfitError
 from ..table import ENGINES
 from .driver import Gpu, processor
-from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
+from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,55 +108,6 @@ def recipe_of(engines: EngineSet, target: EngineTarget) -> Recipe:
     """A set of engines as one way to run its bundle. Whatever it computes in, it needs proof."""
     encoder = engines.encoder.sidecar.engine.sha256
     return Recipe(engines.precision, encoder, subject_of(engines, target))
-
-
-def is_marked(engines: EngineSet, target: EngineTarget) -> bool:
-    """Whether the sidecars of a set say that it is proven here; see :func:`mark_sidecars`."""
-    encoder, decoder = engines.encoder.sidecar, engines.decoder.sidecar
-    return (
-        all(s.state == "proven" and s.gpu == target.gpu for s in (encoder, decoder))
-        and decoder.paired_with == encoder.engine.sha256
-    )
-
-
-def mark_sidecars(
-    engines: EngineSet, target: EngineTarget, verdict: StoredVerdict
-) -> tuple[EngineFile, EngineFile]:
-    """Leave a verdict in the sidecars of an encoder and a decoder.
-
-    It is for people and tools that read sidecars; both runtimes go by their own verdicts. A pair
-    that failed leaves nothing on the decoder, as it may have been the encoder's fault.
-
-    Returns:
-        Encoder and decoder with their sidecars as they are now.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-
-    def marked(engine: EngineFile, **changes: Any) -> EngineFile:
-        try:
-            if read_sidecar(engine.path).engine != engine.sidecar.engine:
-                return engine  # built again meanwhile
-        except BundleError:
-            return engine
-        sidecar = msgspec.structs.replace(
-            engine.sidecar,
-            gpu=target.gpu,
-            driver_version=target.driver_version,
-            parity=verdict.figures,
-            **changes,
-        )
-        write_sidecar(engine.path, sidecar)
-        return EngineFile(engine.path, sidecar)
-
-    encoder, decoder = engines.encoder, engines.decoder
-    if verdict.passed:
-        encoder = marked(encoder, state="proven")
-        decoder = marked(decoder, state="proven", paired_with=encoder.sidecar.engine.sha256)
-    elif verdict.encoder_failed:
-        encoder = marked(encoder, state="refused")
-    return encoder, decoder
 
 
 def folder_name(
