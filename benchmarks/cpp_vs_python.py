@@ -53,7 +53,7 @@ def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int)
         own = sam3rt.SAM3InteractiveImagePredictor(served, mask_dtype=np.uint8)
         own.set_embedding(served.load_embedding(embedding))
         shape = own.predict(**click(FULL_HD).arguments())[0].shape
-        encoder = "_encoder_session" in vars(served.backend)
+        encoder = served.backend._encoder.is_made  # type: ignore[attr-defined]
     seconds = time.perf_counter() - start
     print(
         json.dumps(

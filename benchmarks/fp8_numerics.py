@@ -97,7 +97,7 @@ class Fp8Backend(OnnxRuntimeBackend):
     """A bundle whose encoder is another file."""
 
     def __init__(self, bundle: Bundle, encoder: Path) -> None:
-        super().__init__(bundle, "cpu")
+        super().__init__(bundle)
         self._file = encoder
 
     def create_session(self, graph: GraphSpec, *, memory_pattern: bool) -> Any:

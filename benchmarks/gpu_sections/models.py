@@ -41,7 +41,7 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
 
     def open_backend(records: bool) -> Backend:
         if settings.device == "cpu":
-            return OnnxRuntimeBackend(bundle, "cpu", graphs)
+            return OnnxRuntimeBackend(bundle, graphs)
         _, device = settings.gpu()
         most = _BATCHES[-1]
         return open_lanes(bundle, graphs, device, GpuOptions(), max_images=most, records=records)

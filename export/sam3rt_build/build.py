@@ -12,25 +12,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from sam3rt.accuracy.run import Runner
 from sam3rt.accuracy.select import Recipe as Candidate
 from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict
-from sam3rt.backends.table import entry
+from sam3rt.backends.table import ENGINES, entry
 from sam3rt.backends.tensorrt.driver import Device, probe
 from sam3rt.backends.tensorrt.engine_backend import TensorRtBackend, open_platform
 from sam3rt.backends.tensorrt.engines import (
-    ENGINES,
     EngineFile,
     EngineSet,
     EngineTarget,
-    mark_sidecars,
     pair_name,
     subject_of,
 )
-from sam3rt.backends.tensorrt.sidecar import CAPABILITY, BackendName
+from sam3rt.backends.tensorrt.sidecar import CAPABILITY, BackendName, write_sidecar
 from sam3rt.bundle import Bundle, is_inside
 from sam3rt.bundle.files import remove_temporaries
 from sam3rt.errors import BackendError, BundleError, InvalidInputError, VerificationError
@@ -215,9 +214,25 @@ class _Pairs:
         verdict = load_verdict(self.bundle, subject_of(pair, self._target))
         if verdict is None:
             raise BuildError("the verdict on the engines is gone: somebody cleared the cache")
-        marked = mark_sidecars(pair, self._target, verdict)
+        made = self._proven(pair.encoder, verdict)
+        marked = made, self._proven(pair.decoder, verdict, made.sidecar.engine.sha256)
         del self._built["encoder", encoder.name], self._built["decoder", decoder.name]
         return marked
+
+    def _proven(
+        self, engine: EngineFile, verdict: StoredVerdict, paired_with: str | None = None
+    ) -> EngineFile:
+        """Say so in its sidecar, for people and tools: runtimes go by their own verdicts."""
+        sidecar = msgspec.structs.replace(
+            engine.sidecar,
+            gpu=self._target.gpu,
+            driver_version=self._target.driver_version,
+            parity=verdict.figures,
+            state="proven",
+            paired_with=paired_with,
+        )
+        write_sidecar(engine.path, sidecar)
+        return EngineFile(engine.path, sidecar)
 
     def discard_rest(self) -> None:
         """Remove what was built and neither accepted nor refused."""

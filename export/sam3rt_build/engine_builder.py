@@ -12,8 +12,9 @@ from typing import Literal
 
 import msgspec
 
+from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device
-from sam3rt.backends.tensorrt.engines import ENGINES, EngineFile, engine_path, folder_name
+from sam3rt.backends.tensorrt.engines import EngineFile, engine_path, folder_name
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
     EngineShapes,

@@ -22,13 +22,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sam3rt.backends.onnxruntime.typed import (
-    ENGINES,
     ON_REQUEST,
     TYPED_ORDER,
     TypedSidecar,
     typed_folder,
     write_typed_sidecar,
 )
+from sam3rt.backends.table import ENGINES
 from sam3rt.bundle import Bundle, FileEntry, file_entry
 from sam3rt.errors import InvalidInputError
 

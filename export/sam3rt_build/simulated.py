@@ -75,7 +75,7 @@ class SimulatedBackend(OnnxRuntimeBackend):
         )
         precision = f"{encoder.name}+{decoder.name}"
         made = Bundle(folder, manifest)
-        super().__init__(made, "cpu", Graphs(made, precision))
+        super().__init__(made, Graphs(made, precision))
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
         if threads is not None:

@@ -30,16 +30,17 @@ def number(argument: str, value: Any, least: float = -math.inf) -> float:
     return found
 
 
-def whole(argument: str, value: Any, least: int, most: int) -> int:
-    """A whole number from ``least`` to ``most``.
+def whole(argument: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number from ``least`` to ``most``, or of at least ``least``.
 
     Raises:
         InvalidInputError: it is none, or not within them.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InvalidInputError(argument, repr(value), "a whole number")
-    if not least <= value <= most:
-        raise InvalidInputError(argument, repr(value), f"{least} to {most}")
+    if value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}"
+        raise InvalidInputError(argument, repr(value), expected)
     return int(value)
 
 

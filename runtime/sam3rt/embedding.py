@@ -161,13 +161,7 @@ class _Metadata(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def write_embedding(path: Path, maps: Maps, geometry: ImageGeometry, fingerprint: str) -> None:
-    """Write feature maps in the layout described above.
-
-    Args:
-        path: file to write.
-        maps: float32 arrays by name, finest first.
-        geometry: the image's geometry.
-        fingerprint: of the bundle that made them.
+    """Write what :func:`encode_embedding` gives, whole or not at all.
 
     Raises:
         EmbeddingError: a map holds NaN or an infinity.
@@ -179,7 +173,16 @@ def write_embedding(path: Path, maps: Maps, geometry: ImageGeometry, fingerprint
 
 
 def encode_embedding(maps: Maps, geometry: ImageGeometry, fingerprint: str) -> bytes:
-    """The content of an embedding's file; see :func:`write_embedding`."""
+    """The content of a file in the layout described above.
+
+    Args:
+        maps: float32 arrays by name, finest first.
+        geometry: the image's geometry.
+        fingerprint: of the bundle that made them.
+
+    Raises:
+        EmbeddingError: a map holds NaN or an infinity.
+    """
     from safetensors.numpy import save
 
     _check_finite(maps, "the embedding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from .arguments import flag
 from .backends.create import create_backend
 from .backends.options import BackendOptions, GpuOptions
 from .bundle import open_bundle
@@ -58,11 +59,12 @@ def load_model(
     """
     if bundle is not None and not isinstance(bundle, str | os.PathLike):
         raise InvalidInputError("bundle", type(bundle).__name__, "a path or None")
+    own_gpu = GpuOptions() if gpu is None else gpu
+    options = BackendOptions(device, threads, precision, map_weights, own_gpu)
     path = default_bundle_path() if bundle is None else find_bundle(bundle)
-    opened = open_bundle(path, check_files=check_files)
+    opened = open_bundle(path, check_files=flag("check_files", check_files))
     if expected_fingerprint is not None and opened.manifest.fingerprint != expected_fingerprint:
         raise BundleError(
             f"{path} has fingerprint {opened.manifest.fingerprint}, expected {expected_fingerprint}"
         )
-    options = BackendOptions(device, threads, precision, map_weights, gpu or GpuOptions())
     return SegmentationModel(opened, create_backend(backend, opened, options))

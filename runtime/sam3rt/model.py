@@ -19,7 +19,7 @@ from .bundle.contract import decoder_outputs, has_object_score
 from .decoded import DecodedMasks, arrange
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, EmbeddingError, InvalidInputError, PromptError, StateError
-from .features import HostFeatures
+from .features import Features, HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .image_files import load_image
 from .masks import MaskOptions, clamp
@@ -89,8 +89,7 @@ class SegmentationModel:
         """
         rgb = to_rgb(image)
         where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
-        features = self.backend.encode_image(rgb, where, self.on_stage)
-        return ImageEmbedding(features, where, self.manifest.fingerprint, self._names)
+        return self._embedding(self.backend.encode_image(rgb, where, self.on_stage), where)
 
     def encode_batch(self, images: Sequence[Image]) -> list[ImageEmbedding]:
         """Run the encoder on several images, together where the backend gains by it.
@@ -104,11 +103,7 @@ class SegmentationModel:
         arrays = [to_rgb(image, f"images[{i}]") for i, image in enumerate(images)]
         places = [geometry(self.manifest.image, (a.shape[0], a.shape[1])) for a in arrays]
         features = self.backend.encode_images(arrays, places, self.on_stage)
-        fingerprint = self.manifest.fingerprint
-        return [
-            ImageEmbedding(maps, where, fingerprint, self._names)
-            for maps, where in zip(features, places, strict=True)
-        ]
+        return list(map(self._embedding, features, places))
 
     def decode(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
@@ -309,12 +304,13 @@ class SegmentationModel:
         """Name the decoder's outputs, once they can be answers at all.
 
         Raises:
-            BackendError: a score is not a finite number, so the masks mean nothing either.
+            BackendError: a value is not a finite number: a mask of NaN would be an empty one.
         """
-        if not np.isfinite(results[1]).all():
+        if not all(np.isfinite(result).all() for result in results):
             raise BackendError(
-                f"the decoder returned scores that are not finite ({self.backend.name}, "
-                f"{self.backend.precision}): the embedding or a mask prompt is broken"
+                f"the decoder returned values that are not finite ({self.backend.name}, "
+                f"{self.backend.precision}): the embedding or a mask prompt is broken, or the "
+                "model's values leave the range of what it computes in"
             )
         score = results[2][0, :, 0] if has_object_score(self.manifest) else None
         return DecodedMasks(results[0][0], results[1][0], score)
@@ -325,15 +321,14 @@ class SegmentationModel:
         Raises:
             EmbeddingError: it was made by another bundle.
         """
-        fingerprint, specs = self.manifest.fingerprint, self.manifest.encoder.outputs
-        check_maker(embedding.fingerprint, fingerprint, "the embedding")
+        check_maker(embedding.fingerprint, self.manifest.fingerprint, "the embedding")
         if not isinstance(embedding.features, HostFeatures):
             return embedding
         maps = dict(zip(embedding.names, embedding.features.maps, strict=True))
-        check_maps(maps, specs, "the embedding")
+        check_maps(maps, self.manifest.encoder.outputs, "the embedding")
         self._check_geometry(embedding.geometry, "the embedding")
         features = self.backend.upload([maps[name] for name in self._names])
-        return ImageEmbedding(features, embedding.geometry, fingerprint, self._names)
+        return self._embedding(features, embedding.geometry)
 
     def load_embedding(self, path: str | Path) -> ImageEmbedding:
         """Load an embedding that this bundle made. The encoder is not needed for it.
@@ -342,11 +337,13 @@ class SegmentationModel:
             EmbeddingError: the file is missing, damaged, or from another bundle.
             InvalidInputError: the path is none.
         """
-        fingerprint = self.manifest.fingerprint
-        file = file_path("path", path)
-        maps, where = read_embedding(file, fingerprint, self.manifest.encoder.outputs)
+        file, own = file_path("path", path), self.manifest
+        maps, where = read_embedding(file, own.fingerprint, own.encoder.outputs)
         self._check_geometry(where, str(path))
-        return ImageEmbedding(self.backend.upload(maps), where, fingerprint, self._names)
+        return self._embedding(self.backend.upload(maps), where)
+
+    def _embedding(self, features: Features, where: ImageGeometry) -> ImageEmbedding:
+        return ImageEmbedding(features, where, self.manifest.fingerprint, self._names)
 
     def _check_geometry(self, where: ImageGeometry, subject: str) -> None:
         if where != geometry(self.manifest.image, where.original_size):
@@ -370,4 +367,5 @@ class SegmentationModel:
 
         Takes about as long as one request. Raises nothing for a model that is not well.
         """
-        return check_health(self.backend)
+        backend = self.backend
+        return check_health(backend, self.bundle, backend.name, backend.device, backend.precision)

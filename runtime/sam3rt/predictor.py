@@ -116,10 +116,27 @@ class SAM3InteractiveImagePredictor:
             EmbeddingError: it came from bytes or by pickle, and from another bundle.
             StateError: another thread is using this predictor.
         """
-        if not isinstance(embedding, ImageEmbedding):
-            raise InvalidInputError("embedding", type(embedding).__qualname__, "an ImageEmbedding")
+        _check_embedding("embedding", embedding)
         with self._one_caller():
             self._set([self.model.upload(embedding)])
+
+    def set_embedding_batch(self, embeddings: Sequence[ImageEmbedding]) -> None:
+        """Use embeddings made or loaded earlier, so that :meth:`predict_batch` can be called.
+
+        :meth:`predict` then uses the last of them.
+
+        Args:
+            embeddings: at least one; one may come more than once.
+
+        Raises:
+            InvalidInputError: it is not such a list; what was set before stays set.
+            EmbeddingError, StateError: see :meth:`set_embedding`.
+        """
+        _check_list("embeddings", embeddings, "embedding", InvalidInputError)
+        for index, embedding in enumerate(embeddings):
+            _check_embedding(f"embeddings[{index}]", embedding)
+        with self._one_caller():
+            self._set([self.model.upload(e) for e in embeddings], is_batch=True)
 
     def set_image_batch(self, image_list: Sequence[Image]) -> None:
         """Encode several images, so that :meth:`predict_batch` can be called on them.
@@ -134,14 +151,7 @@ class SAM3InteractiveImagePredictor:
             BackendError: the backend failed.
             StateError: another thread is using this predictor.
         """
-        if not isinstance(image_list, list | tuple) or not image_list:
-            raise ImageError(
-                "image_list",
-                "an empty list"
-                if isinstance(image_list, list | tuple)
-                else type(image_list).__qualname__,
-                "a list of at least one image",
-            )
+        _check_list("image_list", image_list, "image", ImageError)
         # All are checked before the first is encoded: encoding is the expensive part.
         arrays = [to_rgb(image, f"image_list[{i}]") for i, image in enumerate(image_list)]
         with self._one_caller():
@@ -184,14 +194,13 @@ class SAM3InteractiveImagePredictor:
             BackendError: the backend failed.
         """
         with self._one_caller():
-            if not self._embeddings:
+            embeddings = self._embeddings[-1:]
+            if not embeddings:
                 raise StateError("an image must be set with set_image before predict")
             self._warn_of_another_threads_image()
             normalize = flag("normalize_coords", normalize_coords)
             prompts = Prompts(point_coords, point_labels, box, mask_input, normalize)
-            (prediction,) = self._predict(
-                self._embeddings[-1:], [prompts], multimask_output, return_logits
-            )
+            (prediction,) = self._predict(embeddings, [prompts], multimask_output, return_logits)
             return prediction
 
     def predict_batch(
@@ -223,29 +232,29 @@ class SAM3InteractiveImagePredictor:
             PromptError: a list has the wrong length, or a prompt is malformed.
             BackendError: the backend failed.
         """
-        if not self._is_batch:
-            raise StateError("a batch must be set with set_image_batch before predict_batch")
-        count = len(self._embeddings)
-        lists = [
-            _batch_argument(name, value, count)
-            for name, value in (
-                ("point_coords_batch", point_coords_batch),
-                ("point_labels_batch", point_labels_batch),
-                ("box_batch", box_batch),
-                ("mask_input_batch", mask_input_batch),
-            )
-        ]
         with self._one_caller():
+            embeddings = self._embeddings
+            if not self._is_batch:
+                raise StateError(
+                    "a batch must be set with set_image_batch or set_embedding_batch before "
+                    "predict_batch"
+                )
+            lists = [
+                _batch_argument(name, value, len(embeddings))
+                for name, value in (
+                    ("point_coords_batch", point_coords_batch),
+                    ("point_labels_batch", point_labels_batch),
+                    ("box_batch", box_batch),
+                    ("mask_input_batch", mask_input_batch),
+                )
+            ]
             self._warn_of_another_threads_image()
-            results = self._predict(
-                self._embeddings,
-                [
-                    Prompts(coords, labels, box, mask, flag("normalize_coords", normalize_coords))
-                    for coords, labels, box, mask in zip(*lists, strict=True)
-                ],
-                multimask_output,
-                return_logits,
-            )
+            normalize = flag("normalize_coords", normalize_coords)
+            prompts = [
+                Prompts(coords, labels, box, mask, normalize)
+                for coords, labels, box, mask in zip(*lists, strict=True)
+            ]
+            results = self._predict(embeddings, prompts, multimask_output, return_logits)
         masks, scores, low_res = zip(*results, strict=True)
         return list(masks), list(scores), list(low_res)
 
@@ -255,9 +264,10 @@ class SAM3InteractiveImagePredictor:
         Raises:
             StateError: no image is set.
         """
-        if not self._embeddings:
+        embeddings = self._embeddings
+        if not embeddings:
             raise StateError("an image must be set with set_image before get_image_embedding")
-        return np.concatenate([embedding.features.numpy()[-1] for embedding in self._embeddings])
+        return np.concatenate([embedding.features.numpy()[-1] for embedding in embeddings])
 
     def reset_predictor(self) -> None:
         """Forget the image or batch that was set."""
@@ -325,6 +335,18 @@ class SAM3InteractiveImagePredictor:
             else:
                 predictions.append((masks, scores, low_res))
         return predictions
+
+
+def _check_list(argument: str, value: Any, of: str, error: type[InvalidInputError]) -> None:
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not value:
+        got = "an empty list" if is_list else type(value).__qualname__
+        raise error(argument, got, f"a list of at least one {of}")
+
+
+def _check_embedding(argument: str, value: Any) -> None:
+    if not isinstance(value, ImageEmbedding):
+        raise InvalidInputError(argument, type(value).__qualname__, "an ImageEmbedding")
 
 
 def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:

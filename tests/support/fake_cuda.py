@@ -107,7 +107,6 @@ class FakeCuda(Cuda):
     def __init__(self, total: int = 4 << 30, seed: int = 0) -> None:
         self.index = 0
         self.lost = None
-        self._nvtx = None
         # What a compiler does not take, as NVRTC would not where it is missing.
         self.compiles = True
         # Device memory is host memory, so that NumPy can read what is exported.
@@ -222,13 +221,12 @@ class FakeCuda(Cuda):
             self._pinned[array.ctypes.data] = array
             return array
 
-    def free_host(self, array: NDArray[np.uint8]) -> None:
+    def free_host(self, address: int) -> None:
         self._check_active()
         with self._lock:
-            address = array.ctypes.data
             if address not in self._pinned:
                 raise CudaMisuse("host memory is freed but was not pinned")
-            self._check_unused(Region(address, array.nbytes, True), "unpinned")
+            self._check_unused(Region(address, self._pinned[address].nbytes, True), "unpinned")
             del self._pinned[address]
 
     def create_stream(self) -> int:
@@ -255,7 +253,7 @@ class FakeCuda(Cuda):
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
         self._check_contiguous(source)
         device = self.view(target, source.nbytes)
-        flat = source.reshape(-1).view(np.uint8)
+        flat = self._bytes(source)
 
         def run() -> None:
             device[:] = flat
@@ -269,7 +267,7 @@ class FakeCuda(Cuda):
     def download(self, target: NDArray[Any], source: int, stream: int) -> None:
         self._check_contiguous(target)
         device = self.view(source, target.nbytes)
-        flat = target.reshape(-1).view(np.uint8)
+        flat = self._bytes(target)
         flat[:] = _POISON
 
         def run() -> None:
@@ -279,7 +277,7 @@ class FakeCuda(Cuda):
             Region(source, target.nbytes, False),
             Region(target.ctypes.data, target.nbytes, True),
         )
-        self.queue(stream, Operation("download", regions, run, keep=target), target.nbytes)
+        self.queue(stream, Operation("download", regions, run, keep=flat), target.nbytes)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         to, origin = self.view(target, nbytes), self.view(source, nbytes)
@@ -408,6 +406,15 @@ class FakeCuda(Cuda):
     def _check_active(self) -> None:
         if self.current != self.index:
             raise CudaMisuse("this thread has not made the GPU its current one")
+
+    def _bytes(self, array: NDArray[Any]) -> NDArray[np.uint8]:
+        """An array's memory. A graph has addresses of pinned memory: it keeps no owner alive."""
+        flat = array.reshape(-1).view(np.uint8)
+        for address, pinned in list(self._pinned.items()):
+            offset = flat.ctypes.data - address
+            if offset >= 0 and offset + flat.nbytes <= pinned.nbytes:
+                return pinned[offset : offset + flat.nbytes]
+        return flat
 
     @staticmethod
     def _check_contiguous(array: NDArray[Any]) -> None:

@@ -44,9 +44,7 @@ class FakeProvider:
         """Put it in the place of the real one, on a machine with one GPU."""
         device = Device(0, GPU, self.cuda.total, DRIVER, (13, 0))
         room = "sam3rt.backends.onnxruntime"
-        patch.setattr(f"{room}.recipes._choose_device", lambda device: ("cuda", 0))
-        patch.setattr(f"{room}.recipes._card", lambda number: device)
-        patch.setattr(f"{room}.recipes._has_cuda_python", lambda: True)
+        patch.setattr(f"{room}.recipes._choose_gpu", lambda name: device)
         patch.setattr(f"{room}.lanes.Cuda", lambda index, blocking: self.cuda)
         patch.setattr(ort, "InferenceSession", self.open)
 

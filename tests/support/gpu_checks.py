@@ -57,7 +57,7 @@ def check_copies(cuda: Cuda) -> Figures:
         figures["synchronize, ms"] = milliseconds(lambda: cuda.synchronize(stream))
         for address in (one, two):
             cuda.free(address)
-        cuda.free_host(pinned)
+        cuda.free_host(pinned.ctypes.data)
         cuda.destroy_stream(stream)
     return figures
 
@@ -302,7 +302,7 @@ def _give_back(cuda: Cuda, stream: int, blocks: Any, pinned: Any) -> None:
     for address in blocks:
         cuda.free(address)
     for array in pinned:
-        cuda.free_host(array)
+        cuda.free_host(array.ctypes.data)
     cuda.destroy_stream(stream)
 
 

@@ -22,7 +22,7 @@ from sam3rt import GpuOptions
 from sam3rt.backends.tensorrt.backend import LaneBackend
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import Device
-from sam3rt.backends.tensorrt.network import Network
+from sam3rt.backends.tensorrt.network import NamedAxes, Network
 from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.backends.tensorrt.trt import Tensor as EngineTensor
 from sam3rt.bundle import Bundle
@@ -59,57 +59,24 @@ class TorchEngine:
             )
         }
         self.tensors = {
-            name: self._tensor(name, value, is_input)
+            name: EngineTensor.of_axes(name, value.dtype.numpy(), is_input, self.axes[name], _MOST)
             for values, is_input in ((self.graph.inputs, True), (self.graph.outputs, False))
             for name, value in values.items()
+            if value.dtype is not None
         }
 
     def context(self) -> TorchContext:
         return TorchContext(self)
 
-    def _tensor(self, name: str, value: ir.Value, is_input: bool) -> EngineTensor:
-        axes = self.axes[name]
-        assert value.dtype is not None
-        return EngineTensor(
-            name,
-            value.dtype.numpy(),
-            is_input,
-            tuple(s if isinstance(s, int) else -1 for s in axes),
-            tuple(s if isinstance(s, int) else 1 for s in axes),
-            tuple(s if isinstance(s, int) else _MOST.get(s, 1) for s in axes),
-        )
 
-
-class TorchContext:
+class TorchContext(NamedAxes):
     """One set of sizes and addresses."""
 
     def __init__(self, engine: TorchEngine) -> None:
+        super().__init__(engine.axes)
         self._engine = engine
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
         # Working memory of its own, which a recorded graph keeps using.
         self._pool = None if engine.is_fake else torch.cuda.MemPool()
-
-    def set_scratch(self, address: int, nbytes: int) -> None:
-        pass
-
-    def scratch_bytes(self) -> int:
-        return 0
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self._shapes[name] = shape
-
-    def set_address(self, name: str, address: int) -> None:
-        self._addresses[name] = address
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        axes = self._engine.axes
-        sizes = {
-            axis: side
-            for known, shape in self._shapes.items()
-            for axis, side in zip(axes[known], shape, strict=True)
-        }
-        return tuple(s if isinstance(s, int) else sizes[s] for s in axes[name])
 
     def check_capturable(self, stream: int) -> None:
         pass
@@ -118,7 +85,7 @@ class TorchContext:
         views = {name: self._view(name) for name in self._engine.tensors}
         if isinstance(self._engine.cuda, FakeCuda):
             regions = tuple(
-                Region(self._addresses[n], t.nbytes(self.shape(n)), not t.is_input)
+                Region(self.addresses[n], t.nbytes(self.shape(n)), not t.is_input)
                 for n, t in self._engine.tensors.items()
             )
             work = Operation("enqueue", regions, lambda: self._run(views), keep=views)
@@ -143,9 +110,9 @@ class TorchContext:
         engine = self._engine
         shape, dtype = self.shape(name), engine.tensors[name].dtype
         if isinstance(engine.cuda, FakeCuda):
-            raw = engine.cuda.view(self._addresses[name], engine.tensors[name].nbytes(shape))
+            raw = engine.cuda.view(self.addresses[name], engine.tensors[name].nbytes(shape))
             return torch.from_numpy(raw.view(dtype).reshape(shape))
-        raw_memory = _Raw(self._addresses[name], shape, dtype)
+        raw_memory = _Raw(self.addresses[name], shape, dtype)
         return torch.as_tensor(raw_memory, device=f"cuda:{engine.cuda.index}")
 
 

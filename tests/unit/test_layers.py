@@ -53,7 +53,6 @@ OPTIONAL_LIBRARIES = {
     "tensorrt": "sam3rt.backends.tensorrt",
     "tensorrt_rtx": "sam3rt.backends.tensorrt",
     "cuda": "sam3rt.backends.tensorrt",
-    "nvtx": "sam3rt.backends.tensorrt",
 }
 MOST_LINES = 400
 

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..bundle import LOOSEST_LIMITS, Bundle, Manifest, ParityLimits
 from .metrics import Measurement
@@ -90,22 +90,6 @@ def judge(
     return Verdict(tuple(made))
 
 
-class _Probed(Runner, Protocol):
-    """What a health check says of the runner that it asks."""
-
-    @property
-    def bundle(self) -> Bundle: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def precision(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Health:
     """What a model answered to a known question.
@@ -135,17 +119,24 @@ class Health:
         return dataclasses.asdict(self)
 
 
-def check_health(runner: _Probed) -> Health:
+def check_health(runner: Runner, bundle: Bundle, name: str, device: str, precision: str) -> Health:
     """Put the first case of the bundle's parity record to a backend and judge its answer.
 
     One small image and one prompt: about as much as one request. Nothing is raised for a model
     that is not well; that is the answer.
+
+    Args:
+        runner: the backend.
+        bundle: what it runs.
+        name: see :attr:`Health.backend`.
+        device: where it computes.
+        precision: what it computes in.
     """
-    manifest = runner.bundle.manifest
-    limits = limits_for(manifest, runner.precision)
+    manifest = bundle.manifest
+    limits = limits_for(manifest, precision)
     encode_seconds = decode_seconds = 0.0
     try:
-        record = load_record(runner.bundle)
+        record = load_record(bundle)
         case = record.cases()[0]
         start = time.perf_counter()
         features = encode(runner, manifest, record.images()[case.image])
@@ -164,9 +155,9 @@ def check_health(runner: _Probed) -> Health:
     return Health(
         not problem,
         problem,
-        runner.name,
-        runner.device,
-        runner.precision,
+        name,
+        device,
+        precision,
         manifest.fingerprint,
         encode_seconds,
         decode_seconds,

@@ -328,6 +328,7 @@ class ParityRecord:
 
     def _as_iou(self, predicted: NDArray[np.float32]) -> NDArray[np.float32]:
         """Predictions as IoUs, in which limits are given, whatever the model's unit is."""
+        predicted = _nan_unless_finite(predicted, predicted)
         if not self.log_odds:
             return predicted
         with np.errstate(over="ignore"):  # the limit of exp is right

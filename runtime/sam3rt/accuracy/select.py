@@ -46,6 +46,7 @@ def select(
     open_recipe: Callable[[Recipe], R],
     *,
     say: Callable[[str], None] = _LOG.info,
+    warn: Callable[[str], None] | None = None,
     on_verdict: Callable[[Recipe, StoredVerdict], None] | None = None,
 ) -> R:
     """Open the first recipe that is proven here, and prove it where that has not been done.
@@ -55,6 +56,7 @@ def select(
         recipes: fastest first.
         open_recipe: makes a recipe ready to run; what it raises sends the search to the next one.
         say: told how each recipe did.
+        warn: told in its place why one does not serve, unless that was known before.
         on_verdict: told every verdict that is reached now.
 
     Returns:
@@ -69,12 +71,12 @@ def select(
     failed_encoders: set[str] = set()
     record: ParityRecord | None = None
 
-    def pass_over(recipe: Recipe, error: Exception) -> None:
+    def pass_over(recipe: Recipe, error: Exception, *, is_known: bool = False) -> None:
         if len(recipes) == 1:
             raise error
         # As text: a kept traceback would keep what was opened alive.
         problems.append(f"not {recipe.name}: {error}")
-        say(problems[-1])
+        (say if is_known or warn is None else warn)(problems[-1])
 
     for recipe in recipes:
         if recipe.encoder in failed_encoders:
@@ -110,7 +112,8 @@ def select(
                     f"{recipe.name} fails the gate on this machine: {stored.explanation}"
                 )
         except (BackendError, BundleError, VerificationError) as error:
-            pass_over(recipe, error)
+            is_known = opened is None and isinstance(error, VerificationError)
+            pass_over(recipe, error, is_known=is_known)
         else:
             assert opened is not None
             say("; ".join([f"computing in {recipe.name}", *problems]))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from ..bundle import Bundle
 from ..bundle.files import atomic_write
@@ -86,7 +87,7 @@ def load_verdict(bundle: Bundle, subject: Subject) -> StoredVerdict | None:
     folder = verdict_folder()
     if folder is not None:
         try:
-            return _parse(json.loads(_read(folder / name)), key)
+            return _parse(_read(folder / name), key)
         except FileNotFoundError:
             pass
         except Exception as error:  # whatever lies there, it is as good as none
@@ -155,19 +156,18 @@ def _file_name(key: dict[str, Any]) -> str:
     return f"{key['backend']}-{key['precision']}-{digest[:16]}.json"
 
 
-def _parse(document: Any, key: dict[str, Any]) -> StoredVerdict:
-    if document["format"] != _FORMAT or document["key"] != key:
+class _Document(Struct):
+    format: str
+    key: dict[str, Any]
+    passed: bool
+    explanation: str
+    figures: dict[str, float | None]
+    encoder_failed: bool
+
+
+def _parse(content: bytes, key: dict[str, Any]) -> StoredVerdict:
+    found = msgspec.json.decode(content, type=_Document)
+    if found.format != _FORMAT or found.key != key:
         raise ValueError("it is about something else")
-    passed, explanation, figures, encoder_failed = (
-        document[field.name] for field in dataclasses.fields(StoredVerdict)
-    )
-    kinds_are_right = (
-        isinstance(passed, bool)
-        and isinstance(explanation, str)
-        and isinstance(figures, dict)
-        and isinstance(encoder_failed, bool)
-    )
-    if not kinds_are_right:
-        raise ValueError("it is damaged")
-    values = {n: math.nan if value is None else float(value) for n, value in figures.items()}
-    return StoredVerdict(passed, explanation, values, encoder_failed)
+    figures = {n: math.nan if value is None else value for n, value in found.figures.items()}
+    return StoredVerdict(found.passed, found.explanation, figures, found.encoder_failed)

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from .. import masks
 from ..accuracy.select import Recipe
-from ..accuracy.verdicts import StoredVerdict
 from ..bundle import Bundle
-from ..errors import EmbeddingError, StateError
+from ..errors import BackendError, EmbeddingError, StateError
 from ..features import Features
 from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
 from ..masks import MaskOptions
 from ..prompts import PackedPrompts
 from ..timer import StageListener, timed
+from .kept import CLOSED
 
 F = TypeVar("F", bound=Features)
 
@@ -154,17 +154,17 @@ class Backend(abc.ABC):
         """
         self.check_process()
         objects, at_once = len(prompts.labels), self._objects_at_once
-        results: list[NDArray[np.float32]] = []
+        if 0 < objects <= at_once:
+            with self._decoder_turn:
+                return self._decode(features, prompts, outputs)
+        # Joined as they come: parts and the whole side by side would be twice the memory.
+        results = self._room(objects, outputs)
         for index, part in enumerate(prompts.split(at_once)):
             with self._decoder_turn:
                 run = self._decode(features, part, outputs)
-            if objects <= at_once:
-                return run
-            # Joined as they come: parts and the whole side by side would be twice the memory.
-            results = results or [np.empty([1, objects, *r.shape[2:]], np.float32) for r in run]
             for whole, piece in zip(results, run, strict=True):
                 whole[:, index * at_once :][:, : piece.shape[1]] = piece
-        return results or [self._no_objects(name) for name in outputs]
+        return results
 
     def encode_image(
         self,
@@ -250,7 +250,7 @@ class Backend(abc.ABC):
                 and locks of the libraries below do not survive a fork.
         """
         if self._is_closed:
-            raise StateError("the model is closed: load it again")
+            raise StateError(CLOSED)
         if os.getpid() != self._process:
             raise StateError(
                 f"the model was loaded in process {self._process} and inherited by a fork: load it "
@@ -271,10 +271,17 @@ class Backend(abc.ABC):
             )
         return features
 
-    def _no_objects(self, output: str) -> NDArray[np.float32]:
-        """An output for no objects at all, float32 [1, 0, ...]."""
-        (spec,) = (s for s in self.bundle.manifest.decoder.outputs if s.name == output)
-        return np.empty([side if isinstance(side, int) else 0 for side in spec.shape], np.float32)
+    def _room(self, objects: int, outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Memory for the named outputs of so many objects, float32 [1, P, ...] each."""
+        shapes = {spec.name: spec.shape for spec in self.bundle.manifest.decoder.outputs}
+        return [
+            np.empty([s if isinstance(s, int) else objects for s in shapes[name]], np.float32)
+            for name in outputs
+        ]
+
+
+class UnfitError(BackendError):
+    """There is something for a backend to run here, such as engines, and none of it serves."""
 
 
 @dataclass(frozen=True)
@@ -284,13 +291,11 @@ class Offer:
     Attributes:
         recipes: fastest first.
         open: loads one.
-        on_verdict: told every verdict that is reached, or ``None``.
         advice: what to do where no recipe can serve, or empty.
     """
 
     recipes: tuple[Recipe, ...]
     open: Callable[[Recipe], Backend]
-    on_verdict: Callable[[Recipe, StoredVerdict], None] | None = None
     advice: str = ""
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import replace
+from functools import partial
 
 from ..accuracy.select import select
 from ..bundle import Bundle
-from ..errors import BackendError, InvalidInputError, VerificationError
-from .base import Backend, Offer
+from ..errors import BackendError, DeviceLostError, InvalidInputError, VerificationError
+from .base import Backend, Offer, UnfitError
 from .options import BackendOptions
 from .table import BACKENDS, entry, nothing_installed
 
@@ -55,6 +56,9 @@ def create_backend(name: str, bundle: Bundle, options: BackendOptions) -> Backen
             backend = _create(candidate, bundle, replace(options, device=device))
         except (BackendError, VerificationError) as error:
             reasons.append(f"{candidate} on {kind}: {error}")
+            # Whoever has built engines and is served by something slower should know.
+            if isinstance(error, UnfitError | VerificationError):
+                _LOG.warning("not %s", reasons[-1])
             continue
         skipped = "".join(f"; not {reason}" for reason in reasons)
         _LOG.info("chose %s on %s%s", candidate, backend.device, skipped)
@@ -79,12 +83,11 @@ def _create(name: str, bundle: Bundle, options: BackendOptions) -> Backend:
         ) from error
     offer: Offer = factory(bundle, options)
 
-    def say(line: str) -> None:
-        _LOG.info("%s: %s", name, line)
-
+    say, warn = (partial(log, "%s: %s", name) for log in (_LOG.info, _LOG.warning))
     try:
-        return select(bundle, offer.recipes, offer.open, say=say, on_verdict=offer.on_verdict)
+        return select(bundle, offer.recipes, offer.open, say=say, warn=warn)
+    except DeviceLostError:
+        raise
     except BackendError as error:
-        if not offer.advice:
-            raise
-        raise BackendError(f"{error}. {offer.advice}") from error
+        advice = f". {offer.advice}" if offer.advice else ""
+        raise UnfitError(f"{error}{advice}") from error

@@ -1,4 +1,4 @@
-"""What follows from an image alone, kept for the images that were used last."""
+"""What is made once and kept: a backend's graphs, and what follows from an image alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+from ..errors import StateError
 from ..features import Features
 
 V = TypeVar("V")
@@ -14,6 +15,42 @@ V = TypeVar("V")
 # About 30 MB each for SAM 3, on top of the features' 21, for as long as a caller keeps those. Calls
 # on more images in turn compute it anew, which takes an eighth to a third of a click's time.
 KEPT_IMAGES = 16
+
+
+CLOSED = "the model is closed: load it again"
+
+
+class Once(Generic[V]):
+    """A value that is made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._value: V | None = None
+        self._is_closed = False
+
+    def get(self, make: Callable[[], V]) -> V:
+        """The value; one thread makes it while others wait.
+
+        Raises:
+            StateError: it is closed.
+        """
+        with self._lock:
+            # A call may have begun before the model was closed.
+            if self._is_closed:
+                raise StateError(CLOSED)
+            if self._value is None:
+                self._value = make()
+            return self._value
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the value is there."""
+        return self._value is not None
+
+    def close(self) -> None:
+        """Let go of the value, and make none any more; callers keep theirs to their end."""
+        with self._lock:
+            self._is_closed, self._value = True, None
 
 
 class Kept(Generic[V]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..arguments import flag, whole
 from ..errors import InvalidInputError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")
@@ -22,7 +23,7 @@ class GpuOptions:
             each; it holds for the whole process. For boards with few cores.
 
     Raises:
-        InvalidInputError: a number is not positive.
+        InvalidInputError: an option makes no sense.
     """
 
     lanes: int = 4
@@ -30,11 +31,10 @@ class GpuOptions:
     blocking: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "memory"):
-            value = getattr(self, name)
-            if (value is None and name == "memory") or (type(value) is int and value > 0):
-                continue
-            raise InvalidInputError(f"gpu.{name}", repr(value), "a positive whole number")
+        whole("gpu.lanes", self.lanes, 1)
+        if self.memory is not None:
+            whole("gpu.memory", self.memory, 1)
+        flag("gpu.blocking", self.blocking)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class BackendOptions:
             raise InvalidInputError(
                 "device", repr(self.device), '"auto", "cpu", "cuda" or "cuda:N"'
             )
-        threads = self.threads
-        if threads is not None and (
-            isinstance(threads, bool) or not isinstance(threads, int) or threads < 1
-        ):
-            raise InvalidInputError("threads", repr(threads), "a positive whole number or None")
+        if self.threads is not None:
+            whole("threads", self.threads, 1)
+        flag("map_weights", self.map_weights)
+        if not isinstance(self.gpu, GpuOptions):
+            raise InvalidInputError("gpu", type(self.gpu).__qualname__, "a GpuOptions or None")
         if not isinstance(self.precision, str):
             raise InvalidInputError(
                 "precision", repr(self.precision), 'a name such as "auto" or "fp32"'

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from .telemetry import unreported_openvino
 
+# The folder in a bundle where what was built from it lies.
+ENGINES = "engines"
+
 
 class BackendEntry(NamedTuple):
     """One backend.

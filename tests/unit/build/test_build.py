@@ -32,9 +32,9 @@ from tests.support.stand_in_builds import (
 
 from sam3rt.accuracy.gate import Verdict
 from sam3rt.accuracy.verdicts import load_verdict
+from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.backends.tensorrt.engines import (
-    ENGINES,
     EngineFile,
     EngineSet,
     EngineTarget,

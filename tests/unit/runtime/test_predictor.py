@@ -17,6 +17,7 @@ from tests.support.helpers import label, noise, photo, wrapped
 
 from sam3rt import (
     BackendError,
+    EmbeddingError,
     ImageEmbedding,
     ImageError,
     InvalidInputError,
@@ -308,6 +309,31 @@ def test_image_list_must_be_a_list_of_images(
     assert caught.value.argument == "image_list"
     same(batch.predict(**CLICK), before)
     assert len(batch.predict_batch()[0]) == 2
+
+
+def test_embeddings_take_the_place_of_a_batch(model: SegmentationModel) -> None:
+    images = [noise(*size, seed) for seed, size in enumerate([(50, 60), (80, 40), (50, 60)])]
+    by_images = SAM3InteractiveImagePredictor(model)
+    by_images.set_image_batch([images[0], images[1], images[0]])
+    first, second = (model.encode(image) for image in images[:2])
+    predictor = SAM3InteractiveImagePredictor(model)
+    predictor.set_embedding_batch([first, ImageEmbedding.from_bytes(second.to_bytes()), first])
+    asked = ([CLICK["point_coords"]] * 3, [CLICK["point_labels"]] * 3)
+    for found, expected in zip(
+        predictor.predict_batch(*asked), by_images.predict_batch(*asked), strict=True
+    ):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    same(predictor.predict(**CLICK), by_images.predict(**CLICK))
+    before = predictor.predict(**CLICK)
+    for value, name in (([], "embeddings"), (first, "embeddings"), ([first, 1], "embeddings[1]")):
+        with pytest.raises(InvalidInputError) as caught:
+            predictor.set_embedding_batch(value)  # type: ignore[arg-type]
+        assert caught.value.argument == name
+    stranger = dataclasses.replace(first, fingerprint="0" * 64)
+    with pytest.raises(EmbeddingError, match="made by the bundle 000"):
+        predictor.set_embedding_batch([first, stranger])
+    same(predictor.predict(**CLICK), before)
 
 
 def test_bad_image_list_is_an_image_error(tiny_model: SegmentationModel) -> None:
@@ -753,6 +779,27 @@ def test_two_threads_at_once_are_refused_and_one_may_go_on(tiny_model: Segmentat
     leave.set()
     worker.join(60)
     assert predictor.predict(**CLICK)[0].shape[1:] == (20, 30)
+
+
+def test_a_batch_cannot_be_exchanged_while_it_is_asked_about(
+    tiny_model: SegmentationModel,
+) -> None:
+    """The other thread's batch would be met with this one's prompts."""
+    predictor = SAM3InteractiveImagePredictor(tiny_model)
+    predictor.set_image_batch([noise(40, 50)] * 2)
+    said: list[BaseException | None] = []
+
+    class Prying(list[Any]):
+        def __len__(self) -> int:
+            with ThreadPoolExecutor(1) as other:
+                done = other.submit(predictor.set_image_batch, [noise(5, 5)] * 3)
+                said.append(done.exception())
+            return super().__len__()
+
+    masks, _, _ = predictor.predict_batch(Prying([CLICK["point_coords"]] * 2), [[1]] * 2)
+    assert [mask.shape[1:] for mask in masks] == [(40, 50)] * 2
+    assert said
+    assert all(isinstance(error, StateError) for error in said)
 
 
 def test_taking_turns_with_another_threads_image_is_warned_of(

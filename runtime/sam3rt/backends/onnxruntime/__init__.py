@@ -1,6 +1,6 @@
 """The ONNX Runtime backend: CPU, or CUDA where onnxruntime-gpu finds a device.
 
-``recipes`` says what it offers. On the CPU, and on CUDA where cuda-python is missing, ``backend``
-runs two sessions. On CUDA the sessions run in the lanes that the TensorRT backend has too: see
-``lanes``. Importing this package, or ``typed``, does not import ONNX Runtime.
+``recipes`` says what it offers. On the CPU, ``backend`` runs two sessions. On CUDA they run in the
+lanes that the TensorRT backend has too: see ``lanes``. Importing this package, or ``typed``, does
+not import ONNX Runtime.
 """

@@ -1,12 +1,9 @@
-"""Two sessions of ONNX Runtime, and everything around the graphs on the host."""
+"""Two sessions of ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,9 @@ from ...errors import BackendError
 from ...features import Features
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend
-from ..kept import Kept
-from .sessions import SessionParts, cuda_options, open_parts, open_session
+from ..kept import Kept, Once
+from .sessions import SessionParts, open_parts, open_session
 from .typed import Graphs
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,24 +36,18 @@ class OrtFeatures(Features):
         """Memory they take, bytes."""
         return sum(value.tensor_size_in_bytes() for value in self.values)
 
-    @property
-    def device(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
-        return str(self.values[0].device_name())
-
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
         """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
         return tuple(np.array(value.numpy(), np.float32) for value in self.values)
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs a bundle's graphs in two ONNX Runtime sessions, created at first use.
+    """Runs a bundle's graphs in two ONNX Runtime sessions on the CPU, created at first use.
 
     Args:
         bundle: an opened bundle.
-        device: ``"cpu"`` or ``"cuda:N"``.
         graphs: what is run, and in what; by default the bundle's own graphs in FP32.
-        threads: threads per operator on the CPU; ``None`` leaves it to ONNX Runtime.
+        threads: threads per operator; ``None`` leaves it to ONNX Runtime.
         map_weights: see :func:`sam3rt.load_model`.
     """
 
@@ -67,37 +56,32 @@ class OnnxRuntimeBackend(Backend):
     def __init__(
         self,
         bundle: Bundle,
-        device: str = "cpu",
         graphs: Graphs | None = None,
         *,
         threads: int | None = None,
         map_weights: bool = False,
     ) -> None:
         self._graphs = graphs or Graphs(bundle)
-        super().__init__(bundle, device, self._graphs.precision)
+        super().__init__(bundle, "cpu", self._graphs.precision)
         self._threads = threads
         self._map_weights = map_weights
-        self._kind, _, number = device.partition(":")
-        self._device_id = int(number or 0)
         self._features = self._graphs.bundle.manifest.encoder.outputs
         self._of_no_mask: Kept[dict[str, Any]] = Kept()
-        # Two threads may ask for a session at once; it must be made once.
-        self._lock = threading.Lock()
-        _LOG.info("ONNX Runtime %s on %s", ort.__version__, self.device)
+        self._encoder: Once[Any] = Once()
+        self._decoder: Once[Any] = Once()
 
     def close(self) -> None:
         """Let go of both sessions; calls under way keep theirs to their end."""
         super().close()
-        with self._lock:
-            self._of_no_mask = Kept()
-            for name in ("_encoder_session", "_decoder_session"):
-                self.__dict__.pop(name, None)
+        self._encoder.close()
+        self._decoder.close()
+        self._of_no_mask = Kept()
 
     def prepare(self) -> None:
         """Load both graphs now."""
         self.check_process()
-        self._encoder()
-        self._decoder()
+        self._encoder.get(self._load_encoder)
+        self._decoder.get(self._load_decoder)
 
     def versions(self) -> dict[str, str]:
         """Version of ONNX Runtime."""
@@ -106,7 +90,8 @@ class OnnxRuntimeBackend(Backend):
     def _encode(self, pixels: NDArray[np.float32]) -> OrtFeatures:
         given = {self.bundle.manifest.encoder.inputs[0].name: pixels}
         names = [spec.name for spec in self._features]
-        binding = self._run("encoder", self._encoder(), {}, given, names, self._kind)
+        session = self._encoder.get(self._load_encoder)
+        binding = self._run("encoder", session, {}, given, names)
         return OrtFeatures(tuple(binding.get_outputs()))
 
     def _decode(
@@ -115,13 +100,13 @@ class OnnxRuntimeBackend(Backend):
         own = self._own(features, OrtFeatures)
         maps = {s.name: value for s, value in zip(self._features, own.values, strict=True)}
         given = dict(decoder_inputs(prompts, self._no_mask))
-        decoder = self._decoder()
+        decoder = self._decoder.get(self._load_decoder)
         if not isinstance(decoder, SessionParts):
             return self._decoded(decoder, maps, given, outputs)
         masks = {name: given.pop(name) for name in (MASKS, HAS_MASKS)}
 
         def first() -> dict[str, Any]:
-            binding = self._run("decoder", decoder.first, maps, masks, decoder.cut, "cpu")
+            binding = self._run("decoder", decoder.first, maps, masks, decoder.cut)
             return dict(zip(decoder.cut, binding.get_outputs(), strict=True))
 
         cut = self._of_no_mask.get(own, first) if prompts.masks is None else first()
@@ -134,16 +119,15 @@ class OnnxRuntimeBackend(Backend):
         arrays: Mapping[str, NDArray[Any]],
         outputs: Sequence[str],
     ) -> list[NDArray[np.float32]]:
-        binding = self._run("decoder", session, values, arrays, outputs, "cpu")
+        binding = self._run("decoder", session, values, arrays, outputs)
         return list(binding.copy_outputs_to_cpu())
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OrtFeatures:
-        """Bring feature maps to the device."""
+        """Bring feature maps into ONNX Runtime's memory."""
+        self.check_process()
         return OrtFeatures(
             tuple(
-                ort.OrtValue.ortvalue_from_numpy(
-                    np.array(array, spec.dtype, order="C"), self._kind, self._device_id
-                )
+                ort.OrtValue.ortvalue_from_numpy(np.array(array, spec.dtype, order="C"))
                 for spec, array in zip(self._features, maps, strict=True)
             )
         )
@@ -155,7 +139,6 @@ class OnnxRuntimeBackend(Backend):
         values: Mapping[str, Any],
         arrays: Mapping[str, NDArray[Any]],
         outputs: Sequence[str],
-        kind: str,
     ) -> Any:
         """Run a session on values of its own and on arrays of the host.
 
@@ -169,29 +152,19 @@ class OnnxRuntimeBackend(Backend):
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         for name in outputs:
-            binding.bind_output(name, kind, 0 if kind == "cpu" else self._device_id)
+            binding.bind_output(name)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises classes of its own for each status
             raise BackendError(f"ONNX Runtime failed in the {graph}: {error}") from error
         return binding
 
-    def _encoder(self) -> Any:
-        with self._lock:
-            return self._encoder_session
-
-    def _decoder(self) -> Any:
-        with self._lock:
-            return self._decoder_session
-
-    @cached_property
-    def _encoder_session(self) -> Any:
+    def _load_encoder(self) -> Any:
         # A memory pattern plans all of a run's buffers as one block, from the second run on and
         # beside those of the first: 10 GB in place of 6 GB for the published SAM 3.
         return self.create_session(self._graphs.bundle.manifest.encoder, memory_pattern=False)
 
-    @cached_property
-    def _decoder_session(self) -> Any:
+    def _load_decoder(self) -> Any:
         graph = self._graphs.bundle.manifest.decoder
         return self.create_parts(graph) or self.create_session(graph, memory_pattern=True)
 
@@ -206,8 +179,6 @@ class OnnxRuntimeBackend(Backend):
         Raises:
             BackendError, BundleError: see :meth:`create_session`.
         """
-        if self._kind != "cpu":
-            return None
         inputs = [*(spec.name for spec in self._features), MASKS, HAS_MASKS]
         return open_parts(self._graphs, graph, inputs, threads=self._threads)
 
@@ -215,16 +186,12 @@ class OnnxRuntimeBackend(Backend):
         """Check and load one graph. Backends that make their graphs themselves replace this.
 
         Raises:
-            BackendError: ONNX Runtime cannot load it, or not on the device that was asked for.
+            BackendError: ONNX Runtime cannot load it.
             BundleError: the files are not what the manifest says, or not those of a bundle.
         """
-        cuda = None
-        if self._kind == "cuda":
-            cuda = cuda_options(self._device_id, self._graphs, graph)
         return open_session(
             self._graphs,
             graph,
-            cuda,
             threads=self._threads,
             map_weights=self._map_weights,
             memory_pattern=memory_pattern,

@@ -27,7 +27,7 @@ from ..options import GpuOptions
 from ..tensorrt.backend import LaneBackend
 from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device
-from ..tensorrt.network import Network
+from ..tensorrt.network import NamedAxes, Network
 from ..tensorrt.offer import allow_imaging
 from ..tensorrt.trt import Tensor
 from .sessions import ORT_TYPES, cuda_options, open_session
@@ -39,6 +39,8 @@ _LOG = logging.getLogger(__name__)
 _MOST = {"num_objects": 16, "num_masks": 16, "num_images": 16, "num_points": 4096}
 # No graph is recorded in runs of this number.
 _NOT_RECORDED = -1
+# Graphs of a session. It keeps them to its end: contexts beyond so many run without one.
+_MOST_GRAPHS = 128
 
 
 class OnnxRuntimeLanes(LaneBackend):
@@ -147,9 +149,11 @@ class SessionEngine:
             argument.name: tuple(argument.shape)
             for argument in (*session.get_inputs(), *session.get_outputs())
         }
-        self._most = {"batch": max_images} | _MOST
+        most = {"batch": max_images} | _MOST
         self.tensors = {
-            argument.name: self._tensor(argument, is_input)
+            argument.name: Tensor.of_axes(
+                argument.name, _type_of(argument), is_input, self.axes[argument.name], most
+            )
             for arguments, is_input in (
                 (session.get_inputs(), True),
                 (session.get_outputs(), False),
@@ -158,7 +162,8 @@ class SessionEngine:
         }
         # With CUDA graphs, ONNX Runtime allows one run at a time.
         self._turn = threading.Lock()
-        self._numbers = itertools.count(1) if records else itertools.repeat(_NOT_RECORDED)
+        recorded = range(1, _MOST_GRAPHS + 1) if records else ()
+        self._numbers = itertools.chain(recorded, itertools.repeat(_NOT_RECORDED))
 
     def context(self) -> SessionContext:
         """A way of running it at one set of sizes and addresses."""
@@ -177,51 +182,15 @@ class SessionEngine:
             options.add_run_config_entry("gpu_graph_id", str(number))
             self.session.run_with_iobinding(binding, options)
 
-    def _tensor(self, argument: Any, is_input: bool) -> Tensor:
-        axes = self.axes[argument.name]
-        shape = tuple(side if isinstance(side, int) else -1 for side in axes)
-        least = tuple(max(side, 1) for side in shape)
-        most = tuple(s if isinstance(s, int) else self._most.get(s, 1) for s in axes)
-        known = ORT_TYPES.get(argument.type)
-        if known is None:
-            raise BackendError(f"tensor {argument.name} has type {argument.type}: build it again")
-        return Tensor(argument.name, np.dtype(known), is_input, shape, least, most)
 
-
-class SessionContext:
+class SessionContext(NamedAxes):
     """One set of sizes and addresses of a session. It is run by one thread at a time."""
 
     def __init__(self, engine: SessionEngine, number: int) -> None:
+        super().__init__(engine.axes)
         self._engine = engine
         self._number = number
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
         self._binding: Any = None
-
-    def set_scratch(self, address: int, nbytes: int) -> None:
-        """Nothing: ONNX Runtime has working memory of its own."""
-
-    def scratch_bytes(self) -> int:
-        """None."""
-        return 0
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Say how large an input is."""
-        self._shapes[name] = shape
-
-    def set_address(self, name: str, address: int) -> None:
-        """Say where a tensor lies on the device."""
-        self._addresses[name] = address
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The size of a tensor, once all inputs have theirs."""
-        axes = self._engine.axes
-        sizes = {
-            axis: side
-            for known, shape in self._shapes.items()
-            for axis, side in zip(axes[known], shape, strict=True)
-        }
-        return tuple(side if isinstance(side, int) else sizes[side] for side in axes[name])
 
     def check_capturable(self, stream: int) -> None:
         """Refuse to be recorded.
@@ -256,5 +225,12 @@ class SessionContext:
         for name, tensor in engine.tensors.items():
             bind = binding.bind_input if tensor.is_input else binding.bind_output
             where = ("cuda", engine.cuda.index)
-            bind(name, *where, tensor.dtype.type, self.shape(name), self._addresses[name])
+            bind(name, *where, tensor.dtype.type, self.shape(name), self.addresses[name])
         return binding
+
+
+def _type_of(argument: Any) -> np.dtype[Any]:
+    known = ORT_TYPES.get(argument.type)
+    if known is None:
+        raise BackendError(f"tensor {argument.name} has type {argument.type}: build it again")
+    return np.dtype(known)

@@ -15,9 +15,9 @@ from ...accuracy.select import Recipe
 from ...accuracy.verdicts import Subject
 from ...bundle import Bundle
 from ...errors import BackendError
-from ..base import Backend, Offer
+from ..base import Backend, Offer, UnfitError
 from ..options import BackendOptions
-from ..tensorrt.driver import Device, probe
+from ..tensorrt.driver import Device, probe, processor
 from .backend import OnnxRuntimeBackend
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
@@ -41,38 +41,33 @@ def offer(bundle: Bundle, options: BackendOptions) -> Offer:
     Raises:
         BackendError: the device or the precision is not to be had here.
     """
-    kind, number = _choose_device(options.device)
-    precision = options.precision
-    card = _card(number) if kind == "cuda" else None
-    found = {FP32: Graphs(bundle)}
-    if card is not None:
-        tf32 = Graphs(bundle, TF32, tf32=True)
-        found = {graphs.precision: graphs for graphs in (*find_typed(bundle), tf32)} | found
-    recipes = {_recipe(graphs, card): graphs for graphs in found.values()}
+    gpu, precision = _choose_gpu(options.device), options.precision
+    offered = [Graphs(bundle)]
+    if gpu is not None:
+        offered = [*find_typed(bundle), Graphs(bundle, TF32, tf32=True), *offered]
     names = [precision]
     if precision == "auto":
-        names = [name for name in found if name not in ON_REQUEST]
-    wanted = tuple(recipe for recipe in recipes if recipe.name in names)
-    if not wanted:
-        unbuilt = card is not None and precision in TYPED_ORDER
+        names = [graphs.precision for graphs in offered if graphs.precision not in ON_REQUEST]
+    recipes = {_recipe(graphs, gpu): graphs for graphs in offered if graphs.precision in names}
+    if not recipes:
+        unbuilt = gpu is not None and precision in TYPED_ORDER
         advice = f"; build it: sam3rt build {bundle.path} --backend onnxruntime --precision "
         raise BackendError(
             f"precision {precision!r} was asked for; the onnxruntime backend offers "
-            f"{', '.join(found)} on {kind}" + (advice + precision if unbuilt else "")
+            f"{', '.join(graphs.precision for graphs in offered)} on "
+            f"{'cpu' if gpu is None else 'cuda'}" + (advice + precision if unbuilt else "")
         )
 
     def open_recipe(recipe: Recipe) -> Backend:
-        graphs = recipes[recipe]
-        if card is not None and _has_cuda_python():
-            from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
+        if gpu is None:
+            return OnnxRuntimeBackend(
+                bundle, recipes[recipe], threads=options.threads, map_weights=options.map_weights
+            )
+        from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
 
-            return open_lanes(bundle, graphs, card, options.gpu)
-        where = "cpu" if kind == "cpu" else f"cuda:{number}"
-        return OnnxRuntimeBackend(
-            bundle, where, graphs, threads=options.threads, map_weights=options.map_weights
-        )
+        return open_lanes(bundle, recipes[recipe], gpu, options.gpu)
 
-    return Offer(wanted, open_recipe)
+    return Offer(tuple(recipes), open_recipe)
 
 
 def providers() -> list[str]:
@@ -80,31 +75,43 @@ def providers() -> list[str]:
     return list(ort.get_available_providers())
 
 
-def _recipe(graphs: Graphs, card: Device | None) -> Recipe:
+def _recipe(graphs: Graphs, gpu: Device | None) -> Recipe:
     if graphs.precision == FP32:
         return Recipe(FP32, FP32)
-    assert card is not None
+    assert gpu is not None
     version = str(ort.__version__)
     if set_to := os.environ.get(_GEMM_OPTIONS):
         version += f", {_GEMM_OPTIONS}={set_to}"
-    kind = f"{card.gpu.name}, {card.gpu.compute_capability}, driver {card.driver_version}"
+    kind = processor(gpu.gpu, gpu.driver_version)
     subject = Subject("onnxruntime", version, kind, graphs.precision, graphs.digest)
     return Recipe(graphs.precision, graphs.precision, subject)
 
 
-def _choose_device(device: str) -> tuple[str, int]:
-    """Kind and number of the device to use; ``BackendOptions`` has checked how it is written."""
+def _choose_gpu(device: str) -> Device | None:
+    """The GPU to use, ``None`` for the CPU; ``BackendOptions`` has checked how it is written.
+
+    Raises:
+        BackendError: a GPU was asked for and cannot be used.
+    """
     if device == "cpu":
-        return "cpu", 0
-    usable = "CUDAExecutionProvider" in ort.get_available_providers() and _cuda_answers()
-    if device == "auto":
-        return ("cuda", 0) if usable else ("cpu", 0)
-    if not usable:
-        raise BackendError(
-            f"device {device!r} was asked for, but CUDA is not usable here: it needs an NVIDIA "
-            "driver and pip install 'sam3rt[gpu]' (without the plain onnxruntime beside it)"
-        )
-    return "cuda", int(device.partition(":")[2] or 0)
+        return None
+    try:
+        if "CUDAExecutionProvider" not in ort.get_available_providers() or not _cuda_answers():
+            raise BackendError(
+                f"device {device!r} was asked for, but CUDA is not usable here: it needs an NVIDIA "
+                "driver and pip install 'sam3rt[gpu]' (without the plain onnxruntime beside it)"
+            )
+        if not _has_cuda_python():
+            raise UnfitError(
+                "on CUDA, the onnxruntime backend needs cuda-python, too: pip install cuda-python"
+            )
+        return probe(int(device.partition(":")[2] or 0))
+    except BackendError as error:
+        if device != "auto":
+            raise
+        level = logging.WARNING if isinstance(error, UnfitError) else logging.INFO
+        _LOG.log(level, "the CPU is used: %s", error)
+        return None
 
 
 def _cuda_answers() -> bool:
@@ -125,26 +132,8 @@ def _cuda_answers() -> bool:
     return True
 
 
-def _card(number: int) -> Device | None:
-    """What the driver says of a GPU; ``None`` if it is silent.
-
-    A verdict on an unknown GPU could not be remembered, so none is asked for.
-    """
-    try:
-        return probe(number)
-    except BackendError as error:
-        _LOG.info("nothing but fp32 is offered: %s", error)
-        return None
-
-
 def _has_cuda_python() -> bool:
     try:
-        found = importlib.util.find_spec("cuda.bindings") is not None
+        return importlib.util.find_spec("cuda.bindings") is not None
     except ImportError:  # there is no "cuda" at all
-        found = False
-    if not found:
-        _LOG.warning(
-            "images and masks are resized on the host: ONNX Runtime's lanes need cuda-python: "
-            "pip install cuda-python"
-        )
-    return found
+        return False

@@ -79,7 +79,8 @@ def open_session(
     """
     weights: dict[str, NDArray[Any]] = {}
     source: str | bytes
-    if map_weights:
+    # Hashing a bundle leaves out graphs that were made from it: those are hashed here.
+    if map_weights and not graphs.digest:
         source = graph_source(graphs.bundle, graph)
     else:
         loaded = load_graph(graphs.bundle, graph, is_fused=graphs.is_fused)

@@ -21,6 +21,7 @@ from ...bundle.contract import is_feature_name
 from ...bundle.documents import as_document, parse_document, read_as
 from ...bundle.files import atomic_write
 from ...errors import BundleError
+from ..table import ENGINES
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ FP32, TF32 = "fp32", "tf32"
 FORMAT = "sam3rt-typed-graphs"
 FORMAT_VERSION = 1
 SIDECAR = "graphs.json"
-ENGINES = "engines"
 # Fastest first.
 TYPED_ORDER = ("fp16-activations", "fp16", "bf16")
 # Built and loaded where they are named only. BF16 is eight times as coarse as FP16: it is for
@@ -47,7 +47,7 @@ class Graphs:
         tf32: whether CUDA may round the factors of FP32 products to TF32.
         narrow: the model files without any FP32 product.
         is_fused: whether they may hold ONNX Runtime's own operators.
-        digest: of the files, where they are not the bundle's own; else empty.
+        digest: of the files and how they compute, where they are not the bundle's own; else empty.
     """
 
     bundle: Bundle
@@ -145,7 +145,9 @@ def _read(bundle: Bundle, folder: Path, recipe: str) -> Graphs:
         encoder=_retyped(manifest.encoder, sidecar.encoder, sidecar.features_dtype),
         decoder=_retyped(manifest.decoder, sidecar.decoder, sidecar.features_dtype),
     )
-    digest = " ".join(entry.sha256 for entry in (*sidecar.encoder, *sidecar.decoder))
+    # What a verdict on them is about: the files, and where TF32 is allowed.
+    hashes = [entry.sha256 for entry in (*sidecar.encoder, *sidecar.decoder)]
+    digest = " ".join([*hashes, *(["TF32"] if sidecar.tf32 else []), *sidecar.narrow])
     return Graphs(Bundle(folder, described), recipe, sidecar.tf32, True, digest, sidecar.narrow)
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +30,7 @@ from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
 from ..base import Backend, Offer
+from ..kept import Once
 from ..options import BackendOptions
 from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
 from .graphs import CompiledGraph, Decoder
@@ -198,20 +197,20 @@ class OpenVinoBackend(Backend):
         self._map_weights = map_weights
         self._core = ov.Core()
         self._threads = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._lock = threading.Lock()
+        self._encoder: Once[CompiledGraph] = Once()
+        self._decoder: Once[Decoder] = Once()
 
     def close(self) -> None:
         """Let go of both compiled graphs; calls under way keep theirs to their end."""
         super().close()
-        with self._lock:
-            for name in ("_compiled_encoder", "_compiled_decoder"):
-                self.__dict__.pop(name, None)
+        self._encoder.close()
+        self._decoder.close()
 
     def prepare(self) -> None:
         """Compile both graphs now."""
         self.check_process()
-        self._encoder()
-        self._decoder()
+        self._encoder.get(self._load_encoder)
+        self._decoder.get(self._load_decoder)
 
     def versions(self) -> dict[str, str]:
         """Version of OpenVINO."""
@@ -219,7 +218,8 @@ class OpenVinoBackend(Backend):
 
     def _encode(self, pixels: NDArray[np.float32]) -> OpenVinoFeatures:
         specs = self.bundle.manifest.encoder.outputs
-        with self._encoder().request() as request, _failures("encoder"):
+        encoder = self._encoder.get(self._load_encoder)
+        with encoder.request() as request, _failures("encoder"):
             request.set_input_tensor(0, ov.Tensor(np.ascontiguousarray(pixels)))
             # Fresh tensors, which the graph writes to directly and the features then own.
             tensors = tuple(ov.Tensor(ov.Type.f32, ov.Shape([1, *s.shape[1:]])) for s in specs)
@@ -233,32 +233,23 @@ class OpenVinoBackend(Backend):
     ) -> list[NDArray[np.float32]]:
         own = self._own(features, OpenVinoFeatures)
         given = {name: ov.Tensor(array) for name, array in decoder_inputs(prompts, self._no_mask)}
-        decoder, has_mask = self._decoder(), prompts.masks is not None
+        decoder, has_mask = self._decoder.get(self._load_decoder), prompts.masks is not None
         with _failures("decoder"):
             return decoder.run(own, own.tensors, given, outputs, has_mask=has_mask)
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> OpenVinoFeatures:
         """Copy feature maps into OpenVINO's memory."""
+        self.check_process()
         tensors = tuple(ov.Tensor(ov.Type.f32, ov.Shape(array.shape)) for array in maps)
         for tensor, array in zip(tensors, maps, strict=True):
             tensor.data[...] = array
         return OpenVinoFeatures(tensors)
 
-    def _encoder(self) -> CompiledGraph:
-        with self._lock:
-            return self._compiled_encoder
-
-    def _decoder(self) -> Decoder:
-        with self._lock:
-            return self._compiled_decoder
-
-    @cached_property
-    def _compiled_encoder(self) -> CompiledGraph:
+    def _load_encoder(self) -> CompiledGraph:
         manifest, exact = self.bundle.manifest, _RECIPES[self.precision][0]
         return self._load(manifest.encoder, exact, lambda model, load: load(model), batch=1)
 
-    @cached_property
-    def _compiled_decoder(self) -> Decoder:
+    def _load_decoder(self) -> Decoder:
         manifest, exact = self.bundle.manifest, _RECIPES[self.precision][1]
         maps = [spec.name for spec in manifest.encoder.outputs]
         return self._load(manifest.decoder, exact, lambda model, load: Decoder(model, maps, load))

@@ -20,17 +20,16 @@ from ...prompts import PackedPrompts
 from ...timer import StageListener, timed
 from ..base import Backend, ImageCall
 from ..options import GpuOptions
-from .cuda import Cuda
+from .cuda import Cuda, OutOfDeviceMemoryError
 from .driver import Device
 from .features import DeviceFeatures
 from .imaging import DeviceImaging
 from .lane import Lane
-from .masking import Masks
 from .memory import Block, Memory
 from .network import Network
 from .pool import LanePool, ahead
 from .shapes import usual_classes
-from .together import decode_together
+from .together import Part, share_runs
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,7 +84,6 @@ class LaneBackend(Backend):
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
-        self._masks_each = network.masks_each
         self.joins_images = network.takes_images and network.limits.objects > 1
         self._dlpack_device = cuda.dlpack_device
         self.imaging = imaging
@@ -121,9 +119,9 @@ class LaneBackend(Backend):
     def _decode(
         self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]
     ) -> list[NDArray[np.float32]]:
-        self._check_points(prompts)
-        block = self._block(features)
-        return self._pool.run(lambda lane: lane.decode([block], prompts, outputs), holding=block)
+        part = self._part(features, prompts, outputs)
+        self._pool.run(lambda lane: lane.decode([part], outputs), holding=part.block)
+        return part.results
 
     def encode_image(
         self,
@@ -188,41 +186,44 @@ class LaneBackend(Backend):
         """As many objects in one run as the decoder takes; masks on the device where that may be.
 
         Where objects of several images share a run, feature maps are copied on the device, once for
-        each object. Masks cross the bus as one byte per pixel, whatever type they are asked for in.
+        each object; where there is no memory for that, no run is shared. Masks cross the bus as one
+        byte per pixel, whatever type they are asked for in.
         """
-        on_device = self.imaging.postprocess_allowed and not options.return_logits
-        all_ask = all(len(call.prompts.labels) for call in calls)
-        if len(calls) > 1 and not (self.joins_images and all_ask):
-            return [self.decode_images([call], outputs, options, on_stage)[0] for call in calls]
-        if not calls or (len(calls) == 1 and not (on_device and all_ask)):
-            return super().decode_images(calls, outputs, options, on_stage)
         self.check_process()
-        for call in calls:
-            self._check_points(call.prompts)
-        blocks = [self._block(call.features) for call in calls]
-        at_once, each = self._limits.objects, self._masks_each[outputs[0]]
-        if on_device:
-            places = (call.geometry for call in calls)
-            at_once = min(self.imaging.objects_at_once(where, at_once) for where in places)
+        parts = [self._part(call.features, call.prompts, outputs) for call in calls]
+        on_device = self.imaging.postprocess_allowed and not options.return_logits
 
-        def decode(lane: Lane) -> tuple[list[list[NDArray[np.float32]]], list[Masks]]:
-            shapes = [(len(c.prompts.labels), each, *c.geometry.original_size) for c in calls]
-            masks = [lane.room_for_masks(shape) for shape in shapes] if on_device else []
-            found = decode_together(
-                lane, calls, blocks, outputs, masks, options, at_once, self._limits
-            )
-            return found, masks
+        def decode(lane: Lane, *, joins: bool) -> list[Part]:
+            given = parts
+            if on_device:
+                pictures = (
+                    lane.masking.room(part.results[0].shape[1:3], call.geometry, options)
+                    for part, call in zip(parts, calls, strict=True)
+                )
+                given = [p._replace(picture=room) for p, room in zip(parts, pictures, strict=True)]
+            for run in share_runs(given, self._limits, joins=joins):
+                lane.decode(run, outputs)
+            return given
 
-        holding = blocks[0] if len(blocks) == 1 else None
+        holding = parts[0].block if len(parts) == 1 else None
+        joins = self.joins_images and len(parts) > 1
         with timed("decode", on_stage):
-            found, masks = self._pool.run(decode, holding=holding)
+            try:
+                done = self._pool.run(partial(decode, joins=joins), holding=holding)
+            except OutOfDeviceMemoryError:
+                if not joins:
+                    raise
+                done = self._pool.run(partial(decode, joins=False))
         if on_device:
-            return [(r, _as_type(m.array, options)) for r, m in zip(found, masks, strict=True)]
+            return [(p.results, _as_type(p.picture.masks, options)) for p in done if p.picture]
+        rules = self.bundle.manifest
         with timed("postprocess", on_stage):
-            rules = self.bundle.manifest
             return [
-                (r, finish(r[0][0], call.geometry, rules.image, rules.masks, options))
-                for r, call in zip(found, calls, strict=True)
+                (
+                    part.results,
+                    finish(part.results[0][0], call.geometry, rules.image, rules.masks, options),
+                )
+                for part, call in zip(parts, calls, strict=True)
             ]
 
     def make_masks(
@@ -258,7 +259,16 @@ class LaneBackend(Backend):
     def _upload_image(self, image: NDArray[np.uint8]) -> Block:
         return self._pool.run(lambda lane: lane.upload_image(image))
 
-    def _check_points(self, prompts: PackedPrompts) -> None:
+    def _features(self, block: Block) -> DeviceFeatures:
+        return DeviceFeatures(block, self._layout, self._pool, self._dlpack_device)
+
+    def _part(self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]) -> Part:
+        """All of an image's objects, with room for their results."""
+        if not isinstance(features, DeviceFeatures) or features.pool is not self._pool:
+            raise EmbeddingError(
+                f"features are {type(features).__name__} of another model or backend; "
+                "save the embedding and load it with this model"
+            )
         points, most = prompts.labels.shape[1], self._limits.points
         if points > most:
             raise BackendError(
@@ -266,17 +276,8 @@ class LaneBackend(Backend):
                 f"takes {most}. Build one that takes more: sam3rt build --max-points "
                 f"{1 << (points - 1).bit_length()}"
             )
-
-    def _features(self, block: Block) -> DeviceFeatures:
-        return DeviceFeatures(block, self._layout, self._pool, self._dlpack_device)
-
-    def _block(self, features: Features) -> Block:
-        if not isinstance(features, DeviceFeatures) or features.pool is not self._pool:
-            raise EmbeddingError(
-                f"features are {type(features).__name__} of another model or backend; "
-                "save the embedding and load it with this model"
-            )
-        return features.block
+        room = self._room(len(prompts.labels), outputs)
+        return Part(features.block, prompts, room)
 
 
 def _as_type(masks: NDArray[np.uint8], options: MaskOptions) -> NDArray[Any]:

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import Block, Memory, PinnedBuffer
+from .memory import Block, Memory
+
+T = TypeVar("T")
 
 # Calls after which a buffer is replaced by a smaller one, if none of them needed half of it.
 _CALLS_BEFORE_SHRINKING = 64
 
 
-class _Sized:
-    """How large a buffer should be: as large as it has lately had to be.
+class _Lasting(Generic[T]):
+    """Memory as large as it has lately had to be.
 
-    Attributes:
-        nbytes: its size.
+    Args:
+        allocate: gives it.
     """
 
-    def __init__(self) -> None:
-        self.nbytes = 0
+    def __init__(self, allocate: Callable[[int], T]) -> None:
+        self._allocate = allocate
+        self._memory: T | None = None
+        self._nbytes = 0
         self._peak = 0
         self._calls = 0
 
-    def change(self, nbytes: int) -> bool:
-        """Note what is needed; whether the buffer's size has changed."""
+    def get(self, nbytes: int) -> T:
+        """Memory of at least that size. The last one's content is lost if it is another."""
         self._peak = max(self._peak, nbytes)
         self._calls += 1
-        wanted = max(self.nbytes, nbytes)
+        wanted = max(self._nbytes, nbytes)
         if self._calls == _CALLS_BEFORE_SHRINKING:
-            if self._peak <= self.nbytes // 2:
+            if self._peak <= self._nbytes // 2:
                 wanted = self._peak
             self._peak = self._calls = 0
-        changed = wanted != self.nbytes
-        self.nbytes = wanted
-        return changed
+        if self._memory is None or wanted != self._nbytes:
+            # What cannot be had leaves nothing behind: the next call may ask for less.
+            self._memory, self._nbytes = None, 0
+            self._memory = self._allocate(wanted)
+            self._nbytes = wanted
+        return self._memory
 
 
 class GrowingBuffer:
@@ -45,25 +55,16 @@ class GrowingBuffer:
     """
 
     def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._block: Block | None = None
-        self._block_size = _Sized()
-        self._pinned: PinnedBuffer | None = None
-        self._pinned_size = _Sized()
+        self._block = _Lasting(memory.allocate)
+        self._pinned = _Lasting(memory.allocate_pinned)
 
     def block(self, nbytes: int) -> Block:
         """Device memory of at least that size. Nothing may be queued that uses the last one."""
-        if self._block_size.change(nbytes) or self._block is None:
-            self._block = None
-            self._block = self._memory.allocate(self._block_size.nbytes)
-        return self._block
+        return self._block.get(nbytes)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned memory of that size."""
-        if self._pinned_size.change(nbytes) or self._pinned is None:
-            self._pinned = None
-            self._pinned = self._memory.allocate_pinned(self._pinned_size.nbytes)
-        return self._pinned.array[:nbytes]
+        return self._pinned.get(nbytes)[:nbytes]
 
 
 class Workspace:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,9 +66,6 @@ class Cuda:
                 "pip install 'cuda-python==12.9.*'"
             ) from error
         self._runtime = runtime
-        self._nvtx: Any = None
-        with contextlib.suppress(ImportError):
-            self._nvtx = importlib.import_module("nvtx")
         self.index = index
         self.dlpack_device = (2, index)
         with self.active():
@@ -98,13 +94,6 @@ class Cuda:
             if int(before) != self.index:
                 self._restore(self._runtime.cudaSetDevice, int(before))
 
-    def range(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """A block that has a name in a profile of Nsight Systems, where ``nvtx`` is installed."""
-        if self._nvtx is None:
-            return contextlib.nullcontext()
-        range_: contextlib.AbstractContextManager[Any] = self._nvtx.annotate(name, domain="sam3rt")
-        return range_
-
     def allocate(self, nbytes: int) -> int:
         """Device memory, aligned to 256 bytes; the address.
 
@@ -130,9 +119,9 @@ class Cuda:
         buffer = (ctypes.c_uint8 * nbytes).from_address(int(address))
         return np.ctypeslib.as_array(buffer)
 
-    def free_host(self, array: NDArray[np.uint8]) -> None:
+    def free_host(self, address: int) -> None:
         """Give pinned host memory back."""
-        self._call(self._runtime.cudaFreeHost, array.ctypes.data)
+        self._call(self._runtime.cudaFreeHost, address)
 
     def create_stream(self) -> int:
         """A stream that does not wait for the default one."""

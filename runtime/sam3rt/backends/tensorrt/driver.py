@@ -65,6 +65,11 @@ class Device:
     cuda_version: tuple[int, int]
 
 
+def processor(gpu: Gpu, driver_version: str) -> str:
+    """What a verdict is about: the same GPU with another driver is another processor."""
+    return f"{gpu.name}, {gpu.compute_capability}, driver {driver_version}"
+
+
 def probe(index: int = 0, load: Loader = ctypes.CDLL) -> Device:
     """Ask the driver about one GPU.
 

@@ -11,9 +11,9 @@ from ...errors import BackendError
 from ...geometry import ImageGeometry
 from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
-from .imaging import RESIZE_JOB, RESIZING, DeviceImaging
+from .imaging import RESIZE_JOB, RESIZING, DeviceImaging, resize_job
 from .memory import Block, Memory, aligned
-from .network import Network
+from .network import Network, set_addresses
 from .replay import Replay
 
 _JOB_BYTES = aligned(RESIZE_JOB.itemsize)
@@ -83,7 +83,8 @@ class Encoding:
         jobs = self._uploads.pinned(len(images) * _JOB_BYTES)
         at = tables + len(jobs)
         for index, ((image, where), (spans, weights)) in enumerate(zip(images, sizes, strict=True)):
-            job = self._imaging.resize_job(
+            job = resize_job(
+                self._imaging.manifest.image,
                 where,
                 image=image.address,
                 pixels=self.pixels + index * each,
@@ -144,13 +145,7 @@ class Encoding:
         context.set_scratch(workspace["scratch"].address, workspace["scratch"].nbytes)
         context.set_address(network.pixels.name, self.pixels)
         target = self._features if count == 1 else workspace["maps"]
-        for name, slot in layout.slots.items():
-            context.set_address(name, target.address + slot.offset)
-            if context.shape(name) != slot.shape:
-                raise BackendError(
-                    f"the encoder engine makes {name} of shape {context.shape(name)}, expected "
-                    f"{slot.shape}: build it again"
-                )
+        set_addresses(context, layout, target, "encoder")
 
         def work() -> None:
             context.enqueue(stream)

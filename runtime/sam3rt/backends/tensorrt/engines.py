@@ -17,20 +17,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from ...accuracy.select import Recipe
-from ...accuracy.verdicts import StoredVerdict, Subject
+from ...accuracy.verdicts import Subject
 from ...bundle import Bundle, is_inside
-from ...errors import BackendError, BundleError
-from .driver import Gpu
-from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path, write_sidecar
+from ...errors import BundleError
+from ..base import UnfitError
+from ..table import ENGINES
+from .driver import Gpu, processor
+from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path
 
 _LOG = logging.getLogger(__name__)
 
-ENGINES = "engines"
 # Fastest first. A recipe that is not listed, as engines of older builds have, comes last.
 RECIPE_ORDER: tuple[str, ...] = (
     "fp16",
@@ -97,11 +95,10 @@ def pair_name(encoder: str, decoder: str) -> str:
 
 def subject_of(engines: EngineSet, target: EngineTarget) -> Subject:
     """What a verdict on a set of engines is about."""
-    gpu = target.gpu
     return Subject(
         target.backend,
         target.tensorrt_version,
-        f"{gpu.name}, {gpu.compute_capability}, driver {target.driver_version}",
+        processor(target.gpu, target.driver_version),
         engines.precision,
         f"{engines.encoder.sidecar.engine.sha256} {engines.decoder.sidecar.engine.sha256}",
     )
@@ -111,50 +108,6 @@ def recipe_of(engines: EngineSet, target: EngineTarget) -> Recipe:
     """A set of engines as one way to run its bundle. Whatever it computes in, it needs proof."""
     encoder = engines.encoder.sidecar.engine.sha256
     return Recipe(engines.precision, encoder, subject_of(engines, target))
-
-
-def is_marked(engines: EngineSet, target: EngineTarget) -> bool:
-    """Whether the sidecars of a set say that it is proven here; see :func:`mark_sidecars`."""
-    encoder, decoder = engines.encoder.sidecar, engines.decoder.sidecar
-    return (
-        all(s.state == "proven" and s.gpu == target.gpu for s in (encoder, decoder))
-        and decoder.paired_with == encoder.engine.sha256
-    )
-
-
-def mark_sidecars(
-    engines: EngineSet, target: EngineTarget, verdict: StoredVerdict
-) -> tuple[EngineFile, EngineFile]:
-    """Leave a verdict in the sidecars of an encoder and a decoder.
-
-    It is for people and tools that read sidecars; both runtimes go by their own verdicts. A pair
-    that failed leaves nothing on the decoder, as it may have been the encoder's fault.
-
-    Returns:
-        Encoder and decoder with their sidecars as they are now.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-
-    def marked(engine: EngineFile, **changes: Any) -> EngineFile:
-        sidecar = msgspec.structs.replace(
-            engine.sidecar,
-            gpu=target.gpu,
-            driver_version=target.driver_version,
-            parity=verdict.figures,
-            **changes,
-        )
-        write_sidecar(engine.path, sidecar)
-        return EngineFile(engine.path, sidecar)
-
-    encoder, decoder = engines.encoder, engines.decoder
-    if verdict.passed:
-        encoder = marked(encoder, state="proven")
-        decoder = marked(decoder, state="proven", paired_with=encoder.sidecar.engine.sha256)
-    elif verdict.encoder_failed:
-        encoder = marked(encoder, state="refused")
-    return encoder, decoder
 
 
 def folder_name(
@@ -229,7 +182,7 @@ def candidates(
         engines: to choose from; by default those of the bundle.
 
     Raises:
-        BackendError: nothing fits; the message says which field differs, with both values, and
+        UnfitError: nothing fits; the message says which field differs, with both values, and
             which command builds what fits.
     """
     found = find_engines(bundle) if engines is None else tuple(engines)
@@ -245,7 +198,7 @@ def candidates(
             key=lambda e: (_rank(e.sidecar.recipe), e.path),
         )
         if not fitting[role]:
-            raise BackendError(_explain(role, of_role, bundle, target, wanted))
+            raise UnfitError(_explain(role, of_role, bundle, target, wanted))
     sets = [
         EngineSet(encoder, decoder)
         for encoder in fitting["encoder"]
@@ -256,7 +209,7 @@ def candidates(
         types = {
             role: sorted({e.sidecar.features_dtype for e in fitting[role]}) for role in recipes
         }
-        raise BackendError(
+        raise UnfitError(
             f"no {target.backend} encoder and decoder of {bundle.path} fit each other: "
             f"features_dtype is {types['encoder']} for encoders and {types['decoder']} for "
             f"decoders; build both: {_command(bundle, target, precision)}"

@@ -48,8 +48,6 @@ MASKING = ("find_runs", "join_runs", "count_areas", "clean_logits", "make_masks"
 # Each kernel loops over what there is to do, so that one launch serves every size. These fill any
 # GPU, and cost little where there is nothing to do.
 _BLOCKS, _THREADS = 1024, 128
-# Bytes of masks that are made at once; more objects take several turns.
-_MOST_MASKS = 128 << 20
 
 
 class DeviceImaging:
@@ -63,13 +61,14 @@ class DeviceImaging:
         capability: its compute capability.
 
     Attributes:
+        manifest: the same.
         available: whether they could be compiled.
         preprocess_allowed: whether images may be resized with them.
         postprocess_allowed: whether masks may be made with them.
     """
 
     def __init__(self, manifest: Manifest, cuda: Cuda, capability: str) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self._cuda = cuda
         self._kernels: Mapping[str, Any] = {}
         self.preprocess_allowed = False
@@ -85,18 +84,13 @@ class DeviceImaging:
     @property
     def plane_bytes(self) -> int:
         """Bytes of one low-resolution mask."""
-        height, width = self._manifest.masks.low_res_size
+        height, width = self.manifest.masks.low_res_size
         return 4 * height * width
 
     def preprocess_fits(self, where: ImageGeometry) -> bool:
         """Whether the kernels resize such an image as the host does."""
-        rounds = self._manifest.image.resize_dtype == "uint8"
+        rounds = self.manifest.image.resize_dtype == "uint8"
         return self.available and not (rounds and rows_first(where))
-
-    def objects_at_once(self, where: ImageGeometry, most: int) -> int:
-        """Of how many objects masks are made at once."""
-        height, width = where.original_size
-        return max(1, min(most, _MOST_MASKS // (self._manifest.masks.multimask * height * width)))
 
     def table_sizes(self, where: ImageGeometry) -> tuple[int, int]:
         """Bytes of a resize's spans and of its weights."""
@@ -104,16 +98,6 @@ class DeviceImaging:
         spans = 2 * sum(where.input_size)
         weights = sum(n * t for n, t in zip(where.input_size, taps, strict=True))
         return 4 * spans, 4 * weights
-
-    def resize_job(self, where: ImageGeometry, **addresses: int) -> NDArray[Any]:
-        """What resizes an image; see ``ResizeJob`` for the addresses."""
-        return resize_job(self._manifest.image, where, **addresses)
-
-    def mask_job(
-        self, planes: int, where: ImageGeometry, options: MaskOptions, **addresses: int
-    ) -> NDArray[Any]:
-        """What makes masks of so many low-resolution ones; see ``MaskJob`` for the addresses."""
-        return mask_job(self._manifest, planes, where, options, **addresses)
 
     def queue(self, kernels: tuple[str, ...], job: int, stream: int) -> None:
         """Queue :data:`RESIZING` or :data:`MASKING` for a job on the device."""

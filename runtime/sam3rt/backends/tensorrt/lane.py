@@ -21,11 +21,12 @@ from .buffers import GrowingBuffer, Workspace
 from .cuda import Cuda
 from .encoding import Encoding
 from .imaging import MASKING, DeviceImaging
-from .masking import Masking, Masks, Pictures
+from .masking import Masking
 from .memory import Block, Layout, Memory
-from .network import JOB, Network
+from .network import JOB, Network, set_addresses
 from .replay import Replay
 from .shapes import ShapeClass, classify
+from .together import Part, join
 
 # Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
 # A warm-up makes nine; the others are for calls in which each object has a mask prompt, or an image
@@ -69,6 +70,7 @@ class Lane:
 
     Attributes:
         encodes: whether it can encode.
+        masking: makes masks.
         is_given_up: whether its pool has no more use for it.
 
     Raises:
@@ -99,7 +101,7 @@ class Lane:
         self._pinned_inputs = memory.allocate_pinned(self._inputs.nbytes)
         self._staging = GrowingBuffer(memory)
         self._results = GrowingBuffer(memory)
-        self._masking = Masking(cuda, memory, imaging, self._stream)
+        self.masking = Masking(cuda, memory, imaging, self._stream)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
         if encodes:
             self._encoding = Encoding(
@@ -108,13 +110,13 @@ class Lane:
 
     def encode(self, pixels: NDArray[np.float32]) -> list[Block]:
         """Run the encoder on float32 [N, 3, H, W] of the encoder's size."""
-        with self._cuda.range("encode"), self._idle_on_error():
+        with self._idle_on_error():
             self._encoding.queue_pixels(pixels)
             return self._encode(len(pixels))
 
     def encode_images(self, images: Sequence[tuple[Block, ImageGeometry]]) -> list[Block]:
         """Resize and normalize images, from :meth:`upload_image`, and run the encoder on them."""
-        with self._cuda.range("encode"), self._idle_on_error():
+        with self._idle_on_error():
             self._encoding.queue_images(images)
             return self._encode(len(images))
 
@@ -128,29 +130,23 @@ class Lane:
             self._cuda.synchronize(self._stream)
         return host.view(np.float32).reshape(shape).copy()
 
-    def decode(
-        self,
-        features: Sequence[Block],
-        prompts: PackedPrompts,
-        names: Sequence[str],
-        pictures: Sequence[Pictures] = (),
-    ) -> list[NDArray[np.float32]]:
-        """Run the decoder, and make masks of its first output where it is said how.
+    def decode(self, parts: Sequence[Part], names: Sequence[str]) -> None:
+        """Run the decoder, and make masks of its first output where a part wants them.
 
         Args:
-            features: the feature maps' block, from any lane: one for all objects, or one for each.
-            prompts: at most as many objects and points as the engine takes.
+            parts: at most as many objects and points as the engine takes. All want masks, or none.
             names: the outputs wanted; the first is the mask logits.
-            pictures: the masks to make, image by image in the order of the objects; or none.
-
-        Returns:
-            The outputs, float32, in the order of the names.
         """
+        features = [part.block for part in parts for _ in range(part.objects)]
+        if all(block is features[0] for block in features):
+            features = features[:1]
+        prompts = join([part.prompts for part in parts])
+        pictures = [part.picture for part in parts if part.picture is not None]
         objects, points = prompts.labels.shape
         own_masks = prompts.masks is not None and len(prompts.masks) > 1
         own_images = len(features) > 1
         shape = classify(objects, points, own_masks, self._network.limits, own_images=own_images)
-        with self._cuda.range("decode"), self._idle_on_error():
+        with self._idle_on_error():
             run = self._run(shape)
             start, end = run.outputs.span(names)
             outputs_at = self._workspace["outputs"].address
@@ -158,38 +154,36 @@ class Lane:
             run.prompt[JOB][...] = 0
             made: list[int] = []
             if len(pictures) == 1:
-                made = self._masking.fill(run.prompt[JOB], logits, pictures)
+                made = self.masking.fill(run.prompt[JOB], logits, pictures)
             self._bring(features, run)
             self._send(run, prompts)
             run.replay.queue()
             if len(pictures) > 1:
-                made = self._masking.queue(logits, pictures)
+                made = self.masking.queue(logits, pictures)
             host = self._results.pinned(end - start)
             self._cuda.download(host, outputs_at + start, self._stream)
-            self._masking.bring(made, pictures)
+            self.masking.bring(made, pictures)
             if run.replay.record():
                 self._network.keep_kernels(shape)
-        slots = [run.outputs.slots[name] for name in names]
-        # The pinned buffers are the next call's: what leaves is a copy.
-        return [slot.view(host, start)[:, :objects].astype(np.float32) for slot in slots]
+        at = 0
+        for part in parts:
+            # A warm-up has no use for results.
+            for name, result in zip(names, part.results, strict=False):
+                result[...] = run.outputs.slots[name].view(host, start)[:, at : at + part.objects]
+            at += part.objects
 
     def make_masks(
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
     ) -> NDArray[np.uint8]:
         """What :meth:`decode` would make of float32 [P, C, h, w]: uint8 [P, C, H, W]."""
-        masks = self.room_for_masks((*logits.shape[:2], *where.original_size))
-        pictures = [Pictures(where, options, masks)]
+        picture = self.masking.room(logits.shape[:2], where, options)
         with self._idle_on_error():
             host = self._staging.pinned(logits.nbytes)
             block = self._staging.block(len(host))
             host.view(np.float32)[...] = logits.ravel()
             self._cuda.upload(block.address, host, self._stream)
-            self._masking.bring(self._masking.queue(block.address, pictures), pictures)
-        return masks.array
-
-    def room_for_masks(self, shape: tuple[int, ...]) -> Masks:
-        """Host memory for masks [P, C, H, W], which the caller keeps."""
-        return self._masking.room(shape)
+            self.masking.bring(self.masking.queue(block.address, [picture]), [picture])
+        return picture.masks
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> Block:
         """Bring feature maps, float32 [1, C, h, w] each, to a block of their own."""
@@ -202,7 +196,7 @@ class Lane:
 
     def upload_image(self, image: NDArray[np.uint8]) -> Block:
         """Bring uint8 [H, W, 3] to a block of its own."""
-        with self._cuda.range("upload image"), self._idle_on_error():
+        with self._idle_on_error():
             # In steps of a megabyte, so that images of similar sizes share spare blocks.
             host = self._staging.pinned(-(-image.nbytes >> 20) << 20)
             host[: image.nbytes].reshape(image.shape)[...] = image
@@ -225,7 +219,7 @@ class Lane:
                 np.full((shape.objects, shape.points), PADDING_LABEL, np.int64),
                 None,
             )
-            self.decode([self._features], prompts, names)
+            self.decode([Part(self._features, prompts, [])], names)
 
     def holds(self, features: Block) -> bool:
         """Whether its fixed buffers hold these feature maps."""
@@ -321,23 +315,13 @@ class Lane:
             images=maps.nbytes if shape.images > 1 else 0,
         )
         context.set_scratch(workspace["scratch"].address, workspace["scratch"].nbytes)
-        for layout, block in (
-            (maps, workspace["images"] if shape.images > 1 else self._features),
-            (inputs, self._inputs),
-            (masks, workspace["masks"]),
-            (outputs, workspace["outputs"]),
-        ):
-            for name, slot in layout.slots.items():
-                if name != JOB:
-                    context.set_address(name, block.address + slot.offset)
-        for name, slot in outputs.slots.items():
-            if context.shape(name) != slot.shape:
-                raise BackendError(
-                    f"the decoder engine makes {name} of shape {context.shape(name)}, expected "
-                    f"{slot.shape}: build it again"
-                )
+        images = workspace["images"] if shape.images > 1 else self._features
+        set_addresses(context, maps, images)
+        set_addresses(context, inputs, self._inputs)
+        set_addresses(context, masks, workspace["masks"])
+        set_addresses(context, outputs, workspace["outputs"], "decoder")
         cuda, imaging, target = self._cuda, self._imaging, self._inputs.address
-        packed = self._pinned_inputs.array[: inputs.nbytes]
+        packed = self._pinned_inputs[: inputs.nbytes]
         prompt = {name: slot.view(packed) for name, slot in inputs.slots.items()}
         job = target + inputs.slots[JOB].offset
 

@@ -13,40 +13,30 @@ from ...geometry import ImageGeometry
 from ...masks import MaskOptions
 from .buffers import GrowingBuffer
 from .cuda import Cuda
-from .imaging import MASK_JOB, MASKING, DeviceImaging
+from .imaging import MASK_JOB, MASKING, DeviceImaging, mask_job
 from .memory import Memory, aligned
 
 _JOB_BYTES = aligned(MASK_JOB.itemsize)
 
 
-class Masks(NamedTuple):
-    """Where masks go.
-
-    Attributes:
-        array: uint8 [P, C, H, W], contiguous.
-        is_pinned: whether the GPU can write there.
-    """
-
-    array: NDArray[np.uint8]
-    is_pinned: bool
-
-    def part(self, start: int, stop: int) -> Masks:
-        """That of some of the objects."""
-        return Masks(self.array[start:stop], self.is_pinned)
-
-
-class Pictures(NamedTuple):
+class Picture(NamedTuple):
     """What masks are made of one image's objects, and where they go.
 
     Attributes:
         where: where the image lies.
         options: how logits become masks.
-        masks: where they go; see :meth:`Masking.room`.
+        masks: where they go, uint8 [P, C, H, W], contiguous; see :meth:`Masking.room`.
+        is_pinned: whether the GPU can write there.
     """
 
     where: ImageGeometry
     options: MaskOptions
-    masks: Masks
+    masks: NDArray[np.uint8]
+    is_pinned: bool
+
+    def part(self, objects: slice) -> Picture:
+        """That of some of the objects."""
+        return self._replace(masks=self.masks[objects])
 
 
 class Masking:
@@ -68,15 +58,15 @@ class Masking:
         self._masks = GrowingBuffer(memory)
         self._search = GrowingBuffer(memory)
 
-    def room(self, shape: tuple[int, ...]) -> Masks:
-        """Host memory for masks [P, C, H, W], which the caller keeps."""
+    def room(self, planes: tuple[int, ...], where: ImageGeometry, options: MaskOptions) -> Picture:
+        """Host memory for P objects' C masks each, ``planes``, which the caller keeps."""
+        shape = (*planes, *where.original_size)
         nbytes = math.prod(shape)
         lent = self._memory.lend(nbytes) if nbytes else None
-        if lent is None:
-            return Masks(np.empty(shape, np.uint8), False)
-        return Masks(lent.reshape(shape), True)
+        masks = np.empty(shape, np.uint8) if lent is None else lent.reshape(shape)
+        return Picture(where, options, masks, lent is not None)
 
-    def fill(self, jobs: NDArray[Any], logits: int, pictures: Sequence[Pictures]) -> list[int]:
+    def fill(self, jobs: NDArray[Any], logits: int, pictures: Sequence[Picture]) -> list[int]:
         """Fill in a job for each image.
 
         Args:
@@ -87,8 +77,8 @@ class Masking:
         Returns:
             Where each image's masks will be.
         """
-        counts = [math.prod(p.masks.array.shape[:2]) for p in pictures]
-        sizes = [aligned(p.masks.array.nbytes) for p in pictures]
+        counts = [math.prod(p.masks.shape[:2]) for p in pictures]
+        sizes = [aligned(p.masks.nbytes) for p in pictures]
         masks = self._masks.block(sum(sizes)).address
         options = pictures[0].options
         search: dict[str, int] = {}
@@ -100,15 +90,21 @@ class Masking:
             search = {name: first + i * each for i, name in enumerate(names)}
         made = []
         for index, (picture, planes) in enumerate(zip(pictures, counts, strict=True)):
-            jobs[index : index + 1] = self._imaging.mask_job(
-                planes, picture.where, options, logits=logits, masks=masks, **search
+            jobs[index : index + 1] = mask_job(
+                self._imaging.manifest,
+                planes,
+                picture.where,
+                options,
+                logits=logits,
+                masks=masks,
+                **search,
             )
             made.append(masks)
             logits += planes * self._imaging.plane_bytes
             masks += sizes[index]
         return made
 
-    def queue(self, logits: int, pictures: Sequence[Pictures]) -> list[int]:
+    def queue(self, logits: int, pictures: Sequence[Picture]) -> list[int]:
         """Queue what makes every image's masks; see :meth:`fill`."""
         jobs = np.zeros(len(pictures), MASK_JOB)
         made = self.fill(jobs, logits, pictures)
@@ -122,15 +118,15 @@ class Masking:
             self._imaging.queue(MASKING, block.address + index * _JOB_BYTES, self._stream)
         return made
 
-    def bring(self, made: Sequence[int], pictures: Sequence[Pictures]) -> None:
+    def bring(self, made: Sequence[int], pictures: Sequence[Picture]) -> None:
         """Copy masks to the host, and wait for the stream."""
-        slow = [p.masks.array for p in pictures if not p.masks.is_pinned]
+        slow = [p.masks for p in pictures if not p.is_pinned]
         pinned = self._masks.pinned(sum(array.nbytes for array in slow)) if slow else None
         copies, at = [], 0
         for address, picture in zip(made, pictures, strict=True):
-            array = picture.masks.array.reshape(-1)
+            array = picture.masks.reshape(-1)
             host = array
-            if not picture.masks.is_pinned:
+            if not picture.is_pinned:
                 assert pinned is not None
                 host = pinned[at : at + array.nbytes]
                 copies.append((array, host))

@@ -85,7 +85,7 @@ class Layout:
 
 @dataclass
 class _Allocation:
-    """Device memory whose owner may be gone.
+    """Memory whose owner may be gone.
 
     Attributes:
         address: where it begins.
@@ -121,78 +121,8 @@ class Block:
         self._allocation.exported = True
 
 
-class PinnedBuffer:
-    """Pinned host memory, given back after this object dies.
-
-    Attributes:
-        array: uint8 [nbytes].
-    """
-
-    def __init__(self, memory: Memory, array: NDArray[np.uint8]) -> None:
-        self._memory = memory
-        self.array = array
-
-
-class _Heap:
-    """The GPU's memory, of which no more than a limit is taken."""
-
-    def __init__(self, cuda: Cuda, limit: int | None) -> None:
-        self._cuda = cuda
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._sizes: dict[int, int] = {}
-        self._used = 0
-
-    def allocate(self, nbytes: int) -> int:
-        with self._lock:
-            if self._limit is not None and self._used + nbytes > self._limit:
-                raise out_of_memory(nbytes, self._limit - self._used, self._limit, "its limit")
-            self._used += nbytes
-        try:
-            address = self._cuda.allocate(nbytes)
-        except BaseException:
-            with self._lock:
-                self._used -= nbytes
-            raise
-        self._sizes[address] = nbytes
-        return address
-
-    def free(self, address: int) -> None:
-        with self._lock:
-            self._used -= self._sizes.pop(address)
-        self._cuda.free(address)
-
-
-class _PinnedHeap:
-    """Pinned memory for callers, of which no more than a limit is taken."""
-
-    def __init__(self, cuda: Cuda, limit: int) -> None:
-        self._cuda = cuda
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._arrays: dict[int, NDArray[np.uint8]] = {}
-
-    def allocate(self, nbytes: int) -> int | None:
-        """The address, or ``None`` where there is not enough."""
-        with self._lock:
-            if nbytes + sum(array.nbytes for array in self._arrays.values()) > self._limit:
-                return None
-            try:
-                array = self._cuda.allocate_host(nbytes)
-            except BackendError:
-                return None
-            address = int(array.ctypes.data)
-            self._arrays[address] = array
-            return address
-
-    def free(self, address: int) -> None:
-        with self._lock:
-            array = self._arrays.pop(address)
-        self._cuda.free_host(array)
-
-
-class _Lent:
-    """Pinned memory that is a caller's: the base of every array over it.
+class _Pinned:
+    """Pinned host memory: the base of every array over it, given back after the last one dies.
 
     Attributes:
         __array_interface__: what NumPy makes an array from.
@@ -208,57 +138,90 @@ class _Lent:
         }
 
 
-class _SpareBlocks:
-    """Freed blocks that are kept for the next ones of their size."""
+class _Heap:
+    """Memory of one kind, of which no more than a limit is taken.
 
-    def __init__(self, heap: _Heap | _PinnedHeap) -> None:
-        self._heap = heap
+    Args:
+        allocate: takes so many bytes; the address.
+        free: gives an address back.
+        limit: bytes, at most; ``None`` for what there is.
+    """
+
+    def __init__(
+        self, allocate: Callable[[int], int], free: Callable[[int], None], limit: int | None = None
+    ) -> None:
+        self._allocate = allocate
+        self._free = free
+        self._limit = limit
         self._lock = threading.Lock()
-        # The size used last stands last.
-        self._blocks: OrderedDict[int, list[_Allocation]] = OrderedDict()
+        self._used = 0
+        # What was given back and is kept for the next ones of its size; the size used last stands
+        # last.
+        self._spare: OrderedDict[int, list[_Allocation]] = OrderedDict()
 
-    def take(self, nbytes: int) -> _Allocation | None:
+    def take(self, nbytes: int) -> _Allocation:
+        """New memory.
+
+        Raises:
+            BackendError: there is not enough.
+        """
         with self._lock:
-            blocks = self._blocks.get(nbytes)
-            return blocks.pop() if blocks else None
+            if self._limit is not None and self._used + nbytes > self._limit:
+                raise out_of_memory(nbytes, self._limit - self._used, self._limit, "its limit")
+            self._used += nbytes
+        try:
+            return _Allocation(self._allocate(nbytes), nbytes)
+        except BaseException:
+            with self._lock:
+                self._used -= nbytes
+            raise
+
+    def free(self, allocation: _Allocation) -> None:
+        with self._lock:
+            self._used -= allocation.nbytes
+        self._free(allocation.address)
+
+    def take_spare(self, nbytes: int) -> _Allocation | None:
+        with self._lock:
+            spare = self._spare.get(nbytes)
+            return spare.pop() if spare else None
 
     def keep(self, allocation: _Allocation) -> None:
-        """Keep memory for the next block, or give it back where there is enough.
+        """Keep memory for the next one of its size, or give it back where there is enough.
 
         Memory that was exported is always given back: that waits until the device is idle.
         """
         surplus = [allocation]
         if not allocation.exported:
             with self._lock:
-                blocks = self._blocks.setdefault(allocation.nbytes, [])
-                self._blocks.move_to_end(allocation.nbytes)
-                if len(blocks) < _SPARE_BLOCKS:
-                    blocks.append(surplus.pop())
-                if len(self._blocks) > _SPARE_SIZES:
-                    surplus += self._blocks.popitem(last=False)[1]
+                spare = self._spare.setdefault(allocation.nbytes, [])
+                self._spare.move_to_end(allocation.nbytes)
+                if len(spare) < _SPARE_BLOCKS:
+                    spare.append(surplus.pop())
+                if len(self._spare) > _SPARE_SIZES:
+                    surplus += self._spare.popitem(last=False)[1]
         for unneeded in surplus:
-            self._heap.free(unneeded.address)
+            self.free(unneeded)
 
-    def free_all(self) -> None:
+    def free_spare(self) -> None:
         with self._lock:
-            spare = [allocation for blocks in self._blocks.values() for allocation in blocks]
-            self._blocks.clear()
+            spare = [allocation for kept in self._spare.values() for allocation in kept]
+            self._spare.clear()
         for allocation in spare:
-            self._heap.free(allocation.address)
+            self.free(allocation)
 
 
 class _Returns:
     """What dead owners left, until it is given back.
 
-    Attributes:
-        spare: blocks that are kept for the next ones.
-        spare_lent: pinned memory that was lent, likewise.
+    Args:
+        cuda: the GPU.
+        heaps: whose spare memory is given back at the end.
     """
 
-    def __init__(self, cuda: Cuda, heap: _Heap, lendable: _PinnedHeap) -> None:
-        self.spare = _SpareBlocks(heap)
-        self.spare_lent = _SpareBlocks(lendable)
+    def __init__(self, cuda: Cuda, heaps: Iterable[_Heap]) -> None:
         self._cuda = cuda
+        self._heaps = tuple(heaps)
         # A deque's append needs no lock, so it can be called wherever an object dies.
         self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._is_closed = False
@@ -277,6 +240,11 @@ class _Returns:
                 return
             give_back(what)
 
+    def release_spare(self) -> None:
+        self.give_back()
+        for heap in self._heaps:
+            heap.free_spare()
+
     def close(self) -> None:
         """Give back everything, now and from now on.
 
@@ -285,9 +253,7 @@ class _Returns:
         """
         self._is_closed = True
         with contextlib.suppress(BackendError), self._cuda.active():
-            self.give_back()
-            self.spare.free_all()
-            self.spare_lent.free_all()
+            self.release_spare()
 
 
 class Memory:
@@ -299,10 +265,13 @@ class Memory:
     """
 
     def __init__(self, cuda: Cuda, limit: int | None = None) -> None:
-        self._cuda = cuda
-        self._heap = _Heap(cuda, limit)
-        self._lendable = _PinnedHeap(cuda, _MOST_LENT)
-        self._returns = _Returns(cuda, self._heap, self._lendable)
+        def pin(nbytes: int) -> int:
+            return int(cuda.allocate_host(nbytes).ctypes.data)
+
+        self._device = _Heap(cuda.allocate, cuda.free, limit)
+        self._pinned = _Heap(pin, cuda.free_host)
+        self._lent = _Heap(pin, cuda.free_host, _MOST_LENT)
+        self._returns = _Returns(cuda, (self._device, self._lent))
         weakref.finalize(self, self._returns.close).atexit = False
 
     def allocate(self, nbytes: int) -> Block:
@@ -311,9 +280,7 @@ class Memory:
         Raises:
             BackendError: there is not enough; spare blocks have been given back by then.
         """
-        block = Block(self, _Allocation(self._obtain(nbytes), nbytes))
-        self.give_back_after(block, self._heap.free, block.address)
-        return block
+        return self._block(self._obtain(nbytes), self._device.free)
 
     def allocate_reusable(self, nbytes: int) -> Block:
         """Device memory that becomes a spare block when its owner dies.
@@ -322,17 +289,13 @@ class Memory:
             BackendError: see :meth:`allocate`.
         """
         self.collect()
-        allocation = self._returns.spare.take(nbytes) or _Allocation(self._obtain(nbytes), nbytes)
-        block = Block(self, allocation)
-        self.give_back_after(block, self._returns.spare.keep, allocation)
-        return block
+        allocation = self._device.take_spare(nbytes) or self._obtain(nbytes)
+        return self._block(allocation, self._device.keep)
 
-    def allocate_pinned(self, nbytes: int) -> PinnedBuffer:
-        """Pinned host memory."""
+    def allocate_pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Pinned host memory, uint8 [nbytes]."""
         self.collect()
-        buffer = PinnedBuffer(self, self._cuda.allocate_host(nbytes))
-        self.give_back_after(buffer, self._cuda.free_host, buffer.array)
-        return buffer
+        return self._array(self._pinned.take(nbytes), nbytes, self._pinned.free)
 
     def lend(self, nbytes: int) -> NDArray[np.uint8] | None:
         """Pinned host memory that the caller keeps as long as any array over it lives.
@@ -343,19 +306,18 @@ class Memory:
         self.collect()
         # In steps of a megabyte, so that calls of similar sizes share spare memory.
         size = -(-nbytes >> 20) << 20
-        spare = self._returns.spare_lent
-        allocation = spare.take(size)
+        allocation = self._lent.take_spare(size)
         if allocation is None:
-            address = self._lendable.allocate(size)
-            if address is None:
-                spare.free_all()
-                address = self._lendable.allocate(size)
-            if address is None:
+            try:
+                allocation = self._lent.take(size)
+            except BackendError:
+                self._lent.free_spare()
+        if allocation is None:
+            try:
+                allocation = self._lent.take(size)
+            except BackendError:
                 return None
-            allocation = _Allocation(address, size)
-        lent = _Lent(self, allocation.address, nbytes)
-        self.give_back_after(lent, spare.keep, allocation)
-        return np.asarray(lent)
+        return self._array(allocation, nbytes, self._lent.keep)
 
     def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
         """Call ``give_back(what)`` some time after the owner has died."""
@@ -365,19 +327,29 @@ class Memory:
         """Give back what dead owners left. Nothing queued on a stream may still use it."""
         self._returns.give_back()
 
-    def _obtain(self, nbytes: int) -> int:
-        self.collect()
-        try:
-            return self._heap.allocate(nbytes)
-        except BackendError:
-            self.release_spare()
-            return self._heap.allocate(nbytes)
-
     def release_spare(self) -> None:
         """Give back what is kept for the next embeddings, images and masks."""
+        self._returns.release_spare()
+
+    def _obtain(self, nbytes: int) -> _Allocation:
         self.collect()
-        self._returns.spare.free_all()
-        self._returns.spare_lent.free_all()
+        try:
+            return self._device.take(nbytes)
+        except BackendError:
+            self.release_spare()
+            return self._device.take(nbytes)
+
+    def _block(self, allocation: _Allocation, give_back: Callable[[_Allocation], None]) -> Block:
+        block = Block(self, allocation)
+        self.give_back_after(block, give_back, allocation)
+        return block
+
+    def _array(
+        self, allocation: _Allocation, nbytes: int, give_back: Callable[[_Allocation], None]
+    ) -> NDArray[np.uint8]:
+        owner = _Pinned(self, allocation.address, nbytes)
+        self.give_back_after(owner, give_back, allocation)
+        return np.asarray(owner)
 
 
 def aligned(nbytes: int) -> int:

@@ -21,7 +21,7 @@ from ...bundle.contract import (
 )
 from ...errors import BackendError
 from .imaging import MASK_JOB
-from .memory import Layout
+from .memory import Block, Layout
 from .shapes import Limits, ShapeClass
 from .trt import KernelCache, Tensor
 
@@ -46,6 +46,39 @@ class Context(Protocol):
     def check_capturable(self, stream: int) -> None: ...
 
     def enqueue(self, stream: int) -> None: ...
+
+
+class NamedAxes:
+    """The sizes and addresses of a context, for a library with working memory of its own.
+
+    Args:
+        axes: of each tensor, by name: a size, or a name that stands for one.
+    """
+
+    def __init__(self, axes: Mapping[str, tuple[int | str, ...]]) -> None:
+        self._axes = axes
+        self._sizes: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_scratch(self, address: int, nbytes: int) -> None:
+        """Nothing."""
+
+    def scratch_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
+        pairs = zip(self._axes[name], shape, strict=True)
+        self._sizes |= {axis: side for axis, side in pairs if isinstance(axis, str)}
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies on the device."""
+        self.addresses[name] = address
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The size of a tensor, once all inputs have theirs."""
+        return tuple(a if isinstance(a, int) else self._sizes[a] for a in self._axes[name])
 
 
 class Engine(Protocol):
@@ -77,7 +110,6 @@ class Network:
         limits: the greatest sizes of a decoder call.
         takes_images: whether each object of a decoder call may have an image of its own.
         output_names: all decoder outputs, in the order of their layout.
-        masks_each: masks of each object in an output of logits, by its name.
 
     Raises:
         BackendError: an engine is not what the bundle's manifest describes, or the two differ in
@@ -116,7 +148,6 @@ class Network:
         order = (*MULTIMASK_OUTPUTS, OBJECT_SCORE, *SINGLE_MASK_OUTPUTS)
         self.output_names = tuple(name for name in order if name in self._outputs)
         logits = (MULTIMASK_OUTPUTS[0], SINGLE_MASK_OUTPUTS[0])
-        self.masks_each = {name: int(self._outputs[name][0][2]) for name in logits}
         types = {self.pixels.dtype, *(self._outputs[name][1] for name in logits)}
         self.makes_plain_logits = types == {np.dtype(np.float32)}
         points = decoder.tensors[POINTS].most
@@ -182,6 +213,29 @@ class Network:
     def largest(self) -> ShapeClass:
         """The greatest class, whose blocks all others fit into."""
         return ShapeClass(self.limits.objects, self.limits.points, self.limits.objects)
+
+
+def set_addresses(context: Context, layout: Layout, block: Block, made_by: str = "") -> None:
+    """Say where the tensors of a block lie.
+
+    Args:
+        context: whose.
+        layout: how they lie.
+        block: where they lie.
+        made_by: the role of the engine whose outputs they are, or empty.
+
+    Raises:
+        BackendError: an output is of another shape.
+    """
+    for name, slot in layout.slots.items():
+        if name == JOB:
+            continue
+        context.set_address(name, block.address + slot.offset)
+        if made_by and context.shape(name) != slot.shape:
+            raise BackendError(
+                f"the {made_by} engine makes {name} of shape {context.shape(name)}, expected "
+                f"{slot.shape}: build it again"
+            )
 
 
 def _check(role: str, engine: Engine, graph: GraphSpec) -> None:

@@ -16,7 +16,6 @@ from ...accuracy.gate import judge
 from ...accuracy.metrics import Measurement
 from ...accuracy.record import ParityRecord, load_record
 from ...accuracy.select import Recipe
-from ...accuracy.verdicts import StoredVerdict, load_verdict
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
 from ...geometry import ImageGeometry, geometry, preprocess
@@ -26,15 +25,7 @@ from ..options import BackendOptions, GpuOptions
 from .backend import LaneBackend
 from .driver import probe
 from .engine_backend import Platform, TensorRtBackend, open_platform
-from .engines import (
-    EngineSet,
-    candidates,
-    find_engines,
-    is_marked,
-    mark_sidecars,
-    recipe_of,
-    subject_of,
-)
+from .engines import EngineSet, candidates, find_engines, recipe_of
 from .sidecar import BackendName
 
 _LOG = logging.getLogger(__name__)
@@ -85,25 +76,14 @@ def _offer(flavour: BackendName, bundle: Bundle, options: BackendOptions) -> Off
         for engines in candidates(bundle, target, options.precision, found)
     }
 
-    def on_verdict(recipe: Recipe, verdict: StoredVerdict) -> None:
-        try:
-            mark_sidecars(sets[recipe], target, verdict)
-        except OSError as error:
-            _LOG.info("the sidecars of %s keep their state: %s", recipe.name, error)
-
     def open_recipe(recipe: Recipe) -> TensorRtBackend:
-        engines = sets[recipe]
         try:
-            backend = open_engines(bundle, engines, platform, options.gpu)
+            return open_engines(bundle, sets[recipe], platform, options.gpu)
         except BundleError as error:
             raise BackendError(f"an engine cannot be used: {error}") from error
-        verdict = load_verdict(bundle, subject_of(engines, target))
-        if verdict is not None and not is_marked(engines, target):
-            on_verdict(recipe, verdict)  # reached in another copy of the bundle
-        return backend
 
     advice = f"Build others: sam3rt build {bundle.path} --backend {flavour}"
-    return Offer(tuple(sets), open_recipe, on_verdict, advice)
+    return Offer(tuple(sets), open_recipe, advice)
 
 
 def open_engines(

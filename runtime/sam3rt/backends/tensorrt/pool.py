@@ -123,8 +123,6 @@ class LanePool:
         Embeddings keep their memory.
         """
         with self._changed:
-            if self._is_closed:
-                return
             self._is_closed = True
             self._changed.notify_all()
             while len(self._free) < self._count:
@@ -132,7 +130,7 @@ class LanePool:
             self._free.clear()
             self._count = 0
             # It holds the engines.
-            del self._make
+            self.__dict__.pop("_make", None)
         with self._cuda.active():
             self._memory.release_spare()
 
@@ -187,9 +185,11 @@ class LanePool:
         """Make the lane that was counted, or ``None`` where memory is short."""
         try:
             return self._make(False)
-        except BackendError as error:
+        except BaseException as error:
             self._count_one_less(error)
-            return None
+            if isinstance(error, BackendError):
+                return None
+            raise
 
     def _give_up_one(self, own: Lane, error: BackendError) -> bool:
         """Give up a lane that nobody uses, or else the caller's own; whether there was one."""
@@ -206,7 +206,7 @@ class LanePool:
         lane.is_given_up = True
         self._count_one_less(error)
 
-    def _count_one_less(self, error: BackendError) -> None:
+    def _count_one_less(self, error: BaseException) -> None:
         with self._changed:
             self._count -= 1
             self._retry_at = time.monotonic() + _RETRY_SECONDS

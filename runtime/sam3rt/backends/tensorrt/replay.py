@@ -80,7 +80,7 @@ class Replay:
         self._cuda.begin_capture(self._stream)
         try:
             self._work()
-        except BackendError:
+        except BaseException:
             with contextlib.suppress(BackendError):
                 self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
             raise

@@ -60,17 +60,16 @@ class EngineSidecar(Struct, frozen=True, forbid_unknown_fields=True):
         backend: the TensorRT flavour that built it, and that alone can load it.
         engine: its file beside the sidecar, with hash and length.
         bundle_fingerprint: of the bundle it was built from.
-        gpu: where it was built or, ahead of time, first proven or refused; ``None`` for an
-            ahead-of-time build that no GPU has run yet.
+        gpu: where it was built; ``None`` for an ahead-of-time build.
         targets: compute capabilities an ahead-of-time engine was built for; empty for one that
             was built on ``gpu`` and for it alone.
         tensorrt_version: of the builder, in full.
-        driver_version: of the machine that built or proved it; ``None`` where there was none.
+        driver_version: of the machine that built it; ``None`` where there was none.
         recipe: the precision recipe actually built; see ``RECIPE_ORDER``.
         features_dtype: type of the feature maps between encoder and decoder.
         shapes: the greatest sizes it takes.
-        state: ``"proven"`` passed the gate on ``gpu``; ``"refused"`` failed it there;
-            ``"unproven"`` has not run.
+        state: by the build: ``"proven"`` passed the gate on ``gpu``; ``"refused"`` failed it there;
+            ``"unproven"`` did not run.
         parity: the gate's worst figures by name; NaN where an output held one.
         paired_with: for a decoder, SHA-256 of the encoder engine it was proven with.
         build_seconds: how long the build took.

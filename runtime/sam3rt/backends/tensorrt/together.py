@@ -2,57 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.contract import PADDING_LABEL
-from ...masks import MaskOptions
 from ...prompts import PackedPrompts
-from ..base import ImageCall
-from .lane import Lane
-from .masking import Masks, Pictures
+from .masking import Picture
 from .memory import Block
 from .shapes import Limits, classify
+
+# Bytes of masks that are made at once; more objects take several turns.
+_MOST_MASKS = 128 << 20
 
 
 class Part(NamedTuple):
     """Objects of one image in a run.
 
     Attributes:
-        image: the image's number.
-        prompts: of the objects.
+        block: the image's feature maps.
+        prompts: of P objects.
+        results: where outputs go, float32 [1, P, ...] each.
+        picture: the masks to make, or ``None``.
     """
 
-    image: int
+    block: Block
     prompts: PackedPrompts
+    results: list[NDArray[np.float32]]
+    picture: Picture | None = None
+
+    @property
+    def objects(self) -> int:
+        """How many there are."""
+        return len(self.prompts.labels)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the masks to make."""
+        return 0 if self.picture is None else self.picture.masks.nbytes
+
+    def split(self, at_once: int) -> Iterator[Part]:
+        """The same in parts of at most so many objects."""
+        for number, prompts in enumerate(self.prompts.split(at_once)):
+            own = slice(number * at_once, (number + 1) * at_once)
+            results = [result[:, own] for result in self.results]
+            picture = None if self.picture is None else self.picture.part(own)
+            yield Part(self.block, prompts, results, picture)
 
 
-def share_runs(
-    prompts: Sequence[PackedPrompts], at_once: int, limits: Limits
-) -> Iterable[list[Part]]:
-    """Divide several images' objects among as few runs as their sizes allow.
+def share_runs(images: Sequence[Part], limits: Limits, *, joins: bool) -> Iterator[list[Part]]:
+    """Divide images' objects among as few runs as their sizes allow.
 
-    An object's points are padded as if it were alone: only objects of one class of points share a
-    run. All objects of a run have mask prompts, or none has.
+    No run makes masks of more bytes than are made at once. An object's points are padded as if it
+    were alone: only objects of one class of points share a run. All objects of a run have mask
+    prompts, or none has.
 
     Args:
-        prompts: of each image, of one object at least.
-        at_once: objects in one run, at most.
+        images: all of each image's objects.
         limits: of the engine.
+        joins: whether several images may share a run.
     """
-    runs: dict[tuple[int, bool], list[Part]] = {}
-    for image, own in enumerate(prompts):
-        points = own.labels.shape[1]
-        kind = classify(1, points, False, limits).points, own.masks is not None
-        for part in own.split(at_once):
+    runs: dict[tuple[int, int, bool], list[Part]] = {}
+    for number, image in enumerate(images):
+        if not image.objects:
+            continue
+        points = classify(1, image.prompts.labels.shape[1], False, limits).points
+        kind = 0 if joins else number, points, image.prompts.masks is not None
+        each = max(1, image.mask_bytes // image.objects)
+        for part in image.split(min(limits.objects, max(1, _MOST_MASKS // each))):
             run = runs.setdefault(kind, [])
-            if sum(len(other.prompts.labels) for other in run) + len(part.labels) > at_once:
+            grown = [*run, part]
+            if run and (
+                sum(other.objects for other in grown) > limits.objects
+                or sum(other.mask_bytes for other in grown) > _MOST_MASKS
+            ):
                 yield run
-                run = runs[kind] = []
-            run.append(Part(image, part))
+                grown = [part]
+            runs[kind] = grown
     yield from runs.values()
 
 
@@ -79,55 +107,3 @@ def join(parts: Sequence[PackedPrompts]) -> PackedPrompts:
             masks.append(np.broadcast_to(part.masks, (count, *part.masks.shape[1:])))
         at += count
     return PackedPrompts(points, labels, np.concatenate(masks) if masks else None)
-
-
-def decode_together(
-    lane: Lane,
-    calls: Sequence[ImageCall],
-    blocks: Sequence[Block],
-    outputs: Sequence[str],
-    masks: Sequence[Masks],
-    options: MaskOptions,
-    at_once: int,
-    limits: Limits,
-) -> list[list[NDArray[Any]]]:
-    """Run the decoder for one image or several.
-
-    Args:
-        lane: where.
-        calls: what is asked about each image.
-        blocks: their feature maps.
-        outputs: names of decoder outputs.
-        masks: where each image's masks go, or nothing if none are to be made.
-        options: how logits become masks.
-        at_once: objects in one run, at most.
-        limits: of the engine.
-
-    Returns:
-        For each image the outputs, float32 [1, P, ...].
-    """
-    parts: list[list[list[NDArray[Any]]]] = [[] for _ in calls]
-    done = [0] * len(calls)
-    for run in share_runs([call.prompts for call in calls], at_once, limits):
-        pictures, features = [], []
-        for image, prompts in run:
-            count = len(prompts.labels)
-            features += [blocks[image]] * count
-            if masks:
-                room = masks[image].part(done[image], done[image] + count)
-                pictures.append(Pictures(calls[image].geometry, options, room))
-            done[image] += count
-        if len({image for image, _ in run}) == 1:
-            features = features[:1]
-        found = lane.decode(features, join([part.prompts for part in run]), outputs, pictures)
-        at = 0
-        for image, prompts in run:
-            count = len(prompts.labels)
-            parts[image].append([array[:, at : at + count] for array in found])
-            at += count
-    return [[_joined(pieces) for pieces in zip(*own, strict=True)] for own in parts]
-
-
-def _joined(pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Outputs [1, P, ...] of several runs as those of one; of one run, the usual case, as it is."""
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)

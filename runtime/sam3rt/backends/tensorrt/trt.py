@@ -61,6 +61,25 @@ class Tensor:
     least: tuple[int, ...]
     most: tuple[int, ...]
 
+    @classmethod
+    def of_axes(
+        cls,
+        name: str,
+        dtype: np.dtype[Any],
+        is_input: bool,
+        axes: tuple[int | str, ...],
+        most: Mapping[str, int],
+    ) -> Tensor:
+        """A tensor of a graph that takes any size, held to the greatest of each named axis."""
+        return cls(
+            name,
+            dtype,
+            is_input,
+            tuple(axis if isinstance(axis, int) else -1 for axis in axes),
+            tuple(axis if isinstance(axis, int) else 1 for axis in axes),
+            tuple(axis if isinstance(axis, int) else most.get(axis, 1) for axis in axes),
+        )
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this type and the given shape."""
         return int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize

@@ -22,6 +22,7 @@ from tests.support.helpers import WrappedBackend, examples, flip, noise, relist,
 
 from sam3rt import BundleError, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy import run
+from sam3rt.accuracy.gate import GATE_LIMITS
 from sam3rt.accuracy.metrics import Measurement, relative_error
 from sam3rt.accuracy.record import (
     ExpectedCase,
@@ -156,18 +157,12 @@ def with_nan(array: NDArray[np.float32]) -> NDArray[np.float32]:
     return array
 
 
+# What fails the gate's wider limits, too, stands in test_select.py.
 FEATURES: dict[str, tuple[Callable[[NDArray[np.float32]], NDArray[np.float32]], set[str]]] = {
     "noise": (lambda a: with_noise(a, 0.02), {"cosine", "relative error"}),
     "scaled": (lambda a: a * np.float32(1.05), {"relative error"}),
-    "shifted": (lambda a: np.roll(a, 1, axis=-1), {"cosine", "relative error"}),
-    "transposed": (
-        lambda a: np.ascontiguousarray(a.swapaxes(-1, -2)),
-        {"cosine", "relative error"},
-    ),
     "negated": (lambda a: -a, {"cosine", "relative error"}),
-    "zero": (np.zeros_like, {"cosine", "relative error"}),
     "one NaN": (with_nan, {"cosine", "relative error"}),
-    "all NaN": (lambda a: np.full_like(a, np.nan), {"cosine", "relative error"}),
     "infinite": (lambda a: np.full_like(a, np.inf), {"cosine", "relative error"}),
 }
 
@@ -238,10 +233,6 @@ def add_noise(array: NDArray[np.float32]) -> None:
     array[...] = with_noise(array, 0.05)
 
 
-def swap(array: NDArray[np.float32]) -> None:
-    array[:, :, :2] = array[:, :, 1::-1].copy()
-
-
 def negate(array: NDArray[np.float32]) -> None:
     array *= -1
 
@@ -252,14 +243,6 @@ def shift(array: NDArray[np.float32]) -> None:
 
 def one_nan(array: NDArray[np.float32]) -> None:
     array.reshape(-1)[-1] = np.nan  # a place that the subsampled logits do not hold
-
-
-def first_nan(array: NDArray[np.float32]) -> None:
-    array.reshape(-1)[0] = np.nan
-
-
-def all_nan(array: NDArray[np.float32]) -> None:
-    array[...] = np.nan
 
 
 def infinite(array: NDArray[np.float32]) -> None:
@@ -276,18 +259,12 @@ IOU, SCORE = ("predicted IoU", "error"), ("object score", "relative error")
 # For each change, what must be wrong in every case that has several masks or one.
 OUTPUTS: dict[str, tuple[Any, set[tuple[str, str]]]] = {
     "noise on the masks": (change_output("pred_masks", add_noise), {LOGITS, MASKS}),
-    "swapped masks": (change_output("pred_masks", swap), {LOGITS, MASKS}),
     "negated masks": (change_output("pred_masks", negate), {LOGITS, MASKS}),
-    "shifted masks": (change_output("pred_masks", shift), {LOGITS, MASKS}),
     "NaN in one pixel": (change_output("pred_masks", one_nan), {LOGITS, MASKS}),
-    "NaN in the first pixel": (change_output("pred_masks", first_nan), {LOGITS, MASKS}),
-    "NaN everywhere": (change_output("pred_masks", all_nan), {LOGITS, MASKS}),
     "infinite masks": (change_output("pred_masks", infinite), {LOGITS, MASKS}),
-    "negated single mask": (change_output("single_pred_masks", negate), {LOGITS, MASKS}),
     "shifted single mask": (change_output("single_pred_masks", shift), {LOGITS, MASKS}),
     "NaN in the single mask": (change_output("single_pred_masks", one_nan), {LOGITS, MASKS}),
     "predicted IoU off": (change_output("iou_scores", off), {IOU}),
-    "predicted IoUs swapped": (change_output("iou_scores", swap), {IOU}),
     "NaN in the predicted IoU": (change_output("iou_scores", one_nan), {IOU}),
     "infinite predicted IoU": (change_output("iou_scores", infinite), {IOU}),
     "single predicted IoU off": (change_output("single_iou_scores", off), {IOU}),
@@ -307,11 +284,7 @@ def test_wrong_outputs_are_caught(
     cases = ("click_0", "objects_masks_0", "box_1")
     found = wrong(verify(wrapped(model, on_decode=on_decode), shorter(record, *cases)))
     wanted = {(f"{case} {subject}", metric) for case in cases for subject, metric in expected}
-    if "swapped" in name:  # two masks of a case may happen to have almost the same score
-        assert found
-        assert found <= wanted
-    else:
-        assert found == wanted
+    assert found == wanted
 
 
 def test_wrong_choice_of_the_single_mask_is_caught(
@@ -432,8 +405,9 @@ def test_log_odds_are_compared_as_the_ious_they_mean(tiny_model: SegmentationMod
     assert wrong(other.compare_case(case, near, limits)) == set()
     off = dataclasses.replace(right, iou=log_odds(np.full_like(right.iou, 0.99)))
     assert wrong(other.compare_case(case, off, limits)) == {(f"{case.name} predicted IoU", "error")}
-    broken = dataclasses.replace(right, iou=np.full_like(right.iou, np.nan))
-    assert wrong(other.compare_case(case, broken, limits))
+    for value in (np.nan, np.inf):  # the IoU that an infinity means is a number
+        broken = dataclasses.replace(right, iou=np.full_like(right.iou, value))
+        assert wrong(other.compare_case(case, broken, GATE_LIMITS))
 
 
 # --- measurements ---------------------------------------------------------------------------------

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.support.helpers import (
     WrappedBackend,
+    edit_manifest,
     external_weights,
     noise,
     one_image_form,
+    relist,
     wrapped,
 )
 
@@ -21,6 +26,7 @@ from sam3rt import (
     BackendError,
     Bundle,
     BundleError,
+    EmbeddingError,
     InvalidInputError,
     Prompts,
     SegmentationModel,
@@ -28,9 +34,11 @@ from sam3rt import (
 )
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.bundle.contract import IMAGES_AXIS, decoder_outputs
+from sam3rt.features import HostFeatures
 from sam3rt.masks import MaskOptions
 from sam3rt.prompts import PackedPrompts
 
+BACKENDS = ("onnxruntime", "openvino")
 FORK = """
 import os, sys
 import numpy as np
@@ -64,7 +72,7 @@ print("both work")
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forked_child_says_so_loads_its_own_and_ends(tiny_sam3: Path, backend: str) -> None:
     """A child that destroyed what it inherited would hang or die at its end."""
     done = subprocess.run(
@@ -123,7 +131,7 @@ def test_many_objects_take_the_memory_of_their_masks_once(tiny_model: Segmentati
     assert peak < 1.5 * found.low_res_masks.nbytes
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["each object its image", "one image"])
 def test_several_images_are_answered_as_each_alone(
     tiny_sam3: Path, tmp_path: Path, backend: str, form: str
@@ -166,13 +174,166 @@ def test_no_objects_give_empty_outputs(tiny_model: SegmentationModel) -> None:
     assert scores.shape == (1, 0, 3)
 
 
-def test_scores_that_are_no_numbers_are_an_error(tiny_model: SegmentationModel) -> None:
+@pytest.mark.parametrize("output", ["pred_masks", "iou_scores", "object_score_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_an_error(
+    tiny_model: SegmentationModel, output: str, value: float
+) -> None:
     def spoil(outputs: dict[str, np.ndarray]) -> None:
-        outputs["iou_scores"][0, 0, 1] = np.nan
+        outputs[output].flat[-1] = value
 
     model = wrapped(tiny_model, on_decode=spoil)
+    embedding, click = model.encode(noise(9, 9)), Prompts([[4, 4]], [1])
     with pytest.raises(BackendError, match="not finite"):
-        model.decode(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
+        model.decode(embedding, click)
+    with pytest.raises(BackendError, match="not finite"):
+        model.segment(embedding, click)
+
+
+def test_a_feature_map_that_left_its_range_gives_no_empty_mask(
+    tiny_model: SegmentationModel,
+) -> None:
+    """The finest map reaches the masks alone: scores do not tell."""
+
+    def spoil(maps: list[np.ndarray]) -> list[np.ndarray]:
+        maps[0][0, 0] = np.inf
+        return maps
+
+    model = wrapped(tiny_model, on_encode=spoil)
+    with pytest.raises(BackendError, match="not finite"):
+        model.segment(model.encode(noise(9, 9)), Prompts([[4, 4]], [1]))
+
+
+# --- the same on the CPU, whatever runs the graphs ------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def cpu_model(request: pytest.FixtureRequest, tiny_sam3: Path) -> SegmentationModel:
+    return load(tiny_sam3, request.param)
+
+
+def load(path: Path, backend: str) -> SegmentationModel:
+    return load_model(path, backend=backend, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny SAM 3's bundle, to be changed."""
+    return Path(shutil.copytree(tiny_sam3, tmp_path / "copy"))
+
+
+def test_uploaded_maps_are_copies(cpu_model: SegmentationModel) -> None:
+    embedding = cpu_model.encode(noise(50, 70))
+    maps = list(embedding.numpy().values())
+    views = [maps[0].astype(np.float64), np.asfortranarray(maps[1]), maps[2]]
+    features = cpu_model.backend.upload(views)
+    assert features.nbytes == embedding.nbytes
+    for array in views:
+        array[...] = 0
+    del views
+    for array, expected in zip(features.numpy(), embedding.numpy().values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_features_of_another_backend_are_refused(cpu_model: SegmentationModel) -> None:
+    class OtherFeatures(HostFeatures):
+        pass
+
+    embedding = cpu_model.encode(noise(9, 9))
+    features = OtherFeatures(embedding.features.numpy())
+    outputs = decoder_outputs(cpu_model.manifest, multimask_output=True)
+    prompts = PackedPrompts(np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64), None)
+    with pytest.raises(EmbeddingError, match=r"OtherFeatures.*save the embedding"):
+        cpu_model.backend.decode(features, prompts, outputs)
+
+
+def test_results_are_the_callers_own(cpu_model: SegmentationModel) -> None:
+    """What was returned earlier must not change when a request's memory is used again."""
+    embedding = cpu_model.encode(noise(50, 70))
+    first = cpu_model.decode(embedding, Prompts([[30, 25]], [1]))
+    kept = first.low_res_masks.copy()
+    features = [array.copy() for array in embedding.numpy().values()]
+    cpu_model.decode(embedding, Prompts(box=[[1, 2, 20, 18], [3, 4, 25, 15]]))
+    cpu_model.encode(noise(9, 9, seed=5))
+    np.testing.assert_array_equal(first.low_res_masks, kept)
+    for array, expected in zip(embedding.numpy().values(), features, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_threads_share_one_model(cpu_model: SegmentationModel) -> None:
+    embedding = cpu_model.encode(noise(50, 70))
+    prompts = [
+        Prompts([[30, 25]], [1]),
+        Prompts(box=[[1, 2, 20, 18], [3, 4, 25, 15], [30, 20, 60, 45]]),
+        Prompts(),
+        Prompts([[30, 25]], [1], mask_input=np.linspace(-9, 9, 256).reshape(1, 16, 16)),
+    ] * 2
+    barrier = threading.Barrier(8)
+
+    def work(prompt: Prompts) -> np.ndarray:
+        barrier.wait()
+        return cpu_model.decode(embedding, prompt).low_res_masks
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, prompts))
+    for prompt, result in zip(prompts, results, strict=True):
+        np.testing.assert_array_equal(result, cpu_model.decode(embedding, prompt).low_res_masks)
+
+
+def test_failure_inside_a_library_is_a_backend_error(cpu_model: SegmentationModel) -> None:
+    embedding = cpu_model.encode(noise(9, 9))
+    with pytest.raises(BackendError, match="encoder"):
+        cpu_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
+    wrong = PackedPrompts(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.int64), None)
+    with pytest.raises(BackendError, match="decoder"):
+        cpu_model.backend.decode(embedding.features, wrong, ["pred_masks"])
+    cpu_model.decode(embedding, Prompts([[4, 4]], [1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("damage", ["cut", "other graph", "missing"])
+def test_graph_exchanged_after_opening_is_refused(
+    copied: Path, name: str, damage: str, backend: str
+) -> None:
+    model = load(copied, backend)
+    content = (copied / name).read_bytes()
+    other = "decoder.onnx" if name == "encoder.onnx" else "encoder.onnx"
+    if damage == "missing":
+        (copied / name).unlink()
+    elif damage == "cut":
+        (copied / name).write_bytes(content[:-1])
+    else:
+        shutil.copy(copied / other, copied / name)
+    with pytest.raises(BundleError) as caught:
+        model.backend.prepare()
+    assert caught.value.file == name
+    # It may come back: the failure is not remembered.
+    (copied / name).write_bytes(content)
+    model.backend.prepare()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_of_another_export_or_swapped_are_refused(copied: Path, backend: str) -> None:
+    # Both carry the right export id.
+    (copied / "encoder.onnx").rename(copied / "other")
+    (copied / "decoder.onnx").rename(copied / "encoder.onnx")
+    (copied / "other").rename(copied / "decoder.onnx")
+    relist(copied)
+    with pytest.raises(BundleError, match="the manifest says"):
+        load(copied, backend).backend.prepare()
+    edit_manifest(copied, lambda d: d.update(export_id="0" * 64))
+    with pytest.raises(BundleError, match="mixed"):
+        load(copied, backend).backend.prepare()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("content", [b"", b"not ONNX", b"\0" * 1000])
+def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes, backend: str) -> None:
+    (copied / "decoder.onnx").write_bytes(content)
+    relist(copied)
+    with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
+        load(copied, backend).backend.prepare()
 
 
 # --- weights beside a graph -----------------------------------------------------------------------
@@ -184,7 +345,7 @@ def load_external(bundle: Bundle, backend: str, *, map_weights: bool = False) ->
     )
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("map_weights", [False, True])
 def test_weights_beside_a_graph_give_the_same_result(
     tmp_path: Path, tiny_sam3: Path, tiny_model: SegmentationModel, backend: str, map_weights: bool
@@ -199,7 +360,7 @@ def test_weights_beside_a_graph_give_the_same_result(
     np.testing.assert_allclose(found.low_res_masks, expected.low_res_masks, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_exchanged_before_first_use_are_not_served(
     tmp_path: Path, tiny_sam3: Path, backend: str
 ) -> None:
@@ -213,7 +374,7 @@ def test_weights_exchanged_before_first_use_are_not_served(
         model.warm_up()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_happens_to_weights_in_use_changes_nothing(
     tmp_path: Path, tiny_sam3: Path, backend: str
 ) -> None:

@@ -21,7 +21,6 @@ from tests.support.helpers import edit_manifest, noise, relist, tiny_bundle
 from sam3rt import (
     BackendError,
     BundleError,
-    EmbeddingError,
     ImageEmbedding,
     InvalidInputError,
     Prompts,
@@ -33,9 +32,9 @@ from sam3rt.backends.create import create_backend
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from sam3rt.backends.onnxruntime.sessions import cuda_options, open_session
+from sam3rt.backends.onnxruntime.typed import Graphs
 from sam3rt.backends.options import BackendOptions
-from sam3rt.backends.tensorrt.driver import Device, Gpu
-from sam3rt.bundle.default import default_bundle_path
 from sam3rt.bundle.onnx_split import split_onnx
 from sam3rt.prompts import PackedPrompts, pack
 
@@ -182,68 +181,41 @@ def test_auto_without_cuda_is_the_cpu(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "answers", "usable"),
-    [(True, True, True), (True, False, False), (False, True, False)],
+    ("listed", "answers", "python", "problem"),
+    [
+        (True, True, True, ""),
+        (True, True, False, "pip install cuda-python"),
+        (True, False, True, "CUDA is not usable"),
+        (False, True, True, "CUDA is not usable"),
+    ],
 )
 def test_cuda_must_be_listed_and_answer(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, listed: bool, answers: bool, usable: bool
+    monkeypatch: pytest.MonkeyPatch, listed: bool, answers: bool, python: bool, problem: str
 ) -> None:
     """onnxruntime-gpu lists CUDA even where there is no driver."""
     providers = ["CUDAExecutionProvider"] * listed + ["CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: answers)
-    assert load_model(tiny, device="cpu").device == "cpu"
-    assert load_model(tiny, device="auto").device == ("cuda:0" if usable else "cpu")
-    if usable:
-        assert load_model(tiny, device="cuda").device == "cuda:0"
-        assert load_model(tiny, device="cuda:3").device == "cuda:3"
-    else:
-        with pytest.raises(BackendError, match="CUDA is not usable"):
-            load_model(tiny, device="cuda")
+    monkeypatch.setattr(recipes, "_cuda_answers", lambda: answers)
+    monkeypatch.setattr(recipes, "_has_cuda_python", lambda: python)
+    monkeypatch.setattr(recipes, "probe", lambda number: f"GPU {number}")
+    assert recipes._choose_gpu("cpu") is None
+    assert recipes._choose_gpu("auto") == (None if problem else "GPU 0")
+    for device, number in (("cuda", 0), ("cuda:3", 3)):
+        if problem:
+            with pytest.raises(BackendError, match=problem):
+                recipes._choose_gpu(device)
+        else:
+            assert recipes._choose_gpu(device) == f"GPU {number}"  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
-def test_session_that_falls_back_to_the_cpu_is_refused(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_that_falls_back_to_the_cpu_is_refused(tiny_sam3: Path) -> None:
     """Asked for CUDA, ONNX Runtime may return a session without it."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._cuda_answers", lambda: True)
-    model = load_model(copied, device="cuda")
+    graphs = Graphs(open_bundle(tiny_sam3))
+    graph = graphs.bundle.manifest.decoder
     with pytest.raises(BackendError, match=r"CUDA|cuda"):
-        model.backend.prepare()
-
-
-def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The provider's own default is TF32, which would be called FP32 here."""
-    asked: list[Any] = []
-
-    class Session:
-        def __init__(self, source: Any, options: Any, providers: Any) -> None:
-            asked.append(providers[0])
-            raise RuntimeError("enough seen")
-
-    monkeypatch.setattr(
-        "sam3rt.backends.onnxruntime.recipes._choose_device", lambda device: ("cuda", 2)
-    )
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._card", lambda number: card)
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
-    monkeypatch.setattr(ort, "InferenceSession", Session)
-    card = Device(2, Gpu("a GPU", "8.9"), 1 << 30, "580", (13, 0))
-    bundle = open_bundle(default_bundle_path(), check_files=False)
-    offered = recipes.offer(bundle, BackendOptions(device="cuda:2"))
-    assert [(r.name, r.subject is not None) for r in offered.recipes] == [
-        ("tf32", True),
-        ("fp32", False),
-    ]
-    for recipe in offered.recipes:
-        with pytest.raises(BackendError, match="enough seen"):
-            offered.open(recipe).prepare()
-    assert [name for name, _ in asked] == ["CUDAExecutionProvider"] * 2
-    assert [(options["device_id"], options["use_tf32"]) for _, options in asked] == [(2, 1), (2, 0)]
+        open_session(graphs, graph, cuda_options(0, graphs, graph))
 
 
 # --- threads --------------------------------------------------------------------------------------
@@ -460,40 +432,6 @@ def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) ->
             assert said.object_score_logits is None
 
 
-def test_features_of_another_backend_are_refused(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
-) -> None:
-    class OtherFeatures:
-        nbytes = 0
-
-        def numpy(self) -> tuple[NDArray[np.float32], ...]:
-            return tuple(embedding.numpy().values())
-
-    with pytest.raises(EmbeddingError, match="OtherFeatures"):
-        tiny_model.backend.decode(OtherFeatures(), click, ["pred_masks"])
-    other = ImageEmbedding(
-        OtherFeatures(), embedding.geometry, embedding.fingerprint, embedding.names
-    )
-    with pytest.raises(EmbeddingError, match="save the embedding"):
-        tiny_model.decode(other, CLICK)
-
-
-def test_uploaded_maps_are_copies(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding, click: PackedPrompts
-) -> None:
-    expected = tiny_model.backend.decode(embedding.features, click, ["pred_masks"])[0]
-    maps = list(embedding.numpy().values())
-    views = [maps[0].astype(np.float64), np.asfortranarray(maps[1]), maps[2]]
-    features = tiny_model.backend.upload(views)
-    assert features.nbytes == embedding.nbytes
-    for array in views:
-        array[...] = 0
-    del views
-    np.testing.assert_array_equal(
-        tiny_model.backend.decode(features, click, ["pred_masks"])[0], expected
-    )
-
-
 def test_content_of_an_absent_mask_prompt_does_not_matter(
     tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
@@ -503,38 +441,7 @@ def test_content_of_an_absent_mask_prompt_does_not_matter(
     assert np.abs(tiny_model.decode(embedding, zeros).low_res_masks - without).max() > 1e-2
 
 
-def test_failure_inside_onnxruntime_is_a_backend_error(
-    tiny_model: SegmentationModel, embedding: ImageEmbedding
-) -> None:
-    with pytest.raises(BackendError, match="encoder"):
-        tiny_model.backend.encode(np.zeros((1, 3, 10, 10), np.float32))
-    wrong = PackedPrompts(np.zeros((1, 1, 3), np.float32), np.zeros((1, 1), np.int64), None)
-    with pytest.raises(BackendError, match="decoder"):
-        tiny_model.backend.decode(embedding.features, wrong, ["pred_masks"])
-    tiny_model.decode(embedding, CLICK)
-
-
 # --- graphs that are not what the manifest says ---------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
-@pytest.mark.parametrize("damage", ["cut", "other graph", "missing"])
-def test_graph_exchanged_after_opening_is_refused(copied: Path, name: str, damage: str) -> None:
-    model = load_model(copied, device="cpu")
-    content = (copied / name).read_bytes()
-    other = "decoder.onnx" if name == "encoder.onnx" else "encoder.onnx"
-    if damage == "missing":
-        (copied / name).unlink()
-    elif damage == "cut":
-        (copied / name).write_bytes(content[:-1])
-    else:
-        shutil.copy(copied / other, copied / name)
-    with pytest.raises(BundleError) as caught:
-        model.backend.prepare()
-    assert caught.value.file == name
-    # It may come back: the failure is not remembered.
-    (copied / name).write_bytes(content)
-    model.backend.prepare()
 
 
 def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
@@ -590,25 +497,6 @@ def test_signature_other_than_the_manifests_is_refused(copied: Path, name: str) 
     with pytest.raises(BundleError) as caught:
         model.backend.prepare()
     assert caught.value.file == file
-
-
-def test_swapped_graphs_are_refused(copied: Path) -> None:
-    """Both carry the right export id."""
-    (copied / "encoder.onnx").rename(copied / "other")
-    (copied / "decoder.onnx").rename(copied / "encoder.onnx")
-    (copied / "other").rename(copied / "decoder.onnx")
-    relist(copied)
-    with pytest.raises(BundleError, match="the manifest says"):
-        load_model(copied, device="cpu").backend.prepare()
-
-
-@pytest.mark.parametrize("content", [b"", b"not ONNX", b"\0" * 1000])
-def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes) -> None:
-    (copied / "decoder.onnx").write_bytes(content)
-    relist(copied)
-    model = load_model(copied, device="cpu")
-    with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
-        model.backend.prepare()
 
 
 def test_weights_beside_the_graph_are_found(

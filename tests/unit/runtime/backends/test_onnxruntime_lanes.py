@@ -199,6 +199,18 @@ def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Pa
     model.encode(noise(9, 12))
 
 
+def test_graphs_that_no_context_needs_any_more_do_not_pile_up(
+    provider: FakeProvider, bundle: Path
+) -> None:
+    """ONNX Runtime keeps each to the session's end."""
+    model = load(bundle, precision="fp32")
+    with model.backend._pool.lane() as lane:
+        decoder = lane._network.decoder
+    numbers = [decoder.context()._number for _ in range(1000)]
+    assert len(set(numbers)) == 129
+    assert numbers[-1] == -1
+
+
 # --- recipes --------------------------------------------------------------------------
 
 
@@ -210,6 +222,20 @@ def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: P
     files = [subject.files for subject in subjects if isinstance(subject, Subject)]
     assert len(set(files)) == 3
     assert files[-1] == ""
+
+
+@pytest.mark.parametrize("change", [{"tf32": True}, {"narrow": ["encoder.onnx", "decoder.onnx"]}])
+def test_a_verdict_is_also_about_where_tf32_is_allowed(
+    provider: FakeProvider, built: Path, change: dict[str, Any]
+) -> None:
+    """The same files compute otherwise where their sidecar says so."""
+    bundle = open_bundle(built)
+    options = BackendOptions(device="cuda", precision="fp16")
+    (before,) = offer(bundle, options).recipes
+    path = typed_folder(built, "fp16") / SIDECAR
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (after,) = offer(bundle, options).recipes
+    assert before.subject != after.subject
 
 
 def test_bf16_is_offered_by_name_only(provider: FakeProvider, bundle: Path) -> None:
@@ -283,23 +309,23 @@ def test_what_was_not_built_says_how_to(provider: FakeProvider, bundle: Path) ->
     assert "build" not in str(caught.value)
 
 
-def test_without_cuda_python_sessions_run_by_themselves(
-    provider: FakeProvider,
-    built: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
+    provider: FakeProvider, bundle: Path
 ) -> None:
-    monkeypatch.setattr("sam3rt.backends.onnxruntime.recipes._has_cuda_python", lambda: False)
-    offered = offer(open_bundle(built), BackendOptions(device="cuda", precision="fp16"))
-    backend = offered.open(offered.recipes[0])
-    assert isinstance(backend, OnnxRuntimeBackend)
-    assert (backend.device, backend.precision) == ("cuda:0", "fp16")
+    """The provider's own default is TF32, which would be called FP32 here."""
+    offered = offer(open_bundle(bundle), BackendOptions(device="cuda")).recipes
+    assert [(r.name, r.subject is not None) for r in offered] == [("tf32", True), ("fp32", False)]
+    for precision, allowed in (("tf32", 1), ("fp32", 0)):
+        provider.asked.clear()
+        load(bundle, precision=precision)
+        assert [options["use_tf32"] for options in provider.asked] == [allowed] * 2
 
 
 def test_typed_features_come_back_in_fp32(built: Path, tiny_model: SegmentationModel) -> None:
     """The plain backend over typed graphs; on the CPU, which computes them in FP32."""
     graphs = next(found for found in find_typed(open_bundle(built)) if found.precision == "fp16")
     bundle = open_bundle(built)
-    model = SegmentationModel(bundle, OnnxRuntimeBackend(bundle, "cpu", graphs))
+    model = SegmentationModel(bundle, OnnxRuntimeBackend(bundle, graphs))
     embedding = model.encode(noise(9, 12))
     maps = embedding.features.numpy()
     assert {array.dtype.name for array in maps} == {"float32"}
@@ -308,6 +334,13 @@ def test_typed_features_come_back_in_fp32(built: Path, tiny_model: SegmentationM
     again = model.backend.upload(maps)
     assert again.nbytes == embedding.features.nbytes
     model.decode(embedding, CLICK)
+
+
+def test_typed_graphs_are_hashed_even_if_weights_may_be_mapped(built: Path) -> None:
+    """Nothing else hashes them, and a verdict on them is about their hashes."""
+    bundle = open_bundle(built)
+    graphs = next(found for found in find_typed(bundle) if found.precision == "fp16")
+    OnnxRuntimeBackend(bundle, graphs, map_weights=True).prepare()
 
 
 # --- what lies beside the engines -----------------------------------------------------

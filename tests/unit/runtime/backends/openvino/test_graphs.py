@@ -148,7 +148,7 @@ def test_few_images_are_kept_and_none_that_is_gone(
     embeddings = [model.encode(noise(9, 9, seed=i)) for i in range(KEPT_IMAGES + 1)]
     for embedding in embeddings:
         model.decode(embedding, CLICK)
-    decoder = model.backend._decoder()  # type: ignore[attr-defined]
+    decoder = model.backend._decoder.get(None)  # type: ignore[attr-defined]
     assert len(decoder._of_image) == len(decoder._of_no_mask) == KEPT_IMAGES
     model.decode(embeddings[1], CLICK)
     assert runs["image"] == KEPT_IMAGES + 1

@@ -6,9 +6,11 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,19 @@ from numpy.typing import NDArray
 from tests.support.fake_cuda import FakeCuda
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
-from sam3rt import BackendError, GpuOptions, InvalidInputError, Prompts, StateError, load_model
+from sam3rt import (
+    BackendError,
+    GpuOptions,
+    ImageEmbedding,
+    InvalidInputError,
+    Prompts,
+    StateError,
+    load_model,
+)
 from sam3rt.backends.tensorrt.buffers import GrowingBuffer
 from sam3rt.backends.tensorrt.memory import Memory
 from sam3rt.backends.tensorrt.offer import allow_imaging
+from sam3rt.backends.tensorrt.replay import Replay
 
 PROMPTS = Prompts([[225, 150]], [1])
 
@@ -29,6 +40,20 @@ def rig(tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig
     rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
     return rig
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        raise error
+
+    return call
+
+
+class Recordable:
+    """A context that may be recorded, and does nothing else here."""
+
+    def check_capturable(self, stream: int) -> None:
+        pass
 
 
 def many(objects: int) -> Prompts:
@@ -51,6 +76,41 @@ def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() ->
         pinned = [len(buffer.pinned(n)) for n in (10, 500, *[20] * 130)]
         assert pinned[1] == 500
         assert cuda.live["pinned"] <= 3
+
+
+def test_what_a_buffer_could_not_get_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(total=1 << 20)
+    with cuda.active():
+        buffer = GrowingBuffer(Memory(cuda))
+        buffer.block(100)
+        with pytest.raises(BackendError, match="out of device memory"):
+            buffer.block(1 << 21)
+        assert buffer.block(100).nbytes == 100
+        with monkeypatch.context() as short:
+            short.setattr(cuda, "allocate_host", raises(BackendError("no more can be pinned")))
+            with pytest.raises(BackendError, match="no more can be pinned"):
+                buffer.pinned(1 << 21)
+        assert len(buffer.pinned(100)) == 100
+        assert sum(array.nbytes for array in cuda._pinned.values()) == 100
+
+
+def test_a_recording_that_is_interrupted_ends() -> None:
+    cuda = FakeCuda()
+    with cuda.active():
+        stream = cuda.create_stream()
+
+        def work() -> None:
+            if cuda.is_capturing(stream):
+                raise KeyboardInterrupt
+
+        replay = Replay(work, Recordable(), cuda, Memory(cuda), stream, 0)
+        replay.queue()
+        with pytest.raises(KeyboardInterrupt):
+            replay.record()
+        assert not cuda.is_capturing(stream)
+        assert cuda.live["graphs"] == 0
 
 
 def test_lent_memory_is_the_callers_until_the_last_array_over_it_is_gone() -> None:
@@ -99,7 +159,7 @@ def test_masks_beyond_what_may_be_lent_are_the_same(
         model = rig.model()
         allow_imaging(model.backend)
         # More than the backend makes at once.
-        monkeypatch.setattr("sam3rt.backends.tensorrt.imaging._MOST_MASKS", 2 * 3 * 300 * 451)
+        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", 2 * 3 * 300 * 451)
         found = [
             model.segment(model.encode(chelsea), many(5), dtype=dtype, max_hole_area=4)[1]
             for _ in range(2)
@@ -165,10 +225,12 @@ def test_a_limit_on_memory_holds(rig: Rig, chelsea: NDArray[np.uint8]) -> None:
     assert rig.cuda.used <= needed + nbytes
 
 
-@pytest.mark.parametrize("options", [{"lanes": 0}, {"lanes": True}, {"memory": -1}, {"lanes": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"lanes": 0}, {"lanes": True}, {"memory": -1}, {"lanes": 1.5}, {"blocking": "no"}]
+)
 def test_numbers_that_make_no_sense(options: dict[str, int]) -> None:
     (name,) = options
-    with pytest.raises(InvalidInputError, match=rf"gpu\.{name}: got .* a positive whole number"):
+    with pytest.raises(InvalidInputError, match=rf"gpu\.{name}: got .*, expected"):
         GpuOptions(**options)
 
 
@@ -293,6 +355,33 @@ def test_closing_waits_for_the_calls_under_way(rig: Rig) -> None:
     assert order == ["call", "closed"]
 
 
+def test_whoever_closes_a_model_second_waits_as_well(rig: Rig) -> None:
+    model = rig.model()
+    with ThreadPoolExecutor(2) as pool:
+        with model.backend._pool.lane():
+            closing = [pool.submit(model.close) for _ in range(2)]
+            time.sleep(0.1)
+            assert not any(call.done() for call in closing)
+        for call in closing:
+            call.result(30)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_lane_that_nothing_made_is_not_waited_for(
+    error: type[BaseException], rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rig.model(lanes=2)
+    lanes = model.backend._pool
+    with lanes.lane():
+        monkeypatch.setattr(lanes, "_make", raises(error()))
+        with pytest.raises(error), lanes.lane():
+            pass
+    closing = threading.Thread(target=model.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_models_of_other_backends_close_too(
     backend: str, tiny_sam3: Path, chelsea: NDArray[np.uint8]
@@ -304,4 +393,11 @@ def test_models_of_other_backends_close_too(
         model.encode(chelsea)
     with pytest.raises(StateError, match="the model is closed"):
         model.decode(embedding, PROMPTS)
-    assert not any("session" in name or "compiled" in name for name in vars(model.backend))
+    with pytest.raises(StateError, match="the model is closed"):
+        model.upload(ImageEmbedding.from_bytes(embedding.to_bytes()))
+    # A call that began before must not load a graph that nobody gives back.
+    pixels = np.zeros((1, 3, *model.manifest.image.size), np.float32)
+    with pytest.raises(StateError, match="the model is closed"):
+        model.backend._encode(pixels)
+    assert not model.backend._encoder.is_made
+    assert not model.backend._decoder.is_made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,14 +13,20 @@ from tests.support.helpers import examples, noise, one_image_form
 from tests.support.tensorrt_helpers import MAX_OBJECTS, Rig, make_rig
 
 from sam3rt import Prompts, SAM3InteractiveImagePredictor, SegmentationModel
+from sam3rt.backends.tensorrt.masking import Picture
+from sam3rt.backends.tensorrt.memory import Block
 from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.backends.tensorrt.shapes import Limits, classify
-from sam3rt.backends.tensorrt.together import share_runs
+from sam3rt.backends.tensorrt.together import Part, share_runs
+from sam3rt.geometry import ImageGeometry
 from sam3rt.masks import MaskOptions
 from sam3rt.prompts import PackedPrompts
 
 SIZES = [(60, 90), (300, 451), (45, 8), (8, 8), (100, 100)]
 LIMITS = Limits(16, 64)
+MOST_MASKS = 300
+BLOCK = cast(Block, object())
+WHERE = ImageGeometry((8, 8), (8, 8))
 OPTIONS = MaskOptions(max_hole_area=4, dtype=np.bool_)
 
 
@@ -125,33 +132,77 @@ def test_engines_for_one_image_are_run_image_by_image(
     check(model, [Prompts([[4.0, 4.0]], [1])] * 5, OPTIONS)
 
 
+def test_an_image_with_large_masks_shares_a_run_with_small_ones(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rig.model(lanes=1)
+    allow_imaging(model.backend)
+    clicks = [Prompts([[4.0, 4.0]], [1])] * 5
+    embeddings = [model.encode(noise(*size)) for size in SIZES]
+    for most, expected in ((3 * 300 * 451 * 3 // 2, 2), (3 * 300 * 451, 3), (1, 5)):
+        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", most)
+        rig.cuda.log.clear()
+        model.segment_batch(embeddings, clicks, True, OPTIONS)
+        assert runs(rig) == expected
+
+
+def test_where_memory_is_short_no_run_is_shared(rig: Rig) -> None:
+    model = rig.model(lanes=1)
+    asked = [Prompts([[4.0, 4.0]], [1])] * 3
+    embeddings = [model.encode(noise(*size)) for size in SIZES[:3]]
+    alone = [model.segment_batch([e], asked[:1])[0][0] for e in embeddings]
+    rig.cuda.total = rig.cuda.used + 1000
+    for _ in range(2):
+        together = model.segment_batch(embeddings, asked)
+        for expected, (found, _) in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(found.low_res_masks, expected.low_res_masks)
+
+
 @given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 40), st.booleans()), min_size=1),
+    st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 40), st.booleans(), st.integers(1, 20)),
+        min_size=1,
+    ),
     st.integers(1, MAX_OBJECTS),
+    st.booleans(),
 )
 @examples(200)
 def test_every_object_is_in_one_run_that_fits(
-    calls: list[tuple[int, int, bool]], at_once: int
+    calls: list[tuple[int, int, bool, int]], at_once: int, joins: bool
 ) -> None:
-    prompts = [
-        PackedPrompts(
-            np.full((objects, points, 2), image, np.float32),
-            np.arange(objects, dtype=np.int64)[:, None] * np.ones((1, points), np.int64),
-            np.zeros((1, 4, 4), np.float32) if has_mask else None,
+    images = [
+        Part(
+            BLOCK,
+            PackedPrompts(
+                np.full((objects, points, 2), image, np.float32),
+                np.arange(objects, dtype=np.int64)[:, None] * np.ones((1, points), np.int64),
+                np.zeros((1, 4, 4), np.float32) if has_mask else None,
+            ),
+            [np.full((1, objects, 2), image, np.float32)],
+            Picture(WHERE, OPTIONS, np.full((objects, 1, side, side), image, np.uint8), False),
         )
-        for image, (objects, points, has_mask) in enumerate(calls)
+        for image, (objects, points, has_mask, side) in enumerate(calls)
     ]
     seen = [0] * len(calls)
-    for run in share_runs(prompts, at_once, LIMITS):
-        assert sum(len(part.prompts.labels) for part in run) <= at_once
+    limits = Limits(at_once, LIMITS.points)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", MOST_MASKS)
+        runs = list(share_runs(images, limits, joins=joins))
+    for run in runs:
+        assert sum(part.objects for part in run) <= at_once
+        assert sum(part.mask_bytes for part in run) <= MOST_MASKS or len(run) == 1
         assert len({part.prompts.masks is None for part in run}) == 1
-        sizes = {classify(1, part.prompts.labels.shape[1], False, LIMITS).points for part in run}
+        sizes = {classify(1, part.prompts.labels.shape[1], False, limits).points for part in run}
         assert len(sizes) == 1
-        for image, part in run:
+        assert joins or len({part.results[0].flat[0] for part in run}) == 1
+        for part in run:
+            image = int(part.results[0].flat[0])
+            assert part.results[0].shape[1] == len(part.picture.masks) == part.objects
+            assert (part.picture.masks == image).all()
             # In the order of each image's objects.
-            if part.labels.shape[1]:
-                assert part.labels[:, 0].tolist() == list(
-                    range(seen[image], seen[image] + len(part.labels))
+            if part.prompts.labels.shape[1]:
+                assert part.prompts.labels[:, 0].tolist() == list(
+                    range(seen[image], seen[image] + part.objects)
                 )
-            seen[image] += len(part.labels)
-    assert seen == [objects for objects, _, _ in calls]
+            seen[image] += part.objects
+    assert seen == [objects for objects, _, _, _ in calls]
