@@ -160,7 +160,7 @@ def _far_outside(what: str, coords: NDArray[np.float32], geometry: ImageGeometry
     height, width = geometry.original_size
     x, y = shares[worst] * np.array([width, height])
     return (
-        f"{what} is at ({x:.6g}, {y:.6g}) pixels, far outside the image of {width} x {height}: the "
+        f"{what} at ({x:.6g}, {y:.6g}) pixels, far outside the image of {width} x {height}: the "
         "masks mean nothing"
     )
 

@@ -56,8 +56,8 @@ EPILOG = """\
 prompts.jsonl has a line for each object; one image may have many:
   {"image": "a/cat.jpg", "points": [[225, 150], [60, 280]], "labels": [1, 0], "name": "cat"}
   {"image": "a/cat.jpg", "box": [20, 10, 400, 290]}
-"image" is looked for in the folders given, else beside prompts.jsonl. "points" or "box" or both;
-"labels" are 1 (the object, also where they are left out) or 0; "name" is the category.
+"image" is looked for in the folders given, else beside prompts.jsonl, else here. "points" or "box"
+or both; "labels" are 1 (the object, also where they are left out) or 0; "name" is the category.
 
 examples:
   sam3rt segment photo.jpg --point 225,150 --point 60,280,0 -o masks
@@ -228,7 +228,8 @@ def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Names
         jobs = [Job(path, name, calls) for path, name in images.files.items()]
     if not jobs and not missing:
         raise InvalidInputError("image", "none", "image files, folders or patterns")
-    check_names(jobs)
+    if options.format != "coco":  # all of it is one file
+        check_names(jobs)
     output = options.output.resolve()
     if options.format == "png" and output in (folder.resolve() for folder in images.folders):
         raise InvalidInputError("--output", "the images' own folder", "another, for --format png")
