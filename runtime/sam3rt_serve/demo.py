@@ -32,10 +32,6 @@ _WEB_SHA512 = (
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
 _WEB_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-_WEB_HINT = (
-    f"To have this, get “npm pack onnxruntime-web@{_WEB_VERSION}” and start “sam3rt demo "
-    f"--onnxruntime-web onnxruntime-web-{_WEB_VERSION}.tgz”."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         hosts.add(f"localhost:{port}")
     else:
         print("Anybody in this network can use the page.", file=sys.stderr)
-    app = Guard(create_app(Service(model), routes=page_routes(model.bundle, web, _WEB_HINT)), hosts)
+    app = Guard(create_app(Service(model), routes=page_routes(model.bundle, web)), hosts)
     print(f"{url} (Ctrl-C ends it)", flush=True)
     if not options.no_browser:
         # Some browsers let the call wait until they end.
