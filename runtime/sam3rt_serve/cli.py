@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import os
+import signal
+import socket
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
         missing = (error.name or "").split(".")[0]
         raise BackendError(f"serving needs {missing}: pip install 'sam3rt[serve,cpu]'") from error
     api_key = _api_key(options.api_key_file)
+    # Before the model is loaded: an address that is taken shows at once.
+    listener = listen(options.host, options.port)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -97,8 +101,6 @@ def run(options: argparse.Namespace) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=options.host,
-            port=options.port,
             http=BoundedProtocol,
             ws="none",
             backlog=128,
@@ -109,8 +111,40 @@ def run(options: argparse.Namespace) -> int:
             server_header=False,
         )
     )
-    server.run()
+    # uvicorn ends in order on SIGTERM, and raises it once more after that.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections at an address of this machine.
+
+    Args:
+        host: an address or a name; of a name's addresses, one of IPv4 where there is one.
+        port: 0 takes a free one.
+
+    Raises:
+        InvalidInputError: there is no such host or port.
+        OSError: the address is another machine's, or the port is taken.
+    """
+    if not 0 <= port < 1 << 16:
+        raise InvalidInputError("--port", str(port), "a number from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise InvalidInputError("--host", repr(host), "an address of this machine") from error
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    listener = socket.socket(family)
+    if os.name == "posix":  # elsewhere it lets two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {address[0]}, port {port}: {error.strerror}") from error
+    return listener
 
 
 def _api_key(path: Path | None) -> str | None:

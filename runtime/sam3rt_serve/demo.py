@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import io
 import ipaddress
-import os
-import socket
 import sys
 import tarfile
 import threading
@@ -17,6 +15,8 @@ from pathlib import Path
 
 from sam3rt.cli.options import add_model_options, load_from_options
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
+
+from .cli import listen
 
 HELP = "click on pictures in the browser (needs the demo extra)"
 DESCRIPTION = """\
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(f"the demo needs {missing}: pip install 'sam3rt[demo,cpu]'") from error
     web = {} if options.onnxruntime_web is None else read_onnxruntime_web(options.onnxruntime_web)
     # Before the model is loaded: an address that is taken shows at once.
+    check_host(options.host)
     listener = listen(options.host, options.port)
     # Clicks far outside a picture are the user's affair.
     warnings.filterwarnings("ignore", category=PromptWarning)
@@ -94,36 +95,20 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections at an address of this machine.
-
-    Args:
-        host: the address in numbers, or ``localhost``.
-        port: 0 takes a free one.
+def check_host(host: str) -> None:
+    """Refuse what is not one address of a machine: the page answers to its own address alone.
 
     Raises:
-        InvalidInputError: the address is not one, or stands for all of the machine's.
-        OSError: it is another machine's, or the port is taken.
+        InvalidInputError: it is a name, or stands for all of the machine's addresses.
     """
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        is_one = not ipaddress.ip_address(
+            "127.0.0.1" if host == "localhost" else host
+        ).is_unspecified
     except ValueError:
-        address = None
-    if address is None or address.is_unspecified:
+        is_one = False
+    if not is_one:
         raise InvalidInputError("--host", repr(host), "one address of this machine in numbers")
-    if not 0 <= port < 1 << 16:
-        raise InvalidInputError("--port", str(port), "a number from 0 to 65535")
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    listener = socket.socket(family)
-    if os.name == "posix":  # elsewhere it lets two servers share a port
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((str(address), port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {address}, port {port}: {error.strerror}") from error
-    return listener
 
 
 def read_onnxruntime_web(path: Path) -> dict[str, bytes]:

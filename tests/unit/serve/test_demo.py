@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,20 +177,7 @@ def test_the_page_alone_uses_the_server(
 @pytest.mark.parametrize("host", ["example.org", "0.0.0.0", "::", ""])
 def test_it_listens_at_one_address(host: str) -> None:
     with pytest.raises(InvalidInputError, match="--host"):
-        demo.listen(host, 0)
-
-
-@pytest.mark.parametrize("port", [-1, 65536])
-def test_there_is_no_such_port(port: int) -> None:
-    with pytest.raises(InvalidInputError, match="--port"):
-        demo.listen("127.0.0.1", port)
-
-
-def test_a_port_that_is_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}"):
-            demo.listen("localhost", port)
+        demo.check_host(host)
 
 
 def test_another_package_than_the_registrys(tmp_path: Path) -> None:
