@@ -38,7 +38,11 @@ def read_image(path: Path, content: BinaryIO | None = None) -> NDArray[np.uint8]
             that does not convert.
     """
     with _ONE_READER:
-        return _read(path, path if content is None else content)
+        try:
+            return _read(path, path if content is None else content)
+        except ImageError as error:
+            error.argument = "image"  # the message names the file, too
+            raise
 
 
 def load_image(image: str | os.PathLike[str] | geometry.Image, bgr: bool) -> NDArray[np.uint8]:

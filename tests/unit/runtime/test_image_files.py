@@ -108,7 +108,8 @@ def test_a_file_cut_anywhere_is_read_or_refused(form: str, tmp_path: Path) -> No
         path.write_bytes(whole[:length])
         try:
             array = read_image(path)
-        except ImageError:
+        except ImageError as error:
+            assert error.argument == "image"
             refused += 1
         else:
             assert array.shape[2] == 3
