@@ -102,6 +102,8 @@ def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
             PIL.Image.init()
             # Pillow refuses twice its limit, also for pictures within pictures.
             PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
+            if source is path and path.is_fifo():  # nobody else could read meanwhile
+                raise ImageError(argument, "a pipe", "a file")
             formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
             with PIL.Image.open(source, formats=formats) as image:
                 return upright_rgb(image, argument)

@@ -12,7 +12,13 @@ import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sam3rt.cli.options import add_model_options, load_from_options, positive_int
+from sam3rt.cli.options import (
+    add_bundle_argument,
+    add_model_options,
+    load_from_options,
+    named_path,
+    positive_int,
+)
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
 from .limits import add_limit_options, add_number, limits_from_options
@@ -30,23 +36,18 @@ _KEY = "SAM3RT_API_KEY"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="DIR",
-        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
     parser.add_argument(
         "--api-key-file",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help=f"file with the key to ask for (default: the variable {_KEY}, else no key)",
     )
     parser.add_argument(
         "--cache-folder",
-        type=Path,
+        type=named_path,
         metavar="DIR",
         help="folder to keep embeddings in too; several servers may share it",
     )

@@ -13,7 +13,7 @@ import warnings
 import webbrowser
 from pathlib import Path
 
-from sam3rt.cli.options import add_model_options, load_from_options
+from sam3rt.cli.options import add_bundle_argument, add_model_options, load_from_options, named_path
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
 from .cli import listen
@@ -36,9 +36,7 @@ _WEB_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address of this machine to listen on (127.0.0.1)"
     )
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_argument(
         "--onnxruntime-web",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="let the page decode too, by this package from npm: "
         f"onnxruntime-web-{_WEB_VERSION}.tgz, from `npm pack onnxruntime-web@{_WEB_VERSION}`",

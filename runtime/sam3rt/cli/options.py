@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ..model import SegmentationModel
 
 
-def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the bundle, which may be left out."""
+def add_bundle_argument(parser: argparse.ArgumentParser, name: str = "bundle") -> None:
+    """Add the bundle, which may be left out, by its place or as the option ``--bundle``."""
     parser.add_argument(
-        "bundle",
-        nargs="?",
+        name,
+        nargs=None if name.startswith("--") else "?",
         type=named_path,
         metavar="BUNDLE",
-        help="bundle folder or name, see sam3rt models (default: the bundled MobileSAM)",
+        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
 
 

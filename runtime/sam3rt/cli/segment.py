@@ -17,6 +17,7 @@ from ..errors import InvalidInputError, PromptError
 from .folder import run_many
 from .jobs import STDIN, Images, Job, Prompt, check_names, find_images, read_prompts
 from .options import (
+    add_bundle_argument,
     add_model_options,
     load_from_options,
     named_path,
@@ -145,12 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one mask per object instead of three of different extent",
     )
-    parser.add_argument(
-        "--bundle",
-        type=named_path,
-        metavar="DIR",
-        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument(
         *("-o", "--output"),
         type=named_path,

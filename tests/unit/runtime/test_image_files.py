@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import struct
 import subprocess
@@ -97,6 +98,14 @@ def test_bad_files_end_in_one_line(
     assert (error.count(str(path)), error.count("\n")) == (1, 1)
     assert not re.search("PIL|bomb|Errno|Traceback", error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are of POSIX")
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """It would hold the turn of all other readers, and cannot be read twice."""
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(ImageError, match=r"image\.png: got a pipe"):
+        read_image(tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("form", FORMATS)

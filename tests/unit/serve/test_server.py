@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from sam3rt import (
     SegmentationModel,
     load_model,
 )
-from sam3rt_serve import cli, wire
+from sam3rt_serve import cli, demo, triton, wire
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.connections import BoundedProtocol
 from sam3rt_serve.core import ObjectPrompt, Service
@@ -323,6 +324,24 @@ def test_an_address_that_cannot_be_had_shows_at_once(
             pytest.raises((InvalidInputError, OSError), match=said.format(taken=port)),
         ):
             cli.run(given)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *[(cli, "--bundle"), (cli, "--cache-folder"), (cli, "--api-key-file")],
+        *[(demo, "--bundle"), (demo, "--onnxruntime-web")],
+        *[(triton, "--bundle"), (triton, "--cache-folder")],
+    ],
+)
+def test_an_empty_path_is_not_the_folder_here(
+    command: ModuleType, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, "", "repository"])
+    assert f"argument {option}: an empty path" in capsys.readouterr().err
 
 
 @pytest.mark.slow
