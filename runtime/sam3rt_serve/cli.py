@@ -32,6 +32,7 @@ Prometheus. Each request is logged to standard error as a line of JSON. SIGTERM 
 once it has answered what it has accepted.
 """
 _KEY = "SAM3RT_API_KEY"
+_LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
             server_header=False,
         )
     )
+    _LOG.info("serving %s at http://%s", model.manifest.name, address_of(listener))
     # uvicorn ends in order on SIGTERM, and raises it once more after that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     server.run(sockets=[listener])
@@ -146,6 +148,12 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise OSError(f"cannot listen on {address[0]}, port {port}: {error.strerror}") from error
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Host and port of a socket, as addresses of the web have them."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _api_key(path: Path | None) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sam3rt.cli.options import add_bundle_argument, add_model_options, load_from_options, named_path
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
-from .cli import listen
+from .cli import address_of, listen
 
 HELP = "click on pictures in the browser (needs the demo extra)"
 DESCRIPTION = """\
@@ -72,9 +72,8 @@ def run(options: argparse.Namespace) -> int:
     model = load_from_options(options)
     model.warm_up()
     host, port = listener.getsockname()[:2]
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{port}/"
-    hosts = {f"{name}:{port}"}
+    hosts = {address_of(listener)}
+    url = f"http://{address_of(listener)}/"
     if ipaddress.ip_address(host).is_loopback:
         hosts.add(f"localhost:{port}")
     else:

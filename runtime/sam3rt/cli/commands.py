@@ -36,6 +36,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 
 _EPILOG = """\
 examples:
+  sam3rt demo
   sam3rt segment photo.jpg --point 225,150 --output masks
   sam3rt segment imgs/ --prompts prompts.jsonl --format coco -o out
   sam3rt segment photo.jpg --box 40,60,300,280 --point 90,100,0 --single-mask --output masks

@@ -385,6 +385,8 @@ def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
         assert len(answers) == 6
         for found in answers:
             np.testing.assert_array_equal(found.masks, masks.astype(bool))
+        said = [line["message"] for line in server.lines()]
+        assert f"serving mobile_sam at {server.url}" in said
         requests = [line for line in server.lines() if line["message"] == "request"]
         assert [line["status"] for line in requests if line["path"].endswith("/masks")] == [200] * 7
     # Another server with the same folder knows the image.
