@@ -49,7 +49,6 @@ class Journal:
         form: their format, which cannot change.
 
     Attributes:
-        is_new: no earlier run left one.
         entries: what is known of each image, by its path.
 
     Raises:
@@ -76,13 +75,14 @@ class Journal:
                     f"{folder}, whose {name} is not from an earlier run",
                     "another folder",
                 )
-        self.is_new = not lines
-        self.entries: dict[str, Entry] = {entry["image"]: entry for entry in lines[1:]}
+        self.entries: dict[str, Entry] = {}
         self._head = head
         self.compact()  # a run that was killed may have left half a line
 
     def compact(self) -> None:
-        """Write the file anew, with one line for each image."""
+        """Write the file anew, with one line for each image, also those that others added."""
+        added = {entry["image"]: entry for entry in self._lines()[1:]}
+        self.entries = added | self.entries
         lines = (self._head, *self.entries.values())
         write_text(self._path, "".join(map(as_json, lines)))
 
@@ -119,8 +119,7 @@ class Journal:
             InvalidInputError: a file lies there that no earlier run wrote.
         """
         name = path.relative_to(self._folder).as_posix()
-        ours = any(name in entry["files"] for entry in self.entries.values())
-        if path.exists() and not ours:
+        if path.exists() and not any(name in entry["files"] for entry in self.entries.values()):
             raise InvalidInputError("--output", f"{path}, not from an earlier run", "a free name")
         self.add({"image": str(image), "key": "", "files": [name]})
 
@@ -135,6 +134,11 @@ class Journal:
 
 def _is_entry(line: dict[str, Any]) -> bool:
     return isinstance(line.get("image"), str) and isinstance(line.get("files"), list)
+
+
+def _is_of_another(entry: Entry, own: Container[Path]) -> bool:
+    path = Path(entry["image"])
+    return "annotations" in entry and path.is_file() and path.resolve() not in own
 
 
 class _Progress:
@@ -179,8 +183,8 @@ def run_many(
     journal = Journal(options.output, options.format)
     names = list(dict.fromkeys(name for job in jobs for name in job.names))
     writer = _Writer(options, worker, journal, names)
-    failures, failed = list(missing), set[str]()
-    done = before = 0
+    failures = list(missing)
+    done: list[Entry] = []
     progress = _Progress(len(jobs), options.quiet or options.json)
     todo: list[tuple[Job, str]] = []
     for job in jobs:
@@ -188,15 +192,14 @@ def run_many(
             key = writer.key(job)
         except OSError as error:
             failures.append(problem_of(error))
-            failed.add(str(job.image))
             continue
         entry = journal.find(job.image, key)
         if entry is None:
             todo.append((job, key))
         else:
-            before += 1
+            done.append(entry)
             progress.step(job.name, 0)
-    start = time.monotonic()
+    before, start = len(done), time.monotonic()
 
     def prepare(job: Job) -> tuple[NDArray[np.uint8], ImageEmbedding | None]:
         image = read(job)
@@ -217,25 +220,25 @@ def run_many(
                 except (Sam3rtError, OSError, MemoryError) as error:
                     problem = problem_of(error).removeprefix(f"image {job.image}: ")
                     failures.append(f"{job.image}: {problem}")
-                    failed.add(str(job.image))
                 else:
-                    done += 1
+                    done.append(entry)
                     if options.json:
                         print(as_json(entry), end="", flush=True)
                 progress.step(job.name, index + 1)
         except KeyboardInterrupt:
             progress.clear()
-            print(f"{before + done} images are done: the same command goes on", file=sys.stderr)
+            print(f"{len(done)} images are done: the same command goes on", file=sys.stderr)
             raise
         finally:
             progress.clear()
             pool.shutdown(cancel_futures=True)
-    writer.finish(failed)
+    writer.finish(done, jobs)
     for line in failures:
         print(f"sam3rt segment: failed: {printable(line)}", file=sys.stderr)
     if not options.quiet and not options.json:
-        parts = [f"{done} image{'s' * (done != 1)} segmented"]
-        parts += [f"{(time.monotonic() - start) / max(1, done):.2f} s each"] * bool(done)
+        count = len(done) - before
+        parts = [f"{count} image{'s' * (count != 1)} segmented"]
+        parts += [f"{(time.monotonic() - start) / max(1, count):.2f} s each"] * bool(count)
         parts += [f"{before} done before"] * bool(before)
         parts += [f"{len(failures)} failed"] * bool(failures)
         print(f"{', '.join(parts)}; results in {printable(str(options.output))}")
@@ -268,7 +271,7 @@ class _Writer:
         status = job.image.stat()
         classes = [self._names.index(name) for name in job.names] * (self._format == "yolo")
         parts = [
-            *(job.name, job.names, classes, self._overlay),
+            *(job.name, job.names, classes, self._overlay and self._format == "png"),
             *(status.st_size, status.st_mtime_ns, self._worker.settings()),
             job.plain_calls(),
         ]
@@ -307,10 +310,11 @@ class _Writer:
         self._journal.add(entry)
         return entry
 
-    def finish(self, failed: Container[str]) -> None:
-        """Write what belongs to all images, those of earlier commands too, but for failed ones."""
+    def finish(self, done: Sequence[Entry], jobs: Sequence[Job]) -> None:
+        """Write what belongs to all images: those done, and others' that are still there."""
         self._journal.compact()
         if self._format == "coco":
-            entries = sorted(self._journal.entries.items())
-            done = [entry for image, entry in entries if image not in failed]
-            write_text(self._output / ANNOTATIONS, as_json(coco_document(done, self._names)))
+            own = {job.image.resolve() for job in jobs}
+            others = [e for e in self._journal.entries.values() if _is_of_another(e, own)]
+            entries = sorted([*done, *others], key=lambda entry: str(entry["image"]))
+            write_text(self._output / ANNOTATIONS, as_json(coco_document(entries, self._names)))

@@ -398,8 +398,30 @@ def test_another_command_adds_to_a_coco_document(imgs: Path, segment: Any) -> No
     assert segment("--prompts", prompts, "imgs", "--format", "coco", "-o", "out") == 1
     document = json.loads(Path("out/annotations.json").read_text())
     assert [image["file_name"] for image in document["images"]] == ["imgs/a.jpg", "imgs/a.png"]
+    # An image by another path is the same; those that are gone are none any more.
+    (imgs / "a.png").unlink()
+    (imgs / "b.png").unlink()
+    again = ("--prompts", "1.jsonl", str(imgs.resolve()), "--format", "coco", "-o", "out")
+    assert segment(*again) == 0
+    shown = json.loads(Path("out/annotations.json").read_text())["images"]
+    assert [image["file_name"] for image in shown] == [str(imgs.resolve() / "a.jpg")]
     names = {category["id"]: category["name"] for category in document["categories"]}
     assert [names[a["category_id"]] for a in document["annotations"]] == ["dog", "cat"]
+
+
+def test_commands_at_the_same_time_lose_nothing(imgs: Path, segment: Any, monkeypatch: Any) -> None:
+    """The second runs from beginning to end while the first one notes its first image."""
+    note = Journal.add
+
+    def interrupted(journal: Journal, entry: Any) -> None:
+        monkeypatch.setattr(Journal, "add", note)
+        assert segment("imgs/deep", *CLICK, "--format", "coco", "-o", "out") == 0
+        note(journal, entry)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    assert segment("imgs/*.png", *CLICK, "--format", "coco", "-o", "out") == 0
+    assert len(json.loads(Path("out/annotations.json").read_text())["images"]) == 3
+    assert len(Path("out/results.jsonl").read_text().splitlines()) == 4
 
 
 def test_another_command_keeps_the_numbers_of_yolo_classes(imgs: Path, segment: Any) -> None:
