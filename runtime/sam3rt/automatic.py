@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +134,10 @@ class AutomaticMaskGenerator:
         found: list[_Found] = []
         crops = list(crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio))
         for crop, layer in crops:
-            found += self._in_crop(rgb, crop, layer)
+            if (
+                crop[0] < crop[2] and crop[1] < crop[3]
+            ):  # else the image has fewer pixels than crops
+                found += self._in_crop(rgb, crop, layer)
         if len(crops) > 1:
             areas = [(f.crop[2] - f.crop[0]) * (f.crop[3] - f.crop[1]) for f in found]
             found = _without_duplicates(found, [1 / area for area in areas], self.crop_nms_thresh)
@@ -174,9 +177,9 @@ class AutomaticMaskGenerator:
         """The masks of one decoder call that pass."""
         ones = np.ones((len(points), 1), np.int64)
         decoded = self.model.decode(embedding, Prompts(points[:, None], ones))
-        ious = confidence(decoded.iou_predictions, self.model.score_unit)
-        if self.model.score_unit == "iou":  # SAM compares what is above 1, too
-            ious = decoded.iou_predictions
+        ious = decoded.iou_predictions  # SAM compares what is above 1, too
+        if self.model.score_unit == "log_odds":
+            ious = confidence(ious, "log_odds")
         manifest = self.model.manifest
         logits = np.empty(embedding.original_size, np.float32)
         x0, y0, _, _ = crop
@@ -194,9 +197,8 @@ class AutomaticMaskGenerator:
             ):
                 continue
             inside = logits > 0
-            left, top, right, bottom = box_around(inside)
-            box = (left, top, max(right - 1, 0), max(bottom - 1, 0))
-            box = (box[0] + x0, box[1] + y0, box[2] + x0, box[3] + y0)
+            left, top, right, bottom = _ends_inside(box_around(inside))
+            box = (left + x0, top + y0, right + x0, bottom + y0)
             if _is_cut(box, crop, size):
                 continue
             if inside.shape != size:
@@ -233,9 +235,7 @@ class AutomaticMaskGenerator:
             unchanged.append(float(changed is mask))
             if changed is not mask:
                 runs = runs_of(changed)
-                left, top, right, bottom = box_of(runs, size[0])
-                box = (left, top, max(right - 1, 0), max(bottom - 1, 0))
-                one = _Found(runs, box, one.score, one.stability, one.point, one.crop)
+                one = replace(one, runs=runs, box=_ends_inside(box_of(runs, size[0])))
             tidied.append(one)
         threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
         return _without_duplicates(tidied, unchanged, threshold)
@@ -264,6 +264,12 @@ def crop_boxes(
         for column, row in itertools.product(range(per_side), range(per_side)):
             x0, y0 = (crop_width - overlap) * column, (crop_height - overlap) * row
             yield (x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)), layer
+
+
+def _ends_inside(box: Box) -> Box:
+    """A box whose x1 and y1 are just outside as SAM has it."""
+    x0, y0, x1, y1 = box
+    return x0, y0, max(x1 - 1, 0), max(y1 - 1, 0)
 
 
 def _is_cut(box: Box, crop: Box, size: tuple[int, int]) -> bool:

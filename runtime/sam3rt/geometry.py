@@ -114,7 +114,7 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
         if _has_16_bits(image):
             raise ImageError(
                 argument,
-                f"a PIL image of mode {image.mode!r} with 16 bits a channel",
+                f"an image of mode {image.mode!r} with 16 bits a channel",
                 "8 bits a channel; convert it first, since scaling to 8 bits is your choice",
             )
         if image.mode == "RGB" or image.mode in _CONVERTIBLE_MODES:
@@ -122,13 +122,13 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
                 return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
             except Exception as error:  # Pillow decodes here; its plugins raise many classes
                 raise ImageError(
-                    argument, f"a PIL image that cannot be read ({error})", "a readable image"
+                    argument, f"an image that cannot be read ({error})", "a readable image"
                 ) from error
         raise ImageError(
             argument,
-            f"a PIL image of mode {image.mode!r}",
-            "an 8-bit mode such as RGB, RGBA, L, P or CMYK; convert it first, "
-            "since scaling to 8 bits is your choice",
+            f"an image of mode {image.mode!r}",
+            "a mode that Pillow makes RGB of, such as RGB, RGBA, L, P or CMYK; convert it first"
+            + (", since scaling to 8 bits is your choice" if image.mode != "LAB" else ""),
         )
     if not isinstance(image, np.ndarray):
         raise ImageError(

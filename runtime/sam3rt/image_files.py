@@ -38,7 +38,11 @@ def read_image(path: Path, content: BinaryIO | None = None) -> NDArray[np.uint8]
             that does not convert.
     """
     with _ONE_READER:
-        return _read(path, path if content is None else content)
+        try:
+            return _read(path, path if content is None else content)
+        except ImageError as error:
+            error.argument = "image"  # the message names the file, too
+            raise
 
 
 def load_image(image: str | os.PathLike[str] | geometry.Image, bgr: bool) -> NDArray[np.uint8]:
@@ -91,27 +95,30 @@ def upright_rgb(image: PIL.Image.Image, argument: str = "image") -> NDArray[np.u
 
 
 def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
-    pillows_limit = PIL.Image.MAX_IMAGE_PIXELS
+    argument, pillows_limit = f"image {path}", PIL.Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, which play no part here
             PIL.Image.init()
             # Pillow refuses twice its limit, also for pictures within pictures.
             PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
+            if source is path and path.is_fifo():  # nobody else could read meanwhile
+                raise ImageError(argument, "a pipe", "a file")
             formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
             with PIL.Image.open(source, formats=formats) as image:
-                return upright_rgb(image, f"image {path}")
+                return upright_rgb(image, argument)
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError as error:
-        raise ImageError(
-            "image", f"{path}: {error}", f"at most {geometry.MAX_PIXELS} pixels, or --max-pixels"
-        ) from error
+        most = f"{geometry.MAX_PIXELS} (MAX_PIXELS of sam3rt.geometry, or --max-pixels)"
+        raise ImageError(argument, "too many pixels", f"at most {most}") from error
     except MemoryError as error:
-        raise ImageError("image", f"{path}: too large for this machine's memory", "less") from error
+        raise ImageError(argument, "more pixels than memory holds", "a smaller one") from error
+    except PIL.UnidentifiedImageError as error:
+        known = "JPEG, PNG, WebP, TIFF or another format that Pillow decodes"
+        raise ImageError(argument, "no image", known) from error
     except Exception as error:  # Pillow's plugins raise many classes on damaged files
-        raise ImageError(
-            "image", f"{path}: {error or type(error).__name__}", "a readable image file"
-        ) from error
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(argument, problem, "a readable image file") from error
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = pillows_limit

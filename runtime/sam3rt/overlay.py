@@ -7,9 +7,9 @@ are drawn first and prompts last: what was asked for is not hidden by what was a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import PIL.Image
@@ -18,6 +18,8 @@ from PIL import ImageDraw, ImageFilter, ImageFont
 
 from .errors import InvalidInputError
 from .geometry import Image, to_rgb
+from .object_prompts import with_labels
+from .prompts import Prompts, read_boxes, read_points
 
 Colour = tuple[int, int, int]
 ScoreUnit = Literal["iou", "log_odds"]
@@ -59,7 +61,8 @@ def draw_overlay(
         scores: their scores, [C] or [B, C]. Without them the first mask of each object is drawn,
             and no label.
         points: (x, y) in pixels, as passed to ``predict``: [N, 2], [B, N, 2] or a list of arrays.
-        labels: their labels. Points labelled -1 have no place and are not drawn.
+        labels: their labels, 1 for all by default. Points labelled -1 have no place and are not
+            drawn.
         boxes: [4] or [B, 4], x0, y0, x1, y1 in pixels.
         score_unit: what scores are, :attr:`SegmentationModel.score_unit`: IoUs are shown within 0
             and 1, log-odds as they are.
@@ -71,11 +74,22 @@ def draw_overlay(
     Raises:
         ImageError: the image is not one that the predictor takes.
         InvalidInputError: masks or scores do not fit the image or each other.
+        PromptError: points, labels or boxes are none that ``predict`` takes.
     """
     rgb = to_rgb(image)
     best, best_scores = _best(masks, scores, (rgb.shape[0], rgb.shape[1]))
-    clicks = [] if points is None or labels is None else list(_flat(points, labels))
-    corners = np.reshape(np.asarray([] if boxes is None else boxes, np.float64), (-1, 4))
+    if score_unit not in get_args(ScoreUnit):
+        raise InvalidInputError("score_unit", repr(score_unit), '"iou" or "log_odds"')
+    if points is not None:
+        points, labels = with_labels(points, labels)
+    given = read_points(Prompts(points, labels)) or ((), ())
+    clicks = [
+        Click(number, x, y, label)
+        for number, (some, their) in enumerate(zip(*given, strict=True))
+        for (x, y), label in zip(some.tolist(), their.tolist(), strict=True)
+        if label >= 0
+    ]
+    corners = read_boxes(boxes)
     return draw_objects(
         rgb,
         [
@@ -88,7 +102,7 @@ def draw_overlay(
             for number, mask in enumerate(best)
         ],
         clicks,
-        list(enumerate(corners)),
+        [] if corners is None else list(enumerate(corners.astype(np.float64))),
     )
 
 
@@ -150,7 +164,7 @@ def draw_objects(
         for click, rect in zip(clicks, list(taken), strict=True):
             _draw_label(canvas, str(click.number), colour(click.number), rect, taken, unit)
         for number, box in boxes:
-            x, y = np.clip(np.minimum(box[:2], box[2:]), -9, np.array(canvas.size)).tolist()
+            x, y = np.clip(box[:2], -9, np.array(canvas.size)).tolist()
             corner = (round(x), round(y), round(x), round(y))
             _draw_label(canvas, str(number), colour(number), corner, taken, unit)
     for entry, extent in zip(objects, extents, strict=True):
@@ -192,16 +206,6 @@ def _best(
     return array[rows, which] > 0, values[rows, which]
 
 
-def _flat(points: Any, labels: Any) -> Iterator[Click]:
-    """All points that have a place, of one object or of several."""
-    nested = len(points) > 0 and np.ndim(points[0]) == 2
-    for number, (some, their) in enumerate(
-        zip(points, labels, strict=True) if nested else [(points, labels)]
-    ):
-        pairs = zip(np.reshape(some, (-1, 2)).tolist(), np.ravel(their).tolist(), strict=True)
-        yield from (Click(number, x, y, int(label)) for (x, y), label in pairs if label >= 0)
-
-
 def _draw_mask(canvas: PIL.Image.Image, mask: PIL.Image.Image, ink: Colour, unit: float) -> None:
     """Tint a mask; draw a line in its colour inside its edge and a white one outside."""
     extent = mask.getbbox()
@@ -241,8 +245,8 @@ def _draw_box(canvas: PIL.Image.Image, box: NDArray[Any], ink: Colour, unit: flo
     rim, core = max(1, round(0.7 + 0.8 * unit)), max(1, round(0.8 + 2.0 * unit))
     stroke = core + 2 * rim
     # Far corners are brought near, where they are as invisible and cannot overflow.
-    low = np.clip(np.minimum(box[:2], box[2:]), -stroke, np.array(canvas.size) + stroke)
-    high = np.clip(np.maximum(box[:2], box[2:]), -stroke, np.array(canvas.size) + stroke)
+    low = np.clip(box[:2], -stroke, np.array(canvas.size) + stroke)
+    high = np.clip(box[2:], -stroke, np.array(canvas.size) + stroke)
     x0, y0 = np.rint(low).astype(int).tolist()
     x1, y1 = np.maximum(np.rint(high).astype(int), np.rint(low).astype(int) + stroke).tolist()
     for inset, width, fill in ((0, stroke, _WHITE), (rim, core, ink)):

@@ -87,8 +87,11 @@ class PackedPrompts:
         ]
 
 
-class _Points(NamedTuple):
-    """Every object's points, padded to one number: float32 [B, N, 2] and int64 [B, N]."""
+class Points(NamedTuple):
+    """Every object's points, padded to one number: float32 [B, N, 2] and int64 [B, N].
+
+    Labels of padding are below -1.
+    """
 
     coords: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -112,8 +115,8 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
     Raises:
         PromptError: naming the argument, what came and what was expected.
     """
-    points = _read_points(prompts)
-    boxes = _read_boxes(prompts.box)
+    points = read_points(prompts)
+    boxes = read_boxes(prompts.box)
     masks = _read_masks(prompts.mask_input, spec)
     objects = _count_objects(points, boxes, masks)
 
@@ -160,7 +163,7 @@ def _far_outside(what: str, coords: NDArray[np.float32], geometry: ImageGeometry
     height, width = geometry.original_size
     x, y = shares[worst] * np.array([width, height])
     return (
-        f"{what} is at ({x:.6g}, {y:.6g}) pixels, far outside the image of {width} x {height}: the "
+        f"{what} at ({x:.6g}, {y:.6g}) pixels, far outside the image of {width} x {height}: the "
         "masks mean nothing"
     )
 
@@ -191,7 +194,12 @@ def decoder_inputs(
     )
 
 
-def _read_points(prompts: Prompts) -> _Points | None:
+def read_points(prompts: Prompts) -> Points | None:
+    """Every object's points, as the caller gave them, if any.
+
+    Raises:
+        PromptError: naming the argument, what came and what was expected.
+    """
     if prompts.point_coords is None:
         if prompts.point_labels is not None:
             raise PromptError("point_coords", "None with point_labels given", "one point per label")
@@ -212,7 +220,7 @@ def _check_counts(objects: int, points: int) -> None:
         raise PromptError("point_coords", f"{points} points", f"at most {MAX_POINTS} an object")
 
 
-def _read_equal_points(coords_given: Any, labels_given: Any) -> _Points:
+def _read_equal_points(coords_given: Any, labels_given: Any) -> Points:
     """Points of one object, or of several with equally many each."""
     coords = _real_array(coords_given, "point_coords", "[N, 2] or [B, N, 2]")
     if coords.ndim not in (2, 3) or coords.shape[-1] != 2:
@@ -225,8 +233,8 @@ def _read_equal_points(coords_given: Any, labels_given: Any) -> _Points:
             f"one label per point, shape {coords.shape[:-1]}",
         )
     if coords.ndim == 2:
-        return _Points(coords[None], labels[None])
-    return _Points(coords, labels)
+        return Points(coords[None], labels[None])
+    return Points(coords, labels)
 
 
 def _is_ragged(value: Any) -> bool:
@@ -241,7 +249,7 @@ def _is_ragged(value: Any) -> bool:
         return False
 
 
-def _pad(coords_given: Any, labels_given: Any) -> _Points:
+def _pad(coords_given: Any, labels_given: Any) -> Points:
     """Points of objects that have different numbers of them."""
     count = len(coords_given)
     if not isinstance(labels_given, list | tuple) or len(labels_given) != count:
@@ -259,7 +267,7 @@ def _pad(coords_given: Any, labels_given: Any) -> _Points:
             raise PromptError("point_coords", "an object with three axes", "[N, 2] for each object")
         coords[index, : len(one)] = points.coords[0]
         labels[index, : len(one)] = points.labels[0]
-    return _Points(coords, labels)
+    return Points(coords, labels)
 
 
 def _describe(value: Any) -> str:
@@ -280,7 +288,12 @@ def _labels(value: Any) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _read_boxes(value: ArrayLike | None) -> NDArray[np.float32] | None:
+def read_boxes(value: ArrayLike | None) -> NDArray[np.float32] | None:
+    """Every object's box, float32 [B, 4], if any.
+
+    Raises:
+        PromptError: naming what came and what was expected.
+    """
     if value is None:
         return None
     boxes = _real_array(value, "box", "[4] or [B, 4]")
@@ -317,7 +330,7 @@ def _read_masks(value: ArrayLike | None, spec: PromptSpec) -> NDArray[np.float32
 
 
 def _count_objects(
-    points: _Points | None,
+    points: Points | None,
     boxes: NDArray[np.float32] | None,
     masks: NDArray[np.float32] | None,
 ) -> int:

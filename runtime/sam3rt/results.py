@@ -32,6 +32,7 @@ PER_MASK = (
     *("stability_scores", "point_coords", "crop_boxes"),
 )
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_MOST_PIXELS_A_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # what these formats and their coders take
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -95,6 +96,8 @@ class Segmentation:
             IndexError: there is no such mask.
         """
         chosen = np.atleast_1d(np.arange(len(self))[index])
+        if chosen.ndim > 1:
+            raise IndexError(f"got {index!r}, expected an index, a slice or an array of one axis")
         encoded = self.encoded
         part = tuple(encoded[i] for i in chosen) if isinstance(encoded, tuple) else encoded[chosen]
         arrays = {name: getattr(self, name) for name in PER_MASK}
@@ -338,7 +341,8 @@ class Segmentation:
         ``masks``, ``scores``, ``boxes`` and ``objects``.
 
         Raises:
-            InvalidInputError: the suffix is another one, or there is no image to plot on.
+            InvalidInputError: the suffix is another one, the image is larger than its format
+                takes, or there is no image to plot on.
             OSError: the file cannot be written.
         """
         path = file_path("path", path)
@@ -348,7 +352,12 @@ class Segmentation:
             raise InvalidInputError("path", repr(path.name), f"a name that ends in one of {known}")
         content = io.BytesIO()
         if suffix in _PICTURES:
-            self.plot().save(content, _PICTURES[suffix])
+            form = _PICTURES[suffix]
+            if max(self.size) > _MOST_PIXELS_A_SIDE.get(form, max(self.size)):
+                got = f"{path.name!r} for {self.size[1]} x {self.size[0]} pixels"
+                most = f"at most {_MOST_PIXELS_A_SIDE[form]} a side in {form}, or .png"
+                raise InvalidInputError("path", got, most)
+            self.plot().save(content, form)
         elif suffix == ".json":
             content.write((json.dumps(self.to_coco()) + "\n").encode())
         else:

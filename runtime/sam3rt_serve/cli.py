@@ -6,11 +6,19 @@ import argparse
 import json
 import logging
 import os
+import signal
+import socket
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sam3rt.cli.options import add_model_options, load_from_options, positive_int
+from sam3rt.cli.options import (
+    add_bundle_argument,
+    add_model_options,
+    load_from_options,
+    named_path,
+    positive_int,
+)
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
 from .limits import add_limit_options, add_number, limits_from_options
@@ -24,27 +32,23 @@ Prometheus. Each request is logged to standard error as a line of JSON. SIGTERM 
 once it has answered what it has accepted.
 """
 _KEY = "SAM3RT_API_KEY"
+_LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="DIR",
-        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
     parser.add_argument(
         "--api-key-file",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help=f"file with the key to ask for (default: the variable {_KEY}, else no key)",
     )
     parser.add_argument(
         "--cache-folder",
-        type=Path,
+        type=named_path,
         metavar="DIR",
         help="folder to keep embeddings in too; several servers may share it",
     )
@@ -78,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
         missing = (error.name or "").split(".")[0]
         raise BackendError(f"serving needs {missing}: pip install 'sam3rt[serve,cpu]'") from error
     api_key = _api_key(options.api_key_file)
+    # Before the model is loaded: an address that is taken shows at once.
+    listener = listen(options.host, options.port)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -97,8 +103,6 @@ def run(options: argparse.Namespace) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=options.host,
-            port=options.port,
             http=BoundedProtocol,
             ws="none",
             backlog=128,
@@ -109,8 +113,47 @@ def run(options: argparse.Namespace) -> int:
             server_header=False,
         )
     )
-    server.run()
+    _LOG.info("serving %s at http://%s", model.manifest.name, address_of(listener))
+    # uvicorn ends in order on SIGTERM, and raises it once more after that.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections at an address of this machine.
+
+    Args:
+        host: an address or a name; of a name's addresses, one of IPv4 where there is one.
+        port: 0 takes a free one.
+
+    Raises:
+        InvalidInputError: there is no such host or port.
+        OSError: the address is another machine's, or the port is taken.
+    """
+    if not 0 <= port < 1 << 16:
+        raise InvalidInputError("--port", str(port), "a number from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise InvalidInputError("--host", repr(host), "an address of this machine") from error
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    listener = socket.socket(family)
+    if os.name == "posix":  # elsewhere it lets two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {address[0]}, port {port}: {error.strerror}") from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Host and port of a socket, as addresses of the web have them."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _api_key(path: Path | None) -> str | None:

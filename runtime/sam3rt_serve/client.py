@@ -11,7 +11,6 @@ import struct
 import urllib.parse
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from sam3rt.arguments import file_path
 from sam3rt.embedding import ImageEmbedding
 from sam3rt.errors import InvalidInputError, Sam3rtError
 
@@ -107,10 +107,11 @@ class Client:
             ``image_id``, ``height``, ``width``, ``cached`` and ``milliseconds``.
 
         Raises:
+            InvalidInputError: ``image`` is neither.
             ServerError: the server refused it.
             OSError: the file cannot be read, or the server cannot be reached.
         """
-        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        content = image if isinstance(image, bytes) else file_path("image", image).read_bytes()
         method, path = ("POST", "/v1/images") if image_id is None else ("PUT", _path(image_id))
         return self._document(method, path, content, "image/*")
 
@@ -125,7 +126,7 @@ class Client:
 
         Args:
             image_id: of an image that was sent.
-            objects: each with ``points`` and ``labels``, ``box``, or all of them.
+            objects: each with ``points``, ``labels`` (1 for all where they are left out), ``box``.
             multimask: three masks of each object, or the best one.
             session: lets each object's earlier mask be a prompt too.
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.structs import force_setattr
 from numpy.typing import NDArray
 
 from sam3rt.backends.base import OBJECTS_AT_ONCE
@@ -52,12 +53,17 @@ class ObjectPrompt(Struct, frozen=True, forbid_unknown_fields=True):
     labels: Annotated[
         list[Annotated[int, Meta(ge=-1, le=3)]],
         Meta(
-            description="one per point: 1 the object, 0 background; -1, 2 and 3 as predict has them"
+            description="one per point: 1 the object, 0 background; -1, 2 and 3 as predict has "
+            "them; 1 for all where they are left out"
         ),
     ] = []
     box: Annotated[tuple[float, float, float, float] | None, Meta(description="x0, y0, x1, y1")] = (
         None
     )
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            force_setattr(self, "labels", [1] * len(self.points))
 
 
 class ObjectMasks(NamedTuple):
@@ -274,7 +280,7 @@ class Service:
                 raise TooLargeError(f"objects[{number}]: {points} points, at most {most} are taken")
             if labels != points:
                 raise PromptError(
-                    f"objects[{number}].labels", f"{labels}", f"one a point ({points})"
+                    f"objects[{number}].labels", f"{labels} labels", f"one a point ({points})"
                 )
             if not points and one.box is None:
                 raise PromptError(f"objects[{number}]", "no prompt", "a point or a box")

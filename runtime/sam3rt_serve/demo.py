@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import io
 import ipaddress
-import os
-import socket
 import sys
 import tarfile
 import threading
@@ -15,8 +13,10 @@ import warnings
 import webbrowser
 from pathlib import Path
 
-from sam3rt.cli.options import add_model_options, load_from_options
+from sam3rt.cli.options import add_bundle_argument, add_model_options, load_from_options, named_path
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
+
+from .cli import address_of, listen
 
 HELP = "click on pictures in the browser (needs the demo extra)"
 DESCRIPTION = """\
@@ -32,17 +32,11 @@ _WEB_SHA512 = (
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
 _WEB_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-_WEB_HINT = (
-    f"To have this, get “npm pack onnxruntime-web@{_WEB_VERSION}” and start “sam3rt demo "
-    f"--onnxruntime-web onnxruntime-web-{_WEB_VERSION}.tgz”."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument(
-        "--bundle", type=Path, metavar="DIR", help="model (default: the bundled MobileSAM)"
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address of this machine to listen on (127.0.0.1)"
     )
@@ -50,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_argument(
         "--onnxruntime-web",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="let the page decode too, by this package from npm: "
         f"onnxruntime-web-{_WEB_VERSION}.tgz, from `npm pack onnxruntime-web@{_WEB_VERSION}`",
@@ -71,20 +65,20 @@ def run(options: argparse.Namespace) -> int:
         raise BackendError(f"the demo needs {missing}: pip install 'sam3rt[demo,cpu]'") from error
     web = {} if options.onnxruntime_web is None else read_onnxruntime_web(options.onnxruntime_web)
     # Before the model is loaded: an address that is taken shows at once.
+    check_host(options.host)
     listener = listen(options.host, options.port)
     # Clicks far outside a picture are the user's affair.
     warnings.filterwarnings("ignore", category=PromptWarning)
     model = load_from_options(options)
     model.warm_up()
     host, port = listener.getsockname()[:2]
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{port}/"
-    hosts = {f"{name}:{port}"}
+    hosts = {address_of(listener)}
+    url = f"http://{address_of(listener)}/"
     if ipaddress.ip_address(host).is_loopback:
         hosts.add(f"localhost:{port}")
     else:
         print("Anybody in this network can use the page.", file=sys.stderr)
-    app = Guard(create_app(Service(model), routes=page_routes(model.bundle, web, _WEB_HINT)), hosts)
+    app = Guard(create_app(Service(model), routes=page_routes(model.bundle, web)), hosts)
     print(f"{url} (Ctrl-C ends it)", flush=True)
     if not options.no_browser:
         # Some browsers let the call wait until they end.
@@ -98,36 +92,20 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections at an address of this machine.
-
-    Args:
-        host: the address in numbers, or ``localhost``.
-        port: 0 takes a free one.
+def check_host(host: str) -> None:
+    """Refuse what is not one address of a machine: the page answers to its own address alone.
 
     Raises:
-        InvalidInputError: the address is not one, or stands for all of the machine's.
-        OSError: it is another machine's, or the port is taken.
+        InvalidInputError: it is a name, or stands for all of the machine's addresses.
     """
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        is_one = not ipaddress.ip_address(
+            "127.0.0.1" if host == "localhost" else host
+        ).is_unspecified
     except ValueError:
-        address = None
-    if address is None or address.is_unspecified:
+        is_one = False
+    if not is_one:
         raise InvalidInputError("--host", repr(host), "one address of this machine in numbers")
-    if not 0 <= port < 1 << 16:
-        raise InvalidInputError("--port", str(port), "a number from 0 to 65535")
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    listener = socket.socket(family)
-    if os.name == "posix":  # elsewhere it lets two servers share a port
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((str(address), port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {address}, port {port}: {error.strerror}") from error
-    return listener
 
 
 def read_onnxruntime_web(path: Path) -> dict[str, bytes]:

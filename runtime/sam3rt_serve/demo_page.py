@@ -93,20 +93,19 @@ class Guard:
             await answer(scope, receive, guarded_send)
 
 
-def page_routes(bundle: Bundle, onnxruntime_web: Mapping[str, bytes], hint: str) -> list[BaseRoute]:
+def page_routes(bundle: Bundle, onnxruntime_web: Mapping[str, bytes]) -> list[BaseRoute]:
     """The page, what its own decoder needs, and its downloads.
 
     Args:
         bundle: whose decoder the page may run.
         onnxruntime_web: ONNX Runtime for browsers, by file name; empty where the page cannot
             decode.
-        hint: what to do about that.
     """
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _MEDIA_TYPES}
     decoder = bundle.manifest.decoder
     graphs = {entry.file: bundle.file(entry) for entry in (decoder.model, *decoder.external_data)}
     manifest = json.loads(msgspec.json.encode(bundle.manifest))
-    facts = {"manifest": manifest, "onnxruntime_web": bool(onnxruntime_web), "hint": hint}
+    facts = {"manifest": manifest, "onnxruntime_web": bool(onnxruntime_web)}
 
     def media_type(name: str) -> str:
         return _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
@@ -132,7 +131,7 @@ def page_routes(bundle: Bundle, onnxruntime_web: Mapping[str, bytes], hint: str)
     async def get_web(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in onnxruntime_web:
-            raise HTTPException(404, hint)
+            raise HTTPException(404, "there is no such file")
         return Response(onnxruntime_web[name], media_type=media_type(name), headers=fresh)
 
     async def get_facts(request: Request) -> Response:

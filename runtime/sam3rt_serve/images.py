@@ -50,7 +50,7 @@ def read_image(content: bytes, max_pixels: int) -> NDArray[np.uint8]:
             f"an image of too many pixels, at most {max_pixels} are taken"
         ) from error
     except PIL.UnidentifiedImageError as error:
-        raise ImageError("image", "something else", "a JPEG or PNG file") from error
+        raise ImageError("image", "another kind of file", "a JPEG or PNG file") from error
     except Exception as error:  # Pillow's plugins raise many classes on damaged files
         what = str(error) or type(error).__name__
         raise ImageError("image", what, "a JPEG or PNG file") from error

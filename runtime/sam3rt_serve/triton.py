@@ -13,7 +13,7 @@ from pathlib import Path
 import sam3rt
 from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
-from sam3rt.cli.options import add_model_options
+from sam3rt.cli.options import add_bundle_argument, add_model_options, named_path
 from sam3rt.errors import InvalidInputError
 
 from .limits import WARM_UP, add_limit_options, add_number, limits_from_options
@@ -116,16 +116,11 @@ class TritonPythonModel:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder to make")
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="DIR",
-        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
-    )
+    parser.add_argument("repository", type=named_path, metavar="REPOSITORY", help="folder to make")
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument(
         "--cache-folder",
-        type=Path,
+        type=named_path,
         metavar="DIR",
         help="where embeddings go from model to model (default: REPOSITORY-embeddings)",
     )

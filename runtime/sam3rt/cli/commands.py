@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..errors import Sam3rtError
-from .options import printable
+from .options import printable, problem_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ _SHELLS = ("bash", "zsh", "tcsh")
 
 _EPILOG = """\
 examples:
+  sam3rt demo
   sam3rt segment photo.jpg --point 225,150 --output masks
   sam3rt segment imgs/ --prompts prompts.jsonl --format coco -o out
   sam3rt segment photo.jpg --box 40,60,300,280 --point 90,100,0 --single-mask --output masks
@@ -56,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong:
             message += _near(wrong[1], [name.strip("' ") for name in wrong[2].split(",")])
-        super().error(printable(message))
+        self.exit(2, f"{self.prog}: {printable(message)}\ntry: {self.prog} --help\n")
 
 
 def _near(typed: str, known: Iterable[str]) -> str:
@@ -151,6 +152,9 @@ def run(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the subcommand they name; see :func:`sam3rt.cli.main`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = build_parser(given[0] if given else None)
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
     options, unknown = parser.parse_known_args(_attach_negative(given))
     if unknown:
         command = options.parser
@@ -165,12 +169,9 @@ def run(arguments: Sequence[str] | None) -> int:
         return status
     except BrokenPipeError:
         raise
-    except (Sam3rtError, OSError) as error:
-        problem = str(error)
-    except MemoryError as error:
-        problem = f"not enough memory{f' ({error})' if str(error) else ''}"
-    print(f"sam3rt {options.command}: {printable(problem)}", file=sys.stderr)
-    return 1
+    except (Sam3rtError, OSError, MemoryError) as error:
+        print(f"sam3rt {options.command}: {printable(problem_of(error))}", file=sys.stderr)
+        return 1
 
 
 def _attach_negative(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..embedding import ImageEmbedding
 from ..errors import InvalidInputError, Sam3rtError
 from ..results import Segmentation
 from .jobs import Job
-from .options import printable
+from .options import printable, problem_of
 from .output import OVERLAY, RESULT, result_folder
 from .worker import Worker, read
 from .writers import (
@@ -48,6 +48,9 @@ class Journal:
         folder: where the results lie.
         form: their format, which cannot change.
 
+    Attributes:
+        entries: what is known of each image, by its path.
+
     Raises:
         InvalidInputError: the folder holds results of another format, or files that are not ours
             under the names of ours.
@@ -56,7 +59,6 @@ class Journal:
     def __init__(self, folder: Path, form: str) -> None:
         self._folder = folder
         self._path = folder / JOURNAL
-        self._entries: dict[str, Entry] = {}
         head = {"format": _JOURNAL_FORMAT, "output": form}
         lines = self._lines()
         if lines and lines[0] != head:
@@ -73,14 +75,15 @@ class Journal:
                     f"{folder}, whose {name} is not from an earlier run",
                     "another folder",
                 )
-        for entry in lines[1:]:
-            self._entries[entry["image"]] = entry
+        self.entries: dict[str, Entry] = {}
         self._head = head
         self.compact()  # a run that was killed may have left half a line
 
     def compact(self) -> None:
-        """Write the file anew, with one line for each image."""
-        lines = (self._head, *self._entries.values())
+        """Write the file anew, with one line for each image, also those that others added."""
+        added = {entry["image"]: entry for entry in self._lines()[1:]}
+        self.entries = added | self.entries
+        lines = (self._head, *self.entries.values())
         write_text(self._path, "".join(map(as_json, lines)))
 
     def _lines(self) -> list[Entry]:
@@ -92,8 +95,8 @@ class Journal:
         for number, line in enumerate(content.splitlines()):
             try:
                 entry = json.loads(line)
-                whole = isinstance(entry, dict) and (not number or isinstance(entry["image"], str))
-            except (ValueError, KeyError, RecursionError):
+                whole = isinstance(entry, dict) and (not number or _is_entry(entry))
+            except (ValueError, RecursionError):
                 whole = False
             if whole:
                 lines.append(entry)
@@ -103,7 +106,7 @@ class Journal:
 
     def find(self, image: Path, key: str) -> Entry | None:
         """What an earlier run did of an image with the same prompts and settings."""
-        entry = self._entries.get(str(image))
+        entry = self.entries.get(str(image))
         if entry is None or entry.get("key") != key:
             return None
         there = all((self._folder / name).is_file() for name in entry["files"])
@@ -116,18 +119,26 @@ class Journal:
             InvalidInputError: a file lies there that no earlier run wrote.
         """
         name = path.relative_to(self._folder).as_posix()
-        ours = any(name in entry["files"] for entry in self._entries.values())
-        if path.exists() and not ours:
+        if path.exists() and not any(name in entry["files"] for entry in self.entries.values()):
             raise InvalidInputError("--output", f"{path}, not from an earlier run", "a free name")
         self.add({"image": str(image), "key": "", "files": [name]})
 
     def add(self, entry: Entry) -> None:
         """Note an image that is done."""
-        self._entries[entry["image"]] = entry
+        self.entries[entry["image"]] = entry
         with self._path.open("ab") as stream:
             stream.write(as_json(entry).encode())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("image"), str) and isinstance(line.get("files"), list)
+
+
+def _is_of_another(entry: Entry, own: Container[Path]) -> bool:
+    path = Path(entry["image"])
+    return "annotations" in entry and path.is_file() and path.resolve() not in own
 
 
 class _Progress:
@@ -180,7 +191,7 @@ def run_many(
         try:
             key = writer.key(job)
         except OSError as error:
-            failures.append(f"{job.image}: {error}")
+            failures.append(problem_of(error))
             continue
         entry = journal.find(job.image, key)
         if entry is None:
@@ -207,16 +218,21 @@ def run_many(
                         upcoming = pool.submit(prepare, todo[index + 1][0])
                     entry = writer.write(job, key, worker.segment(job, image, embedding))
                 except (Sam3rtError, OSError, MemoryError) as error:
-                    failures.append(f"{job.image}: {error or type(error).__name__}")
+                    problem = problem_of(error).removeprefix(f"image {job.image}: ")
+                    failures.append(f"{job.image}: {problem}")
                 else:
                     done.append(entry)
                     if options.json:
                         print(as_json(entry), end="", flush=True)
                 progress.step(job.name, index + 1)
+        except KeyboardInterrupt:
+            progress.clear()
+            print(f"{len(done)} images are done: the same command goes on", file=sys.stderr)
+            raise
         finally:
             progress.clear()
             pool.shutdown(cancel_futures=True)
-    writer.finish(done)
+    writer.finish(done, jobs)
     for line in failures:
         print(f"sam3rt segment: failed: {printable(line)}", file=sys.stderr)
     if not options.quiet and not options.json:
@@ -239,6 +255,12 @@ class _Writer:
         self._format: str = options.format
         self._overlay = not options.no_overlay
         self._worker, self._journal, self._names = worker, journal, names
+        if self._format == "yolo":
+            # Numbers of classes are in the files of earlier runs: new ones come after them.
+            path = self._output / CLASSES
+            earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            self._names = list(dict.fromkeys([*earlier, *names]))
+            write_text(path, "".join(f"{name}\n" for name in self._names))
 
     def key(self, job: Job) -> str:
         """What stands for an image, its prompts and all settings.
@@ -247,8 +269,9 @@ class _Writer:
             OSError: the image is not there.
         """
         status = job.image.stat()
+        classes = [self._names.index(name) for name in job.names] * (self._format == "yolo")
         parts = [
-            *(job.name, job.names, self._names if self._format == "yolo" else [], self._overlay),
+            *(job.name, job.names, classes, self._overlay and self._format == "png"),
             *(status.st_size, status.st_mtime_ns, self._worker.settings()),
             job.plain_calls(),
         ]
@@ -287,11 +310,11 @@ class _Writer:
         self._journal.add(entry)
         return entry
 
-    def finish(self, done: Sequence[Entry]) -> None:
-        """Write what belongs to all images."""
+    def finish(self, done: Sequence[Entry], jobs: Sequence[Job]) -> None:
+        """Write what belongs to all images: those done, and others' that are still there."""
         self._journal.compact()
         if self._format == "coco":
-            document = coco_document(sorted(done, key=lambda e: str(e["image"])), self._names)
-            write_text(self._output / ANNOTATIONS, as_json(document))
-        elif self._format == "yolo":
-            write_text(self._output / CLASSES, "".join(f"{name}\n" for name in self._names))
+            own = {job.image.resolve() for job in jobs}
+            others = [e for e in self._journal.entries.values() if _is_of_another(e, own)]
+            entries = sorted([*done, *others], key=lambda entry: str(entry["image"]))
+            write_text(self._output / ANNOTATIONS, as_json(coco_document(entries, self._names)))

@@ -160,7 +160,8 @@ def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
         "low_resolution_masks": "x".join(map(str, manifest.masks.low_res_size[::-1])),
         "weights": manifest.weights,
         **graphs,
-        "source": f"{manifest.source.kind}: {manifest.source.reference}",
+        "source": manifest.source.reference
+        + f" (as {manifest.source.kind})" * (manifest.source.kind != manifest.source.reference),
         "source_weights": manifest.source.weights or "not noted",
         "notes": list(manifest.source.notes),
         "license": manifest.source.license,
@@ -170,9 +171,9 @@ def _bundle(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _print(value: dict[str, Any], indent: str) -> None:
     for name, entry in value.items():
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and entry:
             print(f"{indent}{name}:")
             _print(entry, indent + "  ")
         else:
-            text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
-            print(f"{indent}{name}: {printable(str(text))}")
+            text = ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry or "")
+            print(f"{indent}{name}: {printable(text) or 'none'}")

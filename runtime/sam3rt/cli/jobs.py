@@ -2,7 +2,7 @@
 
 Each line of ``prompts.jsonl`` is one object, a JSON object with these keys:
 
-    image   the image's path, looked for in the folders given, else beside the file
+    image   the image's path, looked for in the folders given, else beside the file, else here
     points  a list of [x, y], pixels of the upright image
     labels  for each point 1 (the object) or 0 (background); 1 for all unless given
     box     [x0, y0, x1, y1]
@@ -172,13 +172,15 @@ def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]
             lines.setdefault(parsed.image, []).append(parsed)
     if not lines:
         raise InvalidInputError("--prompts", f"{path}, without a line", "one line an object")
-    folders = images.folders or [Path() if str(path) == STDIN else path.parent]
+    # Last, names as results.jsonl and annotations.json have them.
+    folders = [*(images.folders or [Path() if str(path) == STDIN else path.parent]), Path()]
     resolved = {file.resolve(): (file, name) for file, name in images.files.items()}
     jobs, missing = [], []
     for image, objects in lines.items():
         found = next((f / image for f in folders if (f / image).is_file()), None)
         if found is None:
-            missing.append(f"{image}: not found in {', '.join(str(f) for f in folders)}")
+            where = ", ".join(dict.fromkeys(map(str, folders)))
+            missing.append(f"{image}: not found in {where}")
             continue
         if resolved and found.resolve() not in resolved:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from ..model import SegmentationModel
 
 
-def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the bundle, which may be left out."""
+def add_bundle_argument(parser: argparse.ArgumentParser, name: str = "bundle") -> None:
+    """Add the bundle, which may be left out, by its place or as the option ``--bundle``."""
     parser.add_argument(
-        "bundle",
-        nargs="?",
+        name,
+        nargs=None if name.startswith("--") else "?",
         type=named_path,
         metavar="BUNDLE",
-        help="bundle folder or name, see sam3rt models (default: the bundled MobileSAM)",
+        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
     )
 
 
@@ -75,6 +76,15 @@ def printable(text: str) -> str:
     )
 
 
+def problem_of(error: BaseException) -> str:
+    """What went wrong, in one sentence: an error of the system without its number."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def named_path(text: str) -> Path:
     """A path; not an empty one, which a variable that is not set leaves, and means the folder here.
 
@@ -93,10 +103,17 @@ def number(text: str) -> float:
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
 
 

@@ -17,6 +17,7 @@ from ..errors import InvalidInputError, PromptError
 from .folder import run_many
 from .jobs import STDIN, Images, Job, Prompt, check_names, find_images, read_prompts
 from .options import (
+    add_bundle_argument,
     add_model_options,
     load_from_options,
     named_path,
@@ -56,8 +57,8 @@ EPILOG = """\
 prompts.jsonl has a line for each object; one image may have many:
   {"image": "a/cat.jpg", "points": [[225, 150], [60, 280]], "labels": [1, 0], "name": "cat"}
   {"image": "a/cat.jpg", "box": [20, 10, 400, 290]}
-"image" is looked for in the folders given, else beside prompts.jsonl. "points" or "box" or both;
-"labels" are 1 (the object, also where they are left out) or 0; "name" is the category.
+"image" is looked for in the folders given, else beside prompts.jsonl, else here. "points" or "box"
+or both; "labels" are 1 (the object, also where they are left out) or 0; "name" is the category.
 
 examples:
   sam3rt segment photo.jpg --point 225,150 --point 60,280,0 -o masks
@@ -145,12 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one mask per object instead of three of different extent",
     )
-    parser.add_argument(
-        "--bundle",
-        type=named_path,
-        metavar="DIR",
-        help="model's folder or name, see sam3rt models (default: the bundled MobileSAM)",
-    )
+    add_bundle_argument(parser, "--bundle")
     parser.add_argument(
         *("-o", "--output"),
         type=named_path,
@@ -228,7 +224,8 @@ def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Names
         jobs = [Job(path, name, calls) for path, name in images.files.items()]
     if not jobs and not missing:
         raise InvalidInputError("image", "none", "image files, folders or patterns")
-    check_names(jobs)
+    if options.format != "coco":  # all of it is one file
+        check_names(jobs)
     output = options.output.resolve()
     if options.format == "png" and output in (folder.resolve() for folder in images.folders):
         raise InvalidInputError("--output", "the images' own folder", "another, for --format png")

@@ -80,8 +80,10 @@ def coco_document(entries: Sequence[dict[str, Any]], names: Sequence[str]) -> di
 
     Args:
         entries: for each image ``image``, ``width``, ``height`` and ``annotations``.
-        names: the categories', whose numbers begin with 1.
+        names: the first categories', whose numbers begin with 1; others follow.
     """
+    known = [annotation["category"] for entry in entries for annotation in entry["annotations"]]
+    names = list(dict.fromkeys([*names, *known]))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(entries, 1):

@@ -4,7 +4,7 @@ import { InPageDecoder } from "./decoder.js";
 import { showObjects } from "./list.js";
 import * as server from "./server.js";
 import { Stage } from "./stage.js";
-import { History, isEmpty, shownMask, withPrompts } from "./state.js";
+import { confidence, History, isEmpty, shownMask, withPrompts } from "./state.js";
 
 const $ = (selector) => document.querySelector(selector);
 const EXTENSIONS = { png: "png", coco: "json", polygons: "json" };
@@ -25,6 +25,7 @@ const listActions = {
   choose,
 };
 let picture = null; // {blob, name, image_id, width, height} of the picture that is shown
+let unit = "iou"; // of the model's scores, or "log_odds"
 let decoder = null; // the one in this page, once it has been asked for
 let opening = 0; // how many pictures were opened: the last one counts
 let pending = 0; // what is being waited for
@@ -34,8 +35,7 @@ let pending = 0; // what is being waited for
 async function open(source, name) {
   const turn = ++opening;
   await attempt("Encoding…", async () => {
-    const blob = await asJpegOrPng(source);
-    const sent = await server.sendImage(blob);
+    const [blob, sent] = await send(source);
     if (turn !== opening) return;
     if (picture) URL.revokeObjectURL(picture.address);
     picture = { ...sent, blob, name, address: URL.createObjectURL(blob) };
@@ -50,9 +50,21 @@ async function open(source, name) {
   });
 }
 
-/** The server takes JPEG and PNG; whatever else the browser can read becomes PNG. */
-async function asJpegOrPng(blob) {
-  if (["image/jpeg", "image/png"].includes(blob.type)) return blob;
+/** Have a picture encoded: what was sent, and the answer. */
+async function send(blob) {
+  if (["image/jpeg", "image/png"].includes(blob.type)) {
+    try {
+      return [blob, await server.sendImage(blob)];
+    } catch (error) {
+      // Another kind of file than its name says, or of 16 bits, which the browser may read.
+      if (error.status !== 400) throw error;
+    }
+  }
+  const png = await asPng(blob);
+  return [png, await server.sendImage(png)];
+}
+
+async function asPng(blob) {
   let image;
   try {
     image = await createImageBitmap(blob);
@@ -87,7 +99,7 @@ async function ask(prompts) {
   wait(1);
   try {
     await answer(object);
-    const score = object.result.scores[shownMask(object)];
+    const score = object.result.confidence[shownMask(object)];
     if (history.active === object) say(`Object ${object.number}: score ${score.toFixed(2)}.`);
     quiet();
   } catch (error) {
@@ -102,7 +114,8 @@ async function ask(prompts) {
 async function answer(object) {
   const inPage = $("#in-page").checked;
   const start = performance.now();
-  object.result = inPage ? await decoder.segment(picture, object) : await onServer(object);
+  const found = inPage ? await decoder.segment(picture, object) : await onServer(object);
+  object.result = { ...found, confidence: found.scores.map((score) => confidence(score, unit)) };
   $(inPage ? "#page-time" : "#server-time").textContent = time(performance.now() - start);
 }
 
@@ -138,7 +151,7 @@ async function switchDecoder() {
 function choose(index) {
   const object = history.active;
   if (!object.result || index >= object.result.scores.length) return;
-  const score = object.result.scores[index].toFixed(2);
+  const score = object.result.confidence[index].toFixed(2);
   edit(() => history.change({ ...object, choice: index }), `Mask ${index + 1}, score ${score}.`);
 }
 
@@ -149,6 +162,7 @@ function edit(action, said) {
 }
 
 const undo = () => edit(() => history.undo(), "Undone.");
+const redo = () => edit(() => history.redo(), "Done again.");
 const reset = () => edit(() => history.reset(), "All objects removed. Undo brings them back.");
 const next = () => edit(() => history.next(), "Click on the next object.");
 
@@ -160,7 +174,7 @@ async function download(format) {
   await attempt("Writing…", async () => {
     const objects = finished().map((object) => {
       const index = shownMask(object);
-      const { masks, scores } = object.result;
+      const { masks, confidence: scores } = object.result;
       return { number: object.number, score: scores[index], mask: masks[index] };
     });
     const blob = await server.exportMasks(format, picture.name, picture, objects);
@@ -181,6 +195,7 @@ function update() {
   stage.update(history.state);
   showObjects(history.state, listActions);
   $("#undo").disabled = !history.canUndo;
+  $("#redo").disabled = !history.canRedo;
   $("#next").disabled = !picture || isEmpty(history.active);
   $("#reset").disabled = history.state.objects.every(isEmpty);
   for (const button of document.querySelectorAll("#downloads button")) button.disabled = !finished().length;
@@ -223,13 +238,18 @@ const time = (milliseconds) =>
 
 // --- events ---------------------------------------------------------------------------------------
 
-const KEYS = { z: undo, n: next, r: reset, escape: () => stage.cancel() };
+const KEYS = {
+  ...{ z: undo, y: redo, n: next, r: reset, escape: () => stage.cancel() },
+  ...{ "+": () => stage.zoomBy(1.5), "=": () => stage.zoomBy(1.5) },
+  ...{ "-": () => stage.zoomBy(1 / 1.5), 0: () => stage.zoom(1) },
+};
 
 document.addEventListener("keydown", (event) => {
   const key = event.key.toLowerCase();
   const withControl = event.ctrlKey || event.metaKey;
-  if (!picture || event.altKey || event.repeat || (withControl && (key !== "z" || event.shiftKey))) return;
-  if (KEYS[key]) KEYS[key]();
+  if (!picture || event.altKey || event.repeat || (withControl && !"zy".includes(key))) return;
+  if (key === "z" && event.shiftKey) redo();
+  else if (KEYS[key]) KEYS[key]();
   else if ("123".includes(key)) choose(Number(key) - 1);
   else return;
   event.preventDefault();
@@ -249,6 +269,7 @@ $("#file").addEventListener("change", (event) => {
 });
 $("#sample").addEventListener("click", openSample);
 $("#undo").addEventListener("click", undo);
+$("#redo").addEventListener("click", redo);
 $("#next").addEventListener("click", next);
 $("#reset").addEventListener("click", reset);
 $("#in-page").addEventListener("change", switchDecoder);
@@ -263,10 +284,8 @@ update();
 try {
   const [model, facts] = await Promise.all([server.getModel(), server.getFacts()]);
   $("#model").textContent = `${model.name}, ${model.backend} ${model.precision} on ${model.device}`;
-  $("#in-page").disabled = !facts.onnxruntime_web;
-  $("#in-page-hint").textContent = facts.onnxruntime_web
-    ? "Runs the decoder by WebAssembly, from the embedding that the server sends once."
-    : facts.hint;
+  unit = model.score_unit;
+  for (const one of document.querySelectorAll(".in-page")) one.hidden = !facts.onnxruntime_web;
 } catch (error) {
   fail(error);
 }

@@ -19,7 +19,7 @@ export function showObjects(state, on) {
 function row(object, isActive, on) {
   const name = `Object ${object.number}`;
   const result = shownResult(object);
-  const said = isEmpty(object) ? "click on it" : result ? result.scores[shownMask(object)].toFixed(2) : "…";
+  const said = isEmpty(object) ? "click on it" : result ? result.confidence[shownMask(object)].toFixed(2) : "…";
   const swatch = element("span", { className: "swatch" });
   swatch.style.setProperty("--colour", object.colour);
   const select = button("select", `select-${object.number}`, () => on.select(object.number));
@@ -36,7 +36,7 @@ function row(object, isActive, on) {
 
 function choices(object, on) {
   const shown = shownMask(object);
-  const buttons = object.result.scores.map((score, index) => {
+  const buttons = object.result.confidence.map((score, index) => {
     const choice = button("", `choice-${index}`, () => on.choose(index));
     choice.append(element("b", {}, `${index + 1}`), score.toFixed(2));
     choice.setAttribute("aria-label", `Mask ${index + 1}, score ${score.toFixed(2)}`);

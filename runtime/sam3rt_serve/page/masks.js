@@ -25,7 +25,8 @@ export function fillHoles(logits, [height, width], mostArea) {
 }
 
 /**
- * Resize logits to the picture's size, bilinear without antialiasing, and threshold them.
+ * Resize logits to the picture's size, bilinear without antialiasing, and threshold them: a mask of
+ * eight pixels a byte, the highest bit first.
  *
  * Columns are interpolated first, then rows.
  */
@@ -36,7 +37,7 @@ export function upsample(logits, [height, width], { originalSize, inputSize }, m
       : bilinear(inputs, originalSize[at]);
   const [outputHeight, outputWidth] = originalSize;
   const wide = mixColumns(logits, height, width, axis(1, width));
-  const mask = new Uint8Array(outputHeight * outputWidth);
+  const mask = new Uint8Array(Math.ceil((outputHeight * outputWidth) / 8));
   const sums = new Float32Array(outputWidth);
   axis(0, height).forEach((taken, y) => {
     sums.fill(0);
@@ -44,8 +45,9 @@ export function upsample(logits, [height, width], { originalSize, inputSize }, m
       const row = wide.subarray(from * outputWidth, (from + 1) * outputWidth);
       for (let x = 0; x < outputWidth; x++) sums[x] += row[x] * weight;
     }
-    const start = y * outputWidth;
-    for (let x = 0; x < outputWidth; x++) mask[start + x] = sums[x] > 0;
+    for (let x = 0, at = y * outputWidth; x < outputWidth; x++, at++) {
+      if (sums[x] > 0) mask[at >> 3] |= 128 >> (at & 7);
+    }
   });
   return mask;
 }

@@ -39,36 +39,25 @@ export async function getEmbedding(imageId) {
   return (await call(`v1/images/${imageId}/embedding`)).arrayBuffer();
 }
 
-/** An object's three masks: `{masks, scores}`, masks one byte a pixel, 0 and 1. */
+/** An object's three masks: `{masks, scores}`, masks eight pixels a byte, the highest bit first. */
 export async function segment(imageId, { points, labels, box }) {
   const question = { objects: [{ points, labels, box }], multimask: true, format: "bits" };
   const answer = await (await call(`v1/images/${imageId}/masks`, json(question))).json();
-  const [object] = answer.objects;
-  const pixels = answer.height * answer.width;
-  return { masks: object.masks.map((bits) => unpack(bits, pixels)), scores: object.scores };
+  const [{ masks, scores }] = answer.objects;
+  const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return { masks: masks.map(bytes), scores };
 }
 
 /** A file to download, made of masks of `{number, score, mask}` objects. */
 export async function exportMasks(format, fileName, { height, width }, objects) {
   const packed = await Promise.all(
-    objects.map(async ({ mask, ...object }) => ({ ...object, mask: await pack(mask) })),
+    objects.map(async ({ mask, ...object }) => ({ ...object, mask: await base64(mask) })),
   );
   const question = { format, file_name: fileName, height, width, objects: packed };
   return (await call("page/export", json(question))).blob();
 }
 
-// Eight pixels a byte, the highest bit first, as base64.
-
-function unpack(text, pixels) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  const mask = new Uint8Array(pixels);
-  for (let at = 0; at < pixels; at++) mask[at] = (bytes[at >> 3] >> (7 - (at & 7))) & 1;
-  return mask;
-}
-
-async function pack(mask) {
-  const bytes = new Uint8Array(Math.ceil(mask.length / 8));
-  for (let at = 0; at < mask.length; at++) bytes[at >> 3] |= mask[at] << (7 - (at & 7));
+function base64(bytes) {
   return new Promise((resolve) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));

@@ -4,7 +4,11 @@ import { shownMask, shownResult } from "./state.js";
 
 const ADD = "#16aa52";
 const REMOVE = "#de2a34";
-const MOST_ENLARGED = 3;
+// How far a small picture is enlarged to fill the space, and how far one may look closer.
+const MOST_ENLARGED = 32;
+const MOST_ZOOM = 8;
+// Of the canvas, and of a layer for each mask that is shown.
+const MOST_PIXELS = 8 << 20;
 // Shorter movements are clicks, CSS pixels.
 const DRAG = { mouse: 4, pen: 6, touch: 10 };
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -16,7 +20,10 @@ export class Stage {
   #space = document.querySelector("#space");
   #size = null; // of the picture, pixels
   #state = { objects: [] };
-  #layers = new WeakMap(); // drawn masks, by mask
+  #zoom = 1; // 1: the whole picture
+  #ratio = 1; // pixels of the canvas in one of CSS
+  #sharpening = 0; // a timer
+  #layers = new Map(); // drawn masks, by mask: those that are shown
   #drag = null;
   #crosshair = null;
   #usesKeys = false; // rather than a pointer: the crosshair is shown
@@ -36,6 +43,13 @@ export class Stage {
     element.addEventListener("pointercancel", () => this.cancel());
     element.addEventListener("contextmenu", (event) => event.preventDefault());
     element.addEventListener("keydown", (event) => this.#key(event));
+    // Touchpads tell of a pinch as of a wheel with Ctrl.
+    const wheel = (event) => {
+      if (!event.ctrlKey || !this.#size) return;
+      event.preventDefault();
+      this.zoom(this.#zoom * Math.exp(-event.deltaY / 200), [event.clientX, event.clientY]);
+    };
+    this.#space.addEventListener("wheel", wheel, { passive: false });
     for (const kind of ["focus", "blur"]) element.addEventListener(kind, () => this.draw());
   }
 
@@ -48,7 +62,26 @@ export class Stage {
     this.#element.hidden = false;
     this.#space.style.setProperty("--ratio", `${size.width} / ${size.height}`);
     this.cancel();
+    this.zoom(1);
+    this.#sharpen();
+  }
+
+  /** Look closer, or less so. What is at a place of the window stays there, else in the middle. */
+  zoom(wanted, at) {
+    if (!this.#size) return;
+    const view = this.#space.getBoundingClientRect();
+    const [x, y] = at ?? [view.x + view.width / 2, view.y + view.height / 2];
+    const before = this.#element.getBoundingClientRect();
+    this.#zoom = Math.min(Math.max(wanted, 1), MOST_ZOOM);
     this.#fit();
+    const after = this.#element.getBoundingClientRect();
+    const scale = after.width / before.width;
+    this.#space.scrollBy(after.x + (x - before.x) * scale - x, after.y + (y - before.y) * scale - y);
+  }
+
+  zoomBy(factor) {
+    this.zoom(this.#zoom * factor);
+    if (this.#usesKeys) this.#reveal();
   }
 
   update(state) {
@@ -122,6 +155,7 @@ export class Stage {
       const [x, y] = this.#crosshair;
       this.#crosshair = [clamp(x + step[0] * length, width), clamp(y + step[1] * length, height)];
       this.on.crosshair(...this.#crosshair);
+      this.#reveal();
     } else if (event.key === "Enter") {
       this.on.point(...this.#crosshair, event.shiftKey ? 0 : 1);
     } else if (event.key.toLowerCase() === "b") {
@@ -136,17 +170,36 @@ export class Stage {
     event.preventDefault();
   }
 
+  /** Bring the crosshair into the middle of what is seen of an enlarged picture. */
+  #reveal() {
+    if (this.#zoom === 1) return;
+    const [x, y] = this.#place(this.#crosshair).map((side) => side / this.#ratio);
+    this.#space.scrollTo(x - this.#space.clientWidth / 2, y - this.#space.clientHeight / 2);
+  }
+
   // --- drawing -----------------------------------------------------------------------------------
 
-  /** Fit the picture into the space that there is, and the canvas to the screen's own pixels. */
+  /** Fit the picture into the space that there is, times the zoom. */
   #fit() {
     if (!this.#size) return;
     const { width, height } = this.#size;
-    const { clientWidth, clientHeight } = this.#space;
-    const scale = Math.min(clientWidth / width, clientHeight / height, MOST_ENLARGED);
-    const shown = [Math.round(width * scale), Math.round(height * scale)];
-    [this.#element.style.width, this.#element.style.height] = shown.map((side) => `${side}px`);
-    [this.#canvas.width, this.#canvas.height] = shown.map((side) => Math.round(side * devicePixelRatio));
+    // Without the scroll bars, which come and go with the zoom.
+    const { offsetWidth, offsetHeight } = this.#space;
+    const scale = Math.min(offsetWidth / width, offsetHeight / height, MOST_ENLARGED) * this.#zoom;
+    this.#element.style.width = `${Math.round(width * scale)}px`;
+    this.#element.style.height = `${Math.round(height * scale)}px`;
+    this.#space.classList.toggle("zoomed", this.#zoom > 1);
+    // Until the zoom stays where it is, what was drawn is stretched.
+    clearTimeout(this.#sharpening);
+    this.#sharpening = setTimeout(() => this.#sharpen(), 100);
+  }
+
+  /** Fit the canvas to the screen's own pixels, as far as memory allows. */
+  #sharpen() {
+    const { offsetWidth, offsetHeight } = this.#element;
+    this.#ratio = Math.min(devicePixelRatio, Math.sqrt(MOST_PIXELS / (offsetWidth * offsetHeight)));
+    this.#canvas.width = Math.round(offsetWidth * this.#ratio);
+    this.#canvas.height = Math.round(offsetHeight * this.#ratio);
     this.draw();
   }
 
@@ -155,12 +208,17 @@ export class Stage {
     const context = this.#canvas.getContext("2d");
     const { width, height } = this.#canvas;
     context.clearRect(0, 0, width, height);
+    const known = this.#layers;
+    this.#layers = new Map();
     const { objects, active } = this.#state;
     // The active object comes last: on top.
     const order = [...objects].sort((a, b) => (a.number === active) - (b.number === active));
     for (const object of order) {
       const mask = shownResult(object)?.masks[shownMask(object)];
-      if (mask) context.drawImage(this.#layer(mask, object.colour), 0, 0);
+      if (!mask) continue;
+      const layer = this.#layer(mask, object.colour, known.get(mask));
+      this.#layers.set(mask, layer);
+      context.drawImage(layer, 0, 0);
     }
     for (const object of order) {
       context.globalAlpha = object.number === active ? 1 : 0.75;
@@ -173,16 +231,15 @@ export class Stage {
     if (this.#usesKeys && this.#element.matches(":focus")) this.#drawCrosshair(context);
   }
 
-  /** A tinted mask with an outline, of the canvas' size. */
-  #layer(mask, colour) {
+  /** A tinted mask with an outline, of the canvas' size: the one that is known, if it is. */
+  #layer(mask, colour, known) {
     const { width, height } = this.#canvas;
-    const known = this.#layers.get(mask);
     if (known?.width === width && known.height === height) return known;
     const shape = maskCanvas(mask, this.#size);
     const layer = canvas(width, height);
     const context = layer.getContext("2d");
     // An outline: the mask moved all around, less the mask itself.
-    const reach = 2 * devicePixelRatio;
+    const reach = 2 * this.#ratio;
     for (let turn = 0; turn < 16; turn++) {
       const [x, y] = [Math.cos((turn * Math.PI) / 8) * reach, Math.sin((turn * Math.PI) / 8) * reach];
       context.drawImage(shape, x, y, width, height);
@@ -196,7 +253,6 @@ export class Stage {
     context.globalCompositeOperation = "source-in";
     context.fillStyle = colour;
     context.fillRect(0, 0, width, height);
-    this.#layers.set(mask, layer);
     return layer;
   }
 
@@ -207,7 +263,7 @@ export class Stage {
   }
 
   #drawPoint(context, point, label) {
-    const unit = devicePixelRatio;
+    const unit = this.#ratio;
     const [x, y] = this.#place(point);
     context.beginPath();
     context.arc(x, y, 8 * unit, 0, 2 * Math.PI);
@@ -231,7 +287,7 @@ export class Stage {
     const [right, bottom] = this.#place([x1, y1]);
     for (const [style, width] of [["#0009", 4], [colour, 2]]) {
       context.strokeStyle = style;
-      context.lineWidth = width * devicePixelRatio;
+      context.lineWidth = width * this.#ratio;
       context.strokeRect(left, top, right - left, bottom - top);
     }
   }
@@ -241,7 +297,7 @@ export class Stage {
     const { width, height } = this.#canvas;
     for (const [style, thick] of [["#000a", 3], ["#fff", 1]]) {
       context.strokeStyle = style;
-      context.lineWidth = thick * devicePixelRatio;
+      context.lineWidth = thick * this.#ratio;
       context.beginPath();
       context.moveTo(0, y);
       context.lineTo(width, y);
@@ -262,12 +318,14 @@ function canvas(width, height) {
   return Object.assign(document.createElement("canvas"), { width, height });
 }
 
-/** A mask as a canvas of the picture's size: opaque inside, transparent outside. */
+/** A mask of eight pixels a byte as a canvas of the picture's size: opaque inside, else clear. */
 function maskCanvas(mask, { width, height }) {
   const shape = canvas(width, height);
   const image = new ImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
-  for (let at = 0; at < mask.length; at++) pixels[at] = mask[at] ? 0xffffffff : 0;
+  for (let at = 0; at < pixels.length; at++) {
+    if (mask[at >> 3] & (128 >> (at & 7))) pixels[at] = 0xffffffff;
+  }
   shape.getContext("2d").putImageData(image, 0, 0);
   return shape;
 }

@@ -2,7 +2,8 @@
 //
 // States are replaced, never changed. Only an object's `result` arrives later.
 
-const MOST_STATES = 200;
+// Of a picture of 24 megapixels, each may hold 9 MB of masks.
+const MOST_STATES = 100;
 // The colours of sam3rt's overlays, which colour-blind people can tell apart too.
 const COLOURS = ["#0084d6", "#f09400", "#cc5fa5", "#f0e442", "#56c4f0", "#d55400", "#009e73"];
 
@@ -26,9 +27,15 @@ export function shownMask(object) {
   return object.choice ?? scores.indexOf(Math.max(...scores));
 }
 
+/** What the model thinks of a mask, within 0 and 1: of a score that is an IoU or its log-odds. */
+export function confidence(score, unit) {
+  return unit === "log_odds" ? 1 / (1 + Math.exp(-score)) : Math.min(Math.max(score, 0), 1);
+}
+
 /** The current state, which is `{objects, active}` with the number of the active object. */
 export class History {
   #states;
+  #undone;
 
   constructor() {
     this.clear();
@@ -36,6 +43,7 @@ export class History {
 
   clear() {
     this.#states = [{ objects: [newObject(1)], active: 1 }];
+    this.#undone = [];
   }
 
   get state() {
@@ -48,6 +56,10 @@ export class History {
 
   get canUndo() {
     return this.#states.length > 1;
+  }
+
+  get canRedo() {
+    return this.#undone.length > 0;
   }
 
   /** Put a changed version in its object's place. */
@@ -80,16 +92,23 @@ export class History {
   }
 
   undo() {
-    if (this.canUndo) this.#states.pop();
+    if (this.canUndo) this.#undone.push(this.#states.pop());
+  }
+
+  redo() {
+    if (this.canRedo) this.#states.push(this.#undone.pop());
   }
 
   /** Forget every state that holds a version of an object which the model did not answer. */
   withdraw(object) {
-    this.#states = this.#states.filter((state) => !state.objects.includes(object));
+    const isWithout = (state) => !state.objects.includes(object);
+    this.#states = this.#states.filter(isWithout);
+    this.#undone = this.#undone.filter(isWithout);
   }
 
   #push(state) {
     this.#states.push(state);
+    this.#undone = [];
     if (this.#states.length > MOST_STATES) this.#states.shift();
   }
 }

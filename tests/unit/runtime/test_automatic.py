@@ -201,6 +201,14 @@ def test_crops_overlap_and_cover_the_image() -> None:
         assert covered.all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (9, 3)])
+def test_images_of_fewer_pixels_than_crops(small: SegmentationModel, shape: Any) -> None:
+    generator = AutomaticMaskGenerator(
+        small, 2, pred_iou_thresh=0, stability_score_thresh=0, crop_n_layers=2
+    )
+    assert generator.generate(noise(*shape)).size == shape
+
+
 def test_small_holes_and_islands_go_and_the_largest_stays() -> None:
     mask = np.zeros((20, 30), bool)
     mask[2:12, 2:12] = True

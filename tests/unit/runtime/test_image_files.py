@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
 import struct
 import subprocess
 import warnings
@@ -62,6 +64,7 @@ BAD_FILES: dict[str, Callable[[], bytes]] = {
     "16 bits": lambda: encoded_array(np.zeros((4, 4), np.uint16)),
     "floats": lambda: encoded_array(np.zeros((4, 4), np.float32)),
     "an odd texture": lambda: ODD_DDS,
+    "LAB": lambda: encoded_image(PIL.Image.new("LAB", (4, 4))),
     **{
         f"cut {form}": lambda form=form: encoded(form)[: len(encoded(form)) // 3]
         for form in FORMATS
@@ -70,8 +73,12 @@ BAD_FILES: dict[str, Callable[[], bytes]] = {
 
 
 def encoded_array(array: np.ndarray) -> bytes:
+    return encoded_image(PIL.Image.fromarray(array))
+
+
+def encoded_image(image: PIL.Image.Image) -> bytes:
     stream = io.BytesIO()
-    PIL.Image.fromarray(array).save(stream, "TIFF")
+    image.save(stream, "TIFF")
     return stream.getvalue()
 
 
@@ -86,9 +93,19 @@ def test_bad_files_end_in_one_line(
         status = main(["segment", str(path), "--point", "1,1", "--output", str(tmp_path / "out")])
     assert status == 1
     error = capsys.readouterr().err
-    assert error.startswith("sam3rt segment: image")
-    assert "Traceback" not in error
+    assert error.startswith(f"sam3rt segment: image {path}: got ")
+    # One line, which names the file once, and says nothing of Pillow's to users of a command.
+    assert (error.count(str(path)), error.count("\n")) == (1, 1)
+    assert not re.search("PIL|bomb|Errno|Traceback", error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are of POSIX")
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """It would hold the turn of all other readers, and cannot be read twice."""
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(ImageError, match=r"image\.png: got a pipe"):
+        read_image(tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -100,8 +117,8 @@ def test_a_file_cut_anywhere_is_read_or_refused(form: str, tmp_path: Path) -> No
         path.write_bytes(whole[:length])
         try:
             array = read_image(path)
-        except ImageError:
-            refused += 1
+        except ImageError as error:
+            refused += error.argument == "image"
         else:
             assert array.shape[2] == 3
     assert refused > 10
@@ -151,7 +168,7 @@ def test_no_picture_starts_a_program(
         assert image.format == "EPS"  # what came before opened it so
     for name in ("Popen", "run", "call", "check_call"):
         monkeypatch.setattr(subprocess, name, start)
-    with pytest.raises(ImageError, match=r"photo\.jpg: cannot identify"):
+    with pytest.raises(ImageError, match=r"photo\.jpg: got no image"):
         read_image(path)
 
 

@@ -363,6 +363,29 @@ def test_an_unknown_suffix_is_refused(cat: Segmentation, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "side"), [("a.jpg", 65_501), ("a.webp", 16_384)])
+def test_a_format_that_has_no_such_images_is_named(name: str, side: int, tmp_path: Path) -> None:
+    image = np.zeros((1, side, 3), np.uint8)
+    result = Segmentation(
+        image[None, ..., 0] > 0,
+        (1, side),
+        np.ones(1, np.float32),
+        np.zeros(1, np.int64),
+        "iou",
+        image,
+    )
+    with pytest.raises(InvalidInputError, match=rf"path: got '{name}' for {side} x 1 pixels"):
+        result.save(tmp_path / name)
+    result.save(tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("index", [None, [[0, 1]], np.array([[True, False, True]])])
+def test_an_index_of_several_axes_is_refused(index: Any, cat: Segmentation) -> None:
+    with pytest.raises(IndexError):
+        cat[index]
+
+
 def test_nothing_is_left_to_refine_of_a_result_without_logits() -> None:
     with pytest.raises(StateError, match="refine"):
         _ = hand_made(np.eye(3)).mask_input

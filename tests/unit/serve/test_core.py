@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -339,18 +340,24 @@ def test_the_prompts_of_one_fail_alone(serve: Callable[..., Service]) -> None:
         bad.result(5)
 
 
+def test_labels_are_1_where_they_are_left_out() -> None:
+    points = [(1.0, 2.0), (3.0, 4.0)]
+    assert ObjectPrompt(points) == ObjectPrompt(points, [1, 1])
+    assert msgspec.json.decode(b'{"points": [[1, 2]]}', type=ObjectPrompt).labels == [1]
+
+
 @pytest.mark.parametrize(
     ("objects", "error"),
     [
         ([], PromptError),
         ([ObjectPrompt()], PromptError),
-        ([ObjectPrompt([(1.0, 2.0)], [])], PromptError),
+        ([ObjectPrompt([(1.0, 2.0)] * 2, [1])], PromptError),
         ([ObjectPrompt([], [1])], PromptError),
         ([ObjectPrompt(box=(9.0, 0.0, 1.0, 5.0))], PromptError),
         ([ObjectPrompt([(1.0, 2.0)] * 5, [1] * 5)], TooLargeError),
         ([POINT] * 4, TooLargeError),
     ],
-    ids=["none", "empty", "no label", "no point", "a box turned", "points", "objects"],
+    ids=["none", "empty", "a label", "no point", "a box turned", "points", "objects"],
 )
 def test_bad_prompts_are_refused(
     objects: list[ObjectPrompt], error: type[Exception], serve: Callable[..., Service]

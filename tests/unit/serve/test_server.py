@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import http.client
@@ -9,11 +10,14 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import uvicorn
 from numpy.typing import NDArray
@@ -35,7 +39,7 @@ from sam3rt import (
     SegmentationModel,
     load_model,
 )
-from sam3rt_serve import wire
+from sam3rt_serve import cli, demo, triton, wire
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.connections import BoundedProtocol
 from sam3rt_serve.core import ObjectPrompt, Service
@@ -148,6 +152,12 @@ def test_the_client_comes_back_to_a_server_that_closed_its_connection(
         assert client.model()
     with pytest.raises(OSError, match="refused"):
         client.model()
+
+
+@pytest.mark.parametrize("image", [IMAGE, None, PIL.Image.fromarray(IMAGE)], ids=type)
+def test_the_client_wants_a_file(image: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"image: got \w+, expected a path"):
+        Client().add_image(image)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "", "http://"])
@@ -288,6 +298,52 @@ def test_a_full_server_takes_new_callers(toy: SegmentationModel) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "99999"], "--port: got 99999, expected a number from 0 to 65535"),
+        (["--host", "no host"], "--host: got 'no host', expected an address of this machine"),
+        (["--port", "{taken}"], "cannot listen on 127.0.0.1, port {taken}: Address already in use"),
+    ],
+)
+def test_an_address_that_cannot_be_had_shows_at_once(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli, "load_from_options", load)
+    monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        given = parser.parse_args([one.format(taken=port) for one in options])
+        with (
+            warnings.catch_warnings(),
+            pytest.raises((InvalidInputError, OSError), match=said.format(taken=port)),
+        ):
+            cli.run(given)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *[(cli, "--bundle"), (cli, "--cache-folder"), (cli, "--api-key-file")],
+        *[(demo, "--bundle"), (demo, "--onnxruntime-web")],
+        *[(triton, "--bundle"), (triton, "--cache-folder")],
+    ],
+)
+def test_an_empty_path_is_not_the_folder_here(
+    command: ModuleType, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, "", "repository"])
+    assert f"argument {option}: an empty path" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
     tmp_path: Path,
@@ -325,10 +381,12 @@ def test_a_process_serves_the_cat_and_ends_when_it_has_answered(
             server.process.send_signal(signal.SIGTERM)
             for thread in threads:
                 thread.join()
-            assert server.process.wait(30) == -signal.SIGTERM
+            assert server.process.wait(30) == 0
         assert len(answers) == 6
         for found in answers:
             np.testing.assert_array_equal(found.masks, masks.astype(bool))
+        said = [line["message"] for line in server.lines()]
+        assert f"serving mobile_sam at {server.url}" in said
         requests = [line for line in server.lines() if line["message"] == "request"]
         assert [line["status"] for line in requests if line["path"].endswith("/masks")] == [200] * 7
     # Another server with the same folder knows the image.

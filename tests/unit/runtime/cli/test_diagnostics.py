@@ -210,6 +210,16 @@ def test_info_has_what_a_bug_report_needs(
     assert document["bundle"]["files"] == "match their hashes"
 
 
+def test_info_is_text_that_says_things_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sam3rt.cli.info._VARIABLES", ())
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "environment: none" in lines
+    assert "  source: mobile_sam.pt" in lines
+
+
 def test_info_of_a_damaged_bundle_shows_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,10 @@ def files(folder: Path | str) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
 
+def classes_in(labels: str) -> str:
+    return "".join(line[0] for line in Path(labels).read_text().splitlines())
+
+
 def found(model: SegmentationModel, path: Path, *prompts: Any, **options: Any) -> Segmentation:
     return model.segment_image(read_image(path), *prompts, **options)
 
@@ -248,6 +252,10 @@ def test_prompts_name_images_beside_themselves_and_may_come_by_a_pipe(
     assert segment("--prompts", "imgs/p.jsonl", "--format", "labelme", "-o", "out") == 1
     assert "failed: gone.png: not found in imgs" in capsys.readouterr().err
     assert files("out") == ["deep/c.json", "results.jsonl"]
+    # Names as results.jsonl has them are found too.
+    again = write_prompts("again.jsonl", {**line, "image": "imgs/deep/c.PNG"})
+    assert segment("imgs", "--prompts", again, "--format", "labelme", "-o", "out") == 0
+    assert files("out") == ["deep/c.json", "results.jsonl"]
     piped = io.StringIO(json.dumps({**line, "image": "imgs/b.png"}))
     monkeypatch.setattr(sys, "stdin", piped)
     assert segment("--prompts", "-", "--format", "labelme", "-o", "piped") == 0
@@ -290,7 +298,9 @@ def test_a_wrong_prompt_fails_its_image_alone(imgs: Path, segment: Any, capsys: 
         {"image": "b.png", "points": [[1, 1]]},
     )
     assert segment("imgs", "--prompts", prompts, "-o", "out") == 1
-    assert "failed: imgs/a.png: prompts: got a point is at (4000, 4000)" in capsys.readouterr().err
+    assert (
+        "failed: imgs/a.png: prompts: got a point at (4000, 4000) pixels" in capsys.readouterr().err
+    )
     assert Path("out/b/result.json").exists()
 
 
@@ -306,7 +316,7 @@ def test_failures_are_listed_at_the_end_and_tried_again(
     printed = capsys.readouterr()
     assert "2 images segmented" in printed.out
     assert "1 failed" in printed.out
-    assert printed.err.startswith("sam3rt segment: failed: imgs/b.png: image imgs/b.png")
+    assert printed.err.startswith("sam3rt segment: failed: imgs/b.png: got an image that cannot")
     (imgs / "b.png").write_bytes(whole)
     assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 0
     assert "1 image segmented" in capsys.readouterr().out
@@ -365,6 +375,7 @@ def test_a_run_that_was_stopped_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", stopped)
         assert segment(*arguments) == 130
+    assert capsys.readouterr().err == "2 images are done: the same command goes on\n"
     assert segment(*arguments) == 0
     # A line without its end is whole.
     said = capsys.readouterr().out
@@ -373,6 +384,72 @@ def test_a_run_that_was_stopped_goes_on(
     assert segment(*arguments[:-1], "fresh") == 0
     fresh = {name: Path("fresh", name).read_bytes() for name in files("fresh")}
     assert there == fresh
+
+
+def test_another_command_adds_to_a_coco_document(imgs: Path, segment: Any) -> None:
+    """Names that differ in the suffix alone get in nobody's way, since all is one file."""
+    (imgs / "a.jpg").write_bytes((imgs / "a.png").read_bytes())
+    for number, (name, what) in enumerate([("a.png", "cat"), ("a.jpg", "dog"), ("b.png", "cat")]):
+        line = {"image": name, "points": [[9, 9]], "name": what}
+        prompts = write_prompts(f"{number}.jsonl", line)
+        assert segment("--prompts", prompts, "imgs", "--format", "coco", "-o", "out") == 0
+    # What fails now is not shown as it was.
+    (imgs / "b.png").write_bytes(b"nothing")
+    assert segment("--prompts", prompts, "imgs", "--format", "coco", "-o", "out") == 1
+    document = json.loads(Path("out/annotations.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["imgs/a.jpg", "imgs/a.png"]
+    # An image by another path is the same; those that are gone are none any more.
+    (imgs / "a.png").unlink()
+    (imgs / "b.png").unlink()
+    again = ("--prompts", "1.jsonl", str(imgs.resolve()), "--format", "coco", "-o", "out")
+    assert segment(*again) == 0
+    shown = json.loads(Path("out/annotations.json").read_text())["images"]
+    assert [image["file_name"] for image in shown] == [str(imgs.resolve() / "a.jpg")]
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    assert [names[a["category_id"]] for a in document["annotations"]] == ["dog", "cat"]
+
+
+def test_commands_at_the_same_time_lose_nothing(imgs: Path, segment: Any, monkeypatch: Any) -> None:
+    """The second runs from beginning to end while the first one notes its first image."""
+    note = Journal.add
+
+    def interrupted(journal: Journal, entry: Any) -> None:
+        monkeypatch.setattr(Journal, "add", note)
+        assert segment("imgs/deep", *CLICK, "--format", "coco", "-o", "out") == 0
+        note(journal, entry)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    assert segment("imgs/*.png", *CLICK, "--format", "coco", "-o", "out") == 0
+    assert len(json.loads(Path("out/annotations.json").read_text())["images"]) == 3
+    assert len(Path("out/results.jsonl").read_text().splitlines()) == 4
+
+
+def test_another_command_keeps_the_numbers_of_yolo_classes(imgs: Path, segment: Any) -> None:
+    for names in (["cat", "dog"], ["bird", "dog"]):
+        image = "a.png" if "cat" in names else "b.png"
+        lines = [{"image": image, "points": [[9, 9]], "name": name} for name in names]
+        prompts = write_prompts("p.jsonl", *lines)
+        assert segment("--prompts", prompts, "imgs", "--format", "yolo", "-o", "out") == 0
+    assert Path("out/classes.txt").read_text().splitlines() == ["cat", "dog", "bird"]
+    for image, expected in (("a", "01"), ("b", "21")):
+        assert classes_in(f"out/labels/{image}.txt") == expected
+    # Without the list, numbers are given anew.
+    Path("out/classes.txt").unlink()
+    assert segment("--prompts", prompts, "imgs", "--format", "yolo", "-o", "out") == 0
+    assert classes_in("out/labels/b.txt") == "01"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"image": "imgs/a.png"}', '{"image": [], "files": 1}', "[]", "1"]
+)
+def test_lines_that_are_not_ours_are_passed_over(line: str, imgs: Path, segment: Any) -> None:
+    arguments = ("imgs", *CLICK, "--format", "coco", "-o", "out")
+    assert segment(*arguments) == 0
+    before = Path("out/results.jsonl").read_text()
+    with Path("out/results.jsonl").open("a") as stream:
+        stream.write(f"{line}\n")
+    assert segment(*arguments) == 0
+    assert Path("out/results.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "annotations.json"])

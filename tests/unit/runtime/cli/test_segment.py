@@ -104,6 +104,7 @@ def test_segment_applies_exif_orientation(
         ["--box", "1,2,3"],
         ["--box", "30,2,3,40"],
         ["--threads", "0"],
+        ["--threads", "x"],
         ["--max-pixels", "0"],
         ["--point", "-5,a"],
         ["--box", "-3,2"],
@@ -119,8 +120,16 @@ def test_segment_refuses_malformed_arguments(arguments: list[str], tmp_path: Pat
     with pytest.raises(SystemExit) as stopped:
         main(["segment", CHELSEA, *arguments, "--output", str(tmp_path / "o")])
     assert stopped.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    problem, hint = capsys.readouterr().err.splitlines()
+    assert problem.startswith(f"sam3rt segment: argument {arguments[0]}")
+    assert "_int" not in problem
+    assert hint == "try: sam3rt segment --help"
     assert not (tmp_path / "o").exists()
+
+
+def test_without_arguments_there_is_help(capsys) -> None:
+    assert main([]) == 2
+    assert "sam3rt segment photo.jpg" in capsys.readouterr().err
 
 
 def test_an_empty_path_is_not_the_folder_here(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -291,7 +300,7 @@ def test_nothing_is_left_of_a_run_that_fails(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr("sam3rt.results.draw_objects", _full_disk)
     assert segment_to(output, "--single-mask") == 1
-    assert f"No space left on device: '{output}'" in capsys.readouterr().err
+    assert f"{output}: No space left on device\n" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert names(tmp_path) == ({"deep"} if earlier else set())
 

@@ -59,7 +59,7 @@ def test_a_closed_stream_is_an_empty_one(stream: int, tmp_path: Path, tiny_sam3:
         assert b"Traceback" not in done.stderr
         assert done.returncode == status
     if stream == 0:
-        assert b"image: got -" in done.stderr
+        assert b"image -: got no image" in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 
