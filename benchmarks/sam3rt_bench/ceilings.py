@@ -22,23 +22,22 @@ _COPY_BYTES = 1 << 28
 _RUNS = 5
 
 
-def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> list[Ceiling]:
-    """Measure what can be measured here.
+def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> Iterator[Ceiling]:
+    """Measure what can be measured here, one after the other.
 
     Args:
         threads: CPU threads the candidates use, or ``None`` for all.
         device: ``"cpu"``, or a CUDA device, which PyTorch must be there for.
         with_pytorch: whether PyTorch may be imported.
     """
-    found = list(_numpy())
+    yield from _numpy()
     with contextlib.suppress(ImportError):
-        found += _openvino(threads)
+        yield from _openvino(threads)
     if with_pytorch:
         with contextlib.suppress(ImportError):
             from . import pytorch_backend
 
-            found += pytorch_backend.measure_ceilings(device, threads)
-    return found
+            yield from pytorch_backend.measure_ceilings(device, threads)
 
 
 def best(ceilings: list[Ceiling], what: str, element: str, device: str) -> Ceiling | None:

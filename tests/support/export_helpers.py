@@ -134,6 +134,13 @@ def _tiny_rope(sizes: TinySizes, block: int) -> Tensor:
     return rope(sizes.window, 8, 1.0)
 
 
+def canonical_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors of a whole model that the interactive predictor has, in canonical naming."""
+    from sam3rt_export.sources.state_dict import interactive_parts
+
+    return interactive_parts(state, what).tensors
+
+
 def small_tensors() -> dict[str, Tensor]:
     """Every tensor of the golden data's small SAM 3, unused ones included."""
     return {name: torch.from_numpy(np.asarray(a)) for name, a in synthetic.checkpoint().items()}
@@ -258,7 +265,6 @@ def small_sam2_architecture() -> Any:
 def small_sam2_model() -> Any:
     """The golden data's small SAM 2.1 as a transformers ``Sam2Model``."""
     from sam3rt_export.references.transformers_sam2 import build_sam2_model
-    from sam3rt_export.sources.state_dict import canonical_tensors
 
     state = {name: torch.from_numpy(array) for name, array in sam2_synthetic.checkpoint().items()}
     return build_sam2_model(small_sam2_architecture(), canonical_tensors(state, "the small model"))

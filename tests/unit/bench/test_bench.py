@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -412,9 +413,12 @@ def test_a_run_writes_tables_and_pictures(run_folder: tuple[Path, str]) -> None:
     assert {path.name for path in folder.iterdir()} == names
     tables, _, summary = said.partition("=== Summary ===")
     assert text in tables
-    assert 4 <= len(summary.strip().splitlines()) <= 9
+    lines = summary.strip().splitlines()
+    assert 4 <= len(lines) <= 9
+    assert max(map(len, lines)) <= 120
     for name in ("onnxruntime:fp32", "openvino:fp32"):
-        assert f"\n{name}: image median = " in summary
+        assert re.search(rf"\n{name}  +[\d.]+ ms  +[\d.]+ ms  .*  1\.0000\n", summary)
+    assert f"written to {folder}: bench.md" in summary
 
 
 def stop_in(part: str, monkeypatch: pytest.MonkeyPatch) -> None:

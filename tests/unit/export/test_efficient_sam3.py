@@ -33,7 +33,7 @@ from sam3rt_build.recipes import RECIPES, SIMULATED_RECIPES, Recipe, recipe_name
 from sam3rt_build.simulated import SimulatedBackend
 from sam3rt_build.typed_graph import FLOAT, apply_recipe, node_types, scope_of
 from sam3rt_export import SourceOptions, export_bundle
-from sam3rt_export.errors import CheckpointError
+from sam3rt_export.errors import CheckpointError, tensors_of
 from sam3rt_export.exporter import ExportOptions
 from sam3rt_export.graphs.efficient_sam3 import EfficientSam3EncoderGraph, Upsample, bilinear
 from sam3rt_export.graphs.efficient_vit import LinearAttention
@@ -56,7 +56,8 @@ def _one_thread() -> Iterator[None]:
 
 def opened(tensors: dict[str, Tensor], image_size: int = SMALL) -> ExportSource:
     tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-    return open_efficient_sam3(tensors, kind="test", origin="x.pt", image_size=image_size)
+    with tensors_of("x.pt"):
+        return open_efficient_sam3(tensors, image_size=image_size)
 
 
 # --- parts ----------------------------------------------------------------------------------------

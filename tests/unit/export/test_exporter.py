@@ -410,9 +410,7 @@ def test_sizes_that_are_no_tensors_are_part_of_the_id(change: dict[str, Any]) ->
     other = dataclasses.replace(one, **change)
     model = build_tracker_model(one, tensors)
     ids = {
-        exporter._export_id(
-            sam3_source(arch, tensors, model, kind="test", origin="test"), ExportOptions()
-        )
+        exporter._export_id(sam3_source(arch, tensors, model), ExportOptions())
         for arch in (one, other)
     }
     assert len(ids) == 2
@@ -611,9 +609,22 @@ def test_the_command(
     assert main([*command, "--weights-key", "ema"]) == 0
     manifest = open_bundle(out).manifest
     assert manifest.name == "kestrel"
-    assert manifest.fingerprint in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert manifest.fingerprint in said.out
+    assert f"next: sam3rt segment photo.jpg --point 225,150 --bundle {out} --output" in said.out
+    assert "tracing the decoder" in said.err
     assert main(command) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["", "--output", "--tracker", "--lora", "--license-file", "--parity-image"]
+)
+def test_an_empty_path_is_none(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["x.pt", "--output", "out", option, ""] if option else ["", "--output", "out"]
+    with pytest.raises(SystemExit):
+        main(["export", *given])
+    assert "an empty path" in capsys.readouterr().err
 
 
 def test_the_command_without_a_library_that_loads(
