@@ -23,43 +23,35 @@ from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..references.transformers_sam2 import Sam2Reference, build_sam2_model
 from ..source import ExportSource
 
+
+def _published(
+    depths: tuple[int, ...],
+    width: int,
+    heads: int,
+    windows: tuple[int, ...],
+    global_blocks: tuple[int, ...],
+) -> HieraArchitecture:
+    """Widths and heads double from stage to stage."""
+    stages = range(len(depths))
+    return HieraArchitecture(
+        image_size=1024,
+        depths=depths,
+        widths=tuple(width << stage for stage in stages),
+        heads=tuple(heads << stage for stage in stages),
+        windows=windows,
+        global_blocks=global_blocks,
+    )
+
+
 # The published models by depths and width of the first stage, which tensors show. They do not show
 # heads, windows and which blocks attend globally (sam2/configs/sam2.1 of the reference).
 PUBLISHED: dict[tuple[tuple[int, ...], int], tuple[str, HieraArchitecture]] = {
     (arch.depths, arch.widths[0]): (name, arch)
     for name, arch in {
-        "tiny": HieraArchitecture(
-            image_size=1024,
-            depths=(1, 2, 7, 2),
-            widths=(96, 192, 384, 768),
-            heads=(1, 2, 4, 8),
-            windows=(8, 4, 14, 7),
-            global_blocks=(5, 7, 9),
-        ),
-        "small": HieraArchitecture(
-            image_size=1024,
-            depths=(1, 2, 11, 2),
-            widths=(96, 192, 384, 768),
-            heads=(1, 2, 4, 8),
-            windows=(8, 4, 14, 7),
-            global_blocks=(7, 10, 13),
-        ),
-        "base_plus": HieraArchitecture(
-            image_size=1024,
-            depths=(2, 3, 16, 3),
-            widths=(112, 224, 448, 896),
-            heads=(2, 4, 8, 16),
-            windows=(8, 4, 14, 7),
-            global_blocks=(12, 16, 20),
-        ),
-        "large": HieraArchitecture(
-            image_size=1024,
-            depths=(2, 6, 36, 4),
-            widths=(144, 288, 576, 1152),
-            heads=(2, 4, 8, 16),
-            windows=(8, 4, 16, 8),
-            global_blocks=(23, 33, 43),
-        ),
+        "tiny": _published((1, 2, 7, 2), 96, 1, (8, 4, 14, 7), (5, 7, 9)),
+        "small": _published((1, 2, 11, 2), 96, 1, (8, 4, 14, 7), (7, 10, 13)),
+        "base_plus": _published((2, 3, 16, 3), 112, 2, (8, 4, 14, 7), (12, 16, 20)),
+        "large": _published((2, 6, 36, 4), 144, 2, (8, 4, 16, 8), (23, 33, 43)),
     }.items()
 }
 

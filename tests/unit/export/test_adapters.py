@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.export_helpers import TRUNK, one_thread, tiny_tensors
+from tests.support.export_helpers import TRUNK, tiny_tensors
 from torch import Tensor
 
 from sam3rt_export.errors import CheckpointError
@@ -24,12 +23,6 @@ QKV = TRUNK + "blocks.1.attn.qkv"
 # The same as the model's user names it, within the package's image model.
 QKV_OF_IMAGE_MODEL = QKV.removeprefix("detector.")
 EXPORTED = ("detector.backbone.vision_backbone.", "tracker.")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from tests.support.export_helpers import (
     TRUNK,
     Exploit,
     canonical_tensors,
-    one_thread,
     tiny_tensors,
 )
 from torch import Tensor, nn
@@ -33,12 +31,6 @@ from sam3rt_export.sources import SourceOptions, open_source
 from sam3rt_export.sources.checkpoint_file import read_state
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.support.export_helpers import (
     STUDENT,
     STUDENTS,
     as_multiplex,
-    one_thread,
     relative,
     run_onnx,
     tiny_student,
@@ -46,12 +44,6 @@ from sam3rt_export.sources.efficient_sam3 import open_efficient_sam3, read_stude
 
 SMALL = 336
 BACKBONE = STUDENT + "backbone.model."
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def opened(tensors: dict[str, Tensor], image_size: int = SMALL) -> ExportSource:

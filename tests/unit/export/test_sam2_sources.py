@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from tests.golden.sam2 import synthetic
 from tests.support.export_helpers import (
     canonical_tensors,
-    one_thread,
     register,
     relative,
     sam2_state,
@@ -38,12 +37,6 @@ TINY = HieraArchitecture(
 )
 SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

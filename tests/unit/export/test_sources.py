@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from tests.support.export_helpers import (
     ReferenceTracker,
     as_multiplex,
     canonical_tensors,
-    one_thread,
     random_mobile_sam,
     relative,
     small_tensors,
@@ -43,12 +41,6 @@ from sam3rt_export.source import ExportSource
 from sam3rt_export.sources import SourceOptions, open_source, transformers_model
 from sam3rt_export.sources.sam3 import source_from_tensors
 from sam3rt_export.sources.sam3_architecture import read_architecture
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
