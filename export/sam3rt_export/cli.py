@@ -14,8 +14,8 @@ HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\
 Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a parity record.
 
-CHECKPOINT is a file (pickled or .safetensors, FP32, FP16 or BF16), a .safetensors.index.json, a
-folder or a hub id:
+CHECKPOINT is a file (pickled or .safetensors, FP64, FP32, FP16 or BF16), a
+.safetensors.index.json, a folder or a hub id:
 
   accepted                                      licence of the weights
   SAM 3: Meta's sam3.pt; facebook/sam3          SAM License

@@ -321,7 +321,8 @@ def _target(output: str | os.PathLike[str]) -> Path:
         str(target).encode()
     except UnicodeEncodeError as error:
         raise ExportError(
-            f"output: {target} is not UTF-8, and ONNX's libraries write no other path"
+            f"output: {target} or the locale is not UTF-8, and ONNX's libraries write no other "
+            "path: use another name, or set LC_ALL=C.UTF-8"
         ) from error
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
         raise ExportError(f"output: {text} cannot be found: {error}") from error

@@ -75,7 +75,8 @@ def _load(path: Path) -> tuple[Any, int]:
         raise
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{path}: its path is not UTF-8, and PyTorch and safetensors open no other: rename it"
+            f"{path}: its path or the locale is not UTF-8, and PyTorch and safetensors open no "
+            "other: rename it, or set LC_ALL=C.UTF-8"
         ) from error
     except pickle.UnpicklingError as error:
         # PyTorch's own text recommends to load the file in a way that runs its code.
