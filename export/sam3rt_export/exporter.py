@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +47,6 @@ from sam3rt.loading import load_model
 
 from . import contracts
 from .errors import ExportError, SelfCheckError
-from .free_memory import free_memory
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
 from .sources import SourceOptions, open_source
@@ -130,7 +132,7 @@ def export_bundle(
     with _writing(target) as folder:
         record = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
-        free_memory()
+        _free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
         self_check(folder, record, LIMITS[options.weights])
         if options.weights == "float16":
@@ -165,7 +167,7 @@ def _write_files(
         contracts.encoder_request(source, options.weights, export_id), folder / "encoder.onnx"
     )
     say(f"traced the encoder: {encoder.nodes} nodes")
-    free_memory()
+    _free_memory()
     say("tracing the decoder")
     decoder = trace_to_file(
         contracts.decoder_request(source, options.weights, export_id), folder / "decoder.onnx"
@@ -337,6 +339,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"output: {target} exists; remove it, or give --overwrite")
     if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
+
+
+def _free_memory() -> None:
+    """Collect garbage, and let the C library return free memory to the system.
+
+    glibc keeps freed blocks of up to 32 MB for itself. The weights of a ViT have that size, so
+    gigabytes would stay allocated during the next stage.
+    """
+    gc.collect()
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _timed(progress: Progress | None) -> Progress:

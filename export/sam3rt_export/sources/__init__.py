@@ -185,7 +185,8 @@ def _only_checkpoint(folder: Path) -> Path:
         if len(files) == 1:
             return files[0]
         if files:
-            raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {files}")
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {names}")
     raise CheckpointError(f"{folder}: holds no config.json and no checkpoint; {ACCEPTED}")
 
 
