@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from tests.support.c_library import Library, PredictOptions, image, prompts
 
 import sam3rt
@@ -136,10 +136,9 @@ def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[
 
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--builds", type=Path, default=Path("build-cpp"))
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, default=5, help="processes of each kind")

@@ -1,17 +1,14 @@
-"""Where the decoder's time goes, and what more objects cost.
+"""What more objects cost the decoder, in one call and in many.
 
-    python -m benchmarks.decoder BUNDLE [--objects 1 16 64] [--rounds 9]
-        [--operators | --together | --memory] [--threads 1] [--output FILE]
+    python -m benchmarks.decoder BUNDLE [--objects 1 16 64] [--rounds 9] [--memory] [--threads 1]
+        [--output FILE]
 
-Random feature maps, one box an object, three masks each, on every backend for the CPU, one thread.
-What is given is the processor time of calls on one image, which other work on the machine disturbs
-less than the clock. With ``--operators``, it is what the libraries' own profilers say of each
-operator of the graph as it stands in the bundle, all objects in one run: the least time of any
-round, and the bytes read and written. With ``--together``, it is what so many objects take in one
-call and in calls of their own, on one image and on images of their own, each in turn in every
-round; :func:`together` says what the rows mean. With ``--memory``, it is the process's greatest
-size during a call, less what its results take. The decoder of the golden data's small SAM 3 has the
-published size:
+Random feature maps, one box an object, three masks each, on every backend for the CPU, one thread:
+what so many objects take in one call and in calls of their own, on one image and on images of their
+own, each in turn in every round; :func:`together` says what the rows mean. Processor time is
+disturbed less by other work on the machine than the clock. With ``--memory``, it is the process's
+greatest size during a call, less what its results take. The decoder of the golden data's small
+SAM 3 has the published size:
 
     python -c "import torch; from tests.golden.sam3 import synthetic as s; torch.save(
         {n: torch.from_numpy(a) for n, a in s.checkpoint().items()}, 'small.pt')"
@@ -20,12 +17,9 @@ published size:
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,33 +27,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import openvino as ov
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from numpy.typing import NDArray
 
 from sam3rt.backends.base import OBJECTS_AT_ONCE, Backend
 from sam3rt.backends.create import create_backend
-from sam3rt.backends.openvino.bf16 import TOKENS, matmuls_in_bf16
 from sam3rt.backends.options import BackendOptions
 from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.bundle.contract import decoder_outputs
 from sam3rt.errors import BackendError
 from sam3rt.features import Features
-from sam3rt.prompts import PackedPrompts, decoder_inputs
+from sam3rt.prompts import PackedPrompts
 
 BACKENDS = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
-# Of a run's time: what takes less is not listed.
-LEAST_SHARE = 0.01
 
 
-def random_maps(bundle: Bundle, images: int = 1) -> dict[str, NDArray[np.float32]]:
-    """Feature maps about as large as real ones, by name."""
+def random_maps(bundle: Bundle, images: int = 1) -> list[NDArray[np.float32]]:
+    """Feature maps about as large as real ones."""
     rng = np.random.default_rng(0)
-    return {
-        spec.name: rng.standard_normal((images, *map(int, spec.shape[1:])), dtype=np.float32)
+    return [
+        rng.standard_normal((images, *map(int, spec.shape[1:])), dtype=np.float32)
         for spec in bundle.manifest.encoder.outputs
-    }
+    ]
 
 
 def boxes(bundle: Bundle, objects: int) -> PackedPrompts:
@@ -71,42 +60,10 @@ def boxes(bundle: Bundle, objects: int) -> PackedPrompts:
     return PackedPrompts(points, np.tile(np.array([2, 3, -1], np.int64), (objects, 1)), None)
 
 
-def backends(bundle: Bundle, threads: int) -> Iterator[tuple[str, Backend | str]]:
-    """Each backend for the CPU, or why there is none."""
-    for name, precision in BACKENDS:
-        try:
-            yield f"{name} {precision}", load(bundle, name, precision, threads)
-        except BackendError as error:
-            yield f"{name} {precision}", str(error)
-
-
 def load(bundle: Bundle, name: str, precision: str, threads: int) -> Backend:
     """A backend as it is, proved or not."""
     unproven = precision if precision == "fp32" else f"{precision}-unproven"
     return create_backend(name, bundle, BackendOptions("cpu", threads, unproven))
-
-
-def calls(bundle: Bundle, counts: list[int], rounds: int, threads: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of processor time of a call on an image that was asked about before."""
-    outputs = decoder_outputs(bundle.manifest, multimask_output=True)
-    for name, backend in backends(bundle, threads):
-        if isinstance(backend, str):
-            yield {"backend": name, "skipped": backend}
-            continue
-        features = backend.upload(list(random_maps(bundle).values()))
-        for objects in counts:
-            prompts, times = boxes(bundle, objects), []
-            for _ in range(rounds + 2):
-                start = time.process_time()
-                backend.decode(features, prompts, outputs)
-                times.append(1e3 * (time.process_time() - start))
-            yield {
-                "backend": name,
-                "objects": objects,
-                "first_ms": round(times[0], 1),
-                "median_ms": round(statistics.median(times[2:]), 1),
-                "least_ms": round(min(times[2:]), 1),
-            }
 
 
 def decode_all(
@@ -132,12 +89,14 @@ def together(
     - ``gather``: only bringing the feature maps into one piece.
     """
     outputs = decoder_outputs(bundle.manifest, multimask_output=True)
-    for name, backend in backends(bundle, threads):
-        if isinstance(backend, str):
-            yield {"backend": name, "skipped": backend}
+    for name, precision in BACKENDS:
+        try:
+            backend = load(bundle, name, precision, threads)
+        except BackendError as error:
+            yield {"backend": f"{name} {precision}", "skipped": str(error)}
             continue
         for objects in counts:
-            maps, prompts = list(random_maps(bundle, objects).values()), boxes(bundle, objects)
+            maps, prompts = random_maps(bundle, objects), boxes(bundle, objects)
             singles, groups = prompts.split(1), prompts.split(OBJECTS_AT_ONCE)
             starts = range(0, objects, OBJECTS_AT_ONCE)
             times: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -157,7 +116,8 @@ def together(
                 pairs = list(zip(joined, groups, strict=True))
                 decode_all(backend, pairs, outputs)
                 times["joined"].append(decode_all(backend, pairs, outputs))
-            row: dict[str, Any] = {"backend": name, "objects": objects, "threads": threads}
+            row: dict[str, Any] = {"backend": f"{name} {precision}", "objects": objects}
+            row["threads"] = threads
             for what, spent in times.items():
                 # The first round compiles kernels and takes memory.
                 cpu, clock = (statistics.median(1e3 * s[i] for s in spent[1:]) for i in range(2))
@@ -165,9 +125,7 @@ def together(
             yield row
 
 
-def memory(
-    bundle: Bundle, counts: list[int], rounds: int, threads: int
-) -> Iterator[dict[str, Any]]:
+def memory(bundle: Bundle, counts: list[int], threads: int) -> Iterator[dict[str, Any]]:
     """Megabytes of a process for each backend, in calls of growing size; Linux alone says."""
     for name, precision in BACKENDS:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -185,7 +143,7 @@ def memory_of(
     bundle = open_bundle(path)
     outputs = decoder_outputs(bundle.manifest, multimask_output=True)
     backend = load(bundle, name, precision, threads)
-    features = backend.upload(list(random_maps(bundle).values()))
+    features = backend.upload(random_maps(bundle))
     rows = []
     for objects in counts:
         prompts = boxes(bundle, objects)
@@ -199,96 +157,21 @@ def memory_of(
     return rows
 
 
-def operators(
-    bundle: Bundle, counts: list[int], rounds: int, threads: int
-) -> Iterator[dict[str, Any]]:
-    """Milliseconds of each operator of the decoder, and in ONNX Runtime megabytes moved."""
-    path = bundle.file(bundle.manifest.decoder.model)
-    no_mask = np.zeros((1, 1, *bundle.manifest.prompts.mask_size), np.float32)
-    for objects in counts:
-        feed = {**random_maps(bundle), **dict(decoder_inputs(boxes(bundle, objects), no_mask))}
-        for name, precision in BACKENDS:
-            if name == "onnxruntime":
-                seconds, moved = _on_onnxruntime(path, feed, rounds)
-            else:
-                seconds, moved = _on_openvino(path, feed, rounds, precision), Counter[str]()
-            total = sum(seconds.values())
-            yield {
-                "backend": f"{name} {precision}",
-                "objects": objects,
-                "ms": round(1e3 * total, 2),
-                "megabytes": round(sum(moved.values()) / 1e6, 1) if moved else None,
-                "operators": {
-                    operator: [round(1e3 * s, 2), round(moved[operator] / 1e6, 1)]
-                    if moved
-                    else round(1e3 * s, 2)
-                    for operator, s in seconds.most_common()
-                    if s > LEAST_SHARE * total
-                },
-            }
-
-
-def _on_onnxruntime(
-    path: Path, feed: dict[str, Any], rounds: int
-) -> tuple[Counter[Any], Counter[str]]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = f"{folder}/profile"
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for _ in range(rounds + 2):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    seconds: dict[str, float] = {}
-    moved: Counter[str] = Counter()
-    for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            name, sizes = event["name"].removesuffix("_kernel_time"), event["args"]
-            seconds[name] = min(seconds.get(name, np.inf), event["dur"] / 1e6)
-            moved[name] = sum(
-                int(sizes[f"{kind}_size"]) for kind in ("activation", "parameter", "output")
-            )
-    return Counter(seconds), moved
-
-
-def _on_openvino(path: Path, feed: dict[str, Any], rounds: int, precision: str) -> Counter[Any]:
-    model = ov.Core().read_model(path)
-    if precision == "bf16":
-        matmuls_in_bf16(model, TOKENS)
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "dynamic",
-        "INFERENCE_NUM_THREADS": 1,
-        "PERF_COUNT": True,
-    }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    seconds: dict[str, float] = {}
-    for _ in range(rounds + 2):
-        request.infer(feed)
-        for info in request.get_profiling_info():
-            spent = info.real_time.total_seconds()
-            seconds[info.node_name] = min(seconds.get(info.node_name, np.inf), spent)
-    return Counter(seconds)
-
-
 def main() -> None:
     """Measure and publish."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--objects", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--operators", action="store_true")
-    parser.add_argument("--together", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    measure = calls
-    for chosen in (operators, together, memory):
-        measure = chosen if getattr(options, chosen.__name__) else measure
     bundle = open_bundle(options.bundle)
-    rows = list(measure(bundle, options.objects, options.rounds, options.threads))
-    publish(conditions("onnxruntime", "openvino") | {"rows": rows}, options.output)
+    if options.memory:
+        rows = memory(bundle, options.objects, options.threads)
+    else:
+        rows = together(bundle, options.objects, options.rounds, options.threads)
+    publish(conditions("onnxruntime", "openvino") | {"rows": list(rows)}, options.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ decoder. No recipe does this: the figures are why.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.gate import GATE_LIMITS, judge
@@ -112,12 +111,9 @@ class Fp8Backend(OnnxRuntimeBackend):
 
 def main() -> None:
     """Measure and publish."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=Path, help="a folder, for the activations' scales")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
     record = load_record(bundle)

@@ -8,13 +8,12 @@ to fixed limits; this prints what is reached.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from tests.golden.sam3 import synthetic
 from tests.support import golden
 from tests.support.helpers import photo
@@ -69,9 +68,8 @@ def worst(values: Iterable[float]) -> float:
 
 def main() -> None:
     """Print, and write, the errors."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     document: dict[str, Any] = conditions("onnxruntime")
     document["sam3"] = sam3_errors(options.bundle)

@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_sections.record import write_whole
 from benchmarks.report import conditions
+
+from sam3rt.bundle.files import atomic_write
 
 # Of what a failed section printed, characters that are kept.
 _TAIL = 4000
@@ -166,8 +167,9 @@ class Evidence:
 
     def _write(self) -> None:
         text = json.dumps(self._document, indent=1) + "\n"
-        write_whole(self._folder / "evidence.json", text)
-        write_whole(self._folder / "evidence.md", markdown(self._document))
+        for name, content in (("json", text), ("md", markdown(self._document))):
+            with atomic_write(self._folder / f"evidence.{name}") as stream:
+                stream.write(content.encode())
 
 
 def markdown(document: dict[str, Any]) -> str:

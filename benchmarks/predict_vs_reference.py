@@ -18,7 +18,6 @@ are made on the CPU instead.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -32,7 +31,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from numpy.typing import NDArray
 
 import sam3rt
@@ -154,11 +153,10 @@ def compare(
 
 def main() -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--with-encoder", action="store_true")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--candidate", action="append", default=[], metavar="BACKEND:PRECISION")

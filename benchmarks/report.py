@@ -1,7 +1,8 @@
-"""What the scripts share: saying how a result came about, and publishing it."""
+"""What the scripts share: their command lines, saying how a result came about, publishing it."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,19 @@ from typing import Any
 
 import sam3rt
 from sam3rt.machine import processor_name, usable_cores
+
+
+def script_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser with the first line of a script's documentation, and ``--output``."""
+    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FILE", help="for the result, as JSON")
+    return parser
+
+
+def resident_mb(process: int | str = "self") -> float:
+    """Resident memory of a process, 10^6 bytes; Linux alone says."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def conditions(*packages: str) -> dict[str, Any]:

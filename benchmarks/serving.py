@@ -49,7 +49,7 @@ import numpy as np
 import PIL.Image
 from benchmarks import triton_load
 from benchmarks.hardening.soak import slope
-from benchmarks.report import conditions
+from benchmarks.report import conditions, resident_mb
 from benchmarks.triton_load import Click, load, percentiles, problems
 from numpy.typing import NDArray
 from tests.support.serving import (
@@ -506,12 +506,6 @@ def processor_seconds(server: ServerProcess | None) -> float:
     fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def resident_mb(process: int) -> float:
-    """Resident memory of a process, 10^6 bytes."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":

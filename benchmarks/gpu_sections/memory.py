@@ -17,13 +17,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from benchmarks.gpu_sections.models import graphs_in, used
 from benchmarks.gpu_sections.record import Record, Settings
+from benchmarks.report import resident_mb
 from tests.support import gpu_checks
 
 from sam3rt import GpuOptions, SegmentationModel, open_bundle
@@ -115,4 +115,4 @@ def _idle(in_use: Callable[[], int]) -> dict[str, Any]:
 
 def _resident() -> int:
     """Bytes of this process in the host's memory."""
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    return int(1e6 * resident_mb())

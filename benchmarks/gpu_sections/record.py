@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import Device, Gpu, probe
+from sam3rt.bundle.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,8 @@ class Record:
         return found
 
     def _write(self) -> None:
-        write_whole(self._path, json.dumps(self._figures, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+        with atomic_write(self._path) as stream:
+            stream.write(json.dumps(self._figures, indent=1).encode())
 
 
 def plain(value: Any) -> Any:

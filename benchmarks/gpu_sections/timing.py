@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-Times = dict[str, float]
+from sam3rt_bench.document import Times
+from sam3rt_bench.timing import Effort, alternate, summarize
 
 
-def times(call: Callable[[], Any], seconds: float, *, most: int = 200) -> Times:
+def times(call: Callable[[], Any], seconds: float, *, most: int = 200) -> dict[str, float]:
     """Median, 95th percentile and count of a call that waits for its own end, in milliseconds.
 
     Args:
@@ -20,36 +19,26 @@ def times(call: Callable[[], Any], seconds: float, *, most: int = 200) -> Times:
         seconds: after which no further call is made, once there are three.
         most: calls at most.
     """
-    for _ in range(2):
-        call()
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(taken) < most and (len(taken) < 3 or time.perf_counter() < end):
-        begun = time.perf_counter()
-        call()
-        taken.append(1e3 * (time.perf_counter() - begun))
-    return summary(taken)
+    return _in_short(alternate({"call": call}, Effort(most, seconds, 2))["call"])
 
 
-def device_times(call: Callable[[], Any], device: str, count: int = 20) -> Times:
+def device_times(call: Callable[[], Any], device: str, count: int = 20) -> dict[str, float]:
     """The same of work that a call queues, by the GPU's own clock; on the CPU by the host's."""
     if device == "cpu":
         return times(call, 0.2, most=count)
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    taken = []
+    seconds = []
     for _ in range(count):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
         end.record()
         end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return summary(taken)
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return _in_short(summarize(seconds))
 
 
-def summary(taken: list[float]) -> Times:
-    """Statistics of durations in milliseconds."""
-    median, p95 = np.percentile(taken, (50, 95))
-    return {"median_ms": float(median), "p95_ms": float(p95), "count": len(taken)}
+def _in_short(found: Times) -> dict[str, float]:
+    return {"median_ms": found.median_ms, "p95_ms": found.p95_ms, "count": found.count}

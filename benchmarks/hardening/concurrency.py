@@ -10,7 +10,6 @@ one differs in a bit.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.hardening.soak import calls
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from numpy.typing import NDArray
 
 import sam3rt
@@ -100,13 +99,12 @@ def compare(
 
 def main() -> int:
     """Run, print and write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--calls", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--calls-per-image", type=int, default=10)
     parser.add_argument("--threads", type=int, help="per operator (default: all cores)")
     parser.add_argument("--bundle", type=Path, help="default: the bundled model")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     model = sam3rt.load_model(
         options.bundle, backend="onnxruntime", device="cpu", threads=options.threads

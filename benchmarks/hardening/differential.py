@@ -12,7 +12,6 @@ disagrees. Needs the export extra.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 from numpy.typing import NDArray
 
 import sam3rt
@@ -219,13 +218,12 @@ def make_model(folder: Path) -> tuple[Path, Path]:
 
 def main() -> int:
     """Run, print and write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--images", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle, checkpoint = options.bundle, options.checkpoint

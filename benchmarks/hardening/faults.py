@@ -20,12 +20,10 @@ the extras export and test.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -35,12 +33,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 
 from sam3rt.backends.tensorrt.engines import find_engines
-from sam3rt.bundle import TensorSpec, check_file, file_entry, open_bundle
+from sam3rt.bundle import TensorSpec, check_file, open_bundle
 from sam3rt.embedding import read_embedding, write_embedding
 from sam3rt.errors import EmbeddingError
 from sam3rt.geometry import ImageGeometry
@@ -162,9 +159,8 @@ def _compete(work: Work, start: Any) -> None:
 @contextmanager
 def export_work(folder: Path) -> Iterator[Work]:
     """A tiny SAM 3, exported over and over in the place of its last export."""
-    import onnx
     import torch
-    from tests.support.export_helpers import tiny_tensors
+    from tests.support.export_helpers import copied_graphs, tiny_tensors
 
     from sam3rt_export import ExportOptions, export_bundle, exporter
 
@@ -177,18 +173,7 @@ def export_work(folder: Path) -> Iterator[Work]:
 
     # In a process of its own: PyTorch's threads do not survive a fork.
     finish(lambda: export(traced, "traced"))
-    manifest = open_bundle(traced).manifest
-
-    def copy(request: Any, path: Path) -> Any:
-        role = request.metadata["sam3rt.role"]
-        shutil.copyfile(traced / f"{role}.onnx", path)
-        loaded = onnx.load(path)
-        for entry in loaded.metadata_props:
-            if entry.key == "sam3rt.export_id":
-                entry.value = request.metadata[entry.key]
-        onnx.save(loaded, path)
-        spec = manifest.encoder if role == "encoder" else manifest.decoder
-        return msgspec.structs.replace(spec, model=file_entry(path))
+    copy = copied_graphs(traced)
 
     def run() -> None:
         exporter.trace_to_file = copy
@@ -289,12 +274,11 @@ WORKS = {"export": export_work, "build": build_work, "embedding": embedding_work
 
 def main() -> None:
     """Run, print and write the counts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--races", type=int, default=50)
     parser.add_argument("--work", action="append", choices=list(WORKS), dest="names")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     results: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 
 import sam3rt
 
@@ -94,12 +94,11 @@ def observe(backend: str, action: str, bundle: Path | None, seconds: float) -> d
 
 def main() -> int:
     """Run, print and write what was found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--backend", action="append", choices=BACKENDS, dest="backends")
     parser.add_argument("--bundle", type=Path, help="default: the bundled model")
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="that a child may take")
     parser.add_argument("--scenario", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.scenario:
         print(scenario(*options.scenario, options.bundle, options.seconds), flush=True)

@@ -9,7 +9,6 @@ finding, with the input that caused it. Exits with 1 where there is one. Needs a
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 
 # Shares of the executions: more where one takes less time.
 SHARES = {
@@ -103,12 +102,11 @@ def main() -> int:
     """Fuzz, print and write the counts."""
     if sys.argv[1:2] == ["--here"]:
         fuzz_here(sys.argv[2], sys.argv[3:])
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--executions", type=int, default=1_200_000, help="over all targets")
     parser.add_argument("--target", action="append", choices=list(SHARES), dest="names")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     names = options.names or list(SHARES)
     whole = sum(SHARES[name] for name in names)

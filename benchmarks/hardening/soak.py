@@ -13,8 +13,6 @@ half takes over a tenth more processor time than in the first.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, resident_mb, script_parser
 from numpy.typing import NDArray
 
 import sam3rt
@@ -37,12 +35,6 @@ _MOST_POINTS = 40
 _ALLOWED_GROWTH = 1.0
 # Processor time of a click in the second half, over that in the first.
 _ALLOWED_SLOWDOWN = 1.1
-
-
-def resident_mb() -> float:
-    """Resident memory of this process, 10^6 bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def open_handles() -> int:
@@ -182,14 +174,13 @@ def run(
 
 def main() -> int:
     """Run, print and write the result."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--backend", choices=("onnxruntime", "openvino"), default="onnxruntime")
     parser.add_argument("--bundle", type=Path, help="default: the bundled model")
     parser.add_argument("--predictions", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--embeddings", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     model = sam3rt.load_model(
         options.bundle,

@@ -16,11 +16,10 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.report import conditions, publish
+from benchmarks.report import conditions, publish, script_parser
 
 import sam3rt
 from sam3rt_bench.starts import peak_host_mb
@@ -84,10 +83,9 @@ def passes(found: dict[str, Any], ordinary: dict[str, Any]) -> bool:
 
 def main() -> int:
     """Run, print and write what was found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--length", action="append", type=int, dest="lengths")
     parser.add_argument("--segment", nargs=2, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.segment:
         print(json.dumps(segment(*options.segment)))

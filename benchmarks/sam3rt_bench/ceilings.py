@@ -6,8 +6,7 @@ The largest figure counts as the machine's ceiling, whichever library reached it
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,29 @@ import numpy as np
 from sam3rt.backends.telemetry import unreported_openvino
 
 from .document import Ceiling
+from .timing import fastest
 
 # Large enough that reading the operands does not matter, small enough for a second a product.
 _SIDE = 2048
 _COPY_BYTES = 1 << 28
-_RUNS = 5
 
 
-def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> list[Ceiling]:
-    """Measure what can be measured here.
+def measure_ceilings(threads: int | None, device: str, with_pytorch: bool) -> Iterator[Ceiling]:
+    """Measure what can be measured here, one after the other.
 
     Args:
         threads: CPU threads the candidates use, or ``None`` for all.
         device: ``"cpu"``, or a CUDA device, which PyTorch must be there for.
         with_pytorch: whether PyTorch may be imported.
     """
-    found = list(_numpy())
+    yield from _numpy()
     with contextlib.suppress(ImportError):
-        found += _openvino(threads)
+        yield from _openvino(threads)
     if with_pytorch:
         with contextlib.suppress(ImportError):
             from . import pytorch_backend
 
-            found += pytorch_backend.measure_ceilings(device, threads)
-    return found
+            yield from pytorch_backend.measure_ceilings(device, threads)
 
 
 def best(ceilings: list[Ceiling], what: str, element: str, device: str) -> Ceiling | None:
@@ -52,17 +50,6 @@ def best(ceilings: list[Ceiling], what: str, element: str, device: str) -> Ceili
         and (what == "copy" or c.element == element)
     ]
     return max(fitting, key=lambda c: c.per_second, default=None)
-
-
-def fastest(call: Callable[[], Any], runs: int = _RUNS) -> float:
-    """Seconds of the fastest of several calls, after two that warm up."""
-    seconds = []
-    for index in range(runs + 2):
-        start = time.perf_counter()
-        call()
-        if index >= 2:
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _numpy() -> Iterator[Ceiling]:

@@ -7,9 +7,8 @@ import json
 import shlex
 import sys
 import time
-from pathlib import Path
 
-from sam3rt.cli.options import add_bundle_argument, positive_int
+from sam3rt.cli.options import add_bundle_argument, named_path, positive_int, printable
 from sam3rt.errors import BackendError, InvalidInputError
 from sam3rt.image_files import read_image
 
@@ -42,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     add_bundle_argument(parser)
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the results (default: print only)"
+        "--output",
+        type=named_path,
+        metavar="DIR",
+        help="folder for the results (default: print only)",
     )
     parser.add_argument(
         "--candidate",
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to measure; repeatable (default: everything that works here)",
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="the PyTorch model, to run it beside"
+        "--checkpoint", type=named_path, metavar="FILE", help="the PyTorch model, to run it beside"
     )
     parser.add_argument(
         "--only",
@@ -75,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         help="seconds per table after which no round begins (default: 60; 2 with --quick)",
     )
-    parser.add_argument("--image", type=Path, metavar="IMAGE", help="(default: a drawn scene)")
+    parser.add_argument(
+        "--image", type=named_path, metavar="IMAGE", help="(default: a drawn scene)"
+    )
     parser.add_argument(
         "--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N" (default: auto)'
     )
@@ -86,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--note", default="", help="what a reader must know, such as that weights are synthetic"
     )
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON results"
+        "--compare", nargs=2, type=named_path, metavar=("BEFORE", "AFTER"), help="two JSON results"
     )
     parser.add_argument(
         "--tolerance",
@@ -149,6 +153,7 @@ def _measure(options: argparse.Namespace) -> int:
         command=_command(options),
         note=options.note,
     )
+    shown = printable(str(options.output))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
@@ -158,7 +163,12 @@ def _measure(options: argparse.Namespace) -> int:
             with atomic_write(options.output / "bench.md") as stream:
                 stream.write(to_markdown(result).encode())
 
-    result = run_benchmark(plan, lambda line: print(line, file=sys.stderr, flush=True), keep)
+    try:
+        result = run_benchmark(plan, lambda line: print(line, file=sys.stderr, flush=True), keep)
+    except KeyboardInterrupt:
+        if options.output is not None:
+            print(f"stopped; what was measured is in {shown}", file=sys.stderr)
+        raise
     print(to_markdown(result))
     if options.output is not None:
         try:
@@ -166,6 +176,8 @@ def _measure(options: argparse.Namespace) -> int:
         except BackendError as error:
             print(error, file=sys.stderr)
     print(summary(result, time.perf_counter() - begin))
+    if options.output is not None:
+        print(f"written to {shown}: bench.md, bench.json and plots")
     return 0
 
 

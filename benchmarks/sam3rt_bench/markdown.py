@@ -43,7 +43,7 @@ def to_markdown(result: Result) -> str:
 
 
 def summary(result: Result, seconds: float) -> str:
-    """At most ten lines for a person.
+    """A few short lines for a person.
 
     Args:
         result: what was measured.
@@ -56,32 +56,42 @@ def summary(result: Result, seconds: float) -> str:
         f"{result.machine.cores} cores; measured in {seconds:.0f} s",
     ]
     times = {(row.candidate, row.call): row.times for row in result.calls}
-    near = {row.candidate: row for row in result.agreement}
+    near = {row.candidate: row.mean_iou for row in result.agreement}
     fastest = sorted(
         {row.candidate for row in result.calls},
         key=lambda name: times[name, "set_image"].median_ms,
     )
+    rows = [("", "image", "click", "click, p95", "clicks/s", "mask IoU")] if fastest else []
     for name in fastest[:_SUMMARY_CANDIDATES]:
         image, one = times[name, "set_image"], times[name, "predict: one click"]
-        line = (
-            f"{name}: image median = {milliseconds(image.median_ms)} ms; click min = "
-            f"{milliseconds(one.min_ms)} ms, median = {milliseconds(one.median_ms)} ms, p95 = "
-            f"{milliseconds(one.p95_ms)} ms, {1e3 / max(one.median_ms, 1e-6):.3g}/s"
+        rows.append(
+            (
+                name,
+                f"{milliseconds(image.median_ms)} ms",
+                f"{milliseconds(one.median_ms)} ms",
+                f"{milliseconds(one.p95_ms)} ms" if one.count > 1 else "-",
+                f"{1e3 / max(one.median_ms, 1e-6):.3g}",
+                f"{near[name]:.4f}" if name in near else "-",
+            )
         )
-        if name in near:
-            line += f"; mean mask IoU against {near[name].reference} = {near[name].mean_iou:.4f}"
-        lines.append(line)
-    if len(fastest) > _SUMMARY_CANDIDATES:
-        lines.append(f"and {len(fastest) - _SUMMARY_CANDIDATES} slower ones")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        shown = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *shown]))
+    if fastest:
+        against = f"; mask IoU: the mean against {result.agreement[0].reference}" * bool(near)
+        slower = f"; {len(fastest) - _SUMMARY_CANDIDATES} slower ones above"
+        lines.append(f"medians{against}{slower * (len(fastest) > _SUMMARY_CANDIDATES)}")
     if result.limits:
         encodes = [row for row in result.limits if row.stage == "encode"]
         best = min(encodes or result.limits, key=lambda row: row.measured_ms)
         lines.append(
-            f"Distance to the limit: {best.candidate} takes {best.ratio:.3g} times as long for "
-            f"{best.stage} as this machine's ceilings allow"
+            f"limit: {best.candidate} takes {ratio(best.ratio)} times as long for {best.stage} as "
+            "this machine's ceilings allow"
         )
     if result.skipped:
-        lines.append(f"Not measured: {len(result.skipped)} of what was asked for, see above")
+        left_out = ", ".join(line.partition(": ")[0] for line in result.skipped)
+        lines.append(f"not measured: {left_out} (reasons above)")
     return "\n".join(lines)
 
 
@@ -95,6 +105,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def milliseconds(value: float) -> str:
     """Three significant digits or whole milliseconds."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float) -> str:
+    """Three significant digits or a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _times(times: Times) -> list[str]:
@@ -256,7 +271,7 @@ def _limits(result: Result) -> list[str]:
             row.element,
             milliseconds(row.limit_ms),
             milliseconds(row.measured_ms),
-            f"{row.ratio:.3g}",
+            ratio(row.ratio),
         ]
         for row in result.limits
     ]

@@ -11,6 +11,7 @@ from sam3rt.bundle.files import atomic_write
 from sam3rt.errors import BackendError
 
 from .document import Curve, Result
+from .markdown import ratio
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -177,7 +178,7 @@ def _draw_limits(result: Result) -> Any:
         )
         axis.plot(row.measured_ms, index, "o", color=_COLOURS[0], markersize=6, label="measured")
         axis.annotate(
-            f"{row.ratio:.2g} x",
+            f"{ratio(row.ratio)} x",
             (max(row.measured_ms, row.limit_ms), index),
             xytext=(7, 0),
             textcoords="offset points",

@@ -8,7 +8,6 @@ and no more: one pass of the mask decoder, all objects at once.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,6 +29,7 @@ from sam3rt_export.source import Reference
 from sam3rt_export.sources import open_source
 
 from .document import Ceiling
+from .timing import fastest
 
 _MATRIX_SIDE = 4096
 _COPY_BYTES = 1 << 28
@@ -195,20 +195,15 @@ def measure_ceilings(device: str, threads: int | None) -> Iterator[Ceiling]:
         kinds["fp16"] = torch.float16
     for element, dtype in kinds.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = _fastest(partial(torch.matmul, a, b), on_gpu)
+        seconds = fastest(partial(_wait_for, device, partial(torch.matmul, a, b)))
         yield Ceiling("matrix product", element, device, "torch", 2 * side**3 / seconds)
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = _fastest(lambda: target.copy_(source), on_gpu)
+    seconds = fastest(partial(_wait_for, device, partial(target.copy_, source)))
     yield Ceiling("copy", "", device, "torch", 2 * _COPY_BYTES / seconds)
 
 
-def _fastest(call: Callable[[], Any], on_gpu: bool) -> float:
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        call()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
+def _wait_for(device: str, call: Callable[[], Any]) -> None:
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()

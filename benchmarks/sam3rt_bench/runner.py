@@ -115,7 +115,7 @@ class _Benchmark:
     def _left(self) -> float:
         if self._plan.budget is None:
             return float("inf")
-        return self._plan.budget - (time.perf_counter() - self._begin)
+        return max(0.0, self._plan.budget - (time.perf_counter() - self._begin))
 
     def _skip(self, line: str) -> None:
         self.result = replace(self.result, skipped=(*self.result.skipped, line))
@@ -218,11 +218,12 @@ class _Benchmark:
         self._progress("ceilings of this machine")
         with_pytorch = any(c.model.backend.name == PYTORCH for c in self._candidates)
         threads = self._plan.settings.threads
-        ceilings = [
-            ceiling
-            for device in sorted({c.model.device for c in self._candidates})
-            for ceiling in measure_ceilings(threads, device, with_pytorch)
-        ]
+        ceilings = []
+        for device in sorted({c.model.device for c in self._candidates}):
+            for ceiling in measure_ceilings(threads, device, with_pytorch):
+                ceilings.append(ceiling)
+                if not self._left():  # a busy machine takes longer than what was planned with
+                    break
         self.result = replace(self.result, ceilings=tuple(ceilings))
         try:
             rows = stage_limits(

@@ -23,6 +23,7 @@ from sam3rt.predictor import SAM3InteractiveImagePredictor
 from .candidates import Choice, Settings, load_candidate
 from .document import StartRow
 from .scene import click, draw_scene
+from .timing import Call, timed
 
 _STEADY_CALLS = 5
 
@@ -101,10 +102,8 @@ def _run(task: dict[str, Any]) -> StartRow:
     )
 
 
-def _milliseconds(call: Any) -> float:
-    start = time.perf_counter()
-    call()
-    return round(1e3 * (time.perf_counter() - start), 2)
+def _milliseconds(call: Call) -> float:
+    return round(1e3 * timed(call)[0], 2)
 
 
 def peak_host_mb() -> float | None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
-import shutil
 import typing
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from sam3rt.accuracy.run import Runner
 from sam3rt.accuracy.select import Recipe as Candidate
 from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict
-from sam3rt.backends.table import ENGINES, entry
+from sam3rt.backends.table import entry
 from sam3rt.backends.tensorrt.driver import Device, probe
 from sam3rt.backends.tensorrt.engine_backend import TensorRtBackend, open_platform
 from sam3rt.backends.tensorrt.engines import (
@@ -30,12 +26,12 @@ from sam3rt.backends.tensorrt.engines import (
     subject_of,
 )
 from sam3rt.backends.tensorrt.sidecar import CAPABILITY, BackendName, write_sidecar
-from sam3rt.bundle import Bundle, is_inside
-from sam3rt.bundle.files import remove_temporaries
-from sam3rt.errors import BackendError, BundleError, InvalidInputError, VerificationError
+from sam3rt.bundle import Bundle
+from sam3rt.errors import BackendError, InvalidInputError, VerificationError
 
 from .builder_process import build_engine
 from .engine_builder import BuildOptions, EngineBuilder, Make
+from .engines_folder import exclusive
 from .errors import BuildError
 from .plan_evidence import load_evidence
 from .recipes import RECIPES, Recipe
@@ -52,7 +48,6 @@ ROLES: tuple[Role, ...] = ("encoder", "decoder")
 # Ahead of time nothing can be proved, so what is built besides the fastest is what the target
 # falls back to when that fails its gate there.
 _AHEAD_OF_TIME = ("fp16", "tf32")
-_LOCK = ".lock"
 
 
 def build_bundle(
@@ -88,12 +83,11 @@ def build_bundle(
         OSError: the bundle's folder cannot be written to.
     """
     recipes = _check(options)
-    _check_location(bundle)
     trt = _import(options.backend)
     _check_capabilities(trt, options.targets)
     device = None if options.targets else device or _device(options)
     with (
-        _exclusive(bundle.path / ENGINES),
+        exclusive(bundle),
         EngineBuilder(bundle, options, device, trt.__version__, make) as builder,
     ):
         if device is None:
@@ -104,15 +98,6 @@ def build_bundle(
             open_pair = open_pair or functools.partial(_open_here, device=device)
             engines = _on_this_gpu(_Pairs(builder, target, open_pair, say), recipes, say)
         return engines
-
-
-def _check_location(bundle: Bundle) -> None:
-    try:
-        inside = is_inside(bundle.path / ENGINES, bundle.path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
-        raise BundleError(f"cannot be read: {error}", ENGINES) from error
-    if not inside:
-        raise BundleError("is a link that leaves the bundle", ENGINES)
 
 
 def _ahead_of_time(
@@ -336,37 +321,6 @@ def _open_here(bundle: Bundle, engines: EngineSet, device: Device) -> TensorRtBa
     """The backend that will serve."""
     platform = open_platform(engines.encoder.sidecar.backend, device)
     return TensorRtBackend(bundle, engines, platform)
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Let one build at a time into a bundle. The lock ends with its process, however that ends.
-
-    Raises:
-        BuildError: another build is at work.
-    """
-    folder.mkdir(exist_ok=True)
-    try:
-        held = FileLock(folder / _LOCK).acquire(timeout=0)
-    except Timeout as error:
-        raise BuildError(f"another build is at work in {folder}") from error
-    with held:
-        _clear(folder)
-        yield
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a build left that was killed; the folder of engines is locked.
-
-    A runtime that is just writing what it found of an engine, without the lock, would say that it
-    could not, and find it again next time.
-    """
-    for path in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:
-        if path.name.startswith(".build-"):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):  # somebody else's; nothing reads them
-                remove_temporaries(path)
 
 
 def _built(engine: EngineFile) -> str:

@@ -28,10 +28,10 @@ from sam3rt.backends.onnxruntime.typed import (
     typed_folder,
     write_typed_sidecar,
 )
-from sam3rt.backends.table import ENGINES
 from sam3rt.bundle import Bundle, FileEntry, file_entry
 from sam3rt.errors import InvalidInputError
 
+from .engines_folder import exclusive
 from .fused_graph import fuse
 from .graph_files import load_graph, save_graph
 from .recipes import BF16, PRODUCTS, Recipe, recipe_named
@@ -73,7 +73,8 @@ def build_typed_graphs(
 
     Raises:
         InvalidInputError: there is no such recipe.
-        BundleError, BuildError: a graph cannot be read or typed.
+        BundleError, BuildError: a graph cannot be read or typed, the folder of engines lies behind
+            a link, or another build is at work.
         OSError: the bundle's folder cannot be written to.
     """
     unknown = [name for name in precision if name not in TYPED_RECIPES]
@@ -81,7 +82,8 @@ def build_typed_graphs(
         expected = "some of " + ", ".join(TYPED_RECIPES) + " (tf32 and fp32 need no build)"
         raise InvalidInputError("precision", ", ".join(unknown), expected)
     names = precision or [name for name in TYPED_RECIPES if name not in ON_REQUEST]
-    return tuple(_write(bundle, name, say) for name in TYPED_RECIPES if name in names)
+    with exclusive(bundle) as folder:
+        return tuple(_write(bundle, folder, name, say) for name in TYPED_RECIPES if name in names)
 
 
 def typed_graph(bundle: Bundle, role: Role, name: str) -> tuple[ir.Model, dict[str, int]]:
@@ -97,11 +99,10 @@ def typed_graph(bundle: Bundle, role: Role, name: str) -> tuple[ir.Model, dict[s
     return model, fused
 
 
-def _write(bundle: Bundle, name: str, say: Callable[[str], None]) -> Path:
+def _write(bundle: Bundle, engines: Path, name: str, say: Callable[[str], None]) -> Path:
     target = typed_folder(bundle.path, name)
     encoder, _ = TYPED_RECIPES[name]
-    (bundle.path / ENGINES).mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=bundle.path / ENGINES) as made:
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=engines) as made:
         folder = Path(made) / target.name
         folder.mkdir()
         files: dict[Role, tuple[FileEntry, ...]] = {}

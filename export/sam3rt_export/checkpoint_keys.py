@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import ModelError
 
 TRUNK = "detector.backbone.vision_backbone.trunk."
 # EfficientSAM3's encoder stands in the trunk's place, below this.
@@ -222,18 +222,17 @@ _LOOKS = (
 )
 
 
-def unknown_tensors(what: str, names: Iterable[str]) -> CheckpointError:
+def unknown_tensors(names: Iterable[str]) -> ModelError:
     """The error for tensors that belong to an exported part and are none of its parameters.
 
     Args:
-        what: the checkpoint.
-        names: all of them, as they stand in it.
+        names: all of them, as they stand in the checkpoint.
     """
     names = sorted(names)
     looks = next((text for regex, text in _LOOKS if any(regex.search(n) for n in names)), None)
     shown = ", ".join(repr(name) for name in names[:3])
-    return CheckpointError(
-        f"{what}: {len(names)} unknown tensors in the parts that are exported, such as {shown}"
+    return ModelError(
+        f"{len(names)} unknown tensors in the parts that are exported, such as {shown}"
         + (f". They look like {looks}" if looks else "; without them this is another model")
     )
 

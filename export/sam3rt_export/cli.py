@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
+import sys
 
-from sam3rt.cli.options import progress_printer
+from sam3rt.cli.options import named_path, printable
 from sam3rt.errors import BackendError
 from sam3rt.image_files import read_image
 
@@ -13,8 +14,8 @@ HELP = "turn a checkpoint into a bundle (needs the export extra)"
 DESCRIPTION = """\
 Turn a checkpoint into a bundle: encoder and decoder as ONNX, bundle.json, a parity record.
 
-CHECKPOINT is a file (pickled or .safetensors, FP32, FP16 or BF16), a .safetensors.index.json, a
-folder or a hub id:
+CHECKPOINT is a file (pickled or .safetensors, FP64, FP32, FP16 or BF16), a
+.safetensors.index.json, a folder or a hub id:
 
   accepted                                      licence of the weights
   SAM 3: Meta's sam3.pt; facebook/sam3          SAM License
@@ -47,9 +48,11 @@ differs is not written. The published SAM 3 takes a few minutes and about 9 GB o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file, folder or hub id")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to make"
+        "checkpoint", type=_checkpoint, metavar="CHECKPOINT", help="file, folder or hub id"
+    )
+    parser.add_argument(
+        "--output", type=named_path, required=True, metavar="BUNDLE", help="bundle folder to make"
     )
     parser.add_argument("--name", help="name of the model (default: sam3 or mobile_sam)")
     parser.add_argument(
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="parity_images",
         action="append",
         default=[],
-        type=Path,
+        type=named_path,
         metavar="IMAGE",
         help="small image to compare on and to store in the parity record; repeatable "
         "(default: two drawn scenes)",
@@ -76,14 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tracker",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="checkpoint to take the decoder for clicks from (and its neck, where CHECKPOINT has "
         "none), such as sam3.pt",
     )
     parser.add_argument(
         "--lora",
-        type=Path,
+        type=named_path,
         metavar="ADAPTER",
         help="PEFT adapter to merge: a .safetensors file or a folder",
     )
@@ -105,9 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--license", metavar="NAME", help="licence of the weights, for the manifest"
     )
     parser.add_argument(
-        "--license-file", type=Path, metavar="FILE", help="its text, copied into the bundle"
+        "--license-file", type=named_path, metavar="FILE", help="its text, copied into the bundle"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+
+def _checkpoint(text: str) -> str:
+    """A path or a hub id, as it is written; not an empty text, which means the folder here."""
+    named_path(text)
+    return text
 
 
 def run(options: argparse.Namespace) -> int:
@@ -139,11 +148,15 @@ def run(options: argparse.Namespace) -> int:
                 image_size=options.image_size,
             ),
         ),
-        progress=progress_printer(),
+        # Also where nobody watches: an export takes minutes, and a log should show them.
+        progress=lambda line: print(printable(line), file=sys.stderr, flush=True),
     )
     manifest = bundle.manifest
-    print(f"{bundle.path}: {manifest.name}, fingerprint {manifest.fingerprint}")
+    print(f"{printable(str(bundle.path))}: {manifest.name}, fingerprint {manifest.fingerprint}")
     for role, graph in (("encoder", manifest.encoder), ("decoder", manifest.decoder)):
         size = sum(entry.bytes for entry in (graph.model, *graph.external_data))
         print(f"  {role}: {graph.nodes} nodes, {size / 1e6:.1f} MB, opset {graph.opset}")
+    path = printable(shlex.quote(str(options.output)))
+    print(f"next: sam3rt segment photo.jpg --point 225,150 --bundle {path} --output masks")
+    print(f"      sam3rt build {path}  (on an NVIDIA GPU, for TensorRT)")
     return 0

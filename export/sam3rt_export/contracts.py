@@ -1,4 +1,6 @@
-"""Types and axes of the two graphs' tensors, under the names of :mod:`sam3rt.bundle.contract`.
+"""What is traced: the two graphs, with types and axes of their tensors.
+
+Names are those of :mod:`sam3rt.bundle.contract`.
 
 Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0), ``num_masks`` 1 or P,
 ``num_images`` 1 or P.
@@ -6,9 +8,68 @@ Axes: ``batch`` images, ``num_objects`` P, ``num_points`` N (which may be 0), ``
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+from torch.export import Dim
+
 from sam3rt.bundle import TensorSpec, contract
 
 from .graphs.sam_decoder import DecoderArchitecture
+from .source import ExportSource
+from .tracing import TraceRequest, Weights
+
+
+def encoder_request(source: ExportSource, weights: Weights, export_id: str) -> TraceRequest:
+    """How to trace a model's encoder, with weights stored in a type."""
+    height, width = source.image.size
+    return TraceRequest(
+        module=source.encoder,
+        # Two images: a batch of one would be traced as a constant.
+        arguments=(torch.zeros(2, 3, height, width),),
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+        inputs=encoder_inputs(height),
+        outputs=encoder_outputs(source.feature_shapes),
+        weights=weights,
+        metadata=_metadata(export_id, "encoder"),
+    )
+
+
+def decoder_request(source: ExportSource, weights: Weights, export_id: str) -> TraceRequest:
+    """How to trace its decoder."""
+    architecture = source.decoder.architecture
+    levels = len(source.feature_shapes)
+    objects_points = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    features: tuple[Tensor, ...] = tuple(torch.zeros(3, *s) for s in source.feature_shapes)
+    side = 4 * architecture.grid
+    return TraceRequest(
+        module=source.decoder,
+        # Counts that differ from each other and from every fixed size. The tracer ties the numbers
+        # of images and masks to the number of objects; the graph itself does not, see
+        # size_free_inputs.
+        arguments=(
+            features,
+            torch.zeros(1, 3, 5, 2),
+            torch.ones(1, 3, 5, dtype=torch.int64),
+            torch.zeros(1, 3, side, side),
+            torch.zeros(1),
+        ),
+        dynamic_shapes=(
+            ({0: Dim.DYNAMIC},) * levels,
+            objects_points,
+            objects_points,
+            {1: Dim.DYNAMIC},
+            None,
+        ),
+        inputs=decoder_inputs(architecture, source.feature_shapes),
+        outputs=decoder_outputs(architecture, source.masks.multimask),
+        weights=weights,
+        metadata=_metadata(export_id, "decoder"),
+        size_free_inputs=(contract.MASKS, *map(contract.feature_name, range(levels))),
+    )
+
+
+def _metadata(export_id: str, role: str) -> dict[str, str]:
+    return {contract.EXPORT_ID: export_id, contract.ROLE: role}
 
 
 def encoder_inputs(image_size: int) -> tuple[TensorSpec, ...]:

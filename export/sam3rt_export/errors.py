@@ -16,6 +16,10 @@ class CheckpointError(ExportError):
     """A checkpoint cannot be read or is not a model that sam3rt can export."""
 
 
+class ModelError(CheckpointError):
+    """Tensors or a configuration cannot be used; :func:`tensors_of` adds whose they are."""
+
+
 class GraphRuleError(ExportError):
     """An exported graph breaks a rule that TensorRT or the bundle asks for."""
 
@@ -33,6 +37,8 @@ def tensors_of(origin: str) -> Iterator[None]:
     """
     try:
         yield
+    except ModelError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{origin}: tensor {error} is missing") from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.export import Dim
 
 import sam3rt
 from sam3rt.accuracy.metrics import Measurement
@@ -36,24 +37,21 @@ from sam3rt.bundle import (
     ParityLimits,
     ParitySpec,
     SourceSpec,
-    contract,
     file_entry,
     open_bundle,
     write_manifest,
 )
-from sam3rt.bundle.contract import MASKS
-from sam3rt.errors import Sam3rtError
+from sam3rt.errors import InvalidInputError, Sam3rtError
 from sam3rt.geometry import preprocess
 from sam3rt.loading import load_model
 
 from . import contracts
 from .errors import ExportError, SelfCheckError
-from .free_memory import free_memory
 from .parity_inputs import cases_for, default_images
 from .source import ExportSource
 from .sources import SourceOptions, open_source
 from .stable_prompts import SHIFTS, most_decided
-from .tracing import TraceRequest, trace_to_file
+from .tracing import Weights, trace_to_file
 from .transaction import commit, new_folder, recover
 
 _LOG = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class ExportOptions:
     """
 
     name: str | None = None
-    weights: Literal["float32", "float16"] = "float32"
+    weights: Weights = "float32"
     parity_images: Sequence[NDArray[np.uint8]] = ()
     license: str | None = None
     license_path: Path | None = None
@@ -119,19 +117,22 @@ def export_bundle(
     Raises:
         ExportError: the checkpoint, the output or a graph will not do, or the graphs do not
             reproduce the model; nothing is written then.
+        InvalidInputError: an argument is none that can be used.
     """
     options = options or ExportOptions()
     say = _timed(progress)
     if options.weights not in LIMITS:
         raise ExportError(f"weights: got {options.weights!r}, expected one of {', '.join(LIMITS)}")
-    # A link stays, and the folder it points to is replaced.
-    target = Path(output).resolve()
+    for argument, text in (("name", options.name), ("license", options.license)):
+        if text is not None and (not text or not text.isprintable()):
+            raise InvalidInputError(argument, repr(text), "a text of one line")
+    target = _target(output)
     recover(target)
     _check_target(target, options.overwrite)
     with _writing(target) as folder:
         record = _write_files(checkpoint, folder, options, say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
-        free_memory()
+        _free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
         self_check(folder, record, LIMITS[options.weights])
         if options.weights == "float16":
@@ -148,21 +149,29 @@ def _write_files(
     """Write every file of the bundle into an empty folder.
 
     Returns:
-        The parity record, and whether the model predicts log-odds of IoUs.
+        The parity record.
     """
     say("reading the checkpoint")
     source = open_source(checkpoint, options.source)
     for note in source.notes:
         say(note)
+    height, width = source.image.size
+    count = sum(p.numel() for part in (source.encoder, source.decoder) for p in part.parameters())
+    say(f"{source.name}: {count / 1e6:.1f} million parameters, input of {width}x{height} pixels")
     images = list(options.parity_images) or default_images()
     record = _run_reference(source, images, say)
     record.save(folder / "parity.npz")
     export_id = _export_id(source, options)
     say("tracing the encoder")
-    encoder = trace_to_file(_encoder_request(source, options, export_id), folder / "encoder.onnx")
+    encoder = trace_to_file(
+        contracts.encoder_request(source, options.weights, export_id), folder / "encoder.onnx"
+    )
     say(f"traced the encoder: {encoder.nodes} nodes")
-    free_memory()
-    decoder = trace_to_file(_decoder_request(source, options, export_id), folder / "decoder.onnx")
+    _free_memory()
+    say("tracing the decoder")
+    decoder = trace_to_file(
+        contracts.decoder_request(source, options.weights, export_id), folder / "decoder.onnx"
+    )
     say(f"traced the decoder: {decoder.nodes} nodes")
     for graph in (encoder, decoder):
         onnx.checker.check_model(str(folder / graph.model.file))
@@ -254,57 +263,6 @@ def _run_reference(
     return ParityRecord.build(images, arrays, expected, log_odds=log_odds)
 
 
-def _encoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:
-    height, width = source.image.size
-    return TraceRequest(
-        module=source.encoder,
-        # Two images: a batch of one would be traced as a constant.
-        arguments=(torch.zeros(2, 3, height, width),),
-        dynamic_shapes=({0: Dim.DYNAMIC},),
-        inputs=contracts.encoder_inputs(height),
-        outputs=contracts.encoder_outputs(source.feature_shapes),
-        weights=options.weights,
-        metadata=_metadata(export_id, "encoder"),
-    )
-
-
-def _decoder_request(source: ExportSource, options: ExportOptions, export_id: str) -> TraceRequest:
-    architecture = source.decoder.architecture
-    levels = len(source.feature_shapes)
-    objects_points = {1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
-    features: tuple[Tensor, ...] = tuple(torch.zeros(3, *s) for s in source.feature_shapes)
-    side = 4 * architecture.grid
-    return TraceRequest(
-        module=source.decoder,
-        # Counts that differ from each other and from every fixed size. The tracer ties the numbers
-        # of images and masks to the number of objects; the graph itself does not, see
-        # size_free_inputs.
-        arguments=(
-            features,
-            torch.zeros(1, 3, 5, 2),
-            torch.ones(1, 3, 5, dtype=torch.int64),
-            torch.zeros(1, 3, side, side),
-            torch.zeros(1),
-        ),
-        dynamic_shapes=(
-            ({0: Dim.DYNAMIC},) * levels,
-            objects_points,
-            objects_points,
-            {1: Dim.DYNAMIC},
-            None,
-        ),
-        inputs=contracts.decoder_inputs(architecture, source.feature_shapes),
-        outputs=contracts.decoder_outputs(architecture, source.masks.multimask),
-        weights=options.weights,
-        metadata=_metadata(export_id, "decoder"),
-        size_free_inputs=(MASKS, *map(contract.feature_name, range(levels))),
-    )
-
-
-def _metadata(export_id: str, role: str) -> dict[str, str]:
-    return {contract.EXPORT_ID: export_id, contract.ROLE: role}
-
-
 def _export_id(source: ExportSource, options: ExportOptions) -> str:
     """A digest of the weights and everything else that shapes the graphs.
 
@@ -323,11 +281,10 @@ def _export_id(source: ExportSource, options: ExportOptions) -> str:
 
 
 def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> SourceSpec:
-    license_path = options.license_path or source.license_path
     entry: FileEntry | None = None
-    if license_path is not None:
+    if options.license_path is not None:
         try:
-            shutil.copyfile(license_path, folder / "LICENSE")
+            shutil.copyfile(options.license_path, folder / "LICENSE")
         except OSError as error:
             raise ExportError(f"license_path: cannot be read: {error}") from error
         entry = file_entry(folder / "LICENSE")
@@ -356,6 +313,24 @@ def _writing(target: Path) -> Iterator[Path]:
         raise ExportError(f"the export failed: {type(error).__name__}: {error}") from error
 
 
+def _target(output: str | os.PathLike[str]) -> Path:
+    """The folder to make. A link stays, and the folder it points to is replaced."""
+    text = os.fspath(output)
+    if not text or "\0" in text:
+        raise InvalidInputError("output", repr(text), "the path of a folder")
+    try:
+        target = Path(text).resolve()
+        str(target).encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(
+            f"output: {target} or the locale is not UTF-8, and ONNX's libraries write no other "
+            "path: use another name, or set LC_ALL=C.UTF-8"
+        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before 3.13
+        raise ExportError(f"output: {text} cannot be found: {error}") from error
+    return target
+
+
 def _check_target(target: Path, overwrite: bool) -> None:
     """Refuse to write over anything but a bundle, and over that unless asked to."""
     if not target.exists():
@@ -364,6 +339,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"output: {target} exists; remove it, or give --overwrite")
     if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
+
+
+def _free_memory() -> None:
+    """Collect garbage, and let the C library return free memory to the system.
+
+    glibc keeps freed blocks of up to 32 MB for itself. The weights of a ViT have that size, so
+    gigabytes would stay allocated during the next stage.
+    """
+    gc.collect()
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _timed(progress: Progress | None) -> Progress:

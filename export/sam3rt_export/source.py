@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -47,11 +46,7 @@ class ExportSource:
     Attributes:
         name: default name of the bundle.
         model_type: family, as in the manifest.
-        kind: checkpoint format, as in the manifest.
-        origin: where it came from, as in the manifest.
-        sha256: of the checkpoint file, or empty.
         license: SPDX identifier or name.
-        license_path: text of the licence, or ``None``.
         encoder: normalized pixels to feature maps.
         decoder: features and prompts to masks.
         reference: the same model in code that is not ours.
@@ -60,17 +55,16 @@ class ExportSource:
         prompts: prompt rules.
         masks: mask rules.
         versions: of the libraries the reference comes from.
+        kind: checkpoint format, as in the manifest.
+        origin: where it came from, as in the manifest.
+        sha256: of the checkpoint file, or empty.
         stored: type of the weights in the checkpoint, as in the manifest.
         notes: what a user should know of how the model came about, as in the manifest.
     """
 
     name: str
     model_type: Literal["sam3", "efficient_sam3", "sam2", "mobile_sam"]
-    kind: str
-    origin: str
-    sha256: str
     license: str
-    license_path: Path | None
     encoder: nn.Module
     decoder: SamDecoderGraph
     reference: Reference
@@ -79,5 +73,8 @@ class ExportSource:
     prompts: PromptSpec
     masks: MaskSpec
     versions: dict[str, str] = field(default_factory=dict)
+    kind: str = ""
+    origin: str = ""
+    sha256: str = ""
     stored: str = ""
     notes: tuple[str, ...] = ()

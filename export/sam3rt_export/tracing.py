@@ -51,6 +51,9 @@ _SCOPES_NOTE = "pkg.torch.onnx.name_scopes"
 MAX_FOLDED_VALUES = 4096
 
 
+Weights = Literal["float32", "float16"]
+
+
 @dataclass(frozen=True)
 class TraceRequest:
     """What to trace.
@@ -72,7 +75,7 @@ class TraceRequest:
     dynamic_shapes: tuple[Any, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weights: Literal["float32", "float16"]
+    weights: Weights
     metadata: dict[str, str]
     size_free_inputs: tuple[str, ...] = ()
 

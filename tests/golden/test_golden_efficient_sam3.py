@@ -57,7 +57,7 @@ def test_preprocessing(pixels: NDArray[np.float32]) -> None:
 @torch.no_grad()
 def test_an_encoder_before_its_export(pixels: NDArray[np.float32]) -> None:
     student = "efficientvit_b0"
-    source = open_efficient_sam3(checkpoint(student), kind="test", origin="test")
+    source = open_efficient_sam3(checkpoint(student))
     maps = [m.numpy() for m in source.encoder(torch.from_numpy(pixels))]
     assert golden.efficient_sam3_feature_error(student, *maps) < FEATURE_LIMIT
 

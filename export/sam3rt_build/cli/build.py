@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sam3rt.backends.onnxruntime.typed import TYPED_ORDER
 from sam3rt.backends.tensorrt.engines import RECIPE_ORDER, EngineFile
 from sam3rt.bundle import Bundle, open_bundle
-from sam3rt.cli.options import positive_int
+from sam3rt.cli.options import named_path, positive_int, printable
 from sam3rt.errors import BackendError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ graphs in BF16, which are loaded where they are asked for.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("bundle", type=named_path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument(
         "--backend",
         choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
@@ -119,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
     for engine in engines:
         _print(engine, load_evidence(engine.path))
+    _say_next(options, options.backend)
     return 0
 
 
@@ -140,13 +141,20 @@ def _write_graphs(bundle: Bundle, options: argparse.Namespace) -> int:
         lambda line: print(line, file=sys.stderr, flush=True),
     )
     for folder in folders:
-        print(f"{folder}: unproven until it first loads on a GPU")
+        print(f"{printable(str(folder))}: unproven until it first loads on a GPU")
+    _say_next(options, "onnxruntime --device cuda")
     return 0
+
+
+def _say_next(options: argparse.Namespace, backend: str) -> None:
+    where = "on the target: " if options.targets or options.backend == "onnxruntime" else ""
+    bundle = printable(shlex.quote(str(options.bundle)))
+    print(f"next: {where}sam3rt verify {bundle} --backend {backend}")
 
 
 def _print(engine: EngineFile, evidence: PlanEvidence | None) -> None:
     sidecar = engine.sidecar
-    print(f"{engine.path}: {sidecar.state}, {sidecar.engine.bytes / 1e6:.1f} MB")
+    print(f"{printable(str(engine.path))}: {sidecar.state}, {sidecar.engine.bytes / 1e6:.1f} MB")
     print("  plan: " + ("unknown" if evidence is None else evidence.summary()))
     for name, value in sidecar.parity.items():
         print(f"  {name}: {value:.6g}")

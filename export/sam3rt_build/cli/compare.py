@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from sam3rt.bundle import open_bundle
+from sam3rt.cli.options import named_path
 from sam3rt.errors import BackendError
 
 HELP = "compare two backends or precisions, whole or layer by layer"
@@ -22,7 +22,7 @@ where a wrong engine goes wrong; for TensorRT an engine that yields them is buil
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("bundle", type=named_path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument("first", metavar="A", help="what to compare with")
     parser.add_argument("second", metavar="B", help="what to compare")
     parser.add_argument(

@@ -61,10 +61,9 @@ def pointwise_after_transposed(
     Returns:
         float32 [I, O, kH, kW] and [O].
     """
-    outer = outer_weight.double().flatten(1)
-    merged = torch.einsum("om,imkl->iokl", outer, weight.double())
-    merged_bias = outer @ bias.double() + outer_bias.double()
-    return merged.float(), merged_bias.float()
+    swapped = weight.transpose(0, 1)
+    merged, merged_bias = pointwise_after_conv(swapped, bias, outer_weight, outer_bias)
+    return merged.transpose(0, 1), merged_bias
 
 
 def transposed_2x2_as_matrix(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import ops
+from torch import Tensor, nn, ops
 from torch.library import Library
+
+from ..checkpoint_keys import unknown_tensors
+from ..errors import ModelError
 
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # A library's declarations last as long as the object does.
@@ -44,3 +48,37 @@ def _operators_load(folder: Path) -> bool:
 
 
 declare_missing_operators()
+
+
+def load_parameters(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Give a model its parameters, without copying them, and put it in evaluation mode.
+
+    Args:
+        model: another author's.
+        parameters: by its names.
+        tensors: the same by the checkpoint's names, for messages.
+        optional: what the names of those that may be missing start with.
+
+    Raises:
+        ModelError: a parameter is missing, has the wrong shape or is one too many.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for name, own in model.state_dict().items():
+        given = parameters.get(name, own)
+        if given.shape != own.shape:
+            raise ModelError(
+                f"tensor {names.get(id(given), name)!r} is {tuple(given.shape)}, expected "
+                f"{tuple(own.shape)}"
+            )
+    report = model.load_state_dict(dict(parameters), strict=False, assign=True)
+    missing = [name for name in report.missing_keys if not name.startswith(optional)]
+    if missing:
+        raise ModelError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
+    if report.unexpected_keys:
+        raise unknown_tensors(report.unexpected_keys)
+    model.eval()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint_keys import unknown_tensors
 from ..errors import CheckpointError
 from ..source import ReferenceMasks
+from . import load_parameters
 
 
 class MobileSamReference:
@@ -21,7 +21,8 @@ class MobileSamReference:
         tensors: the checkpoint's parameters.
 
     Raises:
-        CheckpointError: the package is not installed, or the tensors do not fit it.
+        CheckpointError: the package is not installed.
+        ModelError: a tensor is missing, does not fit or is one too many.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -36,15 +37,7 @@ class MobileSamReference:
                 f"pip install 'sam3rt[mobile-sam]' ({error})"
             ) from error
         self._model: Any = build_sam_vit_t()
-        try:
-            report = self._model.load_state_dict(dict(tensors), strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(f"tensors do not fit MobileSAM: {error}") from error
-        if report.unexpected_keys:
-            raise unknown_tensors("MobileSAM", report.unexpected_keys)
-        if report.missing_keys:
-            raise CheckpointError(f"MobileSAM: tensor {report.missing_keys[0]!r} is missing")
-        self._model.eval()
+        load_parameters(self._model, tensors, tensors)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:

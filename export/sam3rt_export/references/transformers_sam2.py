@@ -11,9 +11,10 @@ from transformers import Sam2Config
 from transformers.initialization import no_init_weights
 from transformers.models.sam2.modeling_sam2 import Sam2Model
 
-from ..checkpoint_keys import DECODER, PROMPT, SAM2_NECK, to_transformers, unknown_tensors
-from ..errors import CheckpointError
+from ..checkpoint_keys import DECODER, PROMPT, SAM2_NECK, to_transformers
+from ..errors import ModelError
 from ..graphs.hiera import HieraArchitecture
+from . import load_parameters
 from .transformers_sam3 import TransformersReference
 
 __all__ = ["Sam2Model", "Sam2Reference", "build_sam2_model"]
@@ -23,7 +24,7 @@ def build_sam2_model(architecture: HieraArchitecture, tensors: Mapping[str, Tens
     """A ``Sam2Model`` that shares the given tensors (canonical names).
 
     Raises:
-        CheckpointError: a parameter is missing, has the wrong shape or is one too many.
+        ModelError: a parameter is missing, has the wrong shape or is one too many.
     """
     arch = architecture
     width = _size(tensors, SAM2_NECK + "0.conv.weight", 0)
@@ -65,21 +66,13 @@ def build_sam2_model(architecture: HieraArchitecture, tensors: Mapping[str, Tens
     )
     with no_init_weights():
         model = Sam2Model(config)
-    try:
-        report = model.load_state_dict(to_transformers(tensors), strict=False, assign=True)
-    except (RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"tensors do not fit the architecture: {error}") from error
-    if report.missing_keys:
-        missing = ", ".join(report.missing_keys[:3])
-        raise CheckpointError(f"{len(report.missing_keys)} parameters are missing: {missing}")
-    if report.unexpected_keys:
-        raise unknown_tensors("the checkpoint", report.unexpected_keys)
-    return model.eval()
+    load_parameters(model, to_transformers(tensors), tensors)
+    return model
 
 
 def _size(tensors: Mapping[str, Tensor], name: str, axis: int) -> int:
     if name not in tensors:
-        raise CheckpointError(f"tensor {name!r} is missing: this is no whole SAM 2")
+        raise ModelError(f"tensor {name!r} is missing: this is no whole SAM 2")
     return tensors[name].shape[axis]
 
 

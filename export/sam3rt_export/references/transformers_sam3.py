@@ -15,10 +15,10 @@ from transformers import Sam3TrackerConfig
 from transformers.initialization import no_init_weights
 from transformers.models.sam3_tracker.modeling_sam3_tracker import Sam3TrackerModel
 
-from ..checkpoint_keys import to_transformers, unknown_tensors
-from ..errors import CheckpointError
+from ..checkpoint_keys import to_transformers
 from ..graphs.sam3_encoder import Sam3Architecture
 from ..source import ReferenceMasks
+from . import load_parameters
 
 __all__ = ["Sam3TrackerModel", "TransformersReference", "build_tracker_model"]
 
@@ -43,7 +43,7 @@ def build_tracker_model(
             ``last_hidden_state``, [B, grid^2, C].
 
     Raises:
-        CheckpointError: a parameter is missing, has the wrong shape or is one too many.
+        ModelError: a parameter is missing, has the wrong shape or is one too many.
     """
     arch = architecture
     grid = arch.grid
@@ -82,22 +82,15 @@ def build_tracker_model(
     )
     with no_init_weights():
         model = Sam3TrackerModel(config)
-    try:
-        report = model.load_state_dict(to_transformers(tensors), strict=False, assign=True)
-    except (RuntimeError, KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"tensors do not fit the architecture: {error}") from error
     # The neck's coarsest level is unused, and absent from some checkpoints.
     optional = ["vision_encoder.neck.fpn_layers.3."]
     if backbone is not None:
         optional.append("vision_encoder.backbone.")
-        model.vision_encoder.backbone = backbone
-    missing = [k for k in report.missing_keys if not k.startswith(tuple(optional))]
-    if missing:
-        raise CheckpointError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
-    if report.unexpected_keys:
-        raise unknown_tensors("the checkpoint", report.unexpected_keys)
+    load_parameters(model, to_transformers(tensors), tensors, tuple(optional))
+    if backbone is not None:
+        model.vision_encoder.backbone = backbone.eval()
     model.mask_decoder.iou_prediction_head.sigmoid_output = sigmoid_iou
-    return model.eval()
+    return model
 
 
 class TransformersReference:

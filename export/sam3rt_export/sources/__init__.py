@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sam3rt.arguments import number
+from sam3rt.bundle import MANIFEST
 from sam3rt.errors import Sam3rtError
 
 from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, SAM2_NECK, SAM2_TRUNK, TRUNK
-from ..errors import CheckpointError
+from ..errors import CheckpointError, tensors_of
 from ..source import ExportSource
 from .checkpoint_file import read_state
 from .state_dict import (
@@ -68,8 +70,10 @@ def open_source(checkpoint: Any, options: SourceOptions | None = None) -> Export
     Raises:
         CheckpointError: it is none of these, cannot be read, or holds what cannot be exported; or
             an option is not for it.
+        InvalidInputError: ``lora_alpha`` is no finite number.
     """
     options = options or SourceOptions()
+    _check(options)
     what = f"{checkpoint}" if isinstance(checkpoint, str | os.PathLike) else "checkpoint"
     try:
         if isinstance(checkpoint, nn.Module):
@@ -84,6 +88,17 @@ def open_source(checkpoint: Any, options: SourceOptions | None = None) -> Export
         ) from error
     except Exception as error:  # whatever the libraries that read it raise
         raise CheckpointError(f"{what}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check(options: SourceOptions) -> None:
+    """Hold the options to what can be one at all."""
+    size = options.image_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+        raise CheckpointError(f"image_size: got {size!r}, expected a whole number")
+    if options.lora_alpha is not None:
+        if options.lora is None:
+            raise CheckpointError("lora_alpha: there is no adapter that it is for (--lora)")
+        number("lora_alpha", options.lora_alpha)
 
 
 def _refuse(options: SourceOptions, what: str, *names: str) -> None:
@@ -119,10 +134,12 @@ def _open_file(path: Path, options: SourceOptions) -> ExportSource:
 
         adapter = read_adapter(Path(options.lora), options.lora_alpha)
         exported = (TRUNK, NECK, SAM2_TRUNK, SAM2_NECK, PROMPT, DECODER, NO_MEMORY)
-        changed, notes = adapted(state, adapter, exported)
+        with tensors_of(str(path)):
+            changed, notes = adapted(state, adapter, exported)
         state = state | changed
-    source = _open_state(state, str(path), path.name, digest, options=options)
-    return dataclasses.replace(source, notes=(*notes, *source.notes))
+    source = _open_state(state, str(path), options)
+    notes = (*notes, *source.notes)
+    return dataclasses.replace(source, origin=path.name, sha256=digest, notes=notes)
 
 
 def _open_pretrained(name: str, options: SourceOptions) -> ExportSource:
@@ -157,6 +174,8 @@ def _is_transformers_folder(folder: Path) -> bool:
 
 def _only_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder that is not in transformers' layout."""
+    if (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: is a bundle, which is what an export makes")
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{folder}: holds LoRA adapters; pass the model that they are for, and this by --lora"
@@ -166,7 +185,8 @@ def _only_checkpoint(folder: Path) -> Path:
         if len(files) == 1:
             return files[0]
         if files:
-            raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {files}")
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {names}")
     raise CheckpointError(f"{folder}: holds no config.json and no checkpoint; {ACCEPTED}")
 
 
@@ -176,7 +196,9 @@ def _open_live(model: nn.Module, options: SourceOptions) -> ExportSource:
     # torch.compile and DistributedDataParallel wrap the model itself.
     inner: nn.Module = getattr(model, "_orig_mod", getattr(model, "module", model))
     if is_tracker_model(inner):
-        return open_tracker_model(inner, image_size=options.image_size)
+        with tensors_of("checkpoint"):
+            source = open_tracker_model(inner, options.image_size)
+        return dataclasses.replace(source, kind=type(inner).__name__, origin="live model")
     state = model.state_dict()
     family = family_of(state)
     if family is None:
@@ -187,62 +209,50 @@ def _open_live(model: nn.Module, options: SourceOptions) -> ExportSource:
     size = getattr(inner, "image_size", None)
     if family == "sam2" and options.image_size is None and isinstance(size, int):
         options = dataclasses.replace(options, image_size=size)
-    return _open_state(
-        state, "checkpoint", type(inner).__name__, kind="live model", options=options
-    )
+    source = _open_state(state, "checkpoint", options)
+    return dataclasses.replace(source, kind="live model", origin=type(inner).__name__)
 
 
-def _open_state(
-    state: Mapping[str, Tensor],
-    what: str,
-    origin: str,
-    digest: str = "",
-    kind: str | None = None,
-    *,
-    options: SourceOptions,
-) -> ExportSource:
+def _open_state(state: Mapping[str, Tensor], what: str, options: SourceOptions) -> ExportSource:
+    """A state dict that holds a model, which ``what`` names in messages."""
     family = family_of(state)
     # Each family brings libraries of its own, so only the one that is needed is imported.
     if family == "mobile_sam":
         from .mobile_sam import open_mobile_sam
 
         _refuse(options, "MobileSAM", "tracker", "lora", "lora_alpha", "image_size")
-        source = open_mobile_sam(
-            mobile_sam_tensors(state), kind=kind or "mobile_sam.pt", origin=origin, sha256=digest
-        )
-        return dataclasses.replace(source, stored=_in_words(stored_types(state, state)))
+        with tensors_of(what):
+            source = open_mobile_sam(mobile_sam_tensors(state))
+        stored = _in_words(stored_types(state, state))
+        return dataclasses.replace(source, kind="mobile_sam.pt", stored=stored)
     if family == "sam2":
         _refuse(options, "SAM 2, which has a decoder of its own,", "tracker")
-    tracker, tracker_notes = _open_tracker(options.tracker)
+    tracker, notes = _open_tracker(options.tracker)
     parts = interactive_parts(state, what, tracker)
-    if family == "sam2":
-        from .sam2 import source_from_tensors as open_sam2
-        from .sam2 import version_of
+    with tensors_of(what):
+        source = _open_parts(state, parts, options.image_size)
+    return dataclasses.replace(
+        source,
+        kind=f"{source.name}.pt" if family == "sam2" else _kind(parts),
+        stored=_in_words(parts.stored),
+        notes=(*parts.notes, *notes, *source.notes),
+    )
 
-        source = open_sam2(
-            parts.tensors,
-            origin=origin,
-            version=version_of(state),
-            kind=kind,
-            sha256=digest,
-            image_size=options.image_size,
-        )
-        return dataclasses.replace(source, stored=_in_words(parts.stored))
+
+def _open_parts(
+    state: Mapping[str, Tensor], parts: InteractiveParts, image_size: int | None
+) -> ExportSource:
+    if any(name.startswith(SAM2_TRUNK) for name in parts.tensors):
+        from . import sam2
+
+        version = sam2.version_of(state)
+        return sam2.source_from_tensors(parts.tensors, version=version, image_size=image_size)
     if parts.student:
         from .efficient_sam3 import open_efficient_sam3 as open_parts
     else:
         from .sam3 import source_from_tensors as open_parts
 
-    source = open_parts(
-        parts.tensors,
-        kind=kind or _kind(parts),
-        origin=origin,
-        sha256=digest,
-        sigmoid_iou=not parts.multiplex,
-        image_size=options.image_size,
-    )
-    notes = (*parts.notes, *tracker_notes, *source.notes)
-    return dataclasses.replace(source, stored=_in_words(parts.stored), notes=notes)
+    return open_parts(parts.tensors, sigmoid_iou=not parts.multiplex, image_size=image_size)
 
 
 def _kind(parts: InteractiveParts) -> str:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
+from msgspec import Struct
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError, tensors_of
 from .state_dict import plain_names, ready
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # PEFT's file has no adapter's name in its keys; a state dict saved by hand does ("default").
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)??(?:\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
+)
 # These start from base weights that the adapter changed, so that adding to the original is wrong.
 _REBASED = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+class _Config(Struct):
+    """What matters of PEFT's ``adapter_config.json``, which holds much more."""
+
+    lora_alpha: float
+    alpha_pattern: dict[str, float] | None = None
+    peft_type: str | None = "LORA"
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | None = True
 
 
 @dataclass(frozen=True)
@@ -71,59 +86,52 @@ def read_adapter(path: Path, alpha: float | None = None) -> Adapter:
         tensors = load_file(file)
     except Exception as error:  # whatever the reader raises for a malformed file
         raise CheckpointError(f"lora: {file} cannot be read: {error}") from error
-    if config is None and alpha is None:
+    if alpha is not None:
+        config = _Config(alpha, use_rslora=config is not None and config.use_rslora)
+    if config is None:
         raise CheckpointError(
             f"lora: there is no {_CONFIG} beside {file}: pass its lora_alpha (--lora-alpha)"
         )
-    config = config or {}
     pairs, whole = _pairs(file, {n.removeprefix(_PREFIX): t for n, t in tensors.items()})
     if not pairs:
-        raise CheckpointError(f"lora: {file} holds no pair of lora_A and lora_B")
+        raise CheckpointError(
+            f"lora: {file} holds no pair of PEFT's lora_A and lora_B; other layouts must be "
+            "converted first"
+        )
     return Adapter(
         file,
         pairs,
         whole,
-        alpha=float(config["lora_alpha"]) if alpha is None else alpha,
-        alphas={} if alpha is not None else _alphas(file, config),
-        rank_stabilized=bool(config.get("use_rslora")),
+        alpha=config.lora_alpha,
+        alphas=config.alpha_pattern or {},
+        rank_stabilized=bool(config.use_rslora),
     )
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def _read_config(path: Path) -> _Config | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_bytes())
-        float(config["lora_alpha"])
-    except Exception as error:
-        raise CheckpointError(f"lora: {path} is no configuration of a LoRA: {error!r}") from error
-    started = str(config.get("init_lora_weights", "")).lower()
+        config = msgspec.json.decode(path.read_bytes(), type=_Config)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"lora: {path} is no configuration of a LoRA: {error}") from error
+    started = str(config.init_lora_weights).lower()
+    patterns = [name for name in config.alpha_pattern or () if not re.fullmatch(r"[\w.]+", name)]
     for what, found in {
-        f"of type {config.get('peft_type')}": config.get("peft_type", "LORA") != "LORA",
-        "of DoRA": config.get("use_dora"),
-        "with transposed factors (fan_in_fan_out)": config.get("fan_in_fan_out"),
+        f"of type {config.peft_type}": config.peft_type != "LORA",
+        "of DoRA": config.use_dora,
+        "with transposed factors (fan_in_fan_out)": config.fan_in_fan_out,
         f"that changed its base weights (init_lora_weights {started!r})": started.startswith(
             _REBASED
         ),
+        f"whose alpha_pattern has regular expressions ({patterns})": patterns,
     }.items():
         if found:
             raise CheckpointError(
                 f"lora: {path.parent} is an adapter {what}, which cannot be added to the weights; "
                 "merge it by PEFT: model.merge_and_unload()"
             )
-    parsed: dict[str, Any] = config
-    return parsed
-
-
-def _alphas(file: Path, config: Mapping[str, Any]) -> dict[str, float]:
-    alphas = config.get("alpha_pattern") or {}
-    for name in alphas:
-        if not re.fullmatch(r"[\w.]+", name):
-            raise CheckpointError(
-                f"lora: {file}: alpha_pattern {name!r} is a regular expression; merge it by PEFT: "
-                "model.merge_and_unload()"
-            )
-    return {name: float(alpha) for name, alpha in alphas.items()}
+    return config
 
 
 def _pairs(
@@ -131,14 +139,19 @@ def _pairs(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     factors: dict[str, dict[str, Tensor]] = {}
     whole = {}
+    adapters = set()
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
         if match:
+            adapters.add(match["adapter"])
             factors.setdefault(match["module"], {})[match["factor"]] = tensor
         elif "lora_" in name:
-            raise CheckpointError(f"lora: {file}: {name!r} is no factor of a linear layer")
+            raise CheckpointError(f"lora: {file}: {name!r} is no factor of a linear layer in PEFT")
         else:
             whole[name] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(sorted(repr(name) for name in adapters))
+        raise CheckpointError(f"lora: {file} holds several adapters: {names}; pass one")
     for module, pair in factors.items():
         if len(pair) != 2:
             raise CheckpointError(f"lora: {file}: {module!r} has lora_{''.join(pair)} alone")
@@ -163,25 +176,33 @@ def adapted(
             shape, or for none that is exported.
     """
     originals = {plain: original for original, plain in plain_names(state).items()}
-    given = {f"{module}.weight": pair for module, pair in adapter.pairs.items()} | adapter.whole
-    plain = plain_names(given)
-    absent = [name for name in given if plain[name] not in originals]
+    given: list[tuple[str, Tensor | tuple[Tensor, Tensor]]] = [
+        *((f"{module}.weight", pair) for module, pair in adapter.pairs.items()),
+        *adapter.whole.items(),
+    ]
+    plain = plain_names(name for name, _ in given)
+    absent = [name for name, _ in given if plain[name] not in originals]
     if absent:
         raise CheckpointError(
             f"lora: {adapter.path}: {len(absent)} of {len(given)} parameters are not in the "
             f"checkpoint, such as {absent[0]!r}: it was trained on another model or other names"
         )
+    twice = [name for name, count in Counter(plain[name] for name, _ in given).items() if count > 1]
+    if twice:
+        raise CheckpointError(f"lora: {adapter.path} changes {twice[0]!r} more than once")
     changed: dict[str, Tensor] = {}
     elsewhere = []
-    for name, change in given.items():
+    for name, change in given:
         original = originals[plain[name]]
         if not plain[name].startswith(exported):
             elsewhere.append(name)
-        elif isinstance(change, Tensor):
-            changed[original] = _replaced(name, state[original], change)
-        else:
-            scale = adapter.scale(name.removesuffix(".weight"), change[0].shape[0])
-            changed[original] = _added(name, ready(name, state[original]), change, scale)
+            continue
+        weight = ready(original, state[original])
+        with tensors_of(f"lora: {adapter.path}"):
+            if isinstance(change, Tensor):
+                changed[original] = _replaced(name, weight, change)
+            else:
+                changed[original] = _added(name, weight, change, adapter)
     if not changed:
         raise CheckpointError(
             f"lora: {adapter.path} changes nothing that is exported, only parts such as "
@@ -198,26 +219,25 @@ def adapted(
 
 def _replaced(name: str, old: Tensor, new: Tensor) -> Tensor:
     if old.shape != new.shape:
-        raise CheckpointError(
-            f"lora: {name!r} is {tuple(new.shape)}, the checkpoint's {tuple(old.shape)}"
-        )
+        raise ModelError(f"{name!r} is {tuple(new.shape)}, the checkpoint's {tuple(old.shape)}")
     return ready(name, new)
 
 
-def _added(name: str, weight: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def _added(name: str, weight: Tensor, pair: tuple[Tensor, Tensor], adapter: Adapter) -> Tensor:
     """``W + scale B A``, of a linear layer or of a convolution whose B is pointwise."""
     a, b = (ready(name, factor).double() for factor in pair)
     fits = (
         a.ndim == b.ndim == weight.ndim >= 2
-        and a.shape[0] == b.shape[1]
+        and 0 < a.shape[0] == b.shape[1]
         and b.shape[0] == weight.shape[0]
         and a.shape[1:] == weight.shape[1:]
         and b[0, 0].numel() == 1
     )
     if not fits:
-        raise CheckpointError(
-            f"lora: factors {tuple(b.shape)} and {tuple(a.shape)} of {name!r} do not fit its "
+        raise ModelError(
+            f"factors {tuple(b.shape)} and {tuple(a.shape)} of {name!r} do not fit its "
             f"{tuple(weight.shape)}"
         )
     delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-    return torch.add(weight.double(), delta, alpha=scale).float()
+    scale = adapter.scale(name.removesuffix(".weight"), a.shape[0])
+    return ready(name, torch.add(weight.double(), delta, alpha=scale))

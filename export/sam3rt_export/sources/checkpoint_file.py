@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -10,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from msgspec import Struct
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,6 +73,11 @@ def _load(path: Path) -> tuple[Any, int]:
             return torch.load(path, map_location="cpu", weights_only=True), size
     except CheckpointError:
         raise
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: its path or the locale is not UTF-8, and PyTorch and safetensors open no "
+            "other: rename it, or set LC_ALL=C.UTF-8"
+        ) from error
     except pickle.UnpicklingError as error:
         # PyTorch's own text recommends to load the file in a way that runs its code.
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -88,13 +94,20 @@ def _load(path: Path) -> tuple[Any, int]:
     raise CheckpointError(f"{path}: {_describe_start(start)}; {ACCEPTED}")
 
 
+class _Index(Struct):
+    """A ``.safetensors.index.json``: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _load_shards(path: Path) -> tuple[dict[str, Tensor], int]:
-    weight_map = json.loads(path.read_bytes())["weight_map"]
+    weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
     tensors: dict[str, Tensor] = {}
     stored = 0
     for name in sorted(set(weight_map.values())):
         shard = path.parent / name
-        if Path(name).name != name:
+        # A pipe would be waited for.
+        if Path(name).name != name or not shard.is_file():
             raise CheckpointError(f"{path}: {name!r} is not a file beside it")
         tensors |= load_file(shard)
         stored += shard.stat().st_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_keys import DECODER, NECK, PROMPT, STUDENT, unknown_tensors
-from ..errors import CheckpointError, tensors_of
+from ..errors import ModelError
 from ..graphs.efficient_sam3 import Backbone, StudentArchitecture
 from ..graphs.sam3_encoder import Sam3Architecture
 from ..graphs.tiny_vit import TinyViTArchitecture
@@ -45,42 +45,29 @@ _VARIANTS = {
 
 
 def open_efficient_sam3(
-    tensors: Mapping[str, Tensor],
-    *,
-    kind: str,
-    origin: str,
-    sha256: str = "",
-    sigmoid_iou: bool = True,
-    image_size: int | None = None,
+    tensors: Mapping[str, Tensor], *, sigmoid_iou: bool = True, image_size: int | None = None
 ) -> ExportSource:
     """Prepare EfficientSAM3; see :func:`.sam3.source_from_tensors` for the arguments.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or has the wrong shape.
+        ModelError: a tensor is unknown.
+        CheckpointError: it has no such image size.
+        KeyError, RuntimeError, ValueError: a tensor is missing or has the wrong shape.
     """
-    with tensors_of(origin):
-        student = read_student(tensors, _TRAINED_SIZE if image_size is None else image_size)
-        architecture = _rest_of_sam3(tensors, student)
+    student = read_student(tensors, _TRAINED_SIZE if image_size is None else image_size)
+    architecture = _rest_of_sam3(tensors, student)
     others = {name: t for name, t in tensors.items() if not name.startswith(STUDENT)}
     own = {n.removeprefix(STUDENT): t for n, t in tensors.items() if n.startswith(STUDENT)}
     plain = PlainStudent(student.backbone, own, student.grid)
     model = build_tracker_model(architecture, others, sigmoid_iou=sigmoid_iou, backbone=plain)
     seen = _Seen(tensors)
-    source = sam3_source(
-        architecture,
-        seen,
-        model,
-        kind=kind,
-        origin=origin,
-        sha256=sha256,
-        notes=size_notes(student.image_size, _TRAINED_SIZE),
-        student=student,
-    )
-    with tensors_of(origin):  # what tells a wrong shape is running it; its size does not matter
-        plain(torch.zeros(1, 3, 64, 64))
+    notes = size_notes(student.image_size, _TRAINED_SIZE)
+    source = sam3_source(architecture, seen, model, notes=notes, student=student)
+    # What tells a wrong shape is running it; its size does not matter.
+    plain(torch.zeros(1, 3, 64, 64))
     unread = [name for name in own if STUDENT + name not in seen.names]
     if unread:
-        raise unknown_tensors(origin, [STUDENT + name for name in unread])
+        raise unknown_tensors(STUDENT + name for name in unread)
     return source
 
 
@@ -88,14 +75,15 @@ def read_student(tensors: Mapping[str, Tensor], image_size: int) -> StudentArchi
     """Work out a student's sizes from tensors in ``sam3.pt`` naming.
 
     Raises:
-        CheckpointError: it is of no known family, or has no such image size.
+        ModelError: it is of no known family.
+        CheckpointError: it has no such image size.
         KeyError: a tensor is missing.
     """
     check_image_size(image_size, _SIZE_STEP, _TRAINED_SIZE)
     found = {f for prefix, f in _FAMILIES.items() if any(n.startswith(prefix) for n in tensors)}
     if len(found) != 1:
         first = next(name for name in tensors if name.startswith(STUDENT))
-        raise CheckpointError(
+        raise ModelError(
             "EfficientSAM3's image encoder is a RepViT, a TinyViT or an EfficientViT; this one has "
             f"tensors such as {first!r}"
         )

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
-from ..errors import tensors_of
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..graphs.tiny_vit import TinyViTArchitecture, TinyViTGraph
 from ..references.mobile_sam import MobileSamReference
@@ -19,13 +18,12 @@ _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
-def open_mobile_sam(
-    tensors: Mapping[str, Tensor], *, kind: str, origin: str, sha256: str = ""
-) -> ExportSource:
-    """Prepare MobileSAM; see :class:`~sam3rt_export.source.ExportSource` for the arguments.
+def open_mobile_sam(tensors: Mapping[str, Tensor]) -> ExportSource:
+    """Prepare MobileSAM.
 
     Raises:
-        CheckpointError: a tensor is missing, or MobileSAM's own code is not installed.
+        CheckpointError: MobileSAM's own code is not installed, or a tensor is missing, too many or
+            has the wrong shape.
     """
     reference = MobileSamReference(tensors)
     vit = TinyViTArchitecture()
@@ -37,18 +35,13 @@ def open_mobile_sam(
         single_mask="token0",
         sigmoid_iou=False,
     )
-    with tensors_of(origin):
-        encoder = TinyViTGraph(vit, tensors, "image_encoder.").eval()
-        decoder = SamDecoderGraph(architecture, tensors, "prompt_encoder.", "mask_decoder.").eval()
+    encoder = TinyViTGraph(vit, tensors, "image_encoder.").eval()
+    decoder = SamDecoderGraph(architecture, tensors, "prompt_encoder.", "mask_decoder.").eval()
     side = 4 * vit.grid
     return ExportSource(
         name="mobile_sam",
         model_type="mobile_sam",
-        kind=kind,
-        origin=origin,
-        sha256=sha256,
         license="Apache-2.0",
-        license_path=None,
         encoder=encoder,
         decoder=decoder,
         reference=reference,

@@ -16,50 +16,42 @@ from torch import Tensor
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT, SAM2_NECK, SAM2_TRUNK
-from ..errors import CheckpointError, tensors_of
+from ..errors import ModelError
 from ..graphs.hiera import PATCH_STRIDE, HieraArchitecture, HieraGraph, plan_blocks
 from ..graphs.operators import count_children
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..references.transformers_sam2 import Sam2Reference, build_sam2_model
 from ..source import ExportSource
 
+
+def _published(
+    depths: tuple[int, ...],
+    width: int,
+    heads: int,
+    windows: tuple[int, ...],
+    global_blocks: tuple[int, ...],
+) -> HieraArchitecture:
+    """Widths and heads double from stage to stage."""
+    stages = range(len(depths))
+    return HieraArchitecture(
+        image_size=1024,
+        depths=depths,
+        widths=tuple(width << stage for stage in stages),
+        heads=tuple(heads << stage for stage in stages),
+        windows=windows,
+        global_blocks=global_blocks,
+    )
+
+
 # The published models by depths and width of the first stage, which tensors show. They do not show
 # heads, windows and which blocks attend globally (sam2/configs/sam2.1 of the reference).
 PUBLISHED: dict[tuple[tuple[int, ...], int], tuple[str, HieraArchitecture]] = {
     (arch.depths, arch.widths[0]): (name, arch)
     for name, arch in {
-        "tiny": HieraArchitecture(
-            image_size=1024,
-            depths=(1, 2, 7, 2),
-            widths=(96, 192, 384, 768),
-            heads=(1, 2, 4, 8),
-            windows=(8, 4, 14, 7),
-            global_blocks=(5, 7, 9),
-        ),
-        "small": HieraArchitecture(
-            image_size=1024,
-            depths=(1, 2, 11, 2),
-            widths=(96, 192, 384, 768),
-            heads=(1, 2, 4, 8),
-            windows=(8, 4, 14, 7),
-            global_blocks=(7, 10, 13),
-        ),
-        "base_plus": HieraArchitecture(
-            image_size=1024,
-            depths=(2, 3, 16, 3),
-            widths=(112, 224, 448, 896),
-            heads=(2, 4, 8, 16),
-            windows=(8, 4, 14, 7),
-            global_blocks=(12, 16, 20),
-        ),
-        "large": HieraArchitecture(
-            image_size=1024,
-            depths=(2, 6, 36, 4),
-            widths=(144, 288, 576, 1152),
-            heads=(2, 4, 8, 16),
-            windows=(8, 4, 16, 8),
-            global_blocks=(23, 33, 43),
-        ),
+        "tiny": _published((1, 2, 7, 2), 96, 1, (8, 4, 14, 7), (5, 7, 9)),
+        "small": _published((1, 2, 11, 2), 96, 1, (8, 4, 14, 7), (7, 10, 13)),
+        "base_plus": _published((2, 3, 16, 3), 112, 2, (8, 4, 14, 7), (12, 16, 20)),
+        "large": _published((2, 6, 36, 4), 144, 2, (8, 4, 16, 8), (23, 33, 43)),
     }.items()
 }
 
@@ -81,39 +73,26 @@ def version_of(names: Mapping[str, Any]) -> str:
 
 
 def source_from_tensors(
-    tensors: Mapping[str, Tensor],
-    *,
-    origin: str,
-    version: str = "sam2.1",
-    kind: str | None = None,
-    sha256: str = "",
-    image_size: int | None = None,
+    tensors: Mapping[str, Tensor], *, version: str = "sam2.1", image_size: int | None = None
 ) -> ExportSource:
     """Prepare tensors in canonical naming; see :func:`sam2_source` for the rest.
 
     Raises:
-        CheckpointError: a tensor is missing, the shapes contradict each other, they are not those
-            of a published model, or it has no such size.
+        ModelError: a tensor is missing, the shapes contradict each other, they are not those of a
+            published model, or it has no such size.
     """
     published = read_architecture(tensors)
     architecture = resized(published, image_size)
-    return sam2_source(
-        architecture,
-        tensors,
-        build_sam2_model(architecture, tensors),
-        kind=kind or f"{_name(version, published)}.pt",
-        origin=origin,
-        version=version,
-        sha256=sha256,
-        notes=size_notes(architecture.image_size, published.image_size),
-    )
+    model = build_sam2_model(architecture, tensors)
+    notes = size_notes(architecture.image_size, published.image_size)
+    return sam2_source(architecture, tensors, model, version=version, notes=notes)
 
 
 def resized(architecture: HieraArchitecture, image_size: int | None) -> HieraArchitecture:
     """The same model for another input: its position grid is enlarged to any size.
 
     Raises:
-        CheckpointError: the size does not fit the windows.
+        ModelError: the size does not fit the windows.
     """
     if image_size is None:
         return architecture
@@ -133,13 +112,13 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> HieraArchitecture:
     """The published architecture that the tensors' shapes are those of.
 
     Raises:
-        CheckpointError: naming what was found.
+        ModelError: naming what was found.
     """
     try:
         count = count_children(tensors, SAM2_TRUNK + "blocks.")
         widths = [tensors[f"{SAM2_TRUNK}blocks.{i}.norm2.weight"].shape[0] for i in range(count)]
     except KeyError as error:
-        raise CheckpointError(f"the image encoder is incomplete: {error}") from error
+        raise ModelError(f"the image encoder is incomplete: {error}") from error
     stages = [(width, len(list(group))) for width, group in itertools.groupby(widths)]
     depths = tuple(depth for _, depth in stages)
     _, found = PUBLISHED.get((depths, widths[0] if widths else 0), ("", None))
@@ -148,7 +127,7 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> HieraArchitecture:
             f"{name} {list(arch.depths)} of width {arch.widths[0]}"
             for name, arch in PUBLISHED.values()
         )
-        raise CheckpointError(
+        raise ModelError(
             f"an image encoder of {list(depths)} blocks of widths {[w for w, _ in stages]} is no "
             f"published SAM 2 ({known}). Shapes do not show its heads and windows: pass it as a "
             "transformers folder, whose config.json has them"
@@ -160,7 +139,7 @@ def architecture_of(config: Any) -> HieraArchitecture:
     """The architecture in a ``Sam2Config``.
 
     Raises:
-        CheckpointError: the graphs cannot express it.
+        ModelError: the graphs cannot express it.
     """
     vision, decoder = config.vision_config, config.mask_decoder_config
     hiera = vision.backbone_config
@@ -187,7 +166,7 @@ def architecture_of(config: Any) -> HieraArchitecture:
         ("dynamic_multimask_stability_thresh", decoder.dynamic_multimask_stability_thresh, 0.98),
     ):
         if value != expected:
-            raise CheckpointError(f"{what} is {value}, expected {expected} as in every SAM 2")
+            raise ModelError(f"{what} is {value}, expected {expected} as in every SAM 2")
     architecture = HieraArchitecture(
         image_size=side,
         depths=tuple(hiera.blocks_per_stage),
@@ -212,22 +191,22 @@ def _check_architecture(architecture: HieraArchitecture) -> None:
         or arch.image_size % (8 * PATCH_STRIDE)
         or arch.side(0) % arch.windows[0]
     ):
-        raise CheckpointError(
+        raise ModelError(
             f"image_size is {arch.image_size}, expected a multiple of {8 * PATCH_STRIDE} and of "
             f"{arch.windows[0]} patches of {PATCH_STRIDE} pixels"
         )
 
     starts = set(itertools.accumulate(arch.depths[:-1]))
     if starts & set(arch.global_blocks):
-        raise CheckpointError(
+        raise ModelError(
             f"global_attention_blocks is {list(arch.global_blocks)}: the blocks {sorted(starts)} "
             "start a stage, and the reference has them attend in windows"
         )
     if any(stage[0].window % 2 for stage in plan_blocks(arch)[1:]):
-        raise CheckpointError(f"windows are {arch.windows}: those that are pooled must be even")
+        raise ModelError(f"windows are {arch.windows}: those that are pooled must be even")
     for width, heads in zip(arch.widths, arch.heads, strict=True):
         if width % heads:
-            raise CheckpointError(f"width {width} is not a multiple of {heads} heads")
+            raise ModelError(f"width {width} is not a multiple of {heads} heads")
 
 
 def sam2_source(
@@ -235,10 +214,7 @@ def sam2_source(
     tensors: Mapping[str, Tensor],
     model: Any,
     *,
-    kind: str,
-    origin: str,
     version: str = "sam2",
-    sha256: str = "",
     notes: tuple[str, ...] = (),
 ) -> ExportSource:
     """Build graphs and reference of one SAM 2.
@@ -247,34 +223,23 @@ def sam2_source(
         architecture: the image encoder's sizes.
         tensors: its parameters in canonical naming.
         model: the same parameters in a transformers ``Sam2Model``.
-        kind: checkpoint format.
-        origin: where it came from.
         version: ``"sam2"`` or ``"sam2.1"``, for the name.
-        sha256: of the checkpoint file.
         notes: see :class:`~sam3rt_export.source.ExportSource`.
-
-    Raises:
-        CheckpointError: a tensor is missing or has the wrong shape.
     """
     arch = architecture
     decoder_architecture = DecoderArchitecture(image_size=arch.image_size, grid=arch.grid)
-    with tensors_of(origin):
-        encoder = HieraGraph(arch, tensors).eval()
-        decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
-        shapes = [
-            (tensors[DECODER + "conv_s0.weight"].shape[0], arch.side(0), arch.side(0)),
-            (tensors[DECODER + "conv_s1.weight"].shape[0], arch.side(1), arch.side(1)),
-            (tensors[SAM2_NECK + "1.conv.weight"].shape[0], arch.grid, arch.grid),
-        ]
+    encoder = HieraGraph(arch, tensors).eval()
+    decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
+    shapes = [
+        (tensors[DECODER + "conv_s0.weight"].shape[0], arch.side(0), arch.side(0)),
+        (tensors[DECODER + "conv_s1.weight"].shape[0], arch.side(1), arch.side(1)),
+        (tensors[SAM2_NECK + "1.conv.weight"].shape[0], arch.grid, arch.grid),
+    ]
     size = (arch.side(0), arch.side(0))
     return ExportSource(
         name=_name(version, arch),
         model_type="sam2",
-        kind=kind,
-        origin=origin,
-        sha256=sha256,
         license=_LICENSE,
-        license_path=None,
         encoder=encoder,
         decoder=decoder,
         reference=Sam2Reference(model),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT
-from ..errors import tensors_of
 from ..graphs.efficient_sam3 import EfficientSam3EncoderGraph, StudentArchitecture
 from ..graphs.sam3_encoder import Sam3Architecture, Sam3EncoderGraph
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
@@ -29,40 +28,24 @@ _LICENSE = "SAM License"
 
 
 def source_from_tensors(
-    tensors: Mapping[str, Tensor],
-    *,
-    kind: str,
-    origin: str,
-    sha256: str = "",
-    sigmoid_iou: bool = True,
-    image_size: int | None = None,
+    tensors: Mapping[str, Tensor], *, sigmoid_iou: bool = True, image_size: int | None = None
 ) -> ExportSource:
-    """Prepare tensors in ``sam3.pt`` naming; see :func:`sam3_source` for the rest.
+    """Prepare tensors in ``sam3.pt`` naming.
 
     Args:
         tensors: the parameters.
-        kind: checkpoint format.
-        origin: where it came from.
-        sha256: of the checkpoint file.
         sigmoid_iou: whether predicted IoUs go through a sigmoid, as SAM 3's do.
         image_size: side of the input, pixels; by default that of the training.
 
     Raises:
-        CheckpointError: a tensor is missing, the shapes contradict each other, or the model has no
-            such size.
+        ModelError: a tensor is missing, or the shapes contradict each other.
+        CheckpointError: the model has no such size.
     """
     trained = read_architecture(tensors)
     architecture = resized(trained, image_size)
     model = build_tracker_model(architecture, tensors, sigmoid_iou=sigmoid_iou)
-    return sam3_source(
-        architecture,
-        tensors,
-        model,
-        kind=kind,
-        origin=origin,
-        sha256=sha256,
-        notes=size_notes(architecture.image_size, trained.image_size),
-    )
+    notes = size_notes(architecture.image_size, trained.image_size)
+    return sam3_source(architecture, tensors, model, notes=notes)
 
 
 def size_notes(image_size: int, trained: int) -> tuple[str, ...]:
@@ -77,9 +60,6 @@ def sam3_source(
     tensors: Mapping[str, Tensor],
     model: Any,
     *,
-    kind: str,
-    origin: str,
-    sha256: str = "",
     notes: tuple[str, ...] = (),
     student: StudentArchitecture | None = None,
 ) -> ExportSource:
@@ -90,14 +70,8 @@ def sam3_source(
         tensors: its parameters in ``sam3.pt`` naming.
         model: the same parameters in a transformers ``Sam3TrackerModel``; whether its IoU head
             ends in a sigmoid tells SAM 3 from SAM 3.1.
-        kind: checkpoint format.
-        origin: where it came from.
-        sha256: of the checkpoint file.
         notes: what a user should know of how the model came about.
         student: sizes of EfficientSAM3's encoder, where it stands in the ViT's place.
-
-    Raises:
-        CheckpointError: a tensor is missing or has the wrong shape.
     """
     arch = architecture
     sigmoid_iou = model.mask_decoder.iou_prediction_head.sigmoid_output
@@ -107,23 +81,18 @@ def sam3_source(
         heads=arch.decoder_heads,
         sigmoid_iou=sigmoid_iou,
     )
-    with tensors_of(origin):
-        encoder: nn.Module = (
-            Sam3EncoderGraph(arch, tensors)
-            if student is None
-            else EfficientSam3EncoderGraph(student, tensors)
-        ).eval()
-        decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
+    encoder: nn.Module = (
+        Sam3EncoderGraph(arch, tensors)
+        if student is None
+        else EfficientSam3EncoderGraph(student, tensors)
+    ).eval()
+    decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
     grid = arch.grid
     name = "sam3" if sigmoid_iou else "sam3.1"
     return ExportSource(
         name=name if student is None else f"efficient_{name}_{student.variant}",
         model_type="sam3" if student is None else "efficient_sam3",
-        kind=kind,
-        origin=origin,
-        sha256=sha256,
         license=_LICENSE,
-        license_path=None,
         encoder=encoder,
         decoder=decoder,
         reference=TransformersReference(model),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, TRUNK
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError
 from ..graphs.sam3_encoder import Sam3Architecture, axial_rope
 
 # The reference builds its ViT with nn.LayerNorm at eps=1e-5 (sam3/model/vitdet.py); no tensor
@@ -30,7 +30,7 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     table, only the published size is known.
 
     Raises:
-        CheckpointError: a needed tensor is missing or the shapes contradict each other.
+        ModelError: a needed tensor is missing or the shapes contradict each other.
     """
     embed_dim, _, patch_size, _ = _tensor(tensors, TRUNK + "patch_embed.proj.weight", 4).shape
     depth = _depth(tensors)
@@ -39,7 +39,7 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     names = [f"{TRUNK}blocks.{i}.attn.freqs_cis" for i in range(depth)]
     if not any(name in tensors for name in names):
         if (embed_dim, depth, patch_size, pretrain_grid) != (1024, 32, 14, 24):
-            raise CheckpointError(
+            raise ModelError(
                 f"tensor {names[0]!r} is missing: without rotary tables only SAM 3's published "
                 f"size is known, and this is width {embed_dim}, depth {depth}"
             )
@@ -50,10 +50,10 @@ def read_architecture(tensors: Mapping[str, Tensor]) -> Sam3Architecture:
     ]
     grid, window = max(sides), min(sides)
     if set(sides) - {grid, window}:
-        raise CheckpointError(f"attention maps of more than two sizes: {sorted(set(sides))}")
+        raise ModelError(f"attention maps of more than two sizes: {sorted(set(sides))}")
     head_dim = 2 * tables[0].shape[1]
     if embed_dim % head_dim:
-        raise CheckpointError(f"width {embed_dim} is not a multiple of the head size {head_dim}")
+        raise ModelError(f"width {embed_dim} is not a multiple of the head size {head_dim}")
     decoder_mlp = _tensor(tensors, DECODER + "transformer.layers.0.mlp.lin1.weight", 2)
     architecture = Sam3Architecture(
         image_size=grid * patch_size,
@@ -120,14 +120,14 @@ def check_architecture(architecture: Sam3Architecture) -> None:
     """Refuse what the encoder graph cannot express.
 
     Raises:
-        CheckpointError: the windows do not tile the token grid, or a head cannot be rotated.
+        ModelError: the windows do not tile the token grid, or a head cannot be rotated.
     """
     if architecture.grid % architecture.window:
-        raise CheckpointError(
+        raise ModelError(
             f"windows of {architecture.window} tokens do not tile a grid of {architecture.grid}"
         )
     if architecture.head_dim % 4:
-        raise CheckpointError(
+        raise ModelError(
             f"heads of {architecture.head_dim} channels: two-dimensional RoPE needs a multiple of 4"
         )
 
@@ -140,13 +140,13 @@ def _check_rope(architecture: Sam3Architecture, tables: list[Tensor]) -> None:
             side, architecture.head_dim, architecture.rope_theta, architecture.window / side
         )
         if table.shape != cos.shape or not torch.is_complex(table):
-            raise CheckpointError(
+            raise ModelError(
                 f"blocks.{index}.attn.freqs_cis is {table.dtype} {tuple(table.shape)}, "
                 f"expected complex {tuple(cos.shape)}"
             )
         error = max(float((table.real - cos).abs().max()), float((table.imag - sin).abs().max()))
         if not error <= _ROPE_TOLERANCE:
-            raise CheckpointError(
+            raise ModelError(
                 f"blocks.{index}.attn.freqs_cis differs from SAM 3's axial RoPE by {error:.3g}: "
                 "this checkpoint uses other rotary positions"
             )
@@ -159,18 +159,18 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
         if match:
             numbers.add(int(match.group(1)))
     if not numbers or numbers != set(range(len(numbers))):
-        raise CheckpointError(f"transformer blocks are numbered {sorted(numbers)}")
+        raise ModelError(f"transformer blocks are numbered {sorted(numbers)}")
     return len(numbers)
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
     if name not in tensors:
-        raise CheckpointError(
+        raise ModelError(
             f"tensor {name!r} is missing: this is no SAM 3 with an interactive tracker"
         )
     tensor = tensors[name]
     if tensor.ndim != axes or 0 in tensor.shape:
-        raise CheckpointError(
+        raise ModelError(
             f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {axes} axes, none empty"
         )
     return tensor
@@ -179,5 +179,5 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
 def _square_root(count: int, what: str) -> int:
     side: int = math.isqrt(count)
     if side * side != count:
-        raise CheckpointError(f"{what} covers {count} tokens, which is not a square")
+        raise ModelError(f"{what} covers {count} tokens, which is not a square")
     return side

@@ -23,7 +23,7 @@ from ..checkpoint_keys import (
     unknown_names,
     unknown_tensors,
 )
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError, tensors_of
 
 Family = Literal["sam3", "sam3.1", "sam2", "mobile_sam"]
 
@@ -95,8 +95,8 @@ class InteractiveParts:
         return any(name.startswith(DECODER) for name in self.tensors)
 
 
-def family_of(state: Mapping[str, Tensor]) -> Family | None:
-    """The model that a state dict holds at least the image encoder of, or ``None``."""
+def family_of(state: Iterable[str]) -> Family | None:
+    """The model of which a state dict with these names has the image encoder, or ``None``."""
     names = set(plain_names(state).values())
     if any(name.startswith(_MOBILE_SAM) for name in names):
         return "mobile_sam"
@@ -105,11 +105,6 @@ def family_of(state: Mapping[str, Tensor]) -> Family | None:
     if not any(name.startswith(TRUNK) for name in names):
         return None
     return "sam3.1" if _is_multiplex(names) else "sam3"
-
-
-def canonical_tensors(state: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """:attr:`InteractiveParts.tensors` of a whole model; see :func:`interactive_parts`."""
-    return interactive_parts(state, what).tensors
 
 
 def interactive_parts(
@@ -131,14 +126,15 @@ def interactive_parts(
     has_head = any(name.startswith((DECODER, _MULTIPLEX_DECODER)) for name in plain.values())
     if not has_head and (tracker is None or family_of(state) is None):
         raise CheckpointError(f"{what}: {describe_names(state)}; {ACCEPTED}")
-    if tracker is None:
-        return _known_parts(state, plain, what)
-    if has_head:
+    if tracker is not None and has_head:
         raise CheckpointError(
             f"tracker: {what} has a decoder for clicks of its own; a second file completes only "
             "checkpoints without one"
         )
-    own = _known_parts(state, plain, what)
+    with tensors_of(what):
+        own = _known_parts(state, plain)
+    if tracker is None:
+        return own
     has_neck = any(name.startswith(NECK) for name in own.tensors)
     others = {
         name: tensor
@@ -166,7 +162,8 @@ def tracker_parts(state: Mapping[str, Tensor], what: str) -> InteractiveParts:
             "for clicks, such as sam3.pt"
         )
     rest = {original: name for original, name in plain.items() if not name.startswith(TRUNK)}
-    return _known_parts(state, rest, what)
+    with tensors_of(what):
+        return _known_parts(state, rest)
 
 
 def _merge_notes(own: InteractiveParts, has_neck: bool) -> list[str]:
@@ -177,9 +174,7 @@ def _merge_notes(own: InteractiveParts, has_neck: bool) -> list[str]:
     return notes
 
 
-def _known_parts(
-    state: Mapping[str, Tensor], plain: Mapping[str, str], what: str
-) -> InteractiveParts:
+def _known_parts(state: Mapping[str, Tensor], plain: Mapping[str, str]) -> InteractiveParts:
     """Choose, check and convert what belongs to the parts that are exported."""
     multiplex = _is_multiplex(plain.values())
     aliases = _MULTIPLEX if multiplex else ()
@@ -191,13 +186,11 @@ def _known_parts(
             renamed = _SAM2_MLP.sub(lambda m: f"{m[1]}.lin{int(m[2]) + 1}{m[3]}", renamed)
         if not (renamed.startswith(_READ) or renamed == NO_MEMORY):
             if LORA.search(original) and not name.startswith(("detector.", "tracker.")):
-                raise unknown_tensors(what, [original])
+                raise unknown_tensors([original])
         elif renamed.endswith("num_batches_tracked"):
             continue  # counts, which training alone reads
         elif renamed in sources:
-            raise CheckpointError(
-                f"{what}: both {sources[renamed]!r} and {original!r} are {renamed!r}"
-            )
+            raise ModelError(f"both {sources[renamed]!r} and {original!r} are {renamed!r}")
         else:
             sources[renamed] = original
     notes: tuple[str, ...] = ()
@@ -209,7 +202,7 @@ def _known_parts(
             del sources[name]
     unknown = unknown_names(name for name in sources if not name.startswith(STUDENT))
     if unknown:
-        raise unknown_tensors(what, [sources[name] for name in unknown])
+        raise unknown_tensors(sources[name] for name in unknown)
     tensors = {name: ready(original, state[original]) for name, original in sources.items()}
     _join_rotary_tables(tensors)
     return InteractiveParts(tensors, multiplex, stored_types(state, sources.values()), notes)
@@ -226,7 +219,7 @@ def stored_types(state: Mapping[str, Tensor], names: Iterable[str]) -> frozenset
 
 
 def mobile_sam_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MobileSAM's tensors under its own names, as :func:`canonical_tensors` returns them.
+    """MobileSAM's tensors under its own names, as :attr:`InteractiveParts.tensors` are.
 
     Its batch normalizations count their batches in whole numbers, which stay as they are.
     """
@@ -241,7 +234,8 @@ def ready(name: str, tensor: Tensor) -> Tensor:
     """A tensor detached and on the CPU, FP32 or complex64.
 
     Raises:
-        CheckpointError: it is not dense, not floating point, has no data or is not finite.
+        ModelError: it is not dense, not floating point, has no data, or holds what is not finite in
+            FP32.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else f"a {type(tensor).__name__}"
@@ -255,9 +249,9 @@ def ready(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
         tensor = tensor.to(torch.complex64) if tensor.is_complex() else tensor.float()
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
+            raise ModelError(f"tensor {name!r} holds NaN, infinity or what is beyond FP32")
         return tensor
-    raise CheckpointError(f"tensor {name!r} is {kind}, expected dense floating point weights")
+    raise ModelError(f"tensor {name!r} is {kind}, expected dense floating point weights")
 
 
 def describe_names(names: Iterable[str]) -> str:
@@ -289,6 +283,13 @@ def describe_names(names: Iterable[str]) -> str:
         )
     if some("vision_encoder.", "tracker_model.", "detector_model.", "tracker_neck."):
         return "it holds transformers' names: pass the folder with its config.json"
+    prefix, _, _ = names[0].partition(".")
+    inner = [name.removeprefix(prefix + ".") for name in names if name.startswith(prefix + ".")]
+    if family_of(inner) is not None:
+        return (
+            f"its tensors stand below {prefix!r}; save the state dict of the model itself, or "
+            "remove that from the names"
+        )
     if any(LORA.search(name) for name in names):
         return "it holds LoRA adapters: pass the model they are for, and these by --lora"
     shown = ", ".join(repr(name) for name in names[:3])
@@ -320,5 +321,5 @@ def _join_rotary_tables(tensors: dict[str, Tensor]) -> None:
     for base in {name[: -len("_real")] for name in halves}:
         real, imaginary = (tensors.pop(base + part, None) for part in ("_real", "_imag"))
         if real is None or imaginary is None or real.shape != imaginary.shape:
-            raise CheckpointError(f"{base}_real and {base}_imag do not make one rotary table")
+            raise ModelError(f"{base}_real and {base}_imag do not make one rotary table")
         tensors[base] = torch.complex(real, imaginary)

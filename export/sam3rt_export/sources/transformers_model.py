@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..checkpoint_keys import (
     unknown_tensors,
     unknown_transformers_names,
 )
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError, tensors_of
 from ..graphs.sam3_encoder import Sam3Architecture
 from ..references.transformers_sam2 import Sam2Model, build_sam2_model
 from ..references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
@@ -61,68 +62,74 @@ def open_pretrained(
             config=config,
             use_safetensors=True,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers, its libraries and the network raise
         raise CheckpointError(
             f"{name}: cannot be loaded by transformers: {type(error).__name__}: {error}"
         ) from error
+    # transformers would run on with random values in their place.
+    missing, wrong = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     unknown = [k for k in report["unexpected_keys"] if k.startswith(_MODULES) or LORA.search(k)]
-    if unknown:
-        raise unknown_tensors(name, unknown)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers would run on with random values in their place.
-        raise CheckpointError(
-            f"{name}: {len(missing)} parameters are missing, the first is {missing[0]!r}"
-        )
     notes: tuple[str, ...] = ()
-    if adapter is not None:
-        changed, notes = adapted(model.state_dict(), adapter, _MODULES)
-        model.load_state_dict(changed, strict=False)
+    with tensors_of(name):
+        if unknown:
+            raise unknown_tensors(unknown)
+        if missing:
+            raise ModelError(f"{len(missing)} parameters are missing, the first is {missing[0]!r}")
+        if wrong:
+            key, found, expected = wrong[0]
+            raise ModelError(f"tensor {key!r} is {tuple(found)}, expected {tuple(expected)}")
+        if adapter is not None:
+            changed, notes = adapted(model.state_dict(), adapter, _MODULES)
+            model.load_state_dict(changed, strict=False)
+        source = open_tracker_model(model, image_size)
     # Not the whole path of a folder: manifests travel.
     origin = Path(name).name if Path(name).exists() else name
-    return open_tracker_model(
-        model, kind="transformers", origin=origin, image_size=image_size, notes=notes
-    )
+    notes = (*notes, *source.notes)
+    return dataclasses.replace(source, kind="transformers", origin=origin, notes=notes)
 
 
 def _family(name: str) -> tuple[Any, Any]:
     """The class to load a folder or hub id as, and the configuration, or ``None`` for its own.
 
     SAM 2's folders name its video model; what of that one an image goes through is a Sam2Model.
+
+    Raises:
+        CheckpointError: it is another model, whose loading would take long and say little.
     """
     stored, _ = PreTrainedConfig.get_config_dict(name)
-    if stored.get("model_type") not in ("sam2", "sam2_video"):
+    kind = stored.get("model_type") if isinstance(stored, dict) else None
+    if str(kind).startswith("sam3"):
         return Sam3TrackerModel, None
+    if kind not in ("sam2", "sam2_video"):
+        raise CheckpointError(
+            f"{name}: config.json has the model_type {kind!r}, expected one of SAM 3's or SAM 2's"
+        )
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
     return Sam2Model, Sam2Config(**{part: stored[part] for part in parts if part in stored})
 
 
-def open_tracker_model(
-    model: Any,
-    *,
-    kind: str | None = None,
-    origin: str = "live model",
-    image_size: int | None = None,
-    notes: tuple[str, ...] = (),
-) -> ExportSource:
+def open_tracker_model(model: Any, image_size: int | None = None) -> ExportSource:
     """Prepare a live ``Sam3TrackerModel`` or ``Sam2Model``.
 
     Its configuration, epsilons included, is taken as it is, but for the image size if that is
     given.
 
     Raises:
-        CheckpointError: it has a shape that sam3rt cannot express, parameters of adapters, or
-            values that cannot be used.
+        ModelError: it has a shape that sam3rt cannot express, parameters of adapters, or values
+            that cannot be used.
     """
     state = model.state_dict()
     unknown = unknown_transformers_names(state)
     if unknown:
-        raise unknown_tensors(origin, unknown)
+        raise unknown_tensors(unknown)
     empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
-        raise CheckpointError(f"{origin}: tensor {empty!r} has no data (it is on the meta device)")
+        raise ModelError(f"tensor {empty!r} has no data (it is on the meta device)")
     plain = not model.training and all(
         tensor.device.type == "cpu" and tensor.dtype == torch.float32
         for tensor in model.parameters()
@@ -132,20 +139,19 @@ def open_tracker_model(
         model = copy.deepcopy(model).float().cpu().eval()
     state = {name: ready(name, tensor) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
-    kind = kind or type(model).__name__
     if isinstance(model, Sam2Model):
         hiera = sam2.architecture_of(model.config)
         enlarged = sam2.resized(hiera, image_size)
         if enlarged != hiera:
             model = build_sam2_model(enlarged, tensors)
-        notes = (*notes, *sam2.size_notes(enlarged.image_size, hiera.image_size))
-        return sam2.sam2_source(enlarged, tensors, model, kind=kind, origin=origin, notes=notes)
+        notes = sam2.size_notes(enlarged.image_size, hiera.image_size)
+        return sam2.sam2_source(enlarged, tensors, model, notes=notes)
     trained = _architecture(model.config)
     architecture = resized(trained, image_size)
     if architecture != trained:
         model = build_tracker_model(architecture, tensors)
-    notes = (*notes, *size_notes(architecture.image_size, trained.image_size))
-    return sam3_source(architecture, tensors, model, kind=kind, origin=origin, notes=notes)
+    notes = size_notes(architecture.image_size, trained.image_size)
+    return sam3_source(architecture, tensors, model, notes=notes)
 
 
 def _architecture(config: Any) -> Sam3Architecture:
@@ -153,18 +159,18 @@ def _architecture(config: Any) -> Sam3Architecture:
     decoder, prompt = config.mask_decoder_config, config.prompt_encoder_config
     for what, value in (("image_size", vit.image_size), ("patch_size", vit.patch_size)):
         if not isinstance(value, int):
-            raise CheckpointError(f"{what} is {value}, expected one number: inputs are square")
+            raise ModelError(f"{what} is {value}, expected one number: inputs are square")
     if vit.hidden_act != "gelu" or decoder.num_multimask_outputs != 3:
-        raise CheckpointError("only GELU activations and three mask outputs are supported")
+        raise ModelError("only GELU activations and three mask outputs are supported")
     stability = (
         decoder.dynamic_multimask_via_stability,
         decoder.dynamic_multimask_stability_delta,
         decoder.dynamic_multimask_stability_thresh,
     )
     if stability != (True, 0.05, 0.98):
-        raise CheckpointError(f"stability selection is {stability}, SAM 3 has (True, 0.05, 0.98)")
+        raise ModelError(f"stability selection is {stability}, SAM 3 has (True, 0.05, 0.98)")
     if vit.layer_scale_init_value is not None:
-        raise CheckpointError("layer scale is not supported; SAM 3's tracker has none")
+        raise ModelError("layer scale is not supported; SAM 3's tracker has none")
     architecture = Sam3Architecture(
         image_size=vit.image_size,
         patch_size=vit.patch_size,

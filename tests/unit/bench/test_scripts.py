@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def test_a_script_can_be_started(
     with pytest.raises(SystemExit, match="0"):
         module.main()
     assert "--output" in capsys.readouterr().out
+
+
+def test_every_script_that_a_document_names_exists() -> None:
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *(ROOT / "docs").glob("*.md")]
+    named = {n for page in pages for n in re.findall(r"-m (benchmarks[.\w]+)", page.read_text())}
+    assert len(named) > 10
+    assert named <= {*SCRIPTS}
 
 
 def test_what_is_published_names_command_machine_and_versions(

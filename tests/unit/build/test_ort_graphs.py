@@ -19,6 +19,8 @@ from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.bundle.onnx_locations import check_tensor_locations
 from sam3rt.cli import main
 from sam3rt.errors import BundleError
+from sam3rt_build.engines_folder import exclusive
+from sam3rt_build.errors import BuildError
 from sam3rt_build.ort_graphs import build_typed_graphs
 
 
@@ -32,6 +34,7 @@ def test_the_command_writes_every_recipe(bundle: Path, capsys: pytest.CaptureFix
     assert main(["build", str(bundle), "--backend", "onnxruntime", *asked]) == 0
     said = capsys.readouterr()
     assert said.out.count("unproven until it first loads on a GPU") == len(TYPED_ORDER)
+    assert f"sam3rt verify {bundle} --backend onnxruntime --device cuda" in said.out
     assert "2 MultiHeadAttention" in said.err
     found = find_typed(open_bundle(bundle))
     assert [graphs.precision for graphs in found] == list(TYPED_ORDER)
@@ -48,6 +51,23 @@ def test_unless_it_is_asked_for_there_is_no_bf16(bundle: Path) -> None:
     names = [name for name in TYPED_ORDER if name not in ON_REQUEST]
     assert folders == tuple(typed_folder(bundle, name) for name in names)
     assert not typed_folder(bundle, "bf16").exists()
+
+
+def test_one_build_at_a_time_and_what_a_killed_one_left_is_removed(bundle: Path) -> None:
+    opened, engines = open_bundle(bundle), bundle / "engines"
+    with exclusive(opened), pytest.raises(BuildError, match="another build is at work"):
+        build_typed_graphs(opened, ["fp16"])
+    (engines / ".build-killed").mkdir()
+    build_typed_graphs(opened, ["fp16"])
+    assert not list(engines.glob(".build-*"))
+
+
+def test_nothing_is_written_behind_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link that leaves the bundle"):
+        build_typed_graphs(open_bundle(bundle), ["fp16"])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_second_build_replaces_the_first(bundle: Path) -> None:

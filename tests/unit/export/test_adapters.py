@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.export_helpers import TRUNK, one_thread, tiny_tensors
+from tests.support.export_helpers import TRUNK, tiny_tensors
 from torch import Tensor
 
 from sam3rt_export.errors import CheckpointError
@@ -24,12 +23,6 @@ QKV = TRUNK + "blocks.1.attn.qkv"
 # The same as the model's user names it, within the package's image model.
 QKV_OF_IMAGE_MODEL = QKV.removeprefix("detector.")
 EXPORTED = ("detector.backbone.vision_backbone.", "tracker.")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +139,32 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         "do not fit its",
     ),
     "no pair": ({f"{PREFIX}{QKV}.bias": torch.zeros(48)}, "no pair"),
+    "kohya": (
+        {f"lora_unet_{QKV.replace('.', '_')}.lora_down.weight": torch.zeros(2, 16)},
+        "no factor of a linear layer in PEFT",
+    ),
+    "diffusers": ({f"{QKV}.lora.down.weight": torch.zeros(2, 16)}, "other layouts"),
+    "no rank": (
+        {n: t[:0] if "lora_A" in n else t[:, :0] for n, t in factors().items()},
+        "do not fit its",
+    ),
+    "two adapters": (
+        {
+            name.replace(".weight", f".{adapter}.weight"): tensor
+            for adapter in ("one", "two")
+            for name, tensor in factors().items()
+        },
+        "several adapters: 'one', 'two'",
+    ),
+    "a factor with a bias": (
+        factors() | {f"{PREFIX}{QKV}.lora_B.bias": torch.ones(48)},
+        r"lora_B\.bias.*no factor",
+    ),
+    "one layer by two names": (factors() | factors(QKV_OF_IMAGE_MODEL), "more than once"),
+    "a weight and its change": (
+        factors() | {f"{PREFIX}{QKV}.weight": torch.ones(48, 16)},
+        "more than once",
+    ),
     "NaN": ({n: t * float("nan") for n, t in factors().items()}, "NaN"),
 }
 
@@ -154,7 +173,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_what_cannot_be_merged_is_refused_by_name(
     tensors: dict[str, Tensor], given: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"^lora: .*{message}"):
         adapted(tensors, read_adapter(write(tmp_path, given, None), alpha=1.0), EXPORTED)
 
 
@@ -168,6 +187,11 @@ def test_what_cannot_be_merged_is_refused_by_name(
         ({"lora_alpha": 1, "fan_in_fan_out": True}, "transposed"),
         ({"lora_alpha": 1, "init_lora_weights": "pissa_niter_4"}, "changed its base weights"),
         ({"lora_alpha": 1, "alpha_pattern": {"a.*b": 2}}, "regular expression"),
+        ({"lora_alpha": 1, "alpha_pattern": ["qkv"]}, "no configuration of a LoRA.*alpha_pattern"),
+        ({"lora_alpha": 1, "alpha_pattern": {"qkv": float("nan")}}, "no configuration of a LoRA"),
+        ({"lora_alpha": float("inf")}, "no configuration of a LoRA"),
+        ({"lora_alpha": True}, "no configuration of a LoRA.*lora_alpha"),
+        ({"lora_alpha": 1, "use_rslora": "false"}, "no configuration of a LoRA.*use_rslora"),
     ],
 )
 def test_configurations_that_cannot_be_merged(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.support.export_helpers import DECODER, TRUNK, Exploit, one_thread, tiny_tensors
+from tests.support.export_helpers import (
+    DECODER,
+    TRUNK,
+    Exploit,
+    canonical_tensors,
+    tiny_tensors,
+)
 from torch import Tensor, nn
 
 from sam3rt.bundle.files import sha256_file
 from sam3rt_export.errors import CheckpointError
 from sam3rt_export.sources import SourceOptions, open_source
 from sam3rt_export.sources.checkpoint_file import read_state
-from sam3rt_export.sources.state_dict import canonical_tensors
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +171,19 @@ def test_safetensors_in_several_files(tensors: Tensors, tmp_path: Path) -> None:
     assert open_source(tmp_path).kind == "sam3.pt"  # the folder stands for its index
 
 
-@pytest.mark.parametrize("damage", ["no file", "no tensor", "a path", "no map", "no JSON"])
+@pytest.mark.parametrize(
+    "damage", ["no file", "a pipe", "no tensor", "a path", "no map", "no names", "no JSON"]
+)
 def test_a_damaged_index_is_refused(tensors: Tensors, damage: str, tmp_path: Path) -> None:
     index = shards(tensors, tmp_path)
     content = json.loads(index.read_text())
     if damage == "no file":
         (tmp_path / "model-1.safetensors").unlink()
+    elif damage == "a pipe":
+        (tmp_path / "model-1.safetensors").unlink()
+        os.mkfifo(tmp_path / "model-1.safetensors")
+    elif damage == "no names":
+        content["weight_map"]["x"] = None
     elif damage == "no tensor":
         content["weight_map"]["x"] = "model-0.safetensors"
     elif damage == "a path":

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from tests.support.export_helpers import TRUNK, USED, keys, small_tensors
+from tests.support.export_helpers import TRUNK, USED, canonical_tensors, keys, small_tensors
 from torch import Tensor
 
 from sam3rt_export.checkpoint_keys import (
@@ -17,7 +17,6 @@ from sam3rt_export.checkpoint_keys import (
 )
 from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from sam3rt_export.sources.sam3_architecture import read_architecture
-from sam3rt_export.sources.state_dict import canonical_tensors
 
 POSITIONS = TRUNK + "pos_embed"
 GAUSS = "tracker.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.support.export_helpers import (
     STUDENT,
     STUDENTS,
     as_multiplex,
-    one_thread,
     relative,
     run_onnx,
     tiny_student,
@@ -33,7 +31,7 @@ from sam3rt_build.recipes import RECIPES, SIMULATED_RECIPES, Recipe, recipe_name
 from sam3rt_build.simulated import SimulatedBackend
 from sam3rt_build.typed_graph import FLOAT, apply_recipe, node_types, scope_of
 from sam3rt_export import SourceOptions, export_bundle
-from sam3rt_export.errors import CheckpointError
+from sam3rt_export.errors import CheckpointError, tensors_of
 from sam3rt_export.exporter import ExportOptions
 from sam3rt_export.graphs.efficient_sam3 import EfficientSam3EncoderGraph, Upsample, bilinear
 from sam3rt_export.graphs.efficient_vit import LinearAttention
@@ -48,15 +46,10 @@ SMALL = 336
 BACKBONE = STUDENT + "backbone.model."
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 def opened(tensors: dict[str, Tensor], image_size: int = SMALL) -> ExportSource:
     tensors = {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-    return open_efficient_sam3(tensors, kind="test", origin="x.pt", image_size=image_size)
+    with tensors_of("x.pt"):
+        return open_efficient_sam3(tensors, image_size=image_size)
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from tests.support.export_helpers import (
     TRUNK,
     TinySizes,
     as_multiplex,
+    copied_graphs,
     leftovers,
-    one_thread,
     random_mobile_sam,
     relative,
     run_onnx,
@@ -80,32 +80,22 @@ def instead_of_tracing(
     traced: Path, spoil: dict[str, Spoil], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Take the graphs from a bundle, to save ten seconds."""
-    manifest = open_bundle(traced).manifest
+    copy = copied_graphs(traced)
 
-    def copy(request: TraceRequest, path: Path) -> GraphSpec:
-        role = request.metadata["sam3rt.role"]
-        shutil.copyfile(traced / f"{role}.onnx", path)
-        model = onnx.load(path)
-        for entry in model.metadata_props:
-            if entry.key == "sam3rt.export_id":
-                entry.value = request.metadata[entry.key]
-        onnx.save(model, path)
-        if "graph" in spoil:
-            spoil["graph"](role, path)
-        spec = manifest.encoder if role == "encoder" else manifest.decoder
+    def copy_and_spoil(request: TraceRequest, path: Path) -> GraphSpec:
+        spec = copy(request, path)
+        if "graph" not in spoil:
+            return spec
+        spoil["graph"](request.metadata["sam3rt.role"], path)
         return msgspec.structs.replace(spec, model=file_entry(path))
 
-    monkeypatch.setattr(exporter, "trace_to_file", copy)
+    monkeypatch.setattr(exporter, "trace_to_file", copy_and_spoil)
 
 
 @pytest.fixture
-def quick(
-    tiny_bundle: Path, spoil: dict[str, Spoil], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def quick(tiny_bundle: Path, spoil: dict[str, Spoil], monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the graphs from the tiny bundle instead of tracing them."""
     instead_of_tracing(tiny_bundle, spoil, monkeypatch)
-    with one_thread():
-        yield
 
 
 # --- what a bundle says ---------------------------------------------------------------------------
@@ -362,8 +352,7 @@ def test_exporting_twice_gives_the_same_bundle(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    with one_thread():
-        first, second = open_bundle(tiny_bundle), export_bundle(tiny_checkpoint, again)
+    first, second = open_bundle(tiny_bundle), export_bundle(tiny_checkpoint, again)
     assert second.manifest.export_id == first.manifest.export_id
     for name in FILES:
         assert (again / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
@@ -410,9 +399,7 @@ def test_sizes_that_are_no_tensors_are_part_of_the_id(change: dict[str, Any]) ->
     other = dataclasses.replace(one, **change)
     model = build_tracker_model(one, tensors)
     ids = {
-        exporter._export_id(
-            sam3_source(arch, tensors, model, kind="test", origin="test"), ExportOptions()
-        )
+        exporter._export_id(sam3_source(arch, tensors, model), ExportOptions())
         for arch in (one, other)
     }
     assert len(ids) == 2
@@ -477,8 +464,7 @@ def test_fp16_weights(
     # The tiny model has hardly a weight large enough to be halved.
     monkeypatch.setattr(tracing, "MIN_FP16_VALUES", 64)
     options = ExportOptions(weights="float16")
-    with one_thread():
-        half = export_bundle(tiny_checkpoint, tmp_path / "out", options)
+    half = export_bundle(tiny_checkpoint, tmp_path / "out", options)
     assert half.manifest.weights == "float16"
     # Its record expects the rounded weights, so that it finds what a machine adds to them.
     assert half.manifest.parity.limits == LIMITS["float32"]
@@ -497,7 +483,7 @@ def test_fp16_weights(
     # The export itself holds the rounded weights to the unrounded model, before the record does.
     instead_of_tracing(tmp_path / "out", {}, monkeypatch)
     monkeypatch.setitem(exporter.LIMITS, "float16", LIMITS["float32"])
-    with one_thread(), pytest.raises(SelfCheckError):
+    with pytest.raises(SelfCheckError):
         export_bundle(tiny_checkpoint, tmp_path / "again", options)
     assert leftovers(tmp_path) == ["out"]
 
@@ -509,8 +495,7 @@ def test_weights_beside_the_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     torch.save(tiny_tensors(sizes), tmp_path / "sam3.pt")
     monkeypatch.setattr(tracing, "EXTERNAL_DATA_BYTES", 1000)
     out = tmp_path / "out"
-    with one_thread():
-        manifest = export_bundle(tmp_path / "sam3.pt", out).manifest
+    manifest = export_bundle(tmp_path / "sam3.pt", out).manifest
     assert (manifest.image.size, manifest.masks.low_res_size) == ((12, 12), (24, 24))
     assert leftovers(out) == sorted(["decoder.onnx.data", "encoder.onnx.data", *FILES])
     assert [e.file for e in manifest.encoder.external_data] == ["encoder.onnx.data"]
@@ -611,9 +596,22 @@ def test_the_command(
     assert main([*command, "--weights-key", "ema"]) == 0
     manifest = open_bundle(out).manifest
     assert manifest.name == "kestrel"
-    assert manifest.fingerprint in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert manifest.fingerprint in said.out
+    assert f"next: sam3rt segment photo.jpg --point 225,150 --bundle {out} --output" in said.out
+    assert "tracing the decoder" in said.err
     assert main(command) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["", "--output", "--tracker", "--lora", "--license-file", "--parity-image"]
+)
+def test_an_empty_path_is_none(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["x.pt", "--output", "out", option, ""] if option else ["", "--output", "out"]
+    with pytest.raises(SystemExit):
+        main(["export", *given])
+    assert "an empty path" in capsys.readouterr().err
 
 
 def test_the_command_without_a_library_that_loads(
@@ -635,8 +633,7 @@ def multiplex_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SAM 3's weights as a SAM 3.1, exported for real."""
     folder = tmp_path_factory.mktemp("multiplex")
     torch.save(as_multiplex(tiny_tensors()), folder / "sam3.1_multiplex.pt")
-    with one_thread():
-        export_bundle(folder / "sam3.1_multiplex.pt", folder / "bundle")
+    export_bundle(folder / "sam3.1_multiplex.pt", folder / "bundle")
     return folder / "bundle"
 
 

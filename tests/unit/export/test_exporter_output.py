@@ -6,6 +6,7 @@ A stub writes the files, and says which export they are of by the bundle's expor
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests.support.export_helpers import leftovers
 from tests.support.helpers import tiny_bundle
 
 from sam3rt.bundle import open_bundle
+from sam3rt.errors import InvalidInputError
 from sam3rt_export import ExportError, ExportOptions, export_bundle, exporter, transaction
 from sam3rt_export.errors import CheckpointError
 
@@ -166,6 +168,41 @@ def test_the_old_bundle_comes_back_where_the_new_one_cannot_take_its_place(
         export(old, REPLACE)
     assert leftovers(old.parent) == ["out"]
     assert name_of(old) == "0"
+
+
+BAD_OUTPUTS: dict[str, tuple[str, type[Exception], str]] = {
+    "nothing": ("", InvalidInputError, "output: got ''"),
+    "a zero byte": ("a\0b", InvalidInputError, "output: got 'a"),
+    "a loop of links": ("loop", ExportError, "output: .*loop"),
+    "not UTF-8": (os.fsdecode(b"\xff"), ExportError, "output: .*not UTF-8"),
+}
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize(
+    ("output", "error", "message"), BAD_OUTPUTS.values(), ids=list(BAD_OUTPUTS)
+)
+def test_an_output_that_can_be_none_is_refused(
+    output: str,
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(error, match=message):
+        export(output)
+    assert leftovers(tmp_path) == ["loop"]
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("argument", ["name", "license"])
+@pytest.mark.parametrize("text", ["", "a\nb", "\x1b[31m", "\udcff"])
+def test_texts_of_the_manifest_are_of_one_line(argument: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{argument}: got .* a text of one line"):
+        export(tmp_path / "out", ExportOptions(**{argument: text}))
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.usefixtures("stub")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.support.export_helpers import one_thread, relative, sam2_state
+from tests.support.export_helpers import canonical_tensors, relative, sam2_state
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,13 +23,6 @@ from sam3rt_export.graphs.hiera import (
 )
 from sam3rt_export.references.transformers_sam2 import Sam2Reference, build_sam2_model
 from sam3rt_export.sources.sam2 import PUBLISHED
-from sam3rt_export.sources.state_dict import canonical_tensors
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def hiera(**changes: object) -> HieraArchitecture:

@@ -22,7 +22,7 @@ from tests.support.export_helpers import (
 )
 from torch import Tensor
 
-from sam3rt_export.errors import CheckpointError
+from sam3rt_export.errors import CheckpointError, tensors_of
 from sam3rt_export.graphs.sam3_encoder import Sam3Architecture
 from sam3rt_export.sources.sam3 import source_from_tensors
 from sam3rt_export.sources.sam3_architecture import check_architecture, read_architecture
@@ -242,8 +242,8 @@ MALFORMED: dict[str, tuple[str, Tensor]] = {
 @pytest.mark.parametrize(("name", "tensor"), MALFORMED.values(), ids=list(MALFORMED))
 def test_malformed_tensors_are_refused_as_such(name: str, tensor: Tensor) -> None:
     """A checkpoint is untrusted: whatever its shapes, the answer is a refusal, not a crash."""
-    with pytest.raises(CheckpointError):
-        source_from_tensors(tiny_tensors() | {name: tensor}, kind="test", origin="test")
+    with pytest.raises(CheckpointError), tensors_of("test"):
+        source_from_tensors(tiny_tensors() | {name: tensor})
 
 
 @pytest.mark.parametrize(

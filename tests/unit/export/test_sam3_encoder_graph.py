@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from tests.support.export_helpers import (
     NO_MEMORY,
     TRUNK,
     TinySizes,
-    one_thread,
     relative,
     rope,
     rotate,
@@ -34,13 +32,6 @@ from sam3rt_export.graphs.sam3_encoder import (
 )
 from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
 from sam3rt_export.sources.sam3_architecture import read_architecture
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 modest = settings(deadline=None, max_examples=30)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from tests.support.export_helpers import (
     PROMPT,
     attention_tensors,
     layer_norm_2d,
-    one_thread,
     plain_attention,
     random_mobile_sam,
     relative,
@@ -38,13 +36,6 @@ from sam3rt_export.graphs.two_way import ImageToToken, SelfAttention, TokenToIma
 from sam3rt_export.references.mobile_sam import MobileSamReference
 from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
 from sam3rt_export.sources.sam3_architecture import read_architecture
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 modest = settings(deadline=None, max_examples=40)
 

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.support.export_helpers import (
     DECODER,
     NECK,
+    NO_MEMORY,
+    TRUNK,
     USED,
     Exploit,
     ReferenceTracker,
     as_multiplex,
-    one_thread,
+    canonical_tensors,
     random_mobile_sam,
     relative,
     small_tensors,
     tiny_tensors,
 )
+from tests.support.helpers import tiny_bundle
 from torch import Tensor, nn
 
 from sam3rt.bundle.files import sha256_file
+from sam3rt.errors import InvalidInputError
 from sam3rt_export import sources
-from sam3rt_export.errors import CheckpointError
+from sam3rt_export.errors import CheckpointError, tensors_of
 from sam3rt_export.references.transformers_sam3 import Sam3TrackerModel, build_tracker_model
 from sam3rt_export.source import ExportSource
 from sam3rt_export.sources import SourceOptions, open_source, transformers_model
 from sam3rt_export.sources.sam3 import source_from_tensors
 from sam3rt_export.sources.sam3_architecture import read_architecture
-from sam3rt_export.sources.state_dict import canonical_tensors
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +237,7 @@ def test_whatever_libraries_raise_is_a_checkpoint_error(
     monkeypatch.setattr(sources, "read_state", fail)
     monkeypatch.setattr(sources, "interactive_parts", fail)
     monkeypatch.setattr(transformers_model.Sam3TrackerModel, "from_pretrained", fail)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "sam3_tracker"}')
     given: Any = {
         "a file": checkpoint,
         "a live model": ReferenceTracker(tensors),
@@ -279,7 +277,8 @@ def test_a_model_with_one_wrong_tensor_is_refused(tensors: dict[str, Tensor], da
         if changed[name] is None:
             del changed[name]
         try:
-            source_from_tensors(changed, kind="test", origin="test")
+            with tensors_of("test"):
+                source_from_tensors(changed)
             opened.append(name)
         except CheckpointError:
             pass
@@ -306,8 +305,8 @@ def test_more_layers_than_the_model_has_are_refused(
 ) -> None:
     more = {n.replace(old, new): t for n, t in tensors.items() if n.startswith(part + old)}
     assert more
-    with pytest.raises(CheckpointError):
-        source_from_tensors(canonical_tensors(tensors | more, "test"), kind="test", origin="test")
+    with pytest.raises(CheckpointError), tensors_of("test"):
+        source_from_tensors(canonical_tensors(tensors | more, "test"))
 
 
 def test_only_used_tensors_are_needed(tmp_path: Path) -> None:
@@ -377,7 +376,7 @@ def test_a_folder_in_half_precision_is_read_as_fp32(model: Any, tmp_path: Path) 
     ],
 )
 def test_a_folder_with_a_parameter_missing(model: Any, name: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     folder = tmp_path / "sam3-hf"
     model.save_pretrained(folder)
@@ -402,13 +401,37 @@ def test_pickled_weights_of_a_folder_are_not_read(model: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"config.json": "{"}, {"config.json": '{"model_type": "bert"}'}]
+    ("content", "message"),
+    [
+        ({}, "no config.json and no checkpoint"),
+        ({"config.json": "{"}, "valid JSON"),
+        ({"config.json": "[]"}, "model_type None"),
+        ({"config.json": "{}"}, "model_type None"),
+        ({"config.json": '{"model_type": "bert"}'}, "model_type 'bert', expected one of SAM 3's"),
+        ({"config.json": '{"model_type": "sam3_tracker"}'}, r"no file named model\.safetensors"),
+    ],
+    ids=str,
 )
-def test_folders_that_hold_no_sam3(content: dict[str, str], tmp_path: Path) -> None:
+def test_folders_that_hold_no_sam3(content: dict[str, str], message: str, tmp_path: Path) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         open_source(tmp_path)
+
+
+def test_a_folder_with_a_parameter_of_another_shape(model: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("fpn_layers.0.proj1.weight"))
+    state[name] = state[name][:, :3].contiguous()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"fpn_layers\.0\.proj1\.weight' is \(.*3, 1, 1\), expected"
+    ) as caught:
+        open_source(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +446,7 @@ def test_folders_that_hold_no_sam3(content: dict[str, str], tmp_path: Path) -> N
 def test_a_folder_with_a_parameter_too_many(
     model: Any, name: str, message: str, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors") | {name: torch.zeros(2)}
@@ -435,7 +458,7 @@ def test_a_folder_with_a_parameter_too_many(
 
 def test_other_models_in_a_folder_are_left_alone(model: Any, tmp_path: Path) -> None:
     """Folders of SAM 3 hold its detector and its video model as well."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -706,6 +729,73 @@ def test_a_fine_tuned_file_needs_the_decoder_of_another(tuned: Path, checkpoint:
 def test_a_tracker_that_is_no_file(tuned: Path, tracker: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tracker"):
         open_source(tuned, SourceOptions(tracker=tmp_path / "none" / tracker))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"image_size": 4.0}, CheckpointError, "image_size: got 4.0, expected a whole number"),
+        ({"image_size": True}, CheckpointError, "image_size: got True"),
+        ({"lora_alpha": 4.0}, CheckpointError, "lora_alpha: there is no adapter"),
+        ({"lora": Path("x"), "lora_alpha": float("nan")}, InvalidInputError, "lora_alpha: got nan"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(
+    checkpoint: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        open_source(checkpoint, SourceOptions(**options))
+
+
+UNUSABLE: dict[str, tuple[str, Tensor, str]] = {
+    "another shape": (
+        DECODER + "output_upscaling.0.weight",
+        torch.zeros(8, 32, 2, 2),
+        r"'tracker.*output_upscaling\.0\.weight' is \(8, 32, 2, 2\), expected \(32, 8, 2, 2\)",
+    ),
+    "no trunk": (TRUNK + "pos_embed", torch.zeros(1, 4, 16), "not a square"),
+    "NaN": (NO_MEMORY, torch.full((1, 1, 32), float("nan")), "no_mem_embed.*NaN"),
+    "beyond FP32": (NO_MEMORY, torch.full((1, 1, 32), 1e300, dtype=torch.float64), "beyond FP32"),
+    "whole numbers": (NO_MEMORY, torch.zeros(1, 1, 32, dtype=torch.int8), "torch.int8"),
+    "one too many": (DECODER + "extra.weight", torch.zeros(2), "1 unknown tensors.*extra"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), UNUSABLE.values(), ids=list(UNUSABLE))
+def test_what_is_wrong_with_a_tensor_is_said_of_its_file_in_one_line(
+    tensors: dict[str, Tensor], name: str, tensor: Tensor, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd name\n.pt"
+    torch.save(tensors | {name: tensor}, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_source(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said.removeprefix(str(path))
+
+
+@pytest.mark.parametrize(("prefix", "found"), [("model.", "'model'"), ("ema.module.", "'ema'")])
+def test_a_prefix_of_somebodys_own_is_said(
+    tensors: dict[str, Tensor], prefix: str, found: str, tmp_path: Path
+) -> None:
+    torch.save({prefix + n: t for n, t in tensors.items()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"stand below {found}.*remove"):
+        open_source(tmp_path / "x.pt")
+
+
+def test_a_bundle_is_no_checkpoint(tmp_path: Path) -> None:
+    tiny_bundle(tmp_path / "made")
+    with pytest.raises(CheckpointError, match="is a bundle, which is what an export makes"):
+        open_source(tmp_path / "made")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_path_that_is_not_utf_8(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "x")
+    path = (tmp_path / "x").rename(tmp_path / os.fsdecode(b"\xff.pt"))
+    with pytest.raises(CheckpointError, match=r"not UTF-8.*rename it"):
+        open_source(path)
 
 
 @pytest.mark.parametrize("option", ["tracker", "lora", "weights_key"])

@@ -15,6 +15,7 @@ from tests.support.export_helpers import (
     STUDENT,
     TRUNK,
     as_multiplex,
+    canonical_tensors,
     small_tensors,
     tiny_student,
     tiny_tensors,
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from sam3rt_export.errors import CheckpointError
 from sam3rt_export.sources.state_dict import (
-    canonical_tensors,
     describe_names,
     family_of,
     interactive_parts,
@@ -166,9 +166,9 @@ class Subclass(Tensor):
 
 
 VALUES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "NaN": (lambda t: t.index_fill(0, torch.tensor([1]), float("nan")), "NaN or infinity"),
-    "infinity": (lambda t: t.index_fill(0, torch.tensor([1]), float("-inf")), "NaN or infinity"),
-    "too large for FP32": (lambda t: t.double() + 1e300, "NaN or infinity"),
+    "NaN": (lambda t: t.index_fill(0, torch.tensor([1]), float("nan")), "NaN, infinity or"),
+    "infinity": (lambda t: t.index_fill(0, torch.tensor([1]), float("-inf")), "NaN, infinity or"),
+    "too large for FP32": (lambda t: t.double() + 1e300, "NaN, infinity or"),
     "int8": (lambda t: t.to(torch.int8), "int8"),
     "sparse": (lambda t: t.to_sparse(), "sparse"),
     "no data": (lambda t: t.to("meta"), "meta device"),
