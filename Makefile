@@ -20,19 +20,22 @@ help: ## Show this list
 demo: $(DEMO_ENV)/.done ## Segment a photograph with the bundled model
 	$(DEMO_ENV)/bin/sam3rt segment tests/photos/chelsea.png --point 225,150 --output demo-output
 
-# One process a core, then by itself what measures time or forks.
+# One process a core, then by itself what measures time or forks. Modules that hold none of the tests
+# are not named: importing all of them takes ten seconds. schemathesis is used as a library alone.
+run-pytest = $(TEST_BIN)/python -m pytest -p no:schemathesis
+modules-with = $$(grep -rlE --include='test_*.py' '$(1)' tests)
 define run-tests
-	$(TEST_BIN)/python -m pytest --numprocesses auto --dist loadscope -m "($(1)) and not serial" $(2)
-	$(TEST_BIN)/python -m pytest -m "($(1)) and serial" $(2)
+	$(run-pytest) --numprocesses auto --dist loadscope -m "($(1)) and not serial" $(2) $(3)
+	$(run-pytest) -m "($(1)) and serial" $(2) $(call modules-with,mark\.serial)
 endef
 
 test: $(TEST_ENV)/.done lint ## Lint, type-check and run the quick tests
-	$(call run-tests,not slow,)
+	$(call run-tests,not slow,,)
 
 test-full: export SAM3RT_RUNTIME_ENV := $(abspath $(DEMO_ENV))
 test-full: export SAM3RT_ONNXRUNTIME_WEB := $(abspath $(TEST_ENV))/onnxruntime-web-1.30.0.tgz
 test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.0.tgz ## Run the slow tests, and every property with many examples
-	$(call run-tests,slow or hypothesis,--hypothesis-profile=full)
+	$(call run-tests,slow or hypothesis,--hypothesis-profile=full,$(call modules-with,mark\.slow|from hypothesis))
 
 # In an environment that has sam3rt[gpu] or [rtx], pytest and hypothesis; PyTorch and CuPy add to it.
 test-servers: $(TEST_ENV)/.done ## Run the service in Triton and Ray, which are a gigabyte to fetch

@@ -81,7 +81,13 @@ def auto_order() -> Iterator[tuple[tuple[str, str], ...]]:
         yield original
 
 
-def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Path:
+def _export(
+    name: str,
+    tensors: Callable[[], dict[str, Any]],
+    *data: Path,
+    images: int = 1,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Path:
     """A folder with a checkpoint and its bundle, both called ``name``, made once for many runs.
 
     ``progress.json`` in it holds the lines that the export told of its progress.
@@ -90,17 +96,20 @@ def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Pa
         name: what the folder, the checkpoint and the bundle are called.
         tensors: gives the checkpoint.
         data: files that it is made from, beside those of the small SAM 3.
+        images: how many images the parity record holds; each is run in full resolution.
+        meanwhile: what to do while another process makes the export.
     """
 
     def make(folder: Path) -> None:
         import torch
-        from tests.support import export_helpers  # noqa: F401  (makes exports quicker)
+        from tests.support import export_helpers
 
-        from sam3rt_export import export_bundle
+        from sam3rt_export import ExportOptions, export_bundle
 
         checkpoint, told = folder / f"{name}.pt", []
         torch.save({key: torch.as_tensor(array) for key, array in tensors().items()}, checkpoint)
-        export_bundle(checkpoint, folder / name, progress=told.append)
+        options = ExportOptions(parity_images=export_helpers.parity_images(images))
+        export_bundle(checkpoint, folder / name, options, told.append)
         (folder / "progress.json").write_text(json.dumps(told))
 
     sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam3")
@@ -108,11 +117,15 @@ def _export(name: str, tensors: Callable[[], dict[str, Any]], *data: Path) -> Pa
     own = [synthetic.FOLDER / name for name in ("keys.tsv", "freqs_cis.npz", "cases.json")]
     libraries = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
     files = [*disk_cache.python_files(*sources), helpers, *own, *data]
-    return _made_once(name, make, files, libraries)
+    return _made_once(name, make, files, libraries, meanwhile)
 
 
 def _made_once(
-    name: str, make: Callable[[Path], None], files: list[Path], libraries: tuple[str, ...]
+    name: str,
+    make: Callable[[Path], None],
+    files: list[Path],
+    libraries: tuple[str, ...],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Path:
     """A folder of an export, made once for many runs while files and libraries stay the same.
 
@@ -122,7 +135,22 @@ def _made_once(
     given = os.environ.get("SAM3RT_TEST_EXPORTS")
     if given:
         return Path(given) / name
-    return disk_cache.cached_folder(name, disk_cache.key_of(files, libraries), make)
+    return disk_cache.cached_folder(name, disk_cache.key_of(files, libraries), make, meanwhile)
+
+
+def _if_needed(request: pytest.FixtureRequest, name: str) -> Callable[[], object]:
+    """Makes another fixture, where a test of this run is going to ask for it."""
+
+    def make() -> None:
+        if any(name in getattr(item, "fixturenames", ()) for item in request.session.items):
+            request.getfixturevalue(name)
+
+    return make
+
+
+def _copied(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a kept bundle, for engines may come to lie in it."""
+    return Path(shutil.copytree(bundle, tmp_path_factory.mktemp("bundles") / bundle.name))
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +160,10 @@ def export_once() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def small_export() -> Path:
+def small_export(request: pytest.FixtureRequest) -> Path:
     """Checkpoint and bundle of the golden data's small SAM 3."""
-    return _export("sam3_small", synthetic.checkpoint)
+    meanwhile = _if_needed(request, "small_sam2_export")
+    return _export("sam3_small", synthetic.checkpoint, meanwhile=meanwhile)
 
 
 @pytest.fixture(scope="session")
@@ -145,14 +174,12 @@ def small_checkpoint(small_export: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_bundle(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small SAM 3 as a bundle. It is a copy, for engines may come to lie in it."""
-    path = tmp_path_factory.mktemp("bundles") / "sam3_small"
-    shutil.copytree(small_export / "sam3_small", path)
-    return path
+    """The small SAM 3 as a bundle."""
+    return _copied(small_export / "sam3_small", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def tiny_export() -> Path:
+def tiny_export(request: pytest.FixtureRequest) -> Path:
     """Checkpoint and bundle of a SAM 3 of 8x8 pixels."""
 
     def tensors() -> dict[str, Any]:
@@ -160,23 +187,20 @@ def tiny_export() -> Path:
 
         return dict(tiny_tensors())
 
-    return _export("sam3_tiny", tensors)
+    meanwhile = _if_needed(request, "small_export")
+    return _export("sam3_tiny", tensors, images=2, meanwhile=meanwhile)
 
 
 @pytest.fixture(scope="session")
 def tiny_sam3(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SAM 3 of 8x8 pixels as a bundle, which runs in no time. It is a copy, too."""
-    path = tmp_path_factory.mktemp("bundles") / "sam3_tiny"
-    shutil.copytree(tiny_export / "sam3_tiny", path)
-    return path
+    """The SAM 3 of 8x8 pixels as a bundle, which runs in no time."""
+    return _copied(tiny_export / "sam3_tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def small_sam2(small_sam2_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden data's small SAM 2.1 as a bundle. It is a copy."""
-    path = tmp_path_factory.mktemp("bundles") / "sam2_small"
-    shutil.copytree(small_sam2_export / "sam2_small", path)
-    return path
+    """The golden data's small SAM 2.1 as a bundle."""
+    return _copied(small_sam2_export / "sam2_small", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -184,11 +208,12 @@ def small_sam2_export() -> Path:
     """The folder of that bundle, exported once for many runs."""
 
     def make(folder: Path) -> None:
-        from tests.support.export_helpers import small_sam2_model
+        from tests.support.export_helpers import parity_images, small_sam2_model
 
-        from sam3rt_export import export_bundle
+        from sam3rt_export import ExportOptions, export_bundle
 
-        export_bundle(small_sam2_model(), folder / "sam2_small")
+        options = ExportOptions(parity_images=parity_images(1))
+        export_bundle(small_sam2_model(), folder / "sam2_small", options)
 
     sources = ("runtime/sam3rt", "export/sam3rt_export", "tests/golden/sam2")
     helpers = ROOT / "tests" / "support" / "export_helpers.py"
@@ -225,10 +250,14 @@ def default_model() -> sam3rt.SegmentationModel:
     return sam3rt.load_model(device="cpu")
 
 
+def _on_onnxruntime(bundle: Path) -> sam3rt.SegmentationModel:
+    return sam3rt.load_model(bundle, backend="onnxruntime", device="cpu")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_sam3: Path) -> sam3rt.SegmentationModel:
     """The SAM 3 of 8x8 pixels, on the CPU."""
-    return sam3rt.load_model(tiny_sam3, backend="onnxruntime", device="cpu")
+    return _on_onnxruntime(tiny_sam3)
 
 
 @pytest.fixture(scope="session")
@@ -237,7 +266,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> sam3rt.SegmentationMo
     from tests.support.runnable_bundle import runnable_bundle
 
     bundle = runnable_bundle(tmp_path_factory.mktemp("bundles") / "toy", "mobile_sam")
-    return sam3rt.load_model(bundle.path, backend="onnxruntime", device="cpu")
+    return _on_onnxruntime(bundle.path)
 
 
 @pytest.fixture(params=["small", "default"])
@@ -339,8 +368,7 @@ def sam3_golden(
     """SAM 3's golden cases as calls, with the Python runtime's results."""
     from tests.support import golden_calls
 
-    model = sam3rt.load_model(small_bundle, backend="onnxruntime", device="cpu")
-    return golden_calls.sam3_golden(model, golden_images)
+    return golden_calls.sam3_golden(_on_onnxruntime(small_bundle), golden_images)
 
 
 @pytest.fixture(scope="session")
@@ -350,8 +378,7 @@ def sam2_golden(
     """SAM 2's golden cases as calls, with the Python runtime's results."""
     from tests.support import golden_calls
 
-    model = sam3rt.load_model(small_sam2, backend="onnxruntime", device="cpu")
-    return golden_calls.sam2_golden(model, sam2_images)
+    return golden_calls.sam2_golden(_on_onnxruntime(small_sam2), sam2_images)
 
 
 @pytest.fixture(scope="session")
@@ -359,9 +386,8 @@ def mobile_sam_golden(cpp_builds: Path) -> Any:
     """MobileSAM's golden cases as calls, with the Python runtime's results."""
     from tests.support import golden_calls
 
-    model = sam3rt.load_model(backend="onnxruntime", device="cpu")
     photos = {path.stem: photo(path.stem) for path in sorted(PHOTOS.glob("*.png"))}
-    return golden_calls.mobile_sam_golden(model, photos)
+    return golden_calls.mobile_sam_golden(_on_onnxruntime(default_bundle_path()), photos)
 
 
 @pytest.fixture(scope="session", params=["sam3_golden", "sam2_golden", "mobile_sam_golden"])

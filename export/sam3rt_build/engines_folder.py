@@ -46,11 +46,7 @@ def exclusive(bundle: Bundle) -> Iterator[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a build left that was killed; the folder of engines is locked.
-
-    A runtime that is just writing what it found of an engine, without the lock, would say that it
-    could not, and find it again next time.
-    """
+    """Remove what a build left that was killed; the folder of engines is locked."""
     for path in [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]:
         if path.name.startswith(".build-"):
             shutil.rmtree(path, ignore_errors=True)

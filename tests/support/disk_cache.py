@@ -35,7 +35,12 @@ def key_of(files: Iterable[Path], libraries: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached_folder(name: str, key: str, make: Callable[[Path], object]) -> Path:
+def cached_folder(
+    name: str,
+    key: str,
+    make: Callable[[Path], object],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Path:
     """The folder that ``make`` fills, made only where no earlier call with the key has.
 
     Callers must not write into it. Folders of older keys are removed, except the latest few.
@@ -44,10 +49,17 @@ def cached_folder(name: str, key: str, make: Callable[[Path], object]) -> Path:
         name: what the folder holds.
         key: :func:`key_of` everything that decides about the content.
         make: fills the empty folder that it is given.
+        meanwhile: what to do while another process is making it.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     folder = FOLDER / f"{name}-{key}"
-    with filelock.FileLock(FOLDER / f"{name}.lock"):
+    lock = filelock.FileLock(FOLDER / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        meanwhile()
+        lock.acquire()
+    try:
         if not folder.is_dir():
             unfinished = FOLDER / f"{name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -57,4 +69,6 @@ def cached_folder(name: str, key: str, make: Callable[[Path], object]) -> Path:
             found = sorted(FOLDER.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
             for old in found[:-KEPT]:
                 shutil.rmtree(old)
+    finally:
+        lock.release()
     return folder

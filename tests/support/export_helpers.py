@@ -384,6 +384,17 @@ def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     return (x - mean) / torch.sqrt(variance + eps) * weight[:, None, None] + bias[:, None, None]
 
 
+def parity_images(count: int) -> list[NDArray[np.uint8]]:
+    """The first of the images that an export records unless it is told otherwise.
+
+    One is enough where a test is not about the record: each is run in full resolution, by PyTorch
+    and by ONNX Runtime.
+    """
+    from sam3rt_export.parity_inputs import default_images
+
+    return default_images()[:count]
+
+
 # --- comparing and running ------------------------------------------------------------------------
 
 

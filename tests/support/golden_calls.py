@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.golden.sam2 import synthetic as sam2
 from tests.golden.sam3 import synthetic as sam3
+from tests.support.golden import arguments_of, mobile_sam_cases
 
 import sam3rt
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-_MOBILE_SAM = GOLDEN / "mobile_sam"
 
 # Between the two languages.
 LOGIT_LIMIT = 1e-4
@@ -94,16 +91,10 @@ def mobile_sam_golden(
     model: sam3rt.SegmentationModel, photos: dict[str, NDArray[np.uint8]]
 ) -> Golden:
     """The cases of MobileSAM's own predictor on photographs."""
-    prompts = np.load(_MOBILE_SAM / "mask_inputs.npz")
-    calls = []
-    for case in json.loads((_MOBILE_SAM / "cases.json").read_text())["cases"]:
-        arguments = {key: value for key, value in case["args"].items() if value is not None}
-        if "boxes" in arguments:
-            arguments["box"] = arguments.pop("boxes")
-        if "mask_input" in case:
-            source = case["mask_input"]
-            arguments["mask_input"] = prompts[f"{source['from_case']}/{source['channel']}"][None]
-        calls.append(Call(case["id"], case["photo"], {}, arguments))
+    calls = [
+        Call(name, case["photo"], {}, arguments_of(case))
+        for name, case in mobile_sam_cases().items()
+    ]
     return _run(model, photos, calls)
 
 

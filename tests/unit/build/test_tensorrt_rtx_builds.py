@@ -436,14 +436,15 @@ def test_the_full_size_builds_ahead_of_time_in_fp16(tmp_path: Path) -> None:
     """SAM 3 of the published size by the two fastest recipes; about 10 GB of memory, minutes."""
     import torch
     from tests.golden.sam3 import synthetic
+    from tests.support.export_helpers import parity_images
 
-    from sam3rt_export import export_bundle
+    from sam3rt_export import ExportOptions, export_bundle
 
     checkpoint = tmp_path / "sam3.pt"
     tensors = {n: torch.from_numpy(np.asarray(a)) for n, a in synthetic.full_size_checkpoint()}
     torch.save(tensors, checkpoint)
     del tensors
-    export_bundle(checkpoint, tmp_path / "sam3")
+    export_bundle(checkpoint, tmp_path / "sam3", ExportOptions(parity_images=parity_images(1)))
     checkpoint.unlink()
     command = ["build", str(tmp_path / "sam3"), "--backend", "tensorrt-rtx", "--target", "8.9"]
     names = ("fp16", "fp16-activations")

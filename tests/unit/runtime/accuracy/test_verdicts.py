@@ -148,11 +148,22 @@ def test_what_is_no_plain_small_file_is_not_read(bundle: Bundle, tmp_path: Path,
     assert load_verdict(bundle, SUBJECT) is None
 
 
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("reason", ["a file in the way", "no home folder"])
 def test_where_nothing_can_be_written_this_process_remembers(
-    bundle: Bundle, tmp_path: Path
+    reason: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cache").write_bytes(b"a file where the folder should be")
-    subject = dataclasses.replace(SUBJECT, version="unwritten")
+    if reason == "no home folder":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+        assert verdict_folder() is None
+    else:
+        (tmp_path / "cache").write_bytes(b"a file where the folder should be")
+    subject = dataclasses.replace(SUBJECT, version=reason)
+    assert load_verdict(bundle, subject) is None
     assert save_verdict(bundle, subject, VERDICT) is None
     again = load_verdict(bundle, subject)
     assert again is not None

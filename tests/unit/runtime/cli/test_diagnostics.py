@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,17 @@ def test_everything_is_logged_under_sam3rt(
 
 
 def test_a_right_model_is_healthy(default_model: SegmentationModel) -> None:
+    start = time.perf_counter()
     health = default_model.health()
+    seconds = time.perf_counter() - start
     assert health.healthy
     assert health.problem == ""
     assert (health.backend, health.device, health.precision) == ("onnxruntime", "cpu", "fp32")
     assert health.fingerprint == default_model.manifest.fingerprint
     assert health.encode_seconds > 0
     assert health.decode_seconds > 0
+    # The click is decoded twice.
+    assert health.encode_seconds + 2 * health.decode_seconds < seconds
     assert json.loads(json.dumps(health.as_dict())) == dataclasses.asdict(health)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tests.golden.sam3 import synthetic
 from tests.support.fake_cuda import CALLERS_GPU, CudaMisuse, FakeCuda
 from tests.support.golden import arguments_of, mobile_sam_cases, sam_cases
-from tests.support.helpers import photo
+from tests.support.helpers import noise, photo
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -59,6 +59,16 @@ def sam3_rig(
 @pytest.fixture(scope="module")
 def mobile_rig(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Rig:
     rig = make_rig(default_bundle_path(), tmp_path_factory.mktemp("mobile"), patch, seed=1)
+    rig.build()
+    return rig
+
+
+@pytest.fixture(scope="module")
+def tiny_rig(
+    tiny_sam3: Path, tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch
+) -> Rig:
+    """What needs no full resolution runs on 8x8 pixels."""
+    rig = make_rig(tiny_sam3, tmp_path_factory.mktemp("tiny"), patch, seed=2)
     rig.build()
     return rig
 
@@ -169,13 +179,13 @@ def test_golden_cases_of_mobile_sam(
 
 def test_encoding_equals_onnxruntime(
     sam3: SegmentationModel,
-    small_model: SegmentationModel,
+    sam3_embeddings: dict[int, ImageEmbedding],
     golden_images: dict[int, NDArray[np.uint8]],
 ) -> None:
     # The second time it is the recorded graph that runs.
-    for image in (golden_images[0], golden_images[2]):
-        ours, expected = sam3.encode(image).numpy(), small_model.encode(image).numpy()
-        for name, array in expected.items():
+    for number in (0, 2):
+        ours = sam3.encode(golden_images[number]).numpy()
+        for name, array in sam3_embeddings[number].numpy().items():
             np.testing.assert_allclose(ours[name], array, atol=TOLERANCE, rtol=0)
 
 
@@ -305,27 +315,21 @@ def test_encoding_leaves_the_features_where_the_decoder_reads_them(
 @pytest.mark.parametrize("masks", ["none", "shared", "own"])
 @pytest.mark.parametrize("objects", [1, 3, MAX_OBJECTS, 2 * MAX_OBJECTS + 3])
 def test_any_number_of_objects(
-    objects: int,
-    masks: str,
-    mobile: SegmentationModel,
-    default_model: SegmentationModel,
-    mobile_embeddings: dict[str, ImageEmbedding],
+    objects: int, masks: str, tiny_rig: Rig, tiny_model: SegmentationModel
 ) -> None:
     rng = np.random.default_rng(objects)
-    embedding = mobile_embeddings["chelsea"]
     mask_input = None
     if masks != "none":
         count = objects if masks == "own" else 1
-        mask_input = rng.normal(0, 8, (count, 1, 256, 256)).astype(np.float32)
+        mask_input = rng.normal(0, 8, (count, 1, 16, 16)).astype(np.float32)
     prompts = Prompts(
-        rng.uniform(0, 300, (objects, 3, 2)),
-        rng.integers(0, 2, (objects, 3)),
-        mask_input=mask_input,
+        rng.uniform(0, 50, (objects, 3, 2)), rng.integers(0, 2, (objects, 3)), mask_input=mask_input
     )
-    ours, theirs = moved(embedding, mobile), embedding
+    model, theirs = tiny_rig.model(), tiny_model.encode(noise(50, 70))
+    ours = moved(theirs, model)
     for multimask in (True, False):
-        actual = mobile.decode(ours, prompts, multimask)
-        expected = default_model.decode(theirs, prompts, multimask)
+        actual = model.decode(ours, prompts, multimask)
+        expected = tiny_model.decode(theirs, prompts, multimask)
         np.testing.assert_allclose(
             actual.low_res_masks, expected.low_res_masks, atol=TOLERANCE * 10, rtol=1e-5
         )
@@ -478,10 +482,10 @@ def test_exported_memory_is_not_used_again(
 
 
 def test_the_callers_gpu_is_the_current_one_again_after_each_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
+    tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: NDArray[np.uint8]
 ) -> None:
     """The stand-in refuses every call for which ours is not the current one."""
-    rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
+    rig = make_rig(tiny_sam3, tmp_path, monkeypatch)
     rig.build()
 
     def current() -> int:
@@ -573,6 +577,7 @@ def test_out_of_memory_for_another_lane_waits_for_one(
     chelsea: NDArray[np.uint8],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """At full size, so that the calls overlap."""
     rig = make_rig(default_bundle_path(), tmp_path, monkeypatch)
     rig.build()
     model = rig.model()
@@ -677,13 +682,14 @@ def test_a_gpu_that_is_lost_says_so(
 
 
 def test_embeddings_of_another_model_are_refused(
-    mobile_rig: Rig, mobile: SegmentationModel, default_model: SegmentationModel
+    tiny_rig: Rig, tiny_model: SegmentationModel
 ) -> None:
     prompts = Prompts([[1, 1]], [1])
     image = np.zeros((20, 30, 3), np.uint8)
-    for foreign in (default_model.encode(image), mobile_rig.model(lanes=1).encode(image)):
+    model = tiny_rig.model()
+    for foreign in (tiny_model.encode(image), tiny_rig.model(lanes=1).encode(image)):
         with pytest.raises(EmbeddingError, match="another model or backend"):
-            mobile.decode(foreign, prompts)
+            model.decode(foreign, prompts)
 
 
 def test_the_fake_notices_what_it_is_for(mobile_rig: Rig) -> None:
