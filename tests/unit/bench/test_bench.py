@@ -30,7 +30,7 @@ from sam3rt import BackendError, InvalidInputError, SegmentationModel, load_mode
 from sam3rt.bundle import Bundle, FileEntry, GraphSpec, TensorSpec
 from sam3rt.bundle.default import default_bundle_path
 from sam3rt.cli import main
-from sam3rt_bench import PARTS, ceilings, cli, plots, timing
+from sam3rt_bench import PARTS, ceilings, cli, plots, runner, timing
 from sam3rt_bench.agreement import compare_masks, pick_reference
 from sam3rt_bench.candidates import (
     Candidate,
@@ -430,12 +430,17 @@ def stop_in(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_is_stopped_leaves_what_it_had(
-    toy: Bundle, scene_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Bundle,
+    scene_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop_in("time_stages", monkeypatch)
     arguments = ["--candidate", "onnxruntime", "--only", "calls,stages"]
     arguments += ["--image", str(scene_file), "--repetitions", "3", "--seconds", "1"]
     assert main(["bench", str(toy.path), *arguments, "--output", str(tmp_path)]) == 130
+    assert f"what was measured is in {tmp_path}" in capsys.readouterr().err
     left = read_result(tmp_path / "bench.json")
     assert len(left.calls) == 6
     assert left.agreement
@@ -505,6 +510,23 @@ def test_what_cannot_be_loaded_is_said_once_and_gets_no_process(toy: Bundle) -> 
     ]
     assert [row.candidate for row in result.starts] == ["onnxruntime:fp32"]
     assert len([line for line in result.skipped if "pytorch" in line]) == 1
+
+
+def test_ceilings_end_with_the_time(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes longer for them than was planned."""
+    found: list[Ceiling] = []
+
+    def ceilings_of_a_busy_machine(*_: Any) -> Iterator[Ceiling]:
+        while True:
+            found.append(Ceiling("matrix product", "fp32", "cpu", "numpy", 1e9))
+            yield found[-1]
+
+    monkeypatch.setattr(runner, "measure_ceilings", ceilings_of_a_busy_machine)
+    left = lambda _: max(0.0, 99.0 - 50.0 * len(found))  # noqa: E731
+    monkeypatch.setattr(runner._Benchmark, "_left", left)
+    result = run_benchmark(plan_for(toy, 99.0, "limits"), lambda _: None, lambda _: None)
+    assert result.ceilings == tuple(found[:2])
+    assert len(found) == 2
 
 
 def test_what_was_measured_is_handed_over_after_each_part(toy: Bundle) -> None:
