@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from sam3rt.bundle import open_bundle
-from sam3rt.cli.options import named_path
+from sam3rt.cli.options import named_path, printable
 from sam3rt.errors import BackendError
 
 HELP = "compare two backends or precisions, whole or layer by layer"
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
             for layer in compare_layers(bundle, options.graph, first, second, options.layers):
                 shape = "x".join(map(str, layer.shape))
                 print(
-                    f"{layer.layer:<52}{shape:<22}{layer.cosine:>12.8f}{layer.error:>12.4g}"
+                    f"{printable(layer.layer):<52}{shape:<22}{layer.cosine:>12.8f}{layer.error:>12.4g}"
                     f"{layer.largest:>12.4g}"
                 )
         except ModuleNotFoundError as error:
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     for name, m in verdict.worst().items():
         allowed = (">= " if m.at_least else "<= ") + f"{m.limit:g}"
         mark = "" if m.passed else "  <-- off"
-        print(f"  {name:<32}{m.value:>12.6g}{allowed:>12}  {m.case}{mark}")
+        print(f"  {name:<32}{m.value:>12.6g}{allowed:>12}  {printable(m.case)}{mark}")
     if not verdict.passed:
         print(f"outside the gate's limits: {verdict.explain()}", file=sys.stderr)
     return 0 if verdict.passed else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import zipfile
@@ -39,13 +40,15 @@ def read_state(path: Path, weights_key: str | None = None) -> tuple[dict[str, Te
             needed only where several would do.
 
     Returns:
-        Tensors by name, as stored, and the file's SHA-256.
+        Tensors by name, as stored, and the file's SHA-256; where an index lists several, that of
+        the SHA-256s of all of them in the order of their names, as text.
 
     Raises:
         CheckpointError: the file cannot be read as such, holds no state dict of a model that is
             exported or several, or expands to far more than its own size.
     """
-    content, stored = _load(path)
+    content, files = _load(path)
+    stored = sum(file.stat().st_size for file in files)
     state = _choose(content, path, weights_key)
     expanded = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if expanded > _MAX_EXPANSION * stored:
@@ -53,11 +56,14 @@ def read_state(path: Path, weights_key: str | None = None) -> tuple[dict[str, Te
             f"{path}: its tensors expand to {expanded / 1e9:.3g} GB, the file has "
             f"{stored / 1e9:.3g} GB: they repeat what is stored"
         )
-    return state, sha256_file(path)
+    digests = [sha256_file(file) for file in files]
+    if files == [path]:
+        return state, digests[0]
+    return state, hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _load(path: Path) -> tuple[Any, int]:
-    """The content of a file, and the bytes it was read from."""
+def _load(path: Path) -> tuple[Any, list[Path]]:
+    """The content of a file, and the files that hold its tensors."""
     with path.open("rb") as stream:
         start = stream.read(512)
     size = path.stat().st_size
@@ -65,12 +71,12 @@ def _load(path: Path) -> tuple[Any, int]:
         if path.name.endswith(".index.json"):
             return _load_shards(path)
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
-            return load_file(path), size
+            return load_file(path), [path]
         if start.startswith(b"PK"):
             _check_archive(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), size
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), [path]
         if start.startswith(b"\x80"):  # older than PyTorch 1.6
-            return torch.load(path, map_location="cpu", weights_only=True), size
+            return torch.load(path, map_location="cpu", weights_only=True), [path]
     except CheckpointError:
         raise
     except UnicodeEncodeError as error:
@@ -100,21 +106,21 @@ class _Index(Struct):
     weight_map: dict[str, str]
 
 
-def _load_shards(path: Path) -> tuple[dict[str, Tensor], int]:
+def _load_shards(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
     weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
     tensors: dict[str, Tensor] = {}
-    stored = 0
+    files = []
     for name in sorted(set(weight_map.values())):
         shard = path.parent / name
         # A pipe would be waited for.
         if Path(name).name != name or not shard.is_file():
             raise CheckpointError(f"{path}: {name!r} is not a file beside it")
         tensors |= load_file(shard)
-        stored += shard.stat().st_size
+        files.append(shard)
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise CheckpointError(f"{path}: {missing[0]!r} is in none of the files it lists")
-    return tensors, stored
+    return tensors, files
 
 
 def _check_archive(path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.support.export_helpers import (
     DECODER,
+    NO_MEMORY,
     TRUNK,
     Exploit,
     canonical_tensors,
@@ -169,6 +170,19 @@ def shards(tensors: Tensors, folder: Path) -> Path:
 def test_safetensors_in_several_files(tensors: Tensors, tmp_path: Path) -> None:
     assert same(loaded(shards(tensors, tmp_path)), tensors)
     assert open_source(tmp_path).kind == "sam3.pt"  # the folder stands for its index
+
+
+def test_other_weights_behind_the_same_index_have_another_digest(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    index = shards(tensors, tmp_path)
+    before = read_state(index)[1]
+    assert read_state(shards(tensors, tmp_path))[1] == before
+    changed = tensors | {NO_MEMORY: tensors[NO_MEMORY] + 1.0}
+    text = index.read_text()
+    index = shards(changed, tmp_path)
+    assert index.read_text() == text
+    assert read_state(index)[1] != before
 
 
 @pytest.mark.parametrize(
