@@ -10,8 +10,8 @@ disturbed less by other work on the machine than the clock. With ``--memory``, i
 greatest size during a call, less what its results take. The decoder of the golden data's small
 SAM 3 has the published size:
 
-    python -c "import torch; from tests.golden.sam3 import synthetic as s; torch.save(
-        {n: torch.from_numpy(a) for n, a in s.checkpoint().items()}, 'small.pt')"
+    python -c "import torch; from tests.support.export_helpers import small_tensors;
+        torch.save(small_tensors(), 'small.pt')"
     sam3rt export small.pt --output small
 """
 

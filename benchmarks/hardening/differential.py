@@ -205,13 +205,12 @@ def compare(bundle: Path, checkpoint: Path, cases: int, images: int, seed: int) 
 def make_model(folder: Path) -> tuple[Path, Path]:
     """The small synthetic SAM 3 as a checkpoint and a bundle."""
     import torch
-    from tests.golden.sam3 import synthetic
+    from tests.support.export_helpers import small_tensors
 
     from sam3rt_export import export_bundle
 
     checkpoint = folder / "sam3_small.pt"
-    tensors = {n: torch.from_numpy(np.asarray(a)) for n, a in synthetic.checkpoint().items()}
-    torch.save(tensors, checkpoint)
+    torch.save(small_tensors(), checkpoint)
     export_bundle(checkpoint, folder / "bundle")
     return folder / "bundle", checkpoint
 
