@@ -82,8 +82,9 @@ def run(options: argparse.Namespace) -> int:
         missing = (error.name or "").split(".")[0]
         raise BackendError(f"serving needs {missing}: pip install 'sam3rt[serve,cpu]'") from error
     api_key = _api_key(options.api_key_file)
-    # Before the model is loaded: an address that is taken shows at once.
-    listener = listen(options.host, options.port)
+    # Before the model is loaded: an address that is taken shows at once. Callers are refused until
+    # the server listens, so that a balancer waits.
+    listener = bind(options.host, options.port)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -120,8 +121,8 @@ def run(options: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections at an address of this machine.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine, which does not listen yet.
 
     Args:
         host: an address or a name; of a name's addresses, one of IPv4 where there is one.
@@ -143,7 +144,6 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen()
     except OSError as error:
         listener.close()
         raise OSError(f"cannot listen on {address[0]}, port {port}: {error.strerror}") from error

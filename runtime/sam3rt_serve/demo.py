@@ -16,7 +16,7 @@ from pathlib import Path
 from sam3rt.cli.options import add_bundle_argument, add_model_options, load_from_options, named_path
 from sam3rt.errors import BackendError, InvalidInputError, PromptWarning
 
-from .cli import address_of, listen
+from .cli import address_of, bind
 
 HELP = "click on pictures in the browser (needs the demo extra)"
 DESCRIPTION = """\
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     web = {} if options.onnxruntime_web is None else read_onnxruntime_web(options.onnxruntime_web)
     # Before the model is loaded: an address that is taken shows at once.
     check_host(options.host)
-    listener = listen(options.host, options.port)
+    listener = bind(options.host, options.port)
     # Clicks far outside a picture are the user's affair.
     warnings.filterwarnings("ignore", category=PromptWarning)
     model = load_from_options(options)
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("Anybody in this network can use the page.", file=sys.stderr)
     app = Guard(create_app(Service(model), routes=page_routes(model.bundle, web)), hosts)
+    listener.listen()  # the browser may be sooner than the server
     print(f"{url} (Ctrl-C ends it)", flush=True)
     if not options.no_browser:
         # Some browsers let the call wait until they end.

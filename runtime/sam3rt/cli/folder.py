@@ -133,7 +133,9 @@ class Journal:
 
 
 def _is_entry(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("image"), str) and isinstance(line.get("files"), list)
+    image, files = line.get("image"), line.get("files")
+    has_names = isinstance(files, list) and all(isinstance(name, str) for name in files)
+    return isinstance(image, str) and has_names
 
 
 def _is_of_another(entry: Entry, own: Container[Path]) -> bool:

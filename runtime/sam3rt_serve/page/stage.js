@@ -173,7 +173,9 @@ export class Stage {
   /** Bring the crosshair into the middle of what is seen of an enlarged picture. */
   #reveal() {
     if (this.#zoom === 1) return;
-    const [x, y] = this.#place(this.#crosshair).map((side) => side / this.#ratio);
+    // Not by the canvas, whose size comes later.
+    const scale = this.#element.offsetWidth / this.#size.width;
+    const [x, y] = this.#crosshair.map((at) => (at + 0.5) * scale);
     this.#space.scrollTo(x - this.#space.clientWidth / 2, y - this.#space.clientHeight / 2);
   }
 

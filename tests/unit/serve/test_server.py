@@ -26,6 +26,7 @@ from tests.support.serving import (
     CAT,
     ServerProcess,
     clicks,
+    free_port,
     hostile_calls,
     image_file,
     predicted,
@@ -33,6 +34,7 @@ from tests.support.serving import (
 )
 
 from sam3rt import (
+    BackendError,
     InvalidInputError,
     Prompts,
     SAM3InteractiveImagePredictor,
@@ -324,6 +326,22 @@ def test_an_address_that_cannot_be_had_shows_at_once(
             pytest.raises((InvalidInputError, OSError), match=said.format(taken=port)),
         ):
             cli.run(given)
+
+
+def test_nobody_is_let_in_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+
+    def load(options: object) -> None:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        raise BackendError("no model")
+
+    monkeypatch.setattr(cli, "load_from_options", load)
+    monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    with warnings.catch_warnings(), pytest.raises(BackendError, match="no model"):
+        cli.run(parser.parse_args(["--port", str(port)]))
 
 
 @pytest.mark.parametrize(

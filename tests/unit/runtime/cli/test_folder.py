@@ -440,7 +440,14 @@ def test_another_command_keeps_the_numbers_of_yolo_classes(imgs: Path, segment: 
 
 
 @pytest.mark.parametrize(
-    "line", ['{"image": "imgs/a.png"}', '{"image": [], "files": 1}', "[]", "1"]
+    "line",
+    [
+        '{"image": "imgs/a.png"}',
+        '{"image": [], "files": 1}',
+        '{"image": "b", "files": [1]}',
+        "[]",
+        "1",
+    ],
 )
 def test_lines_that_are_not_ours_are_passed_over(line: str, imgs: Path, segment: Any) -> None:
     arguments = ("imgs", *CLICK, "--format", "coco", "-o", "out")
