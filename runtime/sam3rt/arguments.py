@@ -55,6 +55,16 @@ def flag(argument: str, value: Any) -> bool:
     raise InvalidInputError(argument, repr(value), "True or False")
 
 
+def instance(argument: str, value: Any, kind: type, expected: str) -> None:
+    """An object of a class.
+
+    Raises:
+        InvalidInputError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise InvalidInputError(argument, type(value).__qualname__, expected)
+
+
 def file_path(argument: str, value: Any) -> Path:
     """A path that can be one of a file.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import number, whole
+from .arguments import instance, number, whole
 from .embedding import ImageEmbedding
 from .errors import InvalidInputError
 from .geometry import Image, to_rgb
@@ -86,10 +86,7 @@ class AutomaticMaskGenerator:
         crop_n_points_downscale_factor: int = 1,
         min_mask_region_area: float = 0,
     ) -> None:
-        if not isinstance(model, SegmentationModel):
-            raise InvalidInputError(
-                "model", type(model).__qualname__, "a model from sam3rt.load_model"
-            )
+        instance("model", model, SegmentationModel, "a model from sam3rt.load_model")
         self.model = model
         self.points_per_side = whole("points_per_side", points_per_side, 1, _MOST_POINTS_PER_SIDE)
         self.points_per_batch = whole("points_per_batch", points_per_batch, 1, MAX_OBJECTS)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
-from .arguments import file_path, flag
+from .arguments import file_path, flag, instance
 from .backends.base import Backend, ImageCall
 from .bundle import Bundle, Manifest
 from .bundle.contract import decoder_outputs, has_object_score
@@ -117,9 +117,11 @@ class SegmentationModel:
 
         Raises:
             PromptError: a prompt is malformed.
+            InvalidInputError: another argument is none of its kind.
             EmbeddingError: the embedding belongs to another bundle or backend.
             BackendError: the backend failed.
         """
+        embedding = self.upload(embedding)
         packed = self._pack(prompts, embedding.geometry)
         return self.decode_packed(embedding, packed, multimask_output)
 
@@ -127,6 +129,7 @@ class SegmentationModel:
         self, embedding: ImageEmbedding, prompts: PackedPrompts, multimask_output: bool = True
     ) -> DecodedMasks:
         """Like :meth:`decode`, for prompts already in the decoder's form."""
+        instance("prompts", prompts, PackedPrompts, "PackedPrompts")
         embedding = self.upload(embedding)
         outputs = decoder_outputs(self.manifest, flag("multimask_output", multimask_output))
         with timed("decode", self.on_stage):
@@ -283,6 +286,7 @@ class SegmentationModel:
         return self._score_unit
 
     def _pack(self, prompts: Prompts, where: ImageGeometry) -> PackedPrompts:
+        instance("prompts", prompts, Prompts, "sam3rt.Prompts")
         with timed("pack prompts", self.on_stage):
             return pack(prompts, self.manifest.prompts, where)
 
@@ -320,7 +324,9 @@ class SegmentationModel:
 
         Raises:
             EmbeddingError: it was made by another bundle.
+            InvalidInputError: it is none.
         """
+        instance("embedding", embedding, ImageEmbedding, "an ImageEmbedding")
         check_maker(embedding.fingerprint, self.manifest.fingerprint, "the embedding")
         if not isinstance(embedding.features, HostFeatures):
             return embedding

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .arguments import flag, number
+from .arguments import flag, instance, number
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
@@ -65,10 +65,7 @@ class SAM3InteractiveImagePredictor:
         *,
         mask_dtype: DTypeLike = np.float32,
     ) -> None:
-        if not isinstance(sam_model, SegmentationModel):
-            raise InvalidInputError(
-                "sam_model", type(sam_model).__qualname__, "a model from sam3rt.load_model"
-            )
+        instance("sam_model", sam_model, SegmentationModel, "a model from sam3rt.load_model")
         self.model = sam_model
         self.mask_threshold = number("mask_threshold", mask_threshold)
         if max_hole_area is MAX_HOLE_AREA:
@@ -116,7 +113,7 @@ class SAM3InteractiveImagePredictor:
             EmbeddingError: it came from bytes or by pickle, and from another bundle.
             StateError: another thread is using this predictor.
         """
-        _check_embedding("embedding", embedding)
+        instance("embedding", embedding, ImageEmbedding, "an ImageEmbedding")
         with self._one_caller():
             self._set([self.model.upload(embedding)])
 
@@ -134,7 +131,7 @@ class SAM3InteractiveImagePredictor:
         """
         _check_list("embeddings", embeddings, "embedding", InvalidInputError)
         for index, embedding in enumerate(embeddings):
-            _check_embedding(f"embeddings[{index}]", embedding)
+            instance(f"embeddings[{index}]", embedding, ImageEmbedding, "an ImageEmbedding")
         with self._one_caller():
             self._set([self.model.upload(e) for e in embeddings], is_batch=True)
 
@@ -342,11 +339,6 @@ def _check_list(argument: str, value: Any, of: str, error: type[InvalidInputErro
     if not is_list or not value:
         got = "an empty list" if is_list else type(value).__qualname__
         raise error(argument, got, f"a list of at least one {of}")
-
-
-def _check_embedding(argument: str, value: Any) -> None:
-    if not isinstance(value, ImageEmbedding):
-        raise InvalidInputError(argument, type(value).__qualname__, "an ImageEmbedding")
 
 
 def _batch_argument(name: str, value: Any, count: int) -> Sequence[Any]:

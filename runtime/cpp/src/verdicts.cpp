@@ -30,7 +30,8 @@ constexpr std::uint64_t max_verdict_bytes = std::uint64_t{1} << 20;
 std::map<std::string, std::string> key_of(const VerdictSubject& subject) {
     return {{"backend", subject.backend},         {"files", subject.files},
             {"fingerprint", subject.fingerprint}, {"precision", subject.precision},
-            {"processor", subject.processor},     {"version", subject.version}};
+            {"processor", subject.processor},     {"sam3rt", version()},
+            {"version", subject.version}};
 }
 
 /// A verdict's key as Python's json.dumps writes it, sorted. A verdict by other limits is another.

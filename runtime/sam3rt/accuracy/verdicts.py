@@ -1,9 +1,9 @@
 """What the gate found on this machine, remembered, so that a start need not repeat it.
 
-A verdict holds for one bundle, backend, library version, processor (or GPU and driver), precision
-and set of limits. Verdicts lie in the user's cache folder and nowhere else: one that came with a
-bundle would be somebody else's claim. A file that is damaged or about something else is as good as
-none.
+A verdict holds for one bundle, backend, version of this package and of the library that computes,
+processor (or GPU and driver), precision and set of limits. Verdicts lie in the user's cache folder
+and nowhere else: one that came with a bundle would be somebody else's claim. A file that is damaged
+or about something else is as good as none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from .._version import __version__
 from ..bundle import Bundle
 from ..bundle.files import atomic_write
 from ..machine import user_folder
@@ -145,6 +146,7 @@ def _read(path: Path) -> bytes:
 
 def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
     return {
+        "sam3rt": __version__,
         "fingerprint": bundle.manifest.fingerprint,
         **dataclasses.asdict(subject),
         "limits": msgspec.structs.asdict(GATE_LIMITS),

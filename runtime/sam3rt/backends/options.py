@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..arguments import flag, whole
+from ..arguments import flag, instance, whole
 from ..errors import InvalidInputError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")
@@ -66,8 +66,7 @@ class BackendOptions:
         if self.threads is not None:
             whole("threads", self.threads, 1)
         flag("map_weights", self.map_weights)
-        if not isinstance(self.gpu, GpuOptions):
-            raise InvalidInputError("gpu", type(self.gpu).__qualname__, "a GpuOptions or None")
+        instance("gpu", self.gpu, GpuOptions, "a GpuOptions or None")
         if not isinstance(self.precision, str):
             raise InvalidInputError(
                 "precision", repr(self.precision), 'a name such as "auto" or "fp32"'

@@ -73,6 +73,16 @@ def test_flags_of_the_model(value: Any, tiny_model: SegmentationModel) -> None:
             tiny_model.segment_image(IMAGE, points=[5, 5], **{name: value})
 
 
+def test_what_is_no_embedding_and_no_prompts(tiny_model: SegmentationModel) -> None:
+    embedding = tiny_model.encode(IMAGE)
+    for call in (tiny_model.decode, tiny_model.segment, tiny_model.decode_packed):
+        with pytest.raises(InvalidInputError, match=r"^prompts: got dict, expected .*Prompts"):
+            call(embedding, CLICK)  # type: ignore[arg-type]
+    for call in (tiny_model.decode, tiny_model.segment):
+        with pytest.raises(InvalidInputError, match=r"^embedding: got ndarray, expected an Image"):
+            call(IMAGE, Prompts(**CLICK))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=label)
 @pytest.mark.parametrize("name", ["threshold", "max_hole_area", "max_sprinkle_area"])
 def test_numbers_of_masks(name: str, value: Any, tiny_model: SegmentationModel) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.support.helpers import tiny_bundle
 
 from sam3rt import open_bundle
+from sam3rt.accuracy import verdicts
 from sam3rt.accuracy.verdicts import (
     StoredVerdict,
     Subject,
@@ -104,6 +105,14 @@ def test_what_is_no_verdict_is_as_good_as_none(bundle: Bundle, text: str) -> Non
 def test_a_verdict_about_something_else_does_not_count(bundle: Bundle, field: str) -> None:
     save_verdict(bundle, SUBJECT, VERDICT)
     assert load_verdict(bundle, dataclasses.replace(SUBJECT, **{field: "other"})) is None
+
+
+def test_a_verdict_of_another_version_of_this_package_does_not_count(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_verdict(bundle, SUBJECT, VERDICT)
+    monkeypatch.setattr(verdicts, "__version__", "0.0.9")
+    assert load_verdict(bundle, SUBJECT) is None
 
 
 def test_a_verdict_of_another_bundle_or_limit_does_not_count(
