@@ -129,21 +129,21 @@ def test_unknown_precisions_are_refused(tiny: Path, precision: str) -> None:
 
 
 def test_without_bf16_auto_is_fp32_and_bf16_is_refused(
-    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
+    tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(backend_module, "_has_bf16", lambda core: False)
-    assert load_model(small_bundle, backend="openvino", check_files=False).backend.precision == (
+    assert load_model(tiny_sam3, backend="openvino", check_files=False).backend.precision == (
         "fp32"
     )
     for precision in ("bf16", "bf16-encoder", "bf16-unproven"):
         with pytest.raises(BackendError, match="no BF16"):
-            load_model(small_bundle, backend="openvino", precision=precision, check_files=False)
+            load_model(tiny_sam3, backend="openvino", precision=precision, check_files=False)
     assert judged["asked"] == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_reach_the_graphs(
-    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     made: list[Any] = []
     original = backend_module.CompiledGraph
@@ -154,7 +154,7 @@ def test_threads_reach_the_graphs(
 
     monkeypatch.setattr(backend_module, "CompiledGraph", spy)
     model = load_model(
-        small_bundle, backend="openvino", precision="fp32", threads=threads, check_files=False
+        tiny_sam3, backend="openvino", precision="fp32", threads=threads, check_files=False
     )
     assert not made
     model.backend.prepare()
@@ -166,9 +166,7 @@ def test_threads_reach_the_graphs(
 # --- what it computes -----------------------------------------------------------------------------
 
 
-def test_fp32_is_within_the_bundles_own_limits(
-    ov_model: SegmentationModel, small_model: SegmentationModel
-) -> None:
+def test_fp32_is_within_the_bundles_own_limits(ov_model: SegmentationModel) -> None:
     limits = ov_model.manifest.parity.limits
     record = load_record(ov_model.bundle)
     measured = verify(ov_model.backend, ov_model.manifest, record, limits)
