@@ -453,7 +453,6 @@ SIGNATURES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "encoder output renamed": ("encoder.onnx", put("encoder", "outputs", 2, "name", value="map")),
     "encoder output dropped": ("encoder.onnx", lambda d: d["encoder"]["outputs"].pop()),
     "encoder outputs reversed": ("encoder.onnx", lambda d: d["encoder"]["outputs"].reverse()),
-    "encoder without inputs": ("encoder.onnx", put("encoder", "inputs", value=[])),
     "decoder type": ("decoder.onnx", put("decoder", "inputs", 4, "dtype", value="int32")),
     "decoder half": ("decoder.onnx", put("decoder", "outputs", 0, "dtype", value="float16")),
     "decoder rank": ("decoder.onnx", put("decoder", "outputs", 1, "shape", value=[1, 3])),
