@@ -23,19 +23,21 @@ demo: $(DEMO_ENV)/.done ## Segment a photograph with the bundled model
 # One process a core, then by itself what measures time or forks. Modules that hold none of the tests
 # are not named: importing all of them takes ten seconds. schemathesis is used as a library alone.
 run-pytest = $(TEST_BIN)/python -m pytest -p no:schemathesis
-modules-with = $$(grep -rlE --include='test_*.py' '$(1)' tests)
+modules-with = $$(grep -rlE --include='test_*.py' '$(1)' tests | sort)
 define run-tests
-	$(run-pytest) --numprocesses auto --dist loadscope -m "($(1)) and not serial" $(2) $(3)
-	$(run-pytest) -m "($(1)) and serial" $(2) $(call modules-with,mark\.serial)
+	$(run-pytest) --numprocesses auto --dist loadscope -m "($(1)) and not serial" $(2)
+	$(run-pytest) -m "($(1)) and serial" $(3) $(call modules-with,mark\.serial)
 endef
+FULL := --hypothesis-profile=full
 
 test: $(TEST_ENV)/.done lint ## Lint, type-check and run the quick tests
 	$(call run-tests,not slow,,)
 
+# In the order of their names: by the number of tests, the longest modules would come last.
 test-full: export SAM3RT_RUNTIME_ENV := $(abspath $(DEMO_ENV))
 test-full: export SAM3RT_ONNXRUNTIME_WEB := $(abspath $(TEST_ENV))/onnxruntime-web-1.30.0.tgz
 test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.0.tgz ## Run the slow tests, and every property with many examples
-	$(call run-tests,slow or hypothesis,--hypothesis-profile=full,$(call modules-with,mark\.slow|from hypothesis))
+	$(call run-tests,slow or hypothesis,$(FULL) --no-loadscope-reorder $(call modules-with,mark\.slow|from hypothesis),$(FULL))
 
 # In an environment that has sam3rt[gpu] or [rtx], pytest and hypothesis; PyTorch and CuPy add to it.
 test-servers: $(TEST_ENV)/.done ## Run the service in Triton and Ray, which are a gigabyte to fetch

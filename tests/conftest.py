@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
@@ -197,6 +198,12 @@ def tiny_sam3(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return _copied(tiny_export / "sam3_tiny", tmp_path_factory)
 
 
+@pytest.fixture
+def tiny_copy(tiny_sam3: Path, tmp_path: Path) -> Path:
+    """A copy of the SAM 3 of 8x8 pixels, to be changed."""
+    return Path(shutil.copytree(tiny_sam3, tmp_path / "copy"))
+
+
 @pytest.fixture(scope="session")
 def small_sam2(small_sam2_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden data's small SAM 2.1 as a bundle."""
@@ -297,6 +304,24 @@ def golden_images() -> dict[int, NDArray[np.uint8]]:
 def sam2_images() -> dict[int, NDArray[np.uint8]]:
     """Those of SAM 2's golden data."""
     return _drawn(sam2_synthetic.cases()["images"])
+
+
+@pytest.fixture(scope="session")
+def sam3_embeddings(
+    small_model: sam3rt.SegmentationModel, golden_images: dict[int, NDArray[np.uint8]]
+) -> dict[int, sam3rt.ImageEmbedding]:
+    """One per golden image of SAM 3; image 1 goes in as a PIL image, as in the reference."""
+    return {
+        number: small_model.encode(PIL.Image.fromarray(image) if number == 1 else image)
+        for number, image in golden_images.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def mobile_embeddings(default_model: sam3rt.SegmentationModel) -> dict[str, sam3rt.ImageEmbedding]:
+    """One for each photograph, by the bundled MobileSAM."""
+    names = [path.stem for path in sorted(PHOTOS.glob("*.png"))]
+    return {name: default_model.encode(photo(name)) for name in names}
 
 
 def _drawn(entries: dict[str, Any]) -> dict[int, NDArray[np.uint8]]:

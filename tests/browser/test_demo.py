@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import struct
 import urllib.request
 import zipfile
@@ -492,15 +491,14 @@ def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[
 
 @pytest.mark.skipif(not WEB, reason="SAM3RT_ONNXRUNTIME_WEB does not name a package")
 def test_decoding_in_the_page_by_the_rules_of_sam3(
-    browser: Any, tiny_sam3: Path, tmp_path: Path
+    browser: Any, tiny_copy: Path, tmp_path: Path
 ) -> None:
     """Another order of points, other padding and upsampling, and holes that are filled."""
-    bundle = shutil.copytree(tiny_sam3, tmp_path / "bundle")
     # SAM 3's 256 pixels are more than a mask has here: all would be filled.
-    edit_manifest(bundle, lambda document: document["masks"].update(max_hole_area=2))
+    edit_manifest(tiny_copy, lambda document: document["masks"].update(max_hole_area=2))
     picture = tmp_path / "noise.png"
     picture.write_bytes(image_file(noise(24, 31)))
-    with demo_server("--threads", "1", "--bundle", str(bundle)) as address:
+    with demo_server("--threads", "1", "--bundle", str(tiny_copy)) as address:
         context = browser.new_context()
         page = context.new_page()
         page.goto(address)

@@ -22,18 +22,13 @@ IOU_LIMIT = 2e-3
 LOGIT_LIMIT = 0.2
 
 
-@pytest.fixture(scope="module")
-def embeddings(default_model: SegmentationModel) -> dict[str, ImageEmbedding]:
-    return {name: default_model.encode(photo(name)) for name in PHOTOS}
-
-
 @pytest.mark.parametrize("name", golden.mobile_sam_cases())
 def test_predict(
-    name: str, default_model: SegmentationModel, embeddings: dict[str, ImageEmbedding]
+    name: str, default_model: SegmentationModel, mobile_embeddings: dict[str, ImageEmbedding]
 ) -> None:
     case = golden.mobile_sam_cases()[name]
     predictor = SAM3InteractiveImagePredictor(default_model)
-    predictor.set_embedding(embeddings[case["photo"]])
+    predictor.set_embedding(mobile_embeddings[case["photo"]])
     prediction = predictor.predict(**golden.arguments_of(case))
     assert list(prediction[0].shape) == case["shapes"]["masks"]
     assert list(prediction[2].shape) == case["shapes"]["low_res"]
@@ -45,13 +40,13 @@ def test_predict(
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_preprocessing_and_embedding(
-    name: str, default_model: SegmentationModel, embeddings: dict[str, ImageEmbedding]
+    name: str, default_model: SegmentationModel, mobile_embeddings: dict[str, ImageEmbedding]
 ) -> None:
     pixels, place = preprocess(default_model.manifest.image, photo(name))
     assert list(place.input_size) == PHOTOS[name]["input_size"]
     expected = golden.mobile_sam_outputs()
     assert largest_error(pixels[0, :, ::21, ::21], expected[f"{name}/preprocessed"]) <= 1e-5
-    (embedding,) = embeddings[name].numpy().values()
+    (embedding,) = mobile_embeddings[name].numpy().values()
     assert largest_error(embedding[0, ::8, ::4, ::4], expected[f"{name}/embedding"]) <= 2e-3
 
 
@@ -68,9 +63,9 @@ def test_published_scores(
     click: tuple[int, int],
     iou: float,
     default_model: SegmentationModel,
-    embeddings: dict[str, ImageEmbedding],
+    mobile_embeddings: dict[str, ImageEmbedding],
 ) -> None:
     predictor = SAM3InteractiveImagePredictor(default_model)
-    predictor.set_embedding(embeddings[name])
+    predictor.set_embedding(mobile_embeddings[name])
     _, scores, _ = predictor.predict(point_coords=np.array([click]), point_labels=np.array([1]))
     assert scores.max() == pytest.approx(iou, abs=1e-3)

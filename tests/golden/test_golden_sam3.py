@@ -7,7 +7,6 @@ reached is about ten times closer (README.md of the repository).
 from __future__ import annotations
 
 import numpy as np
-import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from tests.support import golden
@@ -24,17 +23,6 @@ LIMITS_WITH_HOLES = {**LIMITS, "mask_pixels": 2e-3}
 CASES = golden.sam_cases("sam3")
 
 
-@pytest.fixture(scope="module")
-def embeddings(
-    small_model: SegmentationModel, golden_images: dict[int, NDArray[np.uint8]]
-) -> dict[int, ImageEmbedding]:
-    """One embedding per golden image; image 1 goes in as a PIL image, as in the reference."""
-    return {
-        number: small_model.encode(PIL.Image.fromarray(image) if number == 1 else image)
-        for number, image in golden_images.items()
-    }
-
-
 def check(name: str, prediction: Prediction) -> None:
     case = CASES[name]
     for array, part in zip(prediction, ("masks", "iou", "low_res"), strict=True):
@@ -49,9 +37,9 @@ def check(name: str, prediction: Prediction) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.get("batch")])
 def test_predict(
-    name: str, small_model: SegmentationModel, embeddings: dict[int, ImageEmbedding]
+    name: str, small_model: SegmentationModel, sam3_embeddings: dict[int, ImageEmbedding]
 ) -> None:
-    check(name, golden.predict_sam_case("sam3", name, small_model, embeddings))
+    check(name, golden.predict_sam_case("sam3", name, small_model, sam3_embeddings))
 
 
 @pytest.mark.parametrize("kind", ["points", "boxes"])
@@ -67,8 +55,8 @@ def test_predict_batch(
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_features(number: int, embeddings: dict[int, ImageEmbedding]) -> None:
-    assert golden.sam_feature_error("sam3", number, embeddings[number]) <= FEATURE_LIMIT
+def test_features(number: int, sam3_embeddings: dict[int, ImageEmbedding]) -> None:
+    assert golden.sam_feature_error("sam3", number, sam3_embeddings[number]) <= FEATURE_LIMIT
 
 
 def test_image_embedding_of_the_predictor(

@@ -25,10 +25,10 @@ def test_sixteen_threads_get_what_one_gets(default_model: SegmentationModel) -> 
 
 
 def test_results_of_another_thread_are_noticed(
-    default_model: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+    tiny_model: SegmentationModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend whose threads share one buffer, as a broken one might."""
-    original = default_model.backend.decode
+    original = tiny_model.backend.decode
     main = threading.get_ident()
 
     def shared(features: Any, prompts: PackedPrompts, outputs: Any) -> Any:
@@ -37,6 +37,6 @@ def test_results_of_another_thread_are_noticed(
             found[0].flat[0] = np.nextafter(found[0].flat[0], np.float32(np.inf))
         return found
 
-    monkeypatch.setattr(default_model.backend, "decode", shared)
-    found = concurrency.compare(default_model, workers=2, count=4, calls_per_image=4)
+    monkeypatch.setattr(tiny_model.backend, "decode", shared)
+    found = concurrency.compare(tiny_model, workers=2, count=4, calls_per_image=4)
     assert found["results_that_differ"] == 4

@@ -10,6 +10,7 @@ import graphlib
 import re
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -313,3 +314,11 @@ def test_nobody_imports_a_test_module() -> None:
         if top(used.module) == "tests"
         and any(part.startswith("test_") for part in (*used.module.split("."), used.name))
     )
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """By default it passes over folders called ``build``, as if they held what was built."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for folder in path.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch(folder, pattern) for pattern in passed_over), path

@@ -216,12 +216,6 @@ def load(path: Path, backend: str) -> SegmentationModel:
     return load_model(path, backend=backend, device="cpu", precision="fp32")
 
 
-@pytest.fixture
-def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny SAM 3's bundle, to be changed."""
-    return Path(shutil.copytree(tiny_sam3, tmp_path / "copy"))
-
-
 def test_uploaded_maps_are_copies(cpu_model: SegmentationModel) -> None:
     embedding = cpu_model.encode(noise(50, 70))
     maps = list(embedding.numpy().values())
@@ -294,46 +288,46 @@ def test_failure_inside_a_library_is_a_backend_error(cpu_model: SegmentationMode
 @pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
 @pytest.mark.parametrize("damage", ["cut", "other graph", "missing"])
 def test_graph_exchanged_after_opening_is_refused(
-    copied: Path, name: str, damage: str, backend: str
+    tiny_copy: Path, name: str, damage: str, backend: str
 ) -> None:
-    model = load(copied, backend)
-    content = (copied / name).read_bytes()
+    model = load(tiny_copy, backend)
+    content = (tiny_copy / name).read_bytes()
     other = "decoder.onnx" if name == "encoder.onnx" else "encoder.onnx"
     if damage == "missing":
-        (copied / name).unlink()
+        (tiny_copy / name).unlink()
     elif damage == "cut":
-        (copied / name).write_bytes(content[:-1])
+        (tiny_copy / name).write_bytes(content[:-1])
     else:
-        shutil.copy(copied / other, copied / name)
+        shutil.copy(tiny_copy / other, tiny_copy / name)
     with pytest.raises(BundleError) as caught:
         model.backend.prepare()
     assert caught.value.file == name
     # It may come back: the failure is not remembered.
-    (copied / name).write_bytes(content)
+    (tiny_copy / name).write_bytes(content)
     model.backend.prepare()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_of_another_export_or_swapped_are_refused(copied: Path, backend: str) -> None:
+def test_graphs_of_another_export_or_swapped_are_refused(tiny_copy: Path, backend: str) -> None:
     # Both carry the right export id.
-    (copied / "encoder.onnx").rename(copied / "other")
-    (copied / "decoder.onnx").rename(copied / "encoder.onnx")
-    (copied / "other").rename(copied / "decoder.onnx")
-    relist(copied)
+    (tiny_copy / "encoder.onnx").rename(tiny_copy / "other")
+    (tiny_copy / "decoder.onnx").rename(tiny_copy / "encoder.onnx")
+    (tiny_copy / "other").rename(tiny_copy / "decoder.onnx")
+    relist(tiny_copy)
     with pytest.raises(BundleError, match="the manifest says"):
-        load(copied, backend).backend.prepare()
-    edit_manifest(copied, lambda d: d.update(export_id="0" * 64))
+        load(tiny_copy, backend).backend.prepare()
+    edit_manifest(tiny_copy, lambda d: d.update(export_id="0" * 64))
     with pytest.raises(BundleError, match="mixed"):
-        load(copied, backend).backend.prepare()
+        load(tiny_copy, backend).backend.prepare()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("content", [b"", b"not ONNX", b"\0" * 1000])
-def test_file_that_is_no_graph_is_refused(copied: Path, content: bytes, backend: str) -> None:
-    (copied / "decoder.onnx").write_bytes(content)
-    relist(copied)
+def test_file_that_is_no_graph_is_refused(tiny_copy: Path, content: bytes, backend: str) -> None:
+    (tiny_copy / "decoder.onnx").write_bytes(content)
+    relist(tiny_copy)
     with pytest.raises((BackendError, BundleError), match=r"decoder\.onnx"):
-        load(copied, backend).backend.prepare()
+        load(tiny_copy, backend).backend.prepare()
 
 
 # --- weights beside a graph -----------------------------------------------------------------------

@@ -38,14 +38,9 @@ def provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeProvider:
 
 
 @pytest.fixture
-def bundle(tiny_sam3: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_sam3, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def built(bundle: Path) -> Path:
-    build_typed_graphs(open_bundle(bundle), ["fp16", "fp16-activations"])
-    return bundle
+def built(tiny_copy: Path) -> Path:
+    build_typed_graphs(open_bundle(tiny_copy), ["fp16", "fp16-activations"])
+    return tiny_copy
 
 
 def load(bundle: Path, **options: Any) -> SegmentationModel:
@@ -61,9 +56,9 @@ def lanes_of(model: SegmentationModel) -> OnnxRuntimeLanes:
 
 
 def test_lanes_compute_what_sessions_on_the_cpu_do(
-    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel
+    provider: FakeProvider, tiny_copy: Path, tiny_model: SegmentationModel
 ) -> None:
-    model = load(bundle, precision="fp32")
+    model = load(tiny_copy, precision="fp32")
     assert (model.backend.name, model.device) == ("onnxruntime", "cuda:0")
     assert set(model.backend.versions()) == {"onnxruntime", "driver"}
     for image in (noise(9, 12), noise(30, 20, 1)):
@@ -79,8 +74,8 @@ def test_lanes_compute_what_sessions_on_the_cpu_do(
     assert model.health().healthy
 
 
-def test_a_batch_is_one_image_at_a_time(provider: FakeProvider, bundle: Path) -> None:
-    model = load(bundle, precision="fp32")
+def test_a_batch_is_one_image_at_a_time(provider: FakeProvider, tiny_copy: Path) -> None:
+    model = load(tiny_copy, precision="fp32")
     images = [noise(9, 12, seed) for seed in range(3)]
     together = model.encode_batch(images)
     for image, embedding in zip(images, together, strict=True):
@@ -91,9 +86,13 @@ def test_a_batch_is_one_image_at_a_time(provider: FakeProvider, bundle: Path) ->
 
 @pytest.mark.parametrize("form", ["each object its image", "one image"])
 def test_several_images_are_answered_as_each_alone(
-    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel, tmp_path: Path, form: str
+    provider: FakeProvider,
+    tiny_copy: Path,
+    tiny_model: SegmentationModel,
+    tmp_path: Path,
+    form: str,
 ) -> None:
-    path = bundle if form != "one image" else one_image_form(tmp_path / "old", bundle).path
+    path = tiny_copy if form != "one image" else one_image_form(tmp_path / "old", tiny_copy).path
     model = load(path, precision="fp32")
     assert model.backend.joins_images == (form != "one image")
     images = [noise(9, 12, seed) for seed in range(3)]
@@ -125,9 +124,9 @@ def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Pa
 
 
 def test_eight_threads_get_their_own_answers(
-    provider: FakeProvider, bundle: Path, tiny_model: SegmentationModel
+    provider: FakeProvider, tiny_copy: Path, tiny_model: SegmentationModel
 ) -> None:
-    model = load(bundle, precision="fp32", gpu=GpuOptions(lanes=3))
+    model = load(tiny_copy, precision="fp32", gpu=GpuOptions(lanes=3))
     images = [noise(9, 12, seed) for seed in range(8)]
 
     def work(index: int) -> float:
@@ -139,8 +138,8 @@ def test_eight_threads_get_their_own_answers(
         assert max(pool.map(work, list(range(8)) * 2)) < 1e-3
 
 
-def test_closing_gives_everything_back(provider: FakeProvider, bundle: Path) -> None:
-    model = load(bundle, precision="fp32")
+def test_closing_gives_everything_back(provider: FakeProvider, tiny_copy: Path) -> None:
+    model = load(tiny_copy, precision="fp32")
     embedding = model.encode(noise(9, 12))
     model.close()
     del model
@@ -153,9 +152,9 @@ def test_closing_gives_everything_back(provider: FakeProvider, bundle: Path) -> 
 
 
 def test_each_set_of_sizes_and_addresses_has_a_graph_of_its_own(
-    provider: FakeProvider, bundle: Path
+    provider: FakeProvider, tiny_copy: Path
 ) -> None:
-    model = load(bundle, precision="fp32")
+    model = load(tiny_copy, precision="fp32")
     assert [options["enable_cuda_graph"] for options in provider.asked] == [1, 1]
     embedding = model.encode(noise(9, 12))
     assert provider.runs == ["1"]
@@ -172,27 +171,27 @@ def test_each_set_of_sizes_and_addresses_has_a_graph_of_its_own(
 
 
 def test_where_graphs_are_refused_it_runs_without(
-    provider: FakeProvider, bundle: Path, caplog: pytest.LogCaptureFixture
+    provider: FakeProvider, tiny_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     provider.records = False
     with caplog.at_level(logging.INFO):
-        model = load(bundle, precision="fp32")
+        model = load(tiny_copy, precision="fp32")
     assert "without a CUDA graph" in caplog.text
     model.decode(model.encode(noise(9, 12)), CLICK)
     assert set(provider.runs) == {"-1"}
 
 
-def test_a_recording_that_fails_is_not_tried_again(provider: FakeProvider, bundle: Path) -> None:
-    model = load(bundle, precision="fp32")
+def test_a_recording_that_fails_is_not_tried_again(provider: FakeProvider, tiny_copy: Path) -> None:
+    model = load(tiny_copy, precision="fp32")
     provider.breaks["1"] = RuntimeError("operation not permitted when stream is capturing")
     model.encode(noise(9, 12))
     model.encode(noise(9, 12))
     assert provider.runs == ["1", "-1", "-1"]
 
 
-def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Path) -> None:
+def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, tiny_copy: Path) -> None:
     provider.records = False
-    model = load(bundle, precision="fp32")
+    model = load(tiny_copy, precision="fp32")
     provider.breaks["-1"] = RuntimeError("CUDA failure 2: out of memory")
     with pytest.raises(BackendError, match="out of memory"):
         model.encode(noise(9, 12))
@@ -200,10 +199,10 @@ def test_a_failure_is_an_error_of_the_backend(provider: FakeProvider, bundle: Pa
 
 
 def test_graphs_that_no_context_needs_any_more_do_not_pile_up(
-    provider: FakeProvider, bundle: Path
+    provider: FakeProvider, tiny_copy: Path
 ) -> None:
     """ONNX Runtime keeps each to the session's end."""
-    model = load(bundle, precision="fp32")
+    model = load(tiny_copy, precision="fp32")
     with model.backend._pool.lane() as lane:
         decoder = lane._network.decoder
     numbers = [decoder.context()._number for _ in range(1000)]
@@ -238,8 +237,8 @@ def test_a_verdict_is_also_about_where_tf32_is_allowed(
     assert before.subject != after.subject
 
 
-def test_bf16_is_offered_by_name_only(provider: FakeProvider, bundle: Path) -> None:
-    opened = open_bundle(bundle)
+def test_bf16_is_offered_by_name_only(provider: FakeProvider, tiny_copy: Path) -> None:
+    opened = open_bundle(tiny_copy)
     build_typed_graphs(opened, ["bf16"])
     found = offer(opened, BackendOptions(device="cuda")).recipes
     assert [recipe.name for recipe in found] == ["tf32", "fp32"]
@@ -299,25 +298,25 @@ def test_sums_in_fp16_are_another_subject(
     assert set(before) & set(versions()) == set()
 
 
-def test_what_was_not_built_says_how_to(provider: FakeProvider, bundle: Path) -> None:
+def test_what_was_not_built_says_how_to(provider: FakeProvider, tiny_copy: Path) -> None:
     with pytest.raises(
         BackendError, match=r"sam3rt build .* --backend onnxruntime --precision bf16"
     ):
-        load(bundle, precision="bf16")
+        load(tiny_copy, precision="bf16")
     with pytest.raises(BackendError, match="offers tf32, fp32 on cuda") as caught:
-        load(bundle, precision="nonsense")
+        load(tiny_copy, precision="nonsense")
     assert "build" not in str(caught.value)
 
 
 def test_cuda_computes_in_tf32_only_where_the_gate_has_let_it(
-    provider: FakeProvider, bundle: Path
+    provider: FakeProvider, tiny_copy: Path
 ) -> None:
     """The provider's own default is TF32, which would be called FP32 here."""
-    offered = offer(open_bundle(bundle), BackendOptions(device="cuda")).recipes
+    offered = offer(open_bundle(tiny_copy), BackendOptions(device="cuda")).recipes
     assert [(r.name, r.subject is not None) for r in offered] == [("tf32", True), ("fp32", False)]
     for precision, allowed in (("tf32", 1), ("fp32", 0)):
         provider.asked.clear()
-        load(bundle, precision=precision)
+        load(tiny_copy, precision=precision)
         assert [options["use_tf32"] for options in provider.asked] == [allowed] * 2
 
 

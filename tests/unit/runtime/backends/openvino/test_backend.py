@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,6 @@ def tiny(tmp_path: Path) -> Path:
     """A bundle that opens but whose graphs are not loaded."""
     tiny_bundle(tmp_path / "tiny")
     return tmp_path / "tiny"
-
-
-@pytest.fixture
-def copied(tiny_sam3: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny SAM 3's bundle, to be changed."""
-    shutil.copytree(tiny_sam3, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 @pytest.fixture(autouse=True)
@@ -129,21 +121,21 @@ def test_unknown_precisions_are_refused(tiny: Path, precision: str) -> None:
 
 
 def test_without_bf16_auto_is_fp32_and_bf16_is_refused(
-    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
+    tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(backend_module, "_has_bf16", lambda core: False)
-    assert load_model(small_bundle, backend="openvino", check_files=False).backend.precision == (
+    assert load_model(tiny_sam3, backend="openvino", check_files=False).backend.precision == (
         "fp32"
     )
     for precision in ("bf16", "bf16-encoder", "bf16-unproven"):
         with pytest.raises(BackendError, match="no BF16"):
-            load_model(small_bundle, backend="openvino", precision=precision, check_files=False)
+            load_model(tiny_sam3, backend="openvino", precision=precision, check_files=False)
     assert judged["asked"] == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_reach_the_graphs(
-    small_bundle: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     made: list[Any] = []
     original = backend_module.CompiledGraph
@@ -154,7 +146,7 @@ def test_threads_reach_the_graphs(
 
     monkeypatch.setattr(backend_module, "CompiledGraph", spy)
     model = load_model(
-        small_bundle, backend="openvino", precision="fp32", threads=threads, check_files=False
+        tiny_sam3, backend="openvino", precision="fp32", threads=threads, check_files=False
     )
     assert not made
     model.backend.prepare()
@@ -166,9 +158,7 @@ def test_threads_reach_the_graphs(
 # --- what it computes -----------------------------------------------------------------------------
 
 
-def test_fp32_is_within_the_bundles_own_limits(
-    ov_model: SegmentationModel, small_model: SegmentationModel
-) -> None:
+def test_fp32_is_within_the_bundles_own_limits(ov_model: SegmentationModel) -> None:
     limits = ov_model.manifest.parity.limits
     record = load_record(ov_model.bundle)
     measured = verify(ov_model.backend, ov_model.manifest, record, limits)
@@ -261,67 +251,69 @@ def test_hidden_layers_come_in_parts_where_there_are_tiles(
 # --- graphs that are not what the manifest says ---------------------------------------------------
 
 
-def test_signature_other_than_the_manifests_is_refused(copied: Path) -> None:
-    edit_manifest(copied, lambda d: d["decoder"]["inputs"][4].update(dtype="int32"))
+def test_signature_other_than_the_manifests_is_refused(tiny_copy: Path) -> None:
+    edit_manifest(tiny_copy, lambda d: d["decoder"]["inputs"][4].update(dtype="int32"))
     with pytest.raises(BundleError, match="the manifest says"):
-        load_model(copied, backend="openvino", precision="fp32").backend.prepare()
+        load_model(tiny_copy, backend="openvino", precision="fp32").backend.prepare()
 
 
 # --- the gate -------------------------------------------------------------------------------------
 
 
 def test_the_first_recipe_that_passes_is_used_and_remembered(
-    copied: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture, cache: Path
+    tiny_copy: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture, cache: Path
 ) -> None:
     judged["bf16"] = WRONG
     with caplog.at_level(logging.INFO, "sam3rt"):
-        model = load_model(copied, backend="openvino", check_files=False)
+        model = load_model(tiny_copy, backend="openvino", check_files=False)
         assert model.backend.precision == "bf16-encoder"
     assert (
         "bf16 fails the gate on this machine: click masks: least IoU 0.5, at least 0.9 allowed"
         in caplog.text
     )
-    again = load_model(copied, backend="openvino", check_files=False)
+    again = load_model(tiny_copy, backend="openvino", check_files=False)
     assert again.backend.precision == "bf16-encoder"
     assert judged["asked"] == ["bf16", "bf16-encoder"]
     names = sorted(
         path.name.rsplit("-", 1)[0] for path in (cache / "sam3rt" / "verdicts").iterdir()
     )
     assert names == ["openvino-bf16", "openvino-bf16-encoder"]
-    open_bundle(copied)
+    open_bundle(tiny_copy)
 
 
 def test_a_verdict_on_graphs_in_parts_is_not_one_on_whole_ones(
-    copied: Path, judged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_copy: Path, judged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A virtual machine may hide the tiles of a processor that has the same name elsewhere."""
     for tiles in (True, False, True):
         monkeypatch.setattr(backend_module, "processor_has", lambda flag, found=tiles: found)
-        model = load_model(copied, backend="openvino", precision="bf16", check_files=False)
+        model = load_model(tiny_copy, backend="openvino", precision="bf16", check_files=False)
         assert model.backend.precision == "bf16"
     assert judged["asked"] == ["bf16", "bf16"]
 
 
 def test_where_all_fail_auto_is_fp32_and_insisting_raises(
-    copied: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture
+    tiny_copy: Path, judged: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     judged |= dict.fromkeys(REDUCED, WRONG)
-    assert load_model(copied, backend="openvino", check_files=False).backend.precision == "fp32"
+    assert load_model(tiny_copy, backend="openvino", check_files=False).backend.precision == "fp32"
     for _ in range(2):
         with pytest.raises(VerificationError, match=r"least IoU 0\.5, at least 0\.9"):
-            load_model(copied, backend="openvino", precision="bf16", check_files=False)
+            load_model(tiny_copy, backend="openvino", precision="bf16", check_files=False)
     assert judged["asked"] == REDUCED
-    unproven = load_model(copied, backend="openvino", precision="bf16-unproven", check_files=False)
+    unproven = load_model(
+        tiny_copy, backend="openvino", precision="bf16-unproven", check_files=False
+    )
     assert unproven.backend.precision == "bf16"
     assert "without proof" in caplog.text
     assert judged["asked"] == REDUCED
 
 
 def test_where_the_feature_maps_fail_no_recipe_with_that_encoder_is_tried(
-    copied: Path, judged: dict[str, Any]
+    tiny_copy: Path, judged: dict[str, Any]
 ) -> None:
     judged["bf16"] = Measurement("image 0", "features 0", "cosine", 0.5, 0.999, at_least=True)
-    model = load_model(copied, backend="openvino", check_files=False)
+    model = load_model(tiny_copy, backend="openvino", check_files=False)
     assert model.backend.precision == "bf16-mixed"
     assert judged["asked"] == ["bf16", "bf16-mixed"]
 
@@ -332,8 +324,8 @@ def test_auto_does_not_try_what_is_known_to_fail(judged: dict[str, Any]) -> None
 
 
 @needs_bf16
-def test_the_gate_really_runs_the_reduced_graphs(copied: Path, cache: Path) -> None:
-    model = load_model(copied, backend="openvino", check_files=False)
+def test_the_gate_really_runs_the_reduced_graphs(tiny_copy: Path, cache: Path) -> None:
+    model = load_model(tiny_copy, backend="openvino", check_files=False)
     used = model.backend.precision
     figures = {
         path.name.rsplit("-", 1)[0]: json.loads(path.read_text())
@@ -345,11 +337,11 @@ def test_the_gate_really_runs_the_reduced_graphs(copied: Path, cache: Path) -> N
 
 
 def test_info_tells_what_is_remembered(
-    copied: Path, judged: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tiny_copy: Path, judged: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     judged["bf16"] = WRONG
-    assert load_model(copied, backend="openvino", check_files=False).backend.precision
-    assert main(["info", str(copied), "--json"]) == 0
+    assert load_model(tiny_copy, backend="openvino", check_files=False).backend.precision
+    assert main(["info", str(tiny_copy), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["packages"]["openvino"]
     assert said["openvino_recipes"]["bf16"].startswith("failed: click masks: least IoU 0.5")

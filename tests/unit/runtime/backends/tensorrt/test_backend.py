@@ -97,12 +97,6 @@ def mobile_imaging(mobile_rig: Rig) -> SegmentationModel:
     return with_imaging(mobile_rig)
 
 
-@pytest.fixture(scope="module")
-def mobile_embeddings(default_model: SegmentationModel) -> dict[str, ImageEmbedding]:
-    names = ("chelsea", "coffee", "astronaut", "rocket")
-    return {name: default_model.encode(photo(name)) for name in names}
-
-
 def moved(embedding: ImageEmbedding, model: SegmentationModel) -> ImageEmbedding:
     """An embedding of another backend, for this one."""
     return ImageEmbedding(
@@ -125,13 +119,6 @@ def equal(
         assert (actual[0] != expected[0]).mean() <= 1e-5
     np.testing.assert_allclose(actual[1], expected[1], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(actual[2], expected[2], atol=TOLERANCE * 10, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def sam3_embeddings(
-    small_model: SegmentationModel, golden_images: dict[int, NDArray[np.uint8]]
-) -> dict[int, ImageEmbedding]:
-    return {number: small_model.encode(image) for number, image in golden_images.items()}
 
 
 @pytest.mark.parametrize("name", [n for n, case in SAM3_CASES.items() if not case.get("batch")])
