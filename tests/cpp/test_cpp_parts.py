@@ -130,7 +130,7 @@ def test_pixel_formats(cpp_build: Build, form: str) -> None:
 
 
 @EACH_BUILD
-def test_what_is_no_image(cpp_build: Build) -> None:
+def test_what_is_no_image(cpp_build: Build, tiny_sam3: Path) -> None:
     views: list[Step] = [
         {"height": 1, "width": 1, "null": True},
         {"height": 0, "width": 1},
@@ -146,7 +146,7 @@ def test_what_is_no_image(cpp_build: Build) -> None:
     ]
     results = cpp_build.run(
         [
-            {"op": "load_model", "model": "m", "path": default_bundle_path()},
+            {"op": "load_model", "model": "m", "path": tiny_sam3},
             *({"op": "encode_view", "model": "m", "embedding": "e", **view} for view in views),
             {"op": "encode_view", "model": "m", "embedding": "e", "height": 1, "width": 1},
         ]
@@ -339,8 +339,8 @@ def test_copies_between_devices(cpp_build: Build) -> None:
 
 
 @EACH_BUILD
-def test_devices(cpp_build: Build) -> None:
-    load: Step = {"op": "load_model", "model": "m", "path": default_bundle_path()}
+def test_devices(cpp_build: Build, tiny_sam3: Path) -> None:
+    load: Step = {"op": "load_model", "model": "m", "path": tiny_sam3}
     for device in ("", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:1000", "CUDA", "tensorrt:-1"):
         cpp_build.one(**load, device=device).refusal("InvalidInputError", "device")
     for name in ("threads", "concurrent_encodes", "concurrent_decodes"):
