@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
-from tests.support.cpp_driver import Build, Step
+from tests.support.cpp_driver import EACH_BUILD, Build, Step
 from tests.support.golden_calls import Golden
 from tests.support.helpers import MOBILE_IMAGE, MOBILE_PROMPTS, SAM3_IMAGE, SAM3_PROMPTS, noise
 
@@ -30,6 +30,7 @@ PIXEL_LIMIT = 1e-5
 # --- hashes and images ----------------------------------------------------------------------------
 
 
+@EACH_BUILD
 def test_hashes(cpp_build: Build, tmp_path: Path) -> None:
     """Every length around a block's, in one piece and in several.
 
@@ -45,6 +46,7 @@ def test_hashes(cpp_build: Build, tmp_path: Path) -> None:
     assert [result.value for result in cpp_build.run(steps)] == expected
 
 
+@EACH_BUILD
 @pytest.mark.parametrize("rounded", [True, False])
 def test_resize_is_pillows(cpp_build: Build, rounded: bool) -> None:
     rng = np.random.default_rng(7)
@@ -67,6 +69,7 @@ def test_resize_is_pillows(cpp_build: Build, rounded: bool) -> None:
         np.testing.assert_array_equal(result.arrays["pixels"], array)
 
 
+@EACH_BUILD
 def test_preprocessing(cpp_build: Build, golden: Golden) -> None:
     spec = sam3rt.open_bundle(golden.bundle).manifest.image
     images = [noise(*size) for size in SIZES] + list(golden.images.values())
@@ -82,6 +85,7 @@ def test_preprocessing(cpp_build: Build, golden: Golden) -> None:
         np.testing.assert_allclose(result.arrays["pixels"], pixels, atol=PIXEL_LIMIT, rtol=0)
 
 
+@EACH_BUILD
 def test_rows_may_be_padded(cpp_build: Build) -> None:
     """An image inside a larger one, as video frames often are."""
     image = noise(20, 30)
@@ -99,6 +103,7 @@ def test_rows_may_be_padded(cpp_build: Build) -> None:
     np.testing.assert_array_equal(padded.arrays["pixels"], plain.arrays["pixels"])
 
 
+@EACH_BUILD
 @pytest.mark.parametrize("form", ["bgr", "rgba", "bgra", "grey"])
 def test_pixel_formats(cpp_build: Build, form: str) -> None:
     """As of the RGB image with the same colours, whichever axis is resized first, or none."""
@@ -124,7 +129,8 @@ def test_pixel_formats(cpp_build: Build, form: str) -> None:
         np.testing.assert_array_equal(result.arrays["pixels"], wanted)
 
 
-def test_what_is_no_image(cpp_build: Build) -> None:
+@EACH_BUILD
+def test_what_is_no_image(cpp_build: Build, tiny_sam3: Path) -> None:
     views: list[Step] = [
         {"height": 1, "width": 1, "null": True},
         {"height": 0, "width": 1},
@@ -140,7 +146,7 @@ def test_what_is_no_image(cpp_build: Build) -> None:
     ]
     results = cpp_build.run(
         [
-            {"op": "load_model", "model": "m", "path": default_bundle_path()},
+            {"op": "load_model", "model": "m", "path": tiny_sam3},
             *({"op": "encode_view", "model": "m", "embedding": "e", **view} for view in views),
             {"op": "encode_view", "model": "m", "embedding": "e", "height": 1, "width": 1},
         ]
@@ -202,6 +208,7 @@ def random_prompts(rng: np.random.Generator, mask_size: tuple[int, int]) -> dict
     return prompts
 
 
+@EACH_BUILD
 @pytest.mark.filterwarnings("ignore::sam3rt.errors.PromptWarning")
 @pytest.mark.parametrize("spec", [SAM3_PROMPTS, MOBILE_PROMPTS], ids=["sam3", "mobile_sam"])
 def test_packing_prompts(cpp_build: Build, spec: PromptSpec) -> None:
@@ -247,6 +254,7 @@ def blobs(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float
     return (4 * field + 2 * rng.normal(size=(height, width))).astype(np.float32)
 
 
+@EACH_BUILD
 def test_small_components(cpp_build: Build) -> None:
     rng = np.random.default_rng(5)
     masks = [
@@ -299,6 +307,7 @@ def finish_case(rng: np.random.Generator) -> tuple[Step, NDArray[Any]]:
     return step, finish(low_res, inside, image, masks, MaskOptions(**options))
 
 
+@EACH_BUILD
 def test_finishing_masks(cpp_build: Build) -> None:
     rng = np.random.default_rng(17)
     cases = [finish_case(rng) for _ in range(80)]
@@ -320,6 +329,7 @@ def test_finishing_masks(cpp_build: Build) -> None:
 # --- devices --------------------------------------------------------------------------------------
 
 
+@EACH_BUILD
 def test_copies_between_devices(cpp_build: Build) -> None:
     """The graph that moves feature maps to and from a GPU, here over the host's memory."""
     array = np.random.default_rng(0).normal(size=(1, 3, 5, 7)).astype(np.float32)
@@ -328,8 +338,9 @@ def test_copies_between_devices(cpp_build: Build) -> None:
     np.testing.assert_array_equal(result.arrays["copy"], array)
 
 
-def test_devices(cpp_build: Build) -> None:
-    load: Step = {"op": "load_model", "model": "m", "path": default_bundle_path()}
+@EACH_BUILD
+def test_devices(cpp_build: Build, tiny_sam3: Path) -> None:
+    load: Step = {"op": "load_model", "model": "m", "path": tiny_sam3}
     for device in ("", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:1000", "CUDA", "tensorrt:-1"):
         cpp_build.one(**load, device=device).refusal("InvalidInputError", "device")
     for name in ("threads", "concurrent_encodes", "concurrent_decodes"):
@@ -342,10 +353,12 @@ def test_devices(cpp_build: Build) -> None:
             assert device.partition(":")[0] in result.refusal("BackendError")
 
 
+@EACH_BUILD
 def test_values_that_were_moved_from_may_be_copied(cpp_build: Build) -> None:
     assert cpp_build.one(op="moved_from").value == [6, 0, 0, 0, 6, 0, 1.0]
 
 
+@EACH_BUILD
 def test_version(cpp_build: Build) -> None:
     assert cpp_build.one(op="version").value == sam3rt.__version__
 

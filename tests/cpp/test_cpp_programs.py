@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from tests.conftest import PHOTOS
-from tests.support.cpp_driver import ROOT, Build
+from tests.support.cpp_driver import EACH_BUILD, ROOT, Build
 from tests.support.golden_calls import Golden
 from tests.support.helpers import noise
 
@@ -26,20 +26,19 @@ BUNDLE = default_bundle_path()
 CHELSEA = PHOTOS / "chelsea.png"
 
 
-@pytest.fixture(scope="module")
-def model() -> sam3rt.SegmentationModel:
-    """The bundled model in the Python runtime, on what C++ runs it on too."""
-    return sam3rt.load_model(backend="onnxruntime", device="cpu")
-
-
-def test_c_program(cpp_build: Build, model: sam3rt.SegmentationModel, tmp_path: Path) -> None:
+@EACH_BUILD
+def test_c_program(
+    cpp_build: Build, tiny_sam3: Path, tiny_model: sam3rt.SegmentationModel, tmp_path: Path
+) -> None:
     pixels = noise(30, 40)
     (tmp_path / "image.rgb").write_bytes(pixels.tobytes())
-    done = cpp_build.program("tests/c_interface", BUNDLE, tmp_path / "image.rgb", 30, 40, tmp_path)
+    done = cpp_build.program(
+        "tests/c_interface", tiny_sam3, tmp_path / "image.rgb", 30, 40, tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
 
-    predictor = sam3rt.SAM3InteractiveImagePredictor(model)
+    predictor = sam3rt.SAM3InteractiveImagePredictor(tiny_model)
     predictor.set_image(pixels)
     click: dict[str, Any] = {"point_coords": [[20, 15], [3, 4]], "point_labels": [1, 0]}
     first = predictor.predict(**click)
@@ -59,12 +58,12 @@ def test_c_program(cpp_build: Build, model: sam3rt.SegmentationModel, tmp_path: 
     logits = predictor.predict(**refined, return_logits=True)[0]
     values = np.frombuffer((tmp_path / "logits").read_bytes(), np.float32)
     np.testing.assert_allclose(values, logits.ravel(), atol=1e-4, rtol=0)
-    assert model.load_embedding(tmp_path / "image.embedding").original_size == (30, 40)
+    assert tiny_model.load_embedding(tmp_path / "image.embedding").original_size == (30, 40)
 
 
 @pytest.mark.parametrize("name", ["address", "thread"])
-def test_threads(cpp_builds: Path, name: str, tmp_path: Path) -> None:
-    done = Build(cpp_builds / name, tmp_path).program("tests/threads", BUNDLE, tmp_path)
+def test_threads(cpp_builds: Path, name: str, tiny_sam3: Path, tmp_path: Path) -> None:
+    done = Build(cpp_builds / name, tmp_path).program("tests/threads", tiny_sam3, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
     assert done.stdout == "4 threads, 0 failures\n"
     assert [path.name for path in tmp_path.iterdir()] == ["shared.embedding"]
@@ -105,6 +104,7 @@ def read_png(path: Path) -> NDArray[Any]:
         return np.asarray(image)
 
 
+@pytest.mark.parametrize("cpp_build", ["release"], indirect=True)
 @pytest.mark.parametrize(
     "options",
     [

@@ -22,6 +22,7 @@ from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines
 from tests.support.cpp_machine import (
     BOX,
     CLICK,
+    EACH_MACHINE,
     FOLDER,
     IMAGE,
     Machine,
@@ -45,6 +46,7 @@ def mask_prompts(model: sam3rt.SegmentationModel, count: int) -> NDArray[np.floa
     return rng.normal(0, 5, (count, 1, *size)).astype(np.float32)
 
 
+@EACH_MACHINE
 @pytest.mark.parametrize("maps", ["float", "half"])
 def test_predictions_are_those_of_the_graphs(
     machine: Machine, model: sam3rt.SegmentationModel, tmp_path: Path, maps: str
@@ -114,6 +116,7 @@ def test_forms_of_results(machine: Machine, bundle: Path, tiny_model: Any) -> No
     assert_same(plain, predictor.predict(**many_objects(3)))
 
 
+@EACH_MACHINE
 def test_embeddings_travel(machine: Machine, bundle: Path, tiny_model: Any, tmp_path: Path) -> None:
     """Files of embeddings are the same whatever made them, in either direction."""
     add_engines(bundle)
@@ -135,6 +138,7 @@ def test_embeddings_travel(machine: Machine, bundle: Path, tiny_model: Any, tmp_
     assert (tmp_path / "gpu.embedding").read_bytes() == (tmp_path / "cpu.embedding").read_bytes()
 
 
+@EACH_MACHINE
 def test_engines_are_proved_at_the_first_load(
     machine: Machine, bundle: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +166,7 @@ def test_engines_are_proved_at_the_first_load(
     assert "sam3rt build" in message
 
 
+@EACH_MACHINE
 def test_damaged_engines(machine: Machine, bundle: Path) -> None:
     add_engines(bundle)
     engine = bundle / "engines" / FOLDER / "decoder.engine"
@@ -175,6 +180,7 @@ def test_damaged_engines(machine: Machine, bundle: Path) -> None:
     assert machine.run(loaded(bundle))[0].error is None
 
 
+@EACH_MACHINE
 def test_versions_of_tensorrt(machine: Machine, bundle: Path) -> None:
     add_engines(bundle)
     message = machine.run(loaded(bundle), STAND_IN_TENSORRT="10.4.0.11")[0].refusal("BackendError")
@@ -186,6 +192,7 @@ def test_versions_of_tensorrt(machine: Machine, bundle: Path) -> None:
     assert machine.run(loaded(bundle))[0].error is None
 
 
+@EACH_MACHINE
 def test_without_a_driver(machine: Machine, bundle: Path) -> None:
     add_engines(bundle)
     environment = {"LD_LIBRARY_PATH": ""}
@@ -195,6 +202,7 @@ def test_without_a_driver(machine: Machine, bundle: Path) -> None:
     assert "GPU 7" in found.refusal("BackendError")
 
 
+@EACH_MACHINE
 def test_auto(machine: Machine, bundle: Path) -> None:
     """TensorRT, then what ONNX Runtime has, if it is there; the log says why."""
     has_onnxruntime = machine.build.path.name == "address"
@@ -214,8 +222,6 @@ def test_auto(machine: Machine, bundle: Path) -> None:
 
 
 def test_the_example_says_what_computed(machine: Machine, bundle: Path, tmp_path: Path) -> None:
-    if machine.build.path.name != "address":
-        pytest.skip("built there alone")
     add_engines(bundle)
     PIL.Image.fromarray(IMAGE).save(tmp_path / "image.png")
     output = tmp_path / "output"

@@ -208,10 +208,10 @@ def test_as_few_runs_as_objects_need(machine: Machine, proved: Path) -> None:
     assert kinds == len(IMAGES) + 2
 
 
+@pytest.mark.parametrize("machine", ["tensorrt"], indirect=True)
 def test_large_pictures(machine: Machine, proved: Path) -> None:
-    """Two do not have their masks made at once, and a small one goes with either."""
-    if machine.build.path.name == "address":
-        pytest.skip("150 million pixels take too long with sanitizers")
+    """Two do not have their masks made at once, and a small one goes with either. 150 million
+    pixels take too long with sanitizers."""
     images = [noise(5000, 5000), IMAGES[0], noise(5000, 5001)]
     start = [loaded(proved), *encoded(images), step("predictor")]
     count, results = runs(machine, *start, *asked([CLICK] * 3, form="bits"))

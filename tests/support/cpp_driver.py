@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from sam3rt.accuracy.verdicts import StoredVerdict, save_verdict
@@ -23,6 +24,8 @@ SANITIZERS = ROOT / "runtime" / "cpp" / "sanitizers"
 # What runs programs that were built for another processor, such as QEMU with its options.
 EMULATOR = shlex.split(os.environ.get("SAM3RT_CPP_EMULATOR", ""))
 Step = dict[str, Any]
+# For tests of what computes: as users build it, then with sanitizers.
+EACH_BUILD = pytest.mark.parametrize("cpp_build", ["release", "address"], indirect=True)
 
 
 @dataclass(frozen=True)

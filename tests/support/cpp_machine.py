@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tests.support.cpp_driver import Build, Result, Step, as_prompts
 from tests.support.helpers import noise
 from tests.support.vectors import load
 
+# A build without ONNX Runtime, then one with it and with sanitizers.
+EACH_MACHINE = pytest.mark.parametrize("machine", ["tensorrt", "address"], indirect=True)
 FOLDER = "nvidia-l4-sm89-tensorrt-10.3.0-fp16"
 IMAGE = noise(50, 70)
 CLICK: dict[str, Any] = {"point_coords": [[30, 25], [8, 9], [60, 40]], "point_labels": [1, 0, 1]}

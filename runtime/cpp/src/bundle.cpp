@@ -356,14 +356,14 @@ bool has_object_score(const Manifest& manifest) {
                        [](const TensorSpec& spec) { return spec.name == object_score; });
 }
 
-std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimask) {
-    std::vector<std::string> outputs =
-        multimask ? std::vector<std::string>{"pred_masks", "iou_scores"}
-                  : std::vector<std::string>{"single_pred_masks", "single_iou_scores"};
-    if (has_object_score(manifest)) {
-        outputs.push_back(object_score);
-    }
-    return outputs;
+const std::vector<std::string>& decoder_outputs(const Manifest& manifest, bool multimask) {
+    // By whether there are scores of objects. Every call asks: it allocates nothing.
+    static const std::array<std::vector<std::string>, 2> multi = {
+        {{"pred_masks", "iou_scores"}, {"pred_masks", "iou_scores", object_score}}};
+    static const std::array<std::vector<std::string>, 2> single = {
+        {{"single_pred_masks", "single_iou_scores"},
+         {"single_pred_masks", "single_iou_scores", object_score}}};
+    return (multimask ? multi : single)[has_object_score(manifest) ? 1 : 0];
 }
 
 std::vector<FileEntry> Manifest::files() const {

@@ -92,7 +92,7 @@ inline constexpr ParityLimits loosest_limits{0.1, 0.999, 0.1, 0.05, 0.99};
 bool has_object_score(const Manifest& manifest);
 
 /// The decoder's outputs that a call needs: logits, IoUs and, where there is one, the object score.
-std::vector<std::string> decoder_outputs(const Manifest& manifest, bool multimask);
+const std::vector<std::string>& decoder_outputs(const Manifest& manifest, bool multimask);
 
 /// Read a bundle's manifest and check it against itself and, if asked to, its files.
 /// Throws BundleError, naming the file at fault.

@@ -434,7 +434,7 @@ int main(int count, char** arguments) {
     expect(strlen(sam3rt_model_fingerprint(model)) == 64, "fingerprint");
     expect(strlen(sam3rt_model_name(model)) > 0, "name");
     sam3rt_model_mask_size(model, &height, &width);
-    expect(height == width && height >= 256, "size of mask prompts");
+    expect(height == width && height >= 16, "size of mask prompts");
     expect(sam3rt_model_encoder_loaded(model) == 0, "graphs are loaded at first use");
 
     succeed(sam3rt_predictor_new(model, NULL, &predictor, &error), &error, "a predictor");
