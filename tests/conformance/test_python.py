@@ -35,7 +35,8 @@ def outcome(action: Callable[[], Any]) -> Any:
         return action()
     except sam3rt.Sam3rtError as error:
         subject = getattr(error, "argument", None) or getattr(error, "file", None) or ""
-        return Refusal(type(error).__name__, subject)
+        public = next(kind for kind in type(error).__mro__ if kind.__module__ == "sam3rt.errors")
+        return Refusal(public.__name__, subject)
 
 
 def image_spec(rules: Document) -> ImageSpec:
