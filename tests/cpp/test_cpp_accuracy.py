@@ -121,13 +121,16 @@ def test_scores_that_are_log_odds(cpp_build: Build, tmp_path: Path) -> None:
     arrays, description = read_record(bundle.path / "parity.npz")
     write_record(bundle.path, arrays, description | {"iou_unit": "log_odds"})
     bundle = open_bundle(bundle.path)
-    changes = [{"output": "iou_scores", "at": at, "value": 200.0 * at - 100} for at in (0, 1)]
-    found = cpp_build.one(op="judge", path=bundle.path, changes=changes).value["report"]
+    huge = [{"output": "iou_scores", "at": at, "value": 200.0 * at - 100} for at in (0, 1)]
+    infinite = [{"output": "iou_scores", "at": 0, "value": value} for value in ("inf", "-inf")]
     backend = sam3rt.load_model(bundle.path, backend="onnxruntime", device="cpu").backend
-    runner = ChangedRunner(backend, bundle, changes)
-    expected = list(verify(runner, bundle.manifest, load_record(bundle), GATE_LIMITS))
-    same_measurements(found["measurements"], expected)
-    assert all(m.value <= 1 for m in expected if m.output == "predicted IoU")
+    for changes in (huge, *([change] for change in infinite)):
+        found = cpp_build.one(op="judge", path=bundle.path, changes=changes).value["report"]
+        runner = ChangedRunner(backend, bundle, changes)
+        expected = list(verify(runner, bundle.manifest, load_record(bundle), GATE_LIMITS))
+        same_measurements(found["measurements"], expected)
+        errors = [m.value for m in expected if m.output == "predicted IoU"]
+        assert all(error <= 1 for error in errors) == (changes is huge)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tests.support import vectors as stored
 from tests.support.cpp_driver import Build, Step, as_prompts
 from tests.support.helpers import noise
@@ -167,13 +168,22 @@ def test_header_that_reaches_into_blank_data(cpp_build: Build, tmp_path: Path) -
         result.refusal("EmbeddingError")
 
 
+@pytest.mark.parametrize("huge", [slice(None), slice(1)], ids=["all", "finest"])
 def test_values_that_are_not_finite(
-    cpp_build: Build, tiny_model: sam3rt.SegmentationModel, tmp_path: Path
+    cpp_build: Build, tiny_model: sam3rt.SegmentationModel, tmp_path: Path, huge: slice
 ) -> None:
-    """Maps of huge values give scores that are no numbers: no call returns masks made of them."""
+    """Maps of huge values give values that are no numbers: no call returns masks made of them.
+
+    The finest map is in no score.
+    """
     manifest = tiny_model.manifest
+    names = [spec.name for spec in manifest.encoder.outputs]
     forged = {
-        spec.name: np.full((1, *spec.shape[1:]), 3e38, np.float32)  # type: ignore[arg-type]
+        spec.name: np.full(
+            (1, *spec.shape[1:]),  # type: ignore[arg-type]
+            3e38 if spec.name in names[huge] else 0.1,
+            np.float32,
+        )
         for spec in manifest.encoder.outputs
     }
     inside = geometry(manifest.image, (300, 451))

@@ -43,13 +43,12 @@ Array<float> without_batch(Array<float>& array, std::size_t rank) {
     return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
 }
 
-/// Scores are few and depend on everything before them, so that checking them costs nothing and
-/// notices what went wrong there.
-void require_finite(const Array<float>& scores) {
-    if (!is_finite(scores)) {
+/// A mask of NaN would be an empty one.
+void require_finite(const Array<float>& values) {
+    if (!is_finite(values)) {
         throw BackendError(
-            "the decoder returned scores that are not finite: the embedding or the device is at "
-            "fault");
+            "the decoder returned values that are not finite: the embedding or a mask prompt is "
+            "broken, or the model's values leave the range of what it computes in");
     }
 }
 
@@ -94,6 +93,7 @@ DecodedMasks decoded_of(const Manifest& about, std::vector<Array<float>>& result
         decoded.low_res_masks.size() == 0) {
         throw BackendError("the decoder returned masks and scores that do not fit each other");
     }
+    require_finite(decoded.low_res_masks);
     require_finite(decoded.iou_predictions);
     if (has_object_score(about)) {
         require_finite(results[2]);

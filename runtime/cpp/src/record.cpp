@@ -162,11 +162,14 @@ Array<float> subsample_logits(const Array<float>& logits) {
     return subsample(logits, {logit_stride, logit_stride});
 }
 
-/// Predicted log-odds as IoUs, in which limits are given.
+/// Predicted log-odds as IoUs, in which limits are given. What is not finite stays so.
 Array<float> as_iou(Array<float> predicted, bool is_log_odds) {
     if (is_log_odds) {
-        std::transform(predicted.begin(), predicted.end(), predicted.data(),
-                       [](float value) { return 1.0F / (1.0F + std::exp(-value)); });
+        std::transform(
+            predicted.begin(), predicted.end(), predicted.data(), [](float value) {
+                return std::isfinite(value) ? 1.0F / (1.0F + std::exp(-value))
+                                            : std::numeric_limits<float>::quiet_NaN();
+            });
     }
     return predicted;
 }
