@@ -302,8 +302,9 @@ def test_what_is_refused(machine: Machine, proved: Path, tmp_path: Path) -> None
     assert "--max-points" in results[8].refusal("BackendError")
     results[10].refusal("CancelledError")
     results[12].refusal("InvalidInputError", "foreground")
-    assert results[14].value == 0
-    results[15].refusal("StateError")
+    results[13].refusal("InvalidInputError", "embeddings")
+    results[14].refusal("PromptError", "prompts")
+    assert results[15].error is None
     # What failed has changed nothing; predict is about the last image.
     assert results[17].value == 2
     np.testing.assert_array_equal(results[18].arrays["masks"], results[17].arrays["1.masks"])

@@ -543,8 +543,8 @@ SAM3RT_API sam3rt_status sam3rt_predictor_set_image_batch_cancellable(
     sam3rt_predictor* predictor, const sam3rt_image* const* images, size_t count,
     const sam3rt_cancellation* cancellation, sam3rt_error** error);
 
-/* Embeddings in place of images, likewise; one may come more than once. The predictor keeps what it
- * needs of them. */
+/* At least one embedding in place of images, likewise; one may come more than once. The predictor
+ * keeps what it needs of them. */
 SAM3RT_API sam3rt_status sam3rt_predictor_set_embedding_batch(
     sam3rt_predictor* predictor, const sam3rt_embedding* const* embeddings, size_t count,
     sam3rt_error** error);

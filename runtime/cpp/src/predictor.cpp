@@ -228,6 +228,9 @@ void Predictor::set_embedding(ImageEmbedding embedding) {
 }
 
 void Predictor::set_embedding_batch(std::vector<ImageEmbedding> embeddings) {
+    if (embeddings.empty()) {
+        throw InvalidInputError("embeddings", "an empty list", "a list of at least one embedding");
+    }
     embeddings_ = std::move(embeddings);
     is_batch_ = true;
 }

@@ -291,7 +291,7 @@ public:
         std::snprintf(place.data(), place.size(), "(%.6g, %.6g)", static_cast<double>(x_),
                       static_cast<double>(y_));
         const Size& size = geometry_.original_size;
-        return what + " is at " + place.data() + " pixels, far outside the image of " +
+        return what + " at " + place.data() + " pixels, far outside the image of " +
                std::to_string(size.width) + " x " + std::to_string(size.height) +
                ": the masks mean nothing";
     }

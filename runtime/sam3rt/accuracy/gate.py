@@ -8,11 +8,9 @@ that will serve it.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..bundle import LOOSEST_LIMITS, Bundle, Manifest, ParityLimits
 from .metrics import Measurement
@@ -113,10 +111,6 @@ class Health:
     fingerprint: str
     encode_seconds: float
     decode_seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, for a JSON response."""
-        return dataclasses.asdict(self)
 
 
 def check_health(runner: Runner, bundle: Bundle, name: str, device: str, precision: str) -> Health:

@@ -881,7 +881,8 @@ public:
                          const Cancellation* cancellation = nullptr);
 
     /// Use embeddings made or loaded earlier in place of images, so that predict_batch can be called
-    /// on them; one may come more than once. predict then uses the last of them.
+    /// on them; one may come more than once. predict then uses the last of them. Throws
+    /// InvalidInputError where there is none.
     void set_embedding_batch(std::vector<ImageEmbedding> embeddings);
 
     /// Predict masks from prompts on the image set last.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -82,7 +81,6 @@ def test_a_right_model_is_healthy(default_model: SegmentationModel) -> None:
     assert health.decode_seconds > 0
     # The click is decoded twice.
     assert health.encode_seconds + 2 * health.decode_seconds < seconds
-    assert json.loads(json.dumps(health.as_dict())) == dataclasses.asdict(health)
 
 
 def louder(maps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
