@@ -86,6 +86,7 @@ def test_a_side_that_is_not_there(text: str, expected: str) -> None:
         parse_side(text)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_whole_models_are_judged_by_the_first(default: Bundle) -> None:
     verdict = compare_models(default, ORT, Side("simulated", "fp16"))
@@ -98,6 +99,7 @@ def test_whole_models_are_judged_by_the_first(default: Bundle) -> None:
     assert verdict.worst()["logits relative error"].value == 0.0
 
 
+@pytest.mark.slow
 def test_layers_come_in_graph_order_and_drift_apart(default: Bundle) -> None:
     pattern = r"^(stem1/Conv|stages\.\d\.\d\.fc2/Add)"
     found = list(compare_layers(default, "encoder", ORT, Side("simulated", "fp16"), pattern))

@@ -404,6 +404,7 @@ def largest(bundle: Bundle, pattern: str) -> float:
     return max(float(np.abs(found[name]).max()) for name in names)
 
 
+@pytest.mark.slow
 def test_activations_of_a_few_thousand_pass_in_fp16(small_bundle: Path, tmp_path: Path) -> None:
     def edit(graphs: dict[str, onnx.ModelProto]) -> None:
         grow_values(graphs["encoder"], 1024.0)
@@ -417,6 +418,7 @@ def test_activations_of_a_few_thousand_pass_in_fp16(small_bundle: Path, tmp_path
     assert verdict.passed, verdict.explain()
 
 
+@pytest.mark.slow
 def test_activations_beyond_fp16_condemn_the_encoder(small_bundle: Path, tmp_path: Path) -> None:
     def edit(graphs: dict[str, onnx.ModelProto]) -> None:
         grow_values(graphs["encoder"], 2.0**17)

@@ -274,6 +274,7 @@ def sidecars(path: Path) -> dict[str, EngineSidecar]:
     return {e.sidecar.role: e.sidecar for e in find_engines(open_bundle(path, check_files=False))}
 
 
+@pytest.mark.slow
 def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, str]) -> None:
     path, printed = built
     found = sidecars(path)
@@ -296,6 +297,7 @@ def test_the_command_builds_engines_that_nobody_has_proven(built: tuple[Path, st
     assert found["encoder"].features_dtype == found["decoder"].features_dtype == "float16"
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_engines_compute_with(built: tuple[Path, str]) -> None:
     path, printed = built
     for role, fused in (("encoder", "10 of 10"), ("decoder", "4 of 7")):
@@ -308,6 +310,7 @@ def test_the_command_says_what_the_engines_compute_with(built: tuple[Path, str])
         assert "sums in fp32 and fp32" in kept.summary()
 
 
+@pytest.mark.slow
 def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
     path, _ = built
     found = sidecars(path)
@@ -319,6 +322,7 @@ def test_engines_hold_the_weights_in_fp16(built: tuple[Path, str]) -> None:
         assert stored < found[role].engine.bytes < stored + 20e6
 
 
+@pytest.mark.slow
 def test_nothing_else_is_left_beside_the_engines(built: tuple[Path, str]) -> None:
     path, _ = built
     names = sorted(entry.name for entry in path.glob("engines/*/*"))
@@ -329,6 +333,7 @@ def test_nothing_else_is_left_beside_the_engines(built: tuple[Path, str]) -> Non
     assert open_bundle(path).manifest  # the bundle's own files are as they were
 
 
+@pytest.mark.slow
 def test_the_wrapper_states_the_engines_types(built: tuple[Path, str]) -> None:
     path, _ = built
     (wrapper,) = path.glob("engines/*/decoder_ctx.onnx")

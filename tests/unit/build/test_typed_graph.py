@@ -273,7 +273,7 @@ def written(
     return path
 
 
-@pytest.mark.parametrize("role", ["encoder", "decoder"])
+@pytest.mark.parametrize("role", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
 def test_the_fp32_recipe_changes_no_bit(
     role: Role,
     default: Bundle,
@@ -289,7 +289,7 @@ def test_the_fp32_recipe_changes_no_bit(
             assert np.array_equal(found[name], array), name
 
 
-@pytest.mark.parametrize("role", ["encoder", "decoder"])
+@pytest.mark.parametrize("role", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
 def test_the_fp16_graph_runs_and_agrees_with_its_simulation(
     role: Role,
     default: Bundle,

@@ -284,6 +284,7 @@ def bundle(notes_said: list[str], tmp_path_factory: pytest.TempPathFactory) -> B
     return export_bundle(folder / "student.pt", folder / "bundle", options, notes_said.append)
 
 
+@pytest.mark.slow
 def test_the_bundle_says_how_it_came_about(bundle: Bundle, notes_said: list[str]) -> None:
     manifest = open_bundle(bundle.path).manifest
     assert (manifest.model_type, manifest.name) == (
@@ -299,6 +300,7 @@ def test_the_bundle_says_how_it_came_about(bundle: Bundle, notes_said: list[str]
     assert all(any(note in line for line in notes_said) for note in manifest.source.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_it_runs(bundle: Bundle, backend: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -311,6 +313,7 @@ def test_it_runs(bundle: Bundle, backend: str) -> None:
     assert np.isfinite(low_res).all()
 
 
+@pytest.mark.slow
 def test_batches(bundle: Bundle) -> None:
     pixels = np.random.default_rng(0).standard_normal((3, 3, SMALL, SMALL), dtype=np.float32)
     path = bundle.path / "encoder.onnx"
@@ -321,6 +324,7 @@ def test_batches(bundle: Bundle) -> None:
             assert relative(all_maps[index : index + 1], one) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SIMULATED_RECIPES, ids=lambda recipe: recipe.name)
 def test_linear_attention_is_fp32_in_every_recipe(bundle: Bundle, recipe: Recipe) -> None:
     types = node_types(load_graph(bundle, "encoder"), recipe)
@@ -331,6 +335,7 @@ def test_linear_attention_is_fp32_in_every_recipe(bundle: Bundle, recipe: Recipe
         assert any(types[node] != FLOAT for node in types)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_every_recipe_fits_an_encoder_without_attention(bundle: Bundle, recipe: Recipe) -> None:
     apply_recipe(load_graph(bundle, "encoder"), recipe, recipe.features_dtype)
@@ -341,6 +346,7 @@ def features(model: sam3rt.SegmentationModel) -> list[Any]:
     return list(model.encode(image).numpy().values())
 
 
+@pytest.mark.slow
 def test_fp16_keeps_the_features_because_linear_attention_is_fp32(bundle: Bundle) -> None:
     recipe = recipe_named("fp16-activations")
     exact = features(sam3rt.load_model(bundle.path, backend="onnxruntime", device="cpu"))

@@ -594,6 +594,7 @@ def multiplex_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_a_bundle_of_sam_3_1(multiplex_bundle: Path, tiny_bundle: Path) -> None:
     manifest, other = (open_bundle(path).manifest for path in (multiplex_bundle, tiny_bundle))
     assert (manifest.name, manifest.model_type) == ("sam3.1", "sam3")
@@ -607,6 +608,7 @@ def test_a_bundle_of_sam_3_1(multiplex_bundle: Path, tiny_bundle: Path) -> None:
     assert described(manifest.decoder.outputs) == described(other.decoder.outputs)
 
 
+@pytest.mark.slow
 def test_sam_3_1_answers_every_golden_call_as_sam_3_with_log_odds_for_scores(
     multiplex_bundle: Path,
     tiny_model: sam3rt.SegmentationModel,

@@ -42,6 +42,7 @@ def test_dlpack(cuda: FakeCuda) -> None:
     gpu_checks.check_dlpack(cuda, np)
 
 
+@pytest.mark.slow
 def test_kernels_threads_and_leaks(model: SegmentationModel, cuda: FakeCuda) -> None:
     assert isinstance(model.backend, StandInBackend)
     figures = gpu_checks.check_kernels(model.backend)
