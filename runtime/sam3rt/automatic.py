@@ -131,9 +131,8 @@ class AutomaticMaskGenerator:
         found: list[_Found] = []
         crops = list(crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio))
         for crop, layer in crops:
-            if (
-                crop[0] < crop[2] and crop[1] < crop[3]
-            ):  # else the image has fewer pixels than crops
+            # An image of fewer pixels than crops has empty ones.
+            if crop[0] < crop[2] and crop[1] < crop[3]:
                 found += self._in_crop(rgb, crop, layer)
         if len(crops) > 1:
             areas = [(f.crop[2] - f.crop[0]) * (f.crop[3] - f.crop[1]) for f in found]
