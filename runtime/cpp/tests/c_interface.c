@@ -263,10 +263,10 @@ static void check_embedding_batch(const sam3rt_model* model, const sam3rt_embedd
            SAM3RT_INVALID_INPUT, "embeddings", "no embeddings");
     refuse(sam3rt_predictor_set_embedding_batch(NULL, embeddings, 1, &error), &error,
            SAM3RT_INVALID_INPUT, "predictor", "embeddings for NULL");
-    succeed(sam3rt_predictor_set_embedding_batch(predictor, NULL, 0, &error), &error,
-            "an empty batch");
-    succeed(sam3rt_predictor_predict_batch(predictor, NULL, 0, NULL, predictions, &error), &error,
-            "predict_batch of nothing");
+    refuse(sam3rt_predictor_set_embedding_batch(predictor, NULL, 0, &error), &error,
+           SAM3RT_INVALID_INPUT, "embeddings", "an empty batch of embeddings");
+    refuse(sam3rt_predictor_predict_batch(predictor, NULL, 0, NULL, predictions, &error), &error,
+           SAM3RT_STATE_ERROR, "", "predict_batch of nothing");
     embeddings[1] = embedding;
     succeed(sam3rt_predictor_set_embedding_batch(predictor, embeddings, 2, &error), &error,
             "a batch of embeddings");
