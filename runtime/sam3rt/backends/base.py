@@ -25,7 +25,7 @@ from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
 from ..masks import MaskOptions
 from ..prompts import PackedPrompts
-from .kept import CLOSED
+from .kept import CLOSED, check_fork
 
 F = TypeVar("F", bound=Features)
 # Told how long each stage of a call took: its name and the seconds.
@@ -258,16 +258,11 @@ class Backend(abc.ABC):
         """Refuse to work once closed, and in a process that inherited the model.
 
         Raises:
-            StateError: the model is closed, or the process was forked after it was loaded. Threads
-                and locks of the libraries below do not survive a fork.
+            StateError: the model is closed, or the process was forked after it was loaded.
         """
         if self._is_closed:
             raise StateError(CLOSED)
-        if os.getpid() != self._process:
-            raise StateError(
-                f"the model was loaded in process {self._process} and inherited by a fork: load it "
-                "after the fork, or start processes by spawn"
-            )
+        check_fork(self._process)
 
     @staticmethod
     def _own(features: Features, kind: type[F]) -> F:
