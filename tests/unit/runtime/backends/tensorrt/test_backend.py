@@ -7,8 +7,8 @@ Runtime backend is what this backend adds: padding, chunks, buffers, streams, gr
 from __future__ import annotations
 
 import gc
-import os
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
