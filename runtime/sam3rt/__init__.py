@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from .automatic import AutomaticMaskGenerator
     from .backends.options import GpuOptions
     from .bundle import Bundle, Manifest, open_bundle
-    from .decoded import DecodedMasks
     from .embedding import ImageEmbedding
     from .loading import load_model
-    from .model import SegmentationModel
+    from .model import DecodedMasks, SegmentationModel
     from .overlay import draw_overlay
     from .predictor import SAM3InteractiveImagePredictor
     from .prompts import Prompts
@@ -41,9 +40,8 @@ _HOMES = {
     "backends.options": ("GpuOptions",),
     "bundle": ("Bundle", "Manifest", "open_bundle"),
     "embedding": ("ImageEmbedding",),
-    "decoded": ("DecodedMasks",),
     "loading": ("load_model",),
-    "model": ("SegmentationModel",),
+    "model": ("DecodedMasks", "SegmentationModel"),
     "overlay": ("draw_overlay",),
     "predictor": ("SAM3InteractiveImagePredictor",),
     "prompts": ("Prompts",),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -55,14 +58,24 @@ def flag(argument: str, value: Any) -> bool:
     raise InvalidInputError(argument, repr(value), "True or False")
 
 
-def instance(argument: str, value: Any, kind: type, expected: str) -> None:
-    """An object of a class.
+def instance(argument: str, value: Any, kind: type | UnionType, expected: str) -> None:
+    """An object of a class, or of one of several.
 
     Raises:
         InvalidInputError: it is of another.
     """
     if not isinstance(value, kind):
         raise InvalidInputError(argument, type(value).__qualname__, expected)
+
+
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Let errors of the block name arguments as the caller wrote them, by their names in it."""
+    try:
+        yield
+    except InvalidInputError as error:
+        error.rename(names.get(error.argument, error.argument))
+        raise
 
 
 def file_path(argument: str, value: Any) -> Path:

@@ -129,12 +129,9 @@ class AutomaticMaskGenerator:
         rgb = to_rgb(image)
         size = (rgb.shape[0], rgb.shape[1])
         found: list[_Found] = []
-        crops = list(crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio))
-        for crop, layer in crops:
-            # An image of fewer pixels than crops has empty ones.
-            if crop[0] < crop[2] and crop[1] < crop[3]:
-                found += self._in_crop(rgb, crop, layer)
-        if len(crops) > 1:
+        for crop, layer in crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio):
+            found += self._in_crop(rgb, crop, layer)
+        if self.crop_n_layers > 0:
             areas = [(f.crop[2] - f.crop[0]) * (f.crop[3] - f.crop[1]) for f in found]
             found = _without_duplicates(found, [1 / area for area in areas], self.crop_nms_thresh)
         if self.min_mask_region_area > 0:
@@ -248,7 +245,10 @@ def point_grid(per_side: int) -> NDArray[np.float64]:
 def crop_boxes(
     size: tuple[int, int], layers: int, overlap_ratio: float
 ) -> Iterator[tuple[Box, int]]:
-    """The whole image, then each layer's crops: x0, y0, x1, y1 and the layer's number."""
+    """The whole image, then each layer's crops: x0, y0, x1, y1 and the layer's number.
+
+    Those that SAM has without a pixel, where an image has fewer pixels than crops, are left out.
+    """
     height, width = size
     yield (0, 0, width, height), 0
     for layer in range(1, layers + 1):
@@ -259,7 +259,8 @@ def crop_boxes(
         )
         for column, row in itertools.product(range(per_side), range(per_side)):
             x0, y0 = (crop_width - overlap) * column, (crop_height - overlap) * row
-            yield (x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)), layer
+            if x0 < width and y0 < height:
+                yield (x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)), layer
 
 
 def _ends_inside(box: Box) -> Box:

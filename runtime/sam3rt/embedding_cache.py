@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .arguments import whole
 from .embedding import ImageEmbedding
-from .errors import EmbeddingError, InvalidInputError, StateError
+from .errors import EmbeddingError, StateError
 from .model import SegmentationModel
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class EmbeddingCache:
         max_folder_bytes: what the files may take; those used longest ago are removed.
 
     Raises:
-        InvalidInputError: a bound is not positive.
+        InvalidInputError: a bound is no positive whole number.
         OSError: the folder cannot be made.
     """
 
@@ -83,11 +84,8 @@ class EmbeddingCache:
         folder: str | Path | None = None,
         max_folder_bytes: int = 1 << 36,
     ) -> None:
-        for name, value in (("max_bytes", max_bytes), ("max_folder_bytes", max_folder_bytes)):
-            if value <= 0:
-                raise InvalidInputError(name, str(value), "a positive number of bytes")
-        self.max_bytes = max_bytes
-        self.max_folder_bytes = max_folder_bytes
+        self.max_bytes = whole("max_bytes", max_bytes, 1)
+        self.max_folder_bytes = whole("max_folder_bytes", max_folder_bytes, 1)
         self._model = model
         self._folder: Path | None = None
         if folder is not None:
@@ -227,12 +225,16 @@ class EmbeddingCache:
             return None
         try:
             embedding = self._model.load_embedding(path)
-            os.utime(path)  # it was used now
-        except (EmbeddingError, OSError) as error:
+        except EmbeddingError as error:
             self._folder_error(error)
-            with contextlib.suppress(OSError):
-                path.unlink()
+            # What cannot be read now, for lack of handles or of a right, may be whole.
+            if not isinstance(error.__cause__, OSError):
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
+        # It was used now; only its owner may say so.
+        with contextlib.suppress(OSError):
+            os.utime(path)
         return embedding
 
     def _save(self, path: Path, embedding: ImageEmbedding) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Sam3rtError(Exception):
     """Base class of everything sam3rt raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own calls the class with the message alone. A pool of processes that cannot read
+        # an error waits for it for ever.
+        return _made_of, (type(self), self.args), self.__dict__
+
+
+def _made_of(kind: type[Sam3rtError], said: tuple[Any, ...]) -> Sam3rtError:
+    return kind.__new__(kind, *said)
 
 
 class InvalidInputError(Sam3rtError, ValueError):
@@ -16,6 +27,11 @@ class InvalidInputError(Sam3rtError, ValueError):
 
     def __init__(self, argument: str, got: str, expected: str) -> None:
         super().__init__(f"{argument}: got {got}, expected {expected}")
+        self.argument = argument
+
+    def rename(self, argument: str) -> None:
+        """Name the argument as the caller of a further function knows it."""
+        self.args = (argument + str(self).removeprefix(self.argument),)
         self.argument = argument
 
 

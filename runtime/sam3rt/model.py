@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,22 +13,40 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .accuracy.gate import Health, check_health
 from .accuracy.record import load_record
-from .arguments import file_path, flag, instance
-from .backends.base import Backend, ImageCall
+from .arguments import file_path, flag, instance, renamed
+from .backends.base import Backend, ImageCall, StageListener, timed
 from .bundle import Bundle, Manifest
 from .bundle.contract import decoder_outputs, has_object_score
-from .decoded import DecodedMasks, arrange
 from .embedding import ImageEmbedding, check_maker, check_maps, read_embedding
 from .errors import BackendError, EmbeddingError, InvalidInputError, PromptError, StateError
 from .features import Features, HostFeatures
 from .geometry import Image, ImageGeometry, geometry, to_rgb
 from .image_files import load_image
 from .masks import MaskOptions, clamp
-from .object_prompts import by_object, with_labels
+from .object_prompts import WRITTEN_AS, by_object, with_labels
 from .overlay import ScoreUnit
 from .prompts import PackedPrompts, Prompts, pack
 from .results import Segmentation
-from .timer import StageListener, timed
+
+
+@dataclass(frozen=True, repr=False)
+class DecodedMasks:
+    """What the decoder says of P objects.
+
+    Attributes:
+        low_res_masks: float32 [P, C, h, w], unclamped logits; C is 1 in a single-mask call.
+        iou_predictions: float32 [P, C], the predicted IoU of each mask.
+        object_score_logits: float32 [P], positive where the model sees an object; ``None`` for
+            models without that head.
+    """
+
+    low_res_masks: NDArray[np.float32]
+    iou_predictions: NDArray[np.float32]
+    object_score_logits: NDArray[np.float32] | None
+
+    def __repr__(self) -> str:
+        objects, masks, height, width = self.low_res_masks.shape
+        return f"<DecodedMasks: {objects} x {masks} masks of {width} x {height} logits>"
 
 
 class SegmentationModel:
@@ -72,11 +91,6 @@ class SegmentationModel:
         """Where the graphs run, such as ``"cpu"`` or ``"cuda:0"``."""
         return self.backend.device
 
-    @property
-    def image_size(self) -> int:
-        """Side of the encoder's input, pixels."""
-        return max(self.manifest.image.size)
-
     def encode(self, image: Image) -> ImageEmbedding:
         """Run the encoder on one image.
 
@@ -88,7 +102,7 @@ class SegmentationModel:
             BackendError: the backend failed.
         """
         rgb = to_rgb(image)
-        where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
+        where = self._geometry(rgb)
         return self._embedding(self.backend.encode_image(rgb, where, self.on_stage), where)
 
     def encode_batch(self, images: Sequence[Image]) -> list[ImageEmbedding]:
@@ -98,10 +112,12 @@ class SegmentationModel:
             images: each as for :meth:`encode`; sizes may differ.
 
         Raises:
+            InvalidInputError: it is no list.
             ImageError, BackendError: see :meth:`encode`.
         """
+        instance("images", images, list | tuple, "a list of images")
         arrays = [to_rgb(image, f"images[{i}]") for i, image in enumerate(images)]
-        places = [geometry(self.manifest.image, (a.shape[0], a.shape[1])) for a in arrays]
+        places = list(map(self._geometry, arrays))
         features = self.backend.encode_images(arrays, places, self.on_stage)
         return list(map(self._embedding, features, places))
 
@@ -123,17 +139,9 @@ class SegmentationModel:
         """
         embedding = self.upload(embedding)
         packed = self._pack(prompts, embedding.geometry)
-        return self.decode_packed(embedding, packed, multimask_output)
-
-    def decode_packed(
-        self, embedding: ImageEmbedding, prompts: PackedPrompts, multimask_output: bool = True
-    ) -> DecodedMasks:
-        """Like :meth:`decode`, for prompts already in the decoder's form."""
-        instance("prompts", prompts, PackedPrompts, "PackedPrompts")
-        embedding = self.upload(embedding)
         outputs = decoder_outputs(self.manifest, flag("multimask_output", multimask_output))
         with timed("decode", self.on_stage):
-            results = self.backend.decode(embedding.features, prompts, outputs)
+            results = self.backend.decode(embedding.features, packed, outputs)
         return self._decoded(results)
 
     def segment(
@@ -192,9 +200,13 @@ class SegmentationModel:
             What :meth:`segment` returns, for each embedding.
 
         Raises:
-            InvalidInputError: there are not as many prompts as embeddings.
+            InvalidInputError: these are no lists of the same length, or ``options`` are none.
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
+        instance("embeddings", embeddings, list | tuple, "a list of embeddings")
+        instance("prompts", prompts, list | tuple, "a list of Prompts")
+        options = MaskOptions() if options is None else options
+        instance("options", options, MaskOptions, "sam3rt.masks.MaskOptions or None")
         if len(prompts) != len(embeddings):
             expected = f"one for each of {len(embeddings)} embeddings"
             raise InvalidInputError("prompts", f"{len(prompts)}", expected)
@@ -205,9 +217,9 @@ class SegmentationModel:
                 packed.append(self._pack(own, embedding.geometry))
             except PromptError as error:
                 if len(prompts) > 1:
-                    error.args = (f"prompts[{index}]: {error}",)
+                    error.rename(f"prompts[{index}].{error.argument}")
                 raise
-        return self._segment(uploaded, packed, multimask_output, options or MaskOptions())
+        return self._segment(uploaded, packed, multimask_output, options)
 
     def segment_image(
         self,
@@ -245,31 +257,37 @@ class SegmentationModel:
             InvalidInputError: ``bgr`` with anything but an array, or an option is no such value.
             PromptError, EmbeddingError, BackendError: see :meth:`decode`.
         """
-        if points is not None:
-            points, labels = with_labels(points, labels)
-        prompts = Prompts(points, labels, boxes, mask_input)
         own = self.manifest.masks.max_hole_area
         holes = own if max_hole_area is None else max_hole_area
         options = MaskOptions(threshold, holes, max_sprinkle_area, dtype=np.bool_)
         multimask_output = flag("multimask_output", multimask_output)
+        prompts = Prompts(*with_labels(points, labels), boxes, mask_input)
         # What is wrong with a prompt is said before the image is encoded.
-        if isinstance(image, ImageEmbedding):
-            rgb, packed = None, self._pack(prompts, image.geometry)
-            embedding = self.upload(image)
-        else:
-            rgb = load_image(image, bgr)
-            where = geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
-            packed = self._pack(prompts, where)
-            embedding = self.encode(rgb)
+        with renamed(**WRITTEN_AS):
+            if isinstance(image, ImageEmbedding):
+                if flag("bgr", bgr):
+                    raise InvalidInputError("bgr", "True with an embedding", "False or an array")
+                rgb, packed = None, self._pack(prompts, image.geometry)
+                embedding = self.upload(image)
+            else:
+                rgb = load_image(image, bgr)
+                packed = self._pack(prompts, self._geometry(rgb))
+                embedding = self.encode(rgb)
         ((decoded, masks),) = self._segment([embedding], [packed], multimask_output, options)
-        return arrange(
-            masks,
-            decoded.iou_predictions,
-            clamp(decoded.low_res_masks, self.manifest.masks),
-            decoded.object_score_logits,
-            score_unit=self.score_unit,
-            image=rgb,
-            prompts=by_object(prompts, len(masks)),
+        scores, low_res = decoded.iou_predictions, decoded.low_res_masks
+        objects = np.repeat(np.arange(len(scores)), scores.shape[1])
+        where = (objects, np.argsort(-scores, axis=1, kind="stable").ravel())
+        seen = decoded.object_score_logits
+        return Segmentation(
+            masks[where],
+            embedding.original_size,
+            scores[where],
+            objects,
+            self.score_unit,
+            rgb,
+            by_object(prompts, len(scores)),
+            clamp(low_res, self.manifest.masks)[where],
+            None if seen is None else seen[objects],
         )
 
     @property
@@ -350,6 +368,9 @@ class SegmentationModel:
 
     def _embedding(self, features: Features, where: ImageGeometry) -> ImageEmbedding:
         return ImageEmbedding(features, where, self.manifest.fingerprint, self._names)
+
+    def _geometry(self, rgb: NDArray[np.uint8]) -> ImageGeometry:
+        return geometry(self.manifest.image, (rgb.shape[0], rgb.shape[1]))
 
     def _check_geometry(self, where: ImageGeometry, subject: str) -> None:
         if where != geometry(self.manifest.image, where.original_size):

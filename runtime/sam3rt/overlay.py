@@ -16,10 +16,11 @@ import PIL.Image
 from numpy.typing import ArrayLike, NDArray
 from PIL import ImageDraw, ImageFilter, ImageFont
 
+from .arguments import renamed
 from .errors import InvalidInputError
 from .geometry import Image, to_rgb
-from .object_prompts import with_labels
-from .prompts import Prompts, read_boxes, read_points
+from .object_prompts import WRITTEN_AS, ObjectPrompts, by_object, with_labels
+from .prompts import Prompts
 
 Colour = tuple[int, int, int]
 ScoreUnit = Literal["iou", "log_odds"]
@@ -80,30 +81,18 @@ def draw_overlay(
     best, best_scores = _best(masks, scores, (rgb.shape[0], rgb.shape[1]))
     if score_unit not in get_args(ScoreUnit):
         raise InvalidInputError("score_unit", repr(score_unit), '"iou" or "log_odds"')
-    if points is not None:
-        points, labels = with_labels(points, labels)
-    given = read_points(Prompts(points, labels)) or ((), ())
-    clicks = [
-        Click(number, x, y, label)
-        for number, (some, their) in enumerate(zip(*given, strict=True))
-        for (x, y), label in zip(some.tolist(), their.tolist(), strict=True)
-        if label >= 0
+    with renamed(**WRITTEN_AS):
+        asked = by_object(Prompts(*with_labels(points, labels), boxes))
+    objects = [
+        DrawnObject(
+            number,
+            int(np.count_nonzero(mask)),
+            partial(np.asarray, mask),
+            score_text(best_scores[number], score_unit) if len(best_scores) else "",
+        )
+        for number, mask in enumerate(best)
     ]
-    corners = read_boxes(boxes)
-    return draw_objects(
-        rgb,
-        [
-            DrawnObject(
-                number,
-                int(np.count_nonzero(mask)),
-                partial(np.asarray, mask),
-                score_text(best_scores[number], score_unit) if len(best_scores) else "",
-            )
-            for number, mask in enumerate(best)
-        ],
-        clicks,
-        [] if corners is None else list(enumerate(corners.astype(np.float64))),
-    )
+    return draw_objects(rgb, objects, list(enumerate(asked)))
 
 
 class DrawnObject(NamedTuple):
@@ -122,29 +111,25 @@ class DrawnObject(NamedTuple):
     text: str
 
 
-class Click(NamedTuple):
-    """A point of a prompt: whose it is, where, in pixels, and its label."""
-
-    number: int
-    x: float
-    y: float
-    label: int
-
-
 def draw_objects(
     image: NDArray[np.uint8],
     objects: Sequence[DrawnObject],
-    clicks: Sequence[Click] = (),
-    boxes: Sequence[tuple[int, NDArray[np.float64]]] = (),
+    asked: Sequence[tuple[int, ObjectPrompts]] = (),
 ) -> PIL.Image.Image:
     """Draw objects and prompts; see :func:`draw_overlay`.
 
     Args:
         image: uint8 [H, W, 3].
         objects: what was found.
-        clicks: points of prompts.
-        boxes: the number of an object and its x0, y0, x1, y1.
+        asked: numbers of objects, and the prompts of each.
     """
+    clicks = [
+        (number, x, y, label)
+        for number, prompts in asked
+        for (x, y), label in zip(prompts.points.tolist(), prompts.labels.tolist(), strict=True)
+        if label >= 0
+    ]
+    boxes = [(number, p.box.astype(np.float64)) for number, p in asked if p.box is not None]
     canvas = PIL.Image.fromarray(np.array(image))
     unit = math.sqrt(canvas.width * canvas.height) / 1000
     extents: list[_Rect | None] = [None] * len(objects)
@@ -156,13 +141,13 @@ def draw_objects(
     for number, box in boxes:
         _draw_box(canvas, box, colour(number), unit)
     taken = [
-        _draw_click(canvas, click, colour(click.number) if many else _WHITE, unit)
-        for click in clicks
+        _draw_click(canvas, (x, y), label, colour(number) if many else _WHITE, unit)
+        for number, x, y, label in clicks
     ]
     if many:
         # Beside each prompt, its object's number. A box's stands inside its upper left corner.
-        for click, rect in zip(clicks, list(taken), strict=True):
-            _draw_label(canvas, str(click.number), colour(click.number), rect, taken, unit)
+        for (number, *_), rect in zip(clicks, list(taken), strict=True):
+            _draw_label(canvas, str(number), colour(number), rect, taken, unit)
         for number, box in boxes:
             x, y = np.clip(box[:2], -9, np.array(canvas.size)).tolist()
             corner = (round(x), round(y), round(x), round(y))
@@ -190,20 +175,31 @@ def _best(
     masks: ArrayLike, scores: ArrayLike | None, size: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Each object's best mask, bool [B, H, W], and its score, [B] or empty."""
-    array = np.asarray(masks)
     expected = f"[C, {size[0]}, {size[1]}] or [B, C, {size[0]}, {size[1]}], of the image's size"
+    array = _numbers("masks", masks, expected)
     if array.ndim not in (3, 4) or array.shape[-2:] != size or 0 in array.shape[1:]:
         raise InvalidInputError("masks", f"shape {array.shape}", expected)
     array = array.reshape(-1, *array.shape[-3:])
     if scores is None:
         return array[:, 0] > 0, np.zeros(0)
-    values = np.asarray(scores, np.float64)
-    if values.size != array.shape[0] * array.shape[1]:
-        raise InvalidInputError("scores", f"shape {values.shape}", "one score per mask")
+    values = _numbers("scores", scores, "numbers, one for each mask").astype(np.float64)
+    if values.shape != array.shape[:2] and (len(array) > 1 or values.size != array.shape[1]):
+        expected = f"one score for each of {array.shape[0]} x {array.shape[1]} masks"
+        raise InvalidInputError("scores", f"shape {values.shape}", expected)
     values = np.nan_to_num(values.reshape(array.shape[:2]))
     which = values.argmax(axis=1)
     rows = np.arange(len(array))
     return array[rows, which] > 0, values[rows, which]
+
+
+def _numbers(argument: str, value: ArrayLike, expected: str) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or a tensor on a GPU
+        raise InvalidInputError(argument, f"what NumPy cannot read ({error})", expected) from error
+    if array.dtype.kind not in "biufV":  # V: bfloat16
+        raise InvalidInputError(argument, f"dtype {array.dtype}", expected)
+    return array
 
 
 def _draw_mask(canvas: PIL.Image.Image, mask: PIL.Image.Image, ink: Colour, unit: float) -> None:
@@ -254,9 +250,10 @@ def _draw_box(canvas: PIL.Image.Image, box: NDArray[Any], ink: Colour, unit: flo
         draw.rectangle(frame, outline=fill, width=width)
 
 
-def _draw_click(canvas: PIL.Image.Image, click: Click, rim: Colour, unit: float) -> _Rect:
+def _draw_click(
+    canvas: PIL.Image.Image, at: tuple[float, float], label: int, rim: Colour, unit: float
+) -> _Rect:
     """Draw a click: green with a plus for the object, red with a minus for background."""
-    _, x, y, label = click
     radius = round(3.6 + 8.5 * unit)
     side = 2 * radius + 3
     tile = PIL.Image.new("RGBA", (side * _SUPERSAMPLE,) * 2)
@@ -275,8 +272,8 @@ def _draw_click(canvas: PIL.Image.Image, click: Click, rim: Colour, unit: float)
     if label == 1:
         shape(0.13, 0.48, _WHITE, disc=False)
     # Far clicks are brought near, where they are as invisible and cannot overflow.
-    left = math.floor(min(max(x, -side), canvas.width + side)) - side // 2
-    top = math.floor(min(max(y, -side), canvas.height + side)) - side // 2
+    left = math.floor(min(max(at[0], -side), canvas.width + side)) - side // 2
+    top = math.floor(min(max(at[1], -side), canvas.height + side)) - side // 2
     small = tile.reduce(_SUPERSAMPLE)
     canvas.paste(small, (left, top), small)
     return left, top, left + side, top + side

@@ -195,8 +195,7 @@ class SAM3InteractiveImagePredictor:
             if not embeddings:
                 raise StateError("an image must be set with set_image before predict")
             self._warn_of_another_threads_image()
-            normalize = flag("normalize_coords", normalize_coords)
-            prompts = Prompts(point_coords, point_labels, box, mask_input, normalize)
+            prompts = Prompts(point_coords, point_labels, box, mask_input, normalize_coords)
             (prediction,) = self._predict(embeddings, [prompts], multimask_output, return_logits)
             return prediction
 
@@ -246,12 +245,16 @@ class SAM3InteractiveImagePredictor:
                 )
             ]
             self._warn_of_another_threads_image()
-            normalize = flag("normalize_coords", normalize_coords)
             prompts = [
-                Prompts(coords, labels, box, mask, normalize)
+                Prompts(coords, labels, box, mask, normalize_coords)
                 for coords, labels, box, mask in zip(*lists, strict=True)
             ]
-            results = self._predict(embeddings, prompts, multimask_output, return_logits)
+            try:
+                results = self._predict(embeddings, prompts, multimask_output, return_logits)
+            except PromptError as error:  # "prompts[1].box", or "box" where there is one image
+                which, _, name = error.argument.rpartition(".")
+                error.rename(f"{name}_batch{which.removeprefix('prompts') or '[0]'}")
+                raise
         masks, scores, low_res = zip(*results, strict=True)
         return list(masks), list(scores), list(low_res)
 

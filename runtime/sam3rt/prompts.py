@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import flag
 from .bundle import PromptSpec
 from .bundle.contract import HAS_MASKS, LABELS, MASKS, PADDING_LABEL, POINTS
 from .errors import PromptError, PromptWarning
@@ -114,21 +115,23 @@ def pack(prompts: Prompts, spec: PromptSpec, geometry: ImageGeometry) -> PackedP
 
     Raises:
         PromptError: naming the argument, what came and what was expected.
+        InvalidInputError: ``normalize_coords`` is neither true nor false.
     """
     points = read_points(prompts)
     boxes = read_boxes(prompts.box)
     masks = _read_masks(prompts.mask_input, spec)
+    normalize = flag("normalize_coords", prompts.normalize_coords)
     objects = _count_objects(points, boxes, masks)
 
     coords: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
     doubt = ""
     if points is not None:
-        coords.append(_to_input(points.coords, geometry, prompts.normalize_coords, "point_coords"))
+        coords.append(_to_input(points.coords, geometry, normalize, "point_coords"))
         labels.append(points.labels)
         doubt = _far_outside("a point", coords[0][points.labels > NOT_A_POINT], geometry)
     if boxes is not None:
-        corners = _to_input(boxes.reshape(-1, 2, 2), geometry, prompts.normalize_coords, "box")
+        corners = _to_input(boxes.reshape(-1, 2, 2), geometry, normalize, "box")
         corner_labels = np.tile(np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int64), (objects, 1))
         at = 0 if spec.box_position == "before_points" else len(coords)
         coords.insert(at, corners)
@@ -202,10 +205,10 @@ def read_points(prompts: Prompts) -> Points | None:
     """
     if prompts.point_coords is None:
         if prompts.point_labels is not None:
-            raise PromptError("point_coords", "None with point_labels given", "one point per label")
+            raise PromptError("point_coords", "None with labels", "one point per label")
         return None
     if prompts.point_labels is None:
-        raise PromptError("point_labels", "None with point_coords given", "one label per point")
+        raise PromptError("point_labels", "None with points", "one label per point")
     if _is_ragged(prompts.point_coords):
         return _pad(prompts.point_coords, prompts.point_labels)
     points = _read_equal_points(prompts.point_coords, prompts.point_labels)
@@ -341,7 +344,7 @@ def _count_objects(
         raise PromptError(
             "box",
             f"{len(boxes)} boxes",
-            f"one box per object of point_coords ({len(points.coords)})",
+            f"one box per object with points ({len(points.coords)})",
         )
     if points is None and boxes is None:
         return 1 if masks is None else len(masks)

@@ -21,7 +21,7 @@ from .geometry import Image, to_rgb
 from .masks.polygons import Ring, outlines, signed_area
 from .masks.rle import Runs, area_of, box_around, box_of, compress, mask_of, runs_of
 from .object_prompts import ObjectPrompts
-from .overlay import Click, DrawnObject, ScoreUnit, draw_objects, score_text
+from .overlay import DrawnObject, ScoreUnit, draw_objects, score_text
 
 # Labels of more objects than these would hide the picture.
 _MOST_LABELS = 30
@@ -242,14 +242,7 @@ class Segmentation:
             )
         ]
         asked = [(number, p) for number, p in enumerate(self.prompts) if number in shown]
-        clicks = [
-            Click(number, x, y, label)
-            for number, prompts in asked
-            for (x, y), label in zip(prompts.points.tolist(), prompts.labels.tolist(), strict=True)
-            if label >= 0
-        ]
-        boxes = [(number, p.box.astype(np.float64)) for number, p in asked if p.box is not None]
-        return draw_objects(self._picture(image), objects, clicks, boxes)
+        return draw_objects(self._picture(image), objects, asked)
 
     def _repr_png_(self) -> bytes | None:
         """The plot, for notebooks, at most 1024 pixels a side."""

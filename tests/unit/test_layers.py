@@ -35,12 +35,12 @@ USES = {
 }
 # The runtime from the bottom up: a module imports from its own layer and from lower ones.
 LAYERS = (
-    {"_version", "arguments", "errors", "machine", "timer"},
+    {"_version", "arguments", "errors", "machine"},
     {"bundle"},
     {"geometry", "image_files", "prompts", "object_prompts", "masks", "features", "overlay"},
     {"accuracy"},
     {"backends"},
-    {"decoded", "embedding", "embedding_cache", "model", "results"},
+    {"embedding", "embedding_cache", "model", "results"},
     {"automatic", "loading", "predictor"},
     {"cli", "__main__"},
 )

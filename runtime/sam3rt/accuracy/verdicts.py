@@ -1,7 +1,8 @@
 """What the gate found on this machine, remembered, so that a start need not repeat it.
 
 A verdict holds for one bundle, backend, version of this package and of the library that computes,
-processor (or GPU and driver), precision and set of limits. Verdicts lie in the user's cache folder
+processor (or GPU and driver), precision, set of limits and choice of kernels by environment
+variables. Verdicts lie in the user's cache folder
 and nowhere else: one that came with a bundle would be somebody else's claim. A file that is damaged
 or about something else is as good as none.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,11 @@ _LOG = logging.getLogger(__name__)
 
 _FORMAT = "sam3rt-verdict-2"
 _MAX_BYTES = 1 << 20
+# Variables by which the libraries that compute take other kernels, or sum up in other types.
+_CHOICES = re.compile(
+    "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|ORT_(?!DISABLE_TELEMETRY$).*|"
+    "NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*"
+)
 # For a cache folder that cannot be written: this process need not repeat what it has found.
 _unwritten: dict[str, StoredVerdict] = {}
 
@@ -145,12 +152,14 @@ def _read(path: Path) -> bytes:
 
 
 def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
-    return {
+    key = {
         "sam3rt": __version__,
         "fingerprint": bundle.manifest.fingerprint,
         **dataclasses.asdict(subject),
         "limits": msgspec.structs.asdict(GATE_LIMITS),
     }
+    chosen = {name: value for name, value in os.environ.items() if _CHOICES.fullmatch(name)}
+    return key | {"environment": chosen} if chosen else key
 
 
 def _file_name(key: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import ctypes
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,14 +25,24 @@ from ..geometry import ImageGeometry, preprocess
 from ..machine import usable_cores
 from ..masks import MaskOptions
 from ..prompts import PackedPrompts
-from ..timer import StageListener, timed
-from .kept import CLOSED
+from .kept import CLOSED, check_fork
 
 F = TypeVar("F", bound=Features)
+# Told how long each stage of a call took: its name and the seconds.
+StageListener = Callable[[str, float], None]
 
 # Objects in one run of the decoder. More are decoded in several runs, so that memory does not grow
 # with their number; runs of this size are as fast as larger ones.
 OBJECTS_AT_ONCE = 8
+
+
+@contextlib.contextmanager
+def timed(name: str, listener: StageListener | None) -> Iterator[None]:
+    """Tell a listener, if there is one, how long the block took, unless it raises."""
+    start = time.perf_counter()
+    yield
+    if listener is not None:
+        listener(name, time.perf_counter() - start)
 
 
 class ImageCall(NamedTuple):
@@ -246,16 +258,11 @@ class Backend(abc.ABC):
         """Refuse to work once closed, and in a process that inherited the model.
 
         Raises:
-            StateError: the model is closed, or the process was forked after it was loaded. Threads
-                and locks of the libraries below do not survive a fork.
+            StateError: the model is closed, or the process was forked after it was loaded.
         """
         if self._is_closed:
             raise StateError(CLOSED)
-        if os.getpid() != self._process:
-            raise StateError(
-                f"the model was loaded in process {self._process} and inherited by a fork: load it "
-                "after the fork, or start processes by spawn"
-            )
+        check_fork(self._process)
 
     @staticmethod
     def _own(features: Features, kind: type[F]) -> F:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -16,8 +17,23 @@ V = TypeVar("V")
 # on more images in turn compute it anew, which takes an eighth to a third of a click's time.
 KEPT_IMAGES = 16
 
-
 CLOSED = "the model is closed: load it again"
+
+
+def check_fork(process: int) -> None:
+    """Refuse a process that was forked from the one that loaded a model.
+
+    Args:
+        process: the one that did.
+
+    Raises:
+        StateError: this is another. Threads and locks of the libraries below do not survive a fork.
+    """
+    if os.getpid() != process:
+        raise StateError(
+            f"the model was loaded in process {process} and inherited by a fork: load it after the "
+            "fork, or start processes by spawn"
+        )
 
 
 class Once(Generic[V]):

@@ -8,7 +8,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -185,12 +185,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    handle = _open_unnamed(path.parent)
-    named = handle is None
-    if handle is None:
-        # Unlike tempfile, which makes files that only their owner may read.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        handle = _open_unnamed(path.parent)
+        named = handle is None
+        if handle is None:
+            # Unlike tempfile, which makes files that only their owner may read.
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
@@ -200,15 +200,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 os.link(f"{_HANDLES}/{handle}", temporary, src_dir_fd=handle)
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is said
+            temporary.unlink(missing_ok=True)
         name_file(error, path)
         raise
 
 
 def name_file(error: BaseException, path: Path) -> None:
-    """Let an error of the system say what was written where it does not: on a full disk."""
-    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-        error.filename = str(path)
+    """Let an error of the system name what was written, not a temporary file or none at all."""
+    if isinstance(error, OSError) and error.errno is not None:
+        said = f"{error.filename}\n{error.filename2}"
+        if error.filename is None or re.search(rf"{_TEMPORARY.pattern}$", said, re.MULTILINE):
+            error.filename = str(path)
+            del error.filename2
 
 
 def remove_temporaries(folder: Path) -> None:

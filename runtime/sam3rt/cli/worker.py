@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,12 @@ from numpy.typing import NDArray
 
 from .. import geometry
 from ..automatic import AutomaticMaskGenerator
-from ..decoded import joined
 from ..embedding import ImageEmbedding
 from ..errors import PromptError, PromptWarning
 from ..image_files import read_image
 from ..model import SegmentationModel
 from ..prompts import Prompts, pack
-from ..results import Segmentation
+from ..results import PER_MASK, Segmentation
 from .jobs import STDIN, Job
 
 
@@ -133,3 +133,20 @@ class Worker:
                 "device": self.model.device,
             },
         }
+
+
+def joined(parts: Sequence[Segmentation]) -> Segmentation:
+    """Results of objects of one image as one result, objects numbered on.
+
+    Args:
+        parts: at least one, of calls on one image by one model.
+    """
+    offsets = np.cumsum([0] + [len(part.prompts) for part in parts[:-1]])
+    arrays: dict[str, Any] = {
+        name: [getattr(part, name) for part in parts] for name in ("encoded", *PER_MASK)
+    }
+    arrays["objects"] = [part.objects + o for part, o in zip(parts, offsets, strict=True)]
+    whole: dict[str, Any] = {n: np.concatenate(a) for n, a in arrays.items() if a[0] is not None}
+    return replace(
+        parts[0], prompts=tuple(prompts for part in parts for prompts in part.prompts), **whole
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from tests.support.helpers import label
 
 from sam3rt import (
+    BundleError,
     EmbeddingError,
     ImageError,
     InvalidInputError,
@@ -21,6 +24,7 @@ from sam3rt import (
     SegmentationModel,
 )
 from sam3rt.masks import MaskOptions
+from sam3rt_serve.client import ServerError
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 CLICK: dict[str, Any] = {"point_coords": [[5, 5]], "point_labels": [1]}
@@ -68,6 +72,8 @@ def test_flags_of_the_model(value: Any, tiny_model: SegmentationModel) -> None:
         tiny_model.segment_batch([embedding], [Prompts(**CLICK)], value)
     with pytest.raises(InvalidInputError, match=r"^return_logits: "):
         tiny_model.segment(embedding, Prompts(**CLICK), return_logits=value)
+    with pytest.raises(InvalidInputError, match=r"^normalize_coords: "):
+        tiny_model.decode(embedding, Prompts(**CLICK, normalize_coords=value))
     for name in ("multimask_output", "bgr"):
         with pytest.raises(InvalidInputError, match=f"^{name}: "):
             tiny_model.segment_image(IMAGE, points=[5, 5], **{name: value})
@@ -75,7 +81,7 @@ def test_flags_of_the_model(value: Any, tiny_model: SegmentationModel) -> None:
 
 def test_what_is_no_embedding_and_no_prompts(tiny_model: SegmentationModel) -> None:
     embedding = tiny_model.encode(IMAGE)
-    for call in (tiny_model.decode, tiny_model.segment, tiny_model.decode_packed):
+    for call in (tiny_model.decode, tiny_model.segment):
         with pytest.raises(InvalidInputError, match=r"^prompts: got dict, expected .*Prompts"):
             call(embedding, CLICK)  # type: ignore[arg-type]
     for call in (tiny_model.decode, tiny_model.segment):
@@ -135,9 +141,46 @@ def test_a_folder_is_no_embedding_and_a_path_of_bytes_no_crash(
 def test_a_wrong_prompt_of_several_images_says_which(tiny_model: SegmentationModel) -> None:
     predictor = SAM3InteractiveImagePredictor(tiny_model)
     predictor.set_image_batch([IMAGE, IMAGE])
-    wrong = "point_coords: got shape"
-    with pytest.raises(PromptError, match=rf"^prompts\[1\]: {wrong}") as caught:
-        predictor.predict_batch([[[5, 5]], [[1, 2, 3]]], [[1], [1]])
-    assert caught.value.argument == "point_coords"
-    with pytest.raises(PromptError, match=f"^{wrong}"):
-        predictor.predict([[1, 2, 3]], [1])
+    embeddings = [tiny_model.encode(IMAGE)] * 2
+    wrong = [[[5, 5]], [[1, 2, 3]]]
+    with pytest.raises(PromptError, match=r"^point_coords_batch\[1\]: got shape") as caught:
+        predictor.predict_batch(wrong, [[1], [1]])
+    assert caught.value.argument == "point_coords_batch[1]"
+    with pytest.raises(PromptError, match=r"^prompts\[1\]\.point_coords: got shape"):
+        tiny_model.segment_batch(embeddings, [Prompts(coords, [1]) for coords in wrong])
+    with pytest.raises(PromptError, match=r"^point_coords: got shape"):
+        predictor.predict(wrong[1], [1])
+    predictor.set_image_batch([IMAGE])
+    with pytest.raises(PromptError, match=r"^box_batch\[0\]: got shape"):
+        predictor.predict_batch(box_batch=[[1, 2, 3]])
+
+
+def test_lists_of_images_and_embeddings(tiny_model: SegmentationModel) -> None:
+    embedding, prompts = tiny_model.encode(IMAGE), Prompts(**CLICK)
+    calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("images", tiny_model.encode_batch, (None,)),
+        ("images", tiny_model.encode_batch, (IMAGE,)),
+        ("embeddings", tiny_model.segment_batch, (embedding, [prompts])),
+        ("embeddings", tiny_model.segment_batch, (iter([embedding]), [prompts])),
+        ("prompts", tiny_model.segment_batch, ([embedding], prompts)),
+        ("options", tiny_model.segment_batch, ([embedding], [prompts], True, 0)),
+    ]
+    for argument, call, given in calls:
+        with pytest.raises(InvalidInputError, match=f"^{argument}: got ") as caught:
+            call(*given)
+        assert caught.value.argument == argument
+
+
+def test_errors_cross_processes(tiny_model: SegmentationModel) -> None:
+    """A pool of processes that cannot unpickle what a task raised hangs, or breaks."""
+    with pytest.raises(InvalidInputError) as caught:
+        tiny_model.segment_image(IMAGE, [1, 2, 3])
+    for error in [
+        caught.value,
+        BundleError("is cut", "a.onnx"),
+        ServerError(429, "BusyError", "busy"),
+    ]:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ def embed(model: SegmentationModel) -> Callable[[int], ImageEmbedding]:
 @pytest.fixture(scope="module")
 def size(embed: Callable[[int], ImageEmbedding]) -> int:
     return embed(0).nbytes
+
+
+def refused(*arguments: object, **options: object) -> NoReturn:
+    raise PermissionError(13, "Permission denied")
 
 
 def held(cache: EmbeddingCache, key: str) -> ImageEmbedding | None:
@@ -96,8 +101,9 @@ def test_an_embedding_larger_than_the_cache_is_refused(
 
 @pytest.mark.parametrize("name", ["max_bytes", "max_folder_bytes"])
 def test_bounds_are_positive(model: SegmentationModel, name: str) -> None:
-    with pytest.raises(InvalidInputError, match=name):
-        EmbeddingCache(model, **({"max_bytes": 1} | {name: 0}))
+    for wrong in (0, "1 GB", float("nan")):
+        with pytest.raises(InvalidInputError, match=f"^{name}: "):
+            EmbeddingCache(model, **({"max_bytes": 1} | {name: wrong}))
 
 
 def test_the_folder_keeps_what_had_to_leave(
@@ -166,6 +172,37 @@ def test_a_damaged_file_is_a_miss(
     assert not file.exists()
     cache.add("a", embed(0))
     assert file.read_bytes() == content
+
+
+def test_a_file_that_cannot_be_read_now_stays(
+    model: SegmentationModel,
+    embed: Callable[[int], ImageEmbedding],
+    size: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Too many files may be open, or a share may be away for a moment."""
+    EmbeddingCache(model, size, tmp_path).add("a", embed(0))
+    cache = EmbeddingCache(model, size, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        assert held(cache, "a") is None
+    assert cache.statistics().folder_errors == 1
+    assert held(cache, "a") is not None
+
+
+def test_files_of_another_user_are_used(
+    model: SegmentationModel,
+    embed: Callable[[int], ImageEmbedding],
+    size: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    EmbeddingCache(model, size, tmp_path).add("a", embed(0))
+    cache = EmbeddingCache(model, size, tmp_path)
+    monkeypatch.setattr("sam3rt.embedding_cache.os.utime", refused)
+    assert held(cache, "a") is not None
+    assert cache.statistics().folder_errors == 0
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(

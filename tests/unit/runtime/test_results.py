@@ -29,7 +29,7 @@ from sam3rt import (
     SegmentationModel,
     StateError,
 )
-from sam3rt.decoded import joined
+from sam3rt.cli.worker import joined
 from sam3rt.masks.rle import runs_of
 from sam3rt.overlay import draw_overlay
 
@@ -150,7 +150,19 @@ def test_objects_may_have_different_numbers_of_points(small: SegmentationModel) 
         [1, 2, 9, 9],
         [3, 3, 30, 20],
     ]
-    assert len(small.segment_image(rgb, boxes=np.zeros((0, 4)))) == 0
+    for points, some in (
+        (None, np.zeros((0, 4))),
+        (np.zeros((0, 1, 2)), None),
+        (np.zeros((0, 1, 2)), np.zeros((0, 4))),
+    ):
+        assert len(small.segment_image(rgb, points, boxes=some)) == 0
+
+
+def test_an_embedding_has_no_order_of_channels(small: SegmentationModel) -> None:
+    embedding = small.encode(noise(8, 8))
+    for wrong in (True, "no"):
+        with pytest.raises(InvalidInputError, match=r"^bgr: got "):
+            small.segment_image(embedding, [1, 1], bgr=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -159,11 +171,15 @@ def test_objects_may_have_different_numbers_of_points(small: SegmentationModel) 
         (("missing.png", [1, 1]), {}, ImageError, "image"),
         ((np.zeros((4, 4)), [1, 1]), {}, ImageError, "image"),
         (("photo.png", [1, 1]), {"bgr": True}, InvalidInputError, "bgr"),
-        ((noise(8, 8), [1, 2, 3]), {}, PromptError, "point_coords"),
-        ((noise(8, 8), "here"), {}, PromptError, "point_coords"),
-        ((noise(8, 8), [[1, 1], [2, 2]], [1]), {}, PromptError, "point_labels"),
-        ((noise(8, 8), None, [1]), {}, PromptError, "point_coords"),
-        ((noise(8, 8), None, None, [1, 2, 3]), {}, PromptError, "box"),
+        ((noise(8, 8), [1, 2, 3]), {}, PromptError, "points"),
+        ((noise(8, 8), "here"), {}, PromptError, "points"),
+        ((noise(8, 8), [1, [2, 3]]), {}, PromptError, "points"),
+        ((noise(8, 8), [None, [[2, 3]]]), {}, PromptError, "points"),
+        ((noise(8, 8), [[1, 1], [2, 2]], [1]), {}, PromptError, "labels"),
+        ((noise(8, 8), [1, 1], [1, [0]]), {}, PromptError, "labels"),
+        ((noise(8, 8), None, [1]), {}, PromptError, "points"),
+        ((noise(8, 8), None, None, [1, 2, 3]), {}, PromptError, "boxes"),
+        ((noise(8, 8), [1, 1], 1, [[1, 2, 3, 4]] * 2), {}, PromptError, "boxes"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import os
 
 import numpy as np
 import onnxruntime as ort
@@ -22,9 +21,6 @@ from .backend import OnnxRuntimeBackend
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
-
-# It can make ONNX Runtime add up FP16 products in FP16.
-_GEMM_OPTIONS = "ORT_CUDA_GEMM_OPTIONS"
 
 
 def offer(bundle: Bundle, options: BackendOptions) -> Offer:
@@ -79,11 +75,8 @@ def _recipe(graphs: Graphs, gpu: Device | None) -> Recipe:
     if graphs.precision == FP32:
         return Recipe(FP32, FP32)
     assert gpu is not None
-    version = str(ort.__version__)
-    if set_to := os.environ.get(_GEMM_OPTIONS):
-        version += f", {_GEMM_OPTIONS}={set_to}"
     kind = processor(gpu.gpu, gpu.driver_version)
-    subject = Subject("onnxruntime", version, kind, graphs.precision, graphs.digest)
+    subject = Subject("onnxruntime", ort.__version__, kind, graphs.precision, graphs.digest)
     return Recipe(graphs.precision, graphs.precision, subject)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,10 @@ def offer(bundle: Bundle, options: BackendOptions) -> Offer:
             f"precision {precision!r} was asked for; the openvino backend offers "
             f"{', '.join(_OFFERED)}"
         )
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
+        if (mode := os.environ.get(name, "")).lower() not in ("", "strict"):
+            # On processors with tiles oneDNN then computes what is FP32 in BF16, unproven.
+            raise BackendError(f"{name}={mode} lets OpenVINO round what is FP32: unset it")
     has_bf16 = _has_bf16(ov.Core())
     if precision not in ("auto", _FULL) and not has_bf16:
         raise BackendError(f"precision {precision!r} was asked for; this CPU has no BF16")

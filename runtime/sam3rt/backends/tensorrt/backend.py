@@ -17,8 +17,7 @@ from ...features import Features
 from ...geometry import ImageGeometry, preprocess
 from ...masks import MaskOptions, finish
 from ...prompts import PackedPrompts
-from ...timer import StageListener, timed
-from ..base import Backend, ImageCall
+from ..base import Backend, ImageCall, StageListener, timed
 from ..options import GpuOptions
 from .cuda import Cuda, OutOfDeviceMemoryError
 from .driver import Device

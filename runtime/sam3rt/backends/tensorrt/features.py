@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...features import DeviceArray, Features
+from ..kept import check_fork
 from .memory import Block, Layout
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class DeviceFeatures(Features):
         self.layout = layout
         self.pool = pool
         self._device = device
+        self._process = os.getpid()
 
     @property
     def nbytes(self) -> int:
@@ -47,13 +50,23 @@ class DeviceFeatures(Features):
         return f"cuda:{self._device[1]}"
 
     def numpy(self) -> tuple[NDArray[np.float32], ...]:
-        """Copies in host memory, float32 [1, C, h, w] each, finest map first."""
+        """Copies in host memory, float32 [1, C, h, w] each, finest map first.
+
+        Raises:
+            StateError: the process was forked after they were made.
+        """
+        check_fork(self._process)
         host = np.empty(self.layout.nbytes, np.uint8)
         self.pool.run(lambda lane: lane.download(host, self.block))
         return tuple(slot.view(host).astype(np.float32) for slot in self.layout.slots.values())
 
     def arrays(self) -> tuple[DeviceArray, ...]:
-        """The maps where they lie, in the type they have between the engines."""
+        """The maps where they lie, in the type they have between the engines.
+
+        Raises:
+            StateError: the process was forked after they were made.
+        """
+        check_fork(self._process)
         self.block.mark_exported()
         return tuple(
             DeviceArray(

@@ -115,6 +115,41 @@ def test_a_verdict_of_another_version_of_this_package_does_not_count(
     assert load_verdict(bundle, SUBJECT) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", ("AVX2", "AVX512_CORE")),
+        ("DNNL_DEFAULT_FPMATH_MODE", ("BF16", "STRICT")),
+        ("ORT_CUDA_GEMM_OPTIONS", ("1", "2")),
+        ("ORT_DISABLE_FLASH_ATTENTION", ("1", "0")),
+        ("NVIDIA_TF32_OVERRIDE", ("0", "1")),
+    ],
+)
+def test_a_verdict_on_other_kernels_does_not_count(
+    bundle: Bundle, name: str, values: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 that was proven while TF32 was switched off would serve unproven later."""
+    for own, other in (values, values[::-1]):
+        monkeypatch.setenv(name, own)
+        save_verdict(bundle, SUBJECT, VERDICT)
+        assert load_verdict(bundle, SUBJECT) is not None
+        monkeypatch.delenv(name)
+        assert load_verdict(bundle, SUBJECT) is None
+        monkeypatch.setenv(name, other)
+        assert load_verdict(bundle, SUBJECT) is None
+        verdicts_made = verdict_folder()
+        assert verdicts_made is not None
+        for path in verdicts_made.iterdir():
+            path.unlink()
+
+
+def test_other_variables_do_not_matter(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_verdict(bundle, SUBJECT, VERDICT)
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "another")
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    assert load_verdict(bundle, SUBJECT) is not None
+
+
 def test_a_verdict_of_another_bundle_or_limit_does_not_count(
     bundle: Bundle, tmp_path: Path
 ) -> None:

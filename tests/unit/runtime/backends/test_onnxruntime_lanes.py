@@ -273,7 +273,6 @@ def test_graphs_that_compute_something_else_are_refused(
 def test_a_recipe_that_fails_the_gate_does_not_serve(
     provider: FakeProvider, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ORT_CUDA_GEMM_OPTIONS", "1")
     original = OnnxRuntimeLanes.decode
 
     def wrong(self: Any, *arguments: Any) -> Any:
@@ -284,18 +283,6 @@ def test_a_recipe_that_fails_the_gate_does_not_serve(
     with pytest.raises(VerificationError, match="fp16 fails the gate"):
         load(built, precision="fp16")
     assert load(built).backend.precision == "tf32"
-
-
-def test_sums_in_fp16_are_another_subject(
-    provider: FakeProvider, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def versions() -> list[str]:
-        recipes = offer(open_bundle(built), BackendOptions(device="cuda")).recipes
-        return [r.subject.version for r in recipes if isinstance(r.subject, Subject)]
-
-    before = versions()
-    monkeypatch.setenv("ORT_CUDA_GEMM_OPTIONS", "1")
-    assert set(before) & set(versions()) == set()
 
 
 def test_what_was_not_built_says_how_to(provider: FakeProvider, tiny_copy: Path) -> None:

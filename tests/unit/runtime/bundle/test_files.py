@@ -140,7 +140,11 @@ def test_an_error_while_writing_names_the_file(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match=r"^mine$"), atomic_write(path):
         raise OSError("mine")
-    assert names(tmp_path) == []
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write(path, b"new")
+    assert str(caught.value).endswith(f"Is a directory: '{path}'")
+    assert names(tmp_path) == ["a"]
 
 
 def test_file_systems_without_unnamed_files(

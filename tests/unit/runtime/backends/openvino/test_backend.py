@@ -120,6 +120,18 @@ def test_unknown_precisions_are_refused(tiny: Path, precision: str) -> None:
         load_model(tiny, backend="openvino", precision=precision)
 
 
+@pytest.mark.parametrize("prefix", ["ONEDNN", "DNNL"])
+def test_fp32_that_would_be_rounded_is_refused(
+    tiny: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in ("auto", "fp32"):
+        monkeypatch.setenv(f"{prefix}_DEFAULT_FPMATH_MODE", "BF16")
+        with pytest.raises(BackendError, match=rf"{prefix}_DEFAULT_FPMATH_MODE=BF16 .*unset it"):
+            load_model(tiny, backend="openvino", precision=precision)
+        monkeypatch.setenv(f"{prefix}_DEFAULT_FPMATH_MODE", "strict")
+    assert load_model(tiny, backend="openvino", precision="fp32").backend.precision == "fp32"
+
+
 def test_without_bf16_auto_is_fp32_and_bf16_is_refused(
     tiny_sam3: Path, monkeypatch: pytest.MonkeyPatch, judged: dict[str, Any]
 ) -> None:

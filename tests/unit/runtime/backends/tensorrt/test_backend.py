@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from sam3rt import (
     Prompts,
     SAM3InteractiveImagePredictor,
     SegmentationModel,
+    StateError,
     load_model,
 )
 from sam3rt.backends.tensorrt.offer import allow_imaging
@@ -435,6 +437,18 @@ def test_any_thread_may_read_an_embedding_first(
         (found,) = pool.submit(embedding.numpy).result().values()
     (expected,) = mobile_embeddings["chelsea"].numpy().values()
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_forked_child_cannot_read_an_embedding(
+    mobile: SegmentationModel,
+    mobile_embeddings: dict[str, ImageEmbedding],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedding = moved(mobile_embeddings["chelsea"], mobile)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    for read in (embedding.numpy, embedding.arrays, embedding.to_bytes):
+        with pytest.raises(StateError, match="after the fork"):
+            read()
 
 
 def test_an_embedding_is_exported_where_it_lies(
