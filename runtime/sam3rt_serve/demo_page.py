@@ -148,7 +148,7 @@ def page_routes(bundle: Bundle, onnxruntime_web: Mapping[str, bytes]) -> list[Ba
 
 
 class ExportObject(Struct, forbid_unknown_fields=True):
-    """One object's mask: base64 of height * width bits, row by row, a byte's highest bit first."""
+    """One object's mask: base64 of rows of whole bytes, eight pixels each, the highest bit first."""
 
     number: Annotated[int, Meta(ge=1, le=1 << 31)]
     score: float
@@ -220,17 +220,17 @@ def export(question: ExportQuestion) -> tuple[bytes, str]:
 
 
 def _segmentation(question: ExportQuestion) -> Segmentation:
-    shape = (question.height, question.width)
-    pixels = shape[0] * shape[1]
-    if pixels * len(question.objects) > _MOST_PIXELS:
+    height, width = shape = (question.height, question.width)
+    if height * width * len(question.objects) > _MOST_PIXELS:
         raise InvalidInputError("objects", "too many pixels", f"at most {_MOST_PIXELS} together")
+    length = -(-width // 8)
     masks = np.empty((len(question.objects), *shape), np.bool_)
     for mask, one in zip(masks, question.objects, strict=True):
-        if len(one.mask) != -(-pixels // 8):
-            expected = f"{-(-pixels // 8)} for {shape[1]} x {shape[0]} pixels"
+        if len(one.mask) != height * length:
+            expected = f"{height * length} for {width} x {height} pixels"
             raise InvalidInputError("mask", f"{len(one.mask)} bytes", expected)
-        bits = np.unpackbits(np.frombuffer(one.mask, np.uint8), count=pixels)
-        mask[:] = bits.reshape(shape)
+        rows = np.frombuffer(one.mask, np.uint8).reshape(height, length)
+        mask[:] = np.unpackbits(rows, axis=1, count=width)
     return Segmentation(
         masks,
         shape,

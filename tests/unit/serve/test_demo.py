@@ -44,7 +44,11 @@ def client(toy: SegmentationModel) -> Iterator[TestClient]:
 
 def question(form: str, count: int = 2) -> dict[str, Any]:
     objects = [
-        {"number": number, "score": score, "mask": base64.b64encode(np.packbits(mask)).decode()}
+        {
+            "number": number,
+            "score": score,
+            "mask": base64.b64encode(np.packbits(mask, axis=1)).decode(),
+        }
         for number, (mask, score) in enumerate(zip(MASKS, SCORES, strict=True), 1)
     ]
     return {
@@ -93,7 +97,7 @@ def test_documents_are_those_of_a_result(client: TestClient) -> None:
     [
         ({"format": "tiff"}, "Invalid enum value"),
         ({"objects": []}, "length >= 1"),
-        ({"height": 9}, "mask: got 5 bytes, expected 8 for 7 x 9 pixels"),
+        ({"height": 9}, "mask: got 5 bytes, expected 9 for 7 x 9 pixels"),
         ({"height": 1 << 20, "width": 1 << 20}, "objects: got too many pixels"),
         ({"path": "/etc/passwd"}, "unknown field"),
     ],

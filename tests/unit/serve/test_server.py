@@ -156,13 +156,40 @@ def test_the_client_comes_back_to_a_server_that_closed_its_connection(
         client.model()
 
 
+def test_the_client_goes_on_after_an_answer_that_was_cut() -> None:
+    whole = b'HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"a": 12}'
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for content in (whole[:-3], b"SSH-2.0\r\n", whole):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(content)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            for cut in ("IncompleteRead", "BadStatusLine"):
+                with pytest.raises(ConnectionError, match=cut):
+                    client.model()
+            assert client.model() == {"a": 12}
+        thread.join()
+
+
 @pytest.mark.parametrize("image", [IMAGE, None, PIL.Image.fromarray(IMAGE)], ids=type)
 def test_the_client_wants_a_file(image: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"image: got \w+, expected a path"):
         Client().add_image(image)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8000", "ftp://localhost", "", "http://", "http://host:port", "http://a b"),
+        *("http://host:99999", "http://[::1"),
+    ],
+)
 def test_the_client_wants_an_address(url: str) -> None:
     with pytest.raises(InvalidInputError, match="url"):
         Client(url)
