@@ -189,7 +189,7 @@ class Client:
         try:
             self._connection.request(method, self._root + path, content, headers)
             response = self._connection.getresponse()
-            body = response.read()
+            body: bytes = response.read()
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             self.close()
             if not was_open:

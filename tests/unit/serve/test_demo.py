@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from starlette.testclient import TestClient
-from tests.support.serving import CAT, toy_model
+from tests.support.serving import CAT
 
 from sam3rt import SegmentationModel
 from sam3rt.errors import InvalidInputError
@@ -27,11 +27,6 @@ from sam3rt_serve.http import create_app
 HOST = "127.0.0.1:8123"
 MASKS = np.random.default_rng(0).random((2, 5, 7)) > 0.5
 SCORES = (0.9375, 0.5)
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ from tests.support.serving import (
     hostile_calls,
     image_file,
     predicted,
-    toy_model,
 )
 
 from sam3rt import (
@@ -51,11 +50,6 @@ from sam3rt_serve.limits import Limits
 IMAGE = noise(24, 31)
 FILE = image_file(IMAGE)
 POINT = {"points": [[12, 9]], "labels": [1]}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from tests.support.serving import (
     environment,
     image_file,
     predicted,
-    toy_model,
 )
 
 from sam3rt import InvalidInputError, SAM3InteractiveImagePredictor, SegmentationModel
@@ -38,11 +37,6 @@ POINT = {
     "points": np.array([[[12, 9]]], np.float32),
     "labels": np.array([[1]], np.int32),
 }
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @pytest.fixture(scope="module")

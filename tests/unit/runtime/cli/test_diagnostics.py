@@ -207,6 +207,9 @@ def test_info_has_what_a_bug_report_needs(
     assert document["environment"]["OMP_NUM_THREADS"] == "3"
     assert document["backends"]["onnxruntime"] == "can be imported"
     assert set(document["backends"]) == set(sam3rt.backends.BACKENDS)
+    assert "CPUExecutionProvider" in document["onnxruntime_providers"]
+    assert "numpy" in document["packages"]
+    assert document["bundle"]["name"] == "mobile_sam"
     assert document["bundle"]["files"] == "match their hashes"
 
 
