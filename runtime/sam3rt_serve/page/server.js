@@ -11,7 +11,7 @@ export class ServerError extends Error {
 async function call(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(new URL(`../${path}`, import.meta.url), options);
   } catch {
     throw new ServerError("The server does not answer. Is “sam3rt demo” still running?", 0);
   }
