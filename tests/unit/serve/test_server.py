@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import http.client
@@ -13,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,7 +38,8 @@ from sam3rt import (
     SegmentationModel,
     load_model,
 )
-from sam3rt_serve import cli, demo, triton, wire
+from sam3rt.cli import main
+from sam3rt_serve import cli, wire
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.connections import BoundedProtocol
 from sam3rt_serve.core import ObjectPrompt, Service
@@ -330,26 +329,24 @@ def test_a_full_server_takes_new_callers(toy: SegmentationModel) -> None:
     ],
 )
 def test_an_address_that_cannot_be_had_shows_at_once(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def load(options: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(cli, "load_from_options", load)
-    monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        given = parser.parse_args([one.format(taken=port) for one in options])
-        with (
-            warnings.catch_warnings(),
-            pytest.raises((InvalidInputError, OSError), match=said.format(taken=port)),
-        ):
-            cli.run(given)
+        assert main(["serve", *(one.format(taken=port) for one in options)]) == 1
+    assert capsys.readouterr().err == f"sam3rt serve: {said.format(taken=port)}\n"
 
 
-def test_nobody_is_let_in_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_let_in_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = free_port()
 
     def load(options: object) -> None:
@@ -359,27 +356,24 @@ def test_nobody_is_let_in_before_the_model_is_loaded(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cli, "load_from_options", load)
     monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    with warnings.catch_warnings(), pytest.raises(BackendError, match="no model"):
-        cli.run(parser.parse_args(["--port", str(port)]))
+    with warnings.catch_warnings():
+        assert main(["serve", "--port", str(port)]) == 1
+    assert capsys.readouterr().err == "sam3rt serve: no model\n"
 
 
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        *[(cli, "--bundle"), (cli, "--cache-folder"), (cli, "--api-key-file")],
-        *[(demo, "--bundle"), (demo, "--onnxruntime-web")],
-        *[(triton, "--bundle"), (triton, "--cache-folder")],
+        *[("serve", "--bundle"), ("serve", "--cache-folder"), ("serve", "--api-key-file")],
+        *[("demo", "--bundle"), ("demo", "--onnxruntime-web")],
+        *[("triton", "--bundle"), ("triton", "--cache-folder")],
     ],
 )
 def test_an_empty_path_is_not_the_folder_here(
-    command: ModuleType, option: str, capsys: pytest.CaptureFixture[str]
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     with pytest.raises(SystemExit):
-        parser.parse_args([option, "", "repository"])
+        main([command, option, "", "repository"])
     assert f"argument {option}: an empty path" in capsys.readouterr().err
 
 
