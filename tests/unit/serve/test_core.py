@@ -341,23 +341,6 @@ def test_labels_are_1_where_they_are_left_out() -> None:
     assert msgspec.json.decode(b'{"points": [[1, 2]]}', type=ObjectPrompt).labels == [1]
 
 
-def test_a_click_finds_what_had_to_make_room(
-    toy: SegmentationModel, serve: Callable[..., Service], tmp_path: Path
-) -> None:
-    size = toy.encode(IMAGE).nbytes
-    forgetful = serve(cache_bytes=size)
-    remembering = serve(cache_bytes=size, cache_folder=tmp_path)
-    for service in (forgetful, remembering):
-        for name in ("a", "b"):
-            service.add_image(image_file(noise(24, 31, ord(name))), name).result(5)
-    with pytest.raises(UnknownImageError):
-        forgetful.segment("a", [POINT]).result(5)
-    predictor = SAM3InteractiveImagePredictor(toy)
-    predictor.set_image(noise(24, 31, ord("a")))
-    (found,) = remembering.segment("a", [POINT]).result(5)
-    check_equal(found, predicted(predictor, POINT))
-
-
 # --- sessions -------------------------------------------------------------------------------------
 
 

@@ -188,6 +188,15 @@ def test_the_client_wants_an_address(url: str) -> None:
         Client(url)
 
 
+HEAD = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+
+
+def connected(url: str, content: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+    connection.sendall(content)
+    return connection
+
+
 def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
     gate, decoded = threading.Event(), []
 
@@ -205,9 +214,7 @@ def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
         head = (
             b"POST /v1/images/cat/masks HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         )
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        with connected(url, head + b"content-length: %d\r\n\r\n" % len(body) + body):
             eventually(lambda: service.clicks.waiting == 1)
         eventually(lambda: all(job.future.cancelled() for job in service.clicks._waiting))
         gate.set()
@@ -217,24 +224,9 @@ def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
 
 
 def test_a_body_that_comes_too_slowly(toy: SegmentationModel) -> None:
-    service = Service(toy, Limits(seconds=0.2))
-    with running(service) as url:
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(
-                b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
-                b"content-length: 1000\r\n\r\nhalf"
-            )
-            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
-
-
-HEAD = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
-
-
-def connected(url: str, content: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
-    connection.sendall(content)
-    return connection
+    half = HEAD + b"content-length: 1000\r\n\r\nhalf"
+    with running(Service(toy, Limits(seconds=0.2))) as url, connected(url, half) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def trickle(connection: socket.socket, content: bytes) -> None:
