@@ -70,12 +70,16 @@ class Client:
         api_key: str | None = None,
         timeout: float = 60.0,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInputError("url", repr(url), "http://HOST:PORT or https://HOST:PORT")
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if not parts.hostname:
+                raise ValueError("no host")
+            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+            self._connection = kind[parts.scheme](parts.hostname, parts.port, timeout=timeout)
+        except (KeyError, ValueError, http.client.InvalidURL) as error:
+            raise InvalidInputError(
+                "url", repr(url), "http://HOST:PORT or https://HOST:PORT"
+            ) from error
         self._root = parts.path.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
@@ -185,16 +189,18 @@ class Client:
         try:
             self._connection.request(method, self._root + path, content, headers)
             response = self._connection.getresponse()
+            body: bytes = response.read()
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             self.close()
             if not was_open:
                 raise
             # The server closed a connection that nobody used for a while.
             return self._call(method, path, content, media_type)
-        except BaseException:  # half an exchange would answer the next call
+        except BaseException as error:  # half an exchange would answer the next call
             self.close()
+            if isinstance(error, http.client.HTTPException):
+                raise ConnectionError(f"the answer was cut, or is not HTTP: {error!r}") from error
             raise
-        body = response.read()
         if response.status >= 300:
             try:
                 problem = json.loads(body)

@@ -34,6 +34,7 @@ _MEDIA_TYPES = {
     ".html": "text/html",
     ".jpg": "image/jpeg",
     ".js": "text/javascript",
+    ".json": "application/json",
     ".mjs": "text/javascript",
     ".svg": "image/svg+xml",
     ".wasm": "application/wasm",
@@ -101,54 +102,38 @@ def page_routes(bundle: Bundle, onnxruntime_web: Mapping[str, bytes]) -> list[Ba
         onnxruntime_web: ONNX Runtime for browsers, by file name; empty where the page cannot
             decode.
     """
-    files = {path.name: path for path in PAGE.iterdir() if path.suffix in _MEDIA_TYPES}
     decoder = bundle.manifest.decoder
-    graphs = {entry.file: bundle.file(entry) for entry in (decoder.model, *decoder.external_data)}
     manifest = json.loads(msgspec.json.encode(bundle.manifest))
     facts = {"manifest": manifest, "onnxruntime_web": bool(onnxruntime_web)}
-
-    def media_type(name: str) -> str:
-        return _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
-
-    # A server that was started anew may be of another version: nothing is taken from a cache
-    # without asking.
-    fresh = {"cache-control": "no-cache"}
-
-    def file_of(known: Mapping[str, Path], name: str) -> Response:
-        if name not in known:
-            raise HTTPException(404, "there is no such file")
-        return FileResponse(known[name], media_type=media_type(name), headers=fresh)
-
-    async def get_index(request: Request) -> Response:
-        return file_of(files, "index.html")
+    files: dict[str, Path | bytes] = {
+        **{path.name: path for path in PAGE.iterdir() if path.suffix in _MEDIA_TYPES},
+        "facts.json": _json(facts),
+        **{f"decoder/{e.file}": bundle.file(e) for e in (decoder.model, *decoder.external_data)},
+        **{f"onnxruntime/{name}": content for name, content in onnxruntime_web.items()},
+    }
 
     async def get_file(request: Request) -> Response:
-        return file_of(files, request.path_params["name"])
-
-    async def get_graph(request: Request) -> Response:
-        return file_of(graphs, request.path_params["name"])
-
-    async def get_web(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in onnxruntime_web:
+        name = request.path_params.get("name", "index.html")
+        file = files.get(name)
+        if file is None:
             raise HTTPException(404, "there is no such file")
-        return Response(onnxruntime_web[name], media_type=media_type(name), headers=fresh)
-
-    async def get_facts(request: Request) -> Response:
-        return Response(json.dumps(facts), media_type="application/json", headers=fresh)
+        media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
+        # A server that was started anew may be of another version: nothing is taken from a cache
+        # without asking.
+        fresh = {"cache-control": "no-cache"}
+        if isinstance(file, Path):
+            return FileResponse(file, headers=fresh, media_type=media_type)
+        return Response(file, headers=fresh, media_type=media_type)
 
     return [
-        Route("/", get_index),
-        Route("/page/facts.json", get_facts),
+        Route("/", get_file),
         Route("/page/export", post_export, methods=["POST"]),
-        Route("/page/decoder/{name}", get_graph),
-        Route("/page/onnxruntime/{name}", get_web),
-        Route("/page/{name}", get_file),
+        Route("/page/{name:path}", get_file),
     ]
 
 
 class ExportObject(Struct, forbid_unknown_fields=True):
-    """One object's mask: base64 of height * width bits, row by row, a byte's highest bit first."""
+    """One object's mask: base64 of its rows, eight pixels a byte, the highest bit first."""
 
     number: Annotated[int, Meta(ge=1, le=1 << 31)]
     score: float
@@ -220,17 +205,17 @@ def export(question: ExportQuestion) -> tuple[bytes, str]:
 
 
 def _segmentation(question: ExportQuestion) -> Segmentation:
-    shape = (question.height, question.width)
-    pixels = shape[0] * shape[1]
-    if pixels * len(question.objects) > _MOST_PIXELS:
+    height, width = shape = (question.height, question.width)
+    if height * width * len(question.objects) > _MOST_PIXELS:
         raise InvalidInputError("objects", "too many pixels", f"at most {_MOST_PIXELS} together")
+    length = -(-width // 8)
     masks = np.empty((len(question.objects), *shape), np.bool_)
     for mask, one in zip(masks, question.objects, strict=True):
-        if len(one.mask) != -(-pixels // 8):
-            expected = f"{-(-pixels // 8)} for {shape[1]} x {shape[0]} pixels"
+        if len(one.mask) != height * length:
+            expected = f"{height * length} for {width} x {height} pixels"
             raise InvalidInputError("mask", f"{len(one.mask)} bytes", expected)
-        bits = np.unpackbits(np.frombuffer(one.mask, np.uint8), count=pixels)
-        mask[:] = bits.reshape(shape)
+        rows = np.frombuffer(one.mask, np.uint8).reshape(height, length)
+        mask[:] = np.unpackbits(rows, axis=1, count=width)
     return Segmentation(
         masks,
         shape,

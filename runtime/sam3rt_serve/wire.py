@@ -195,7 +195,7 @@ OPERATIONS = (
         *(ImageAnswer, _WORK, "image"),
     ),
     Operation(
-        *("PUT", _IMAGE, "put_image", "Encode an image under an id of the caller's"),
+        *("PUT", _IMAGE, "put_image", "Encode an image under a new id of the caller's"),
         *(ImageAnswer, (404, *_WORK), "image"),
     ),
     Operation("GET", _IMAGE, "get_image", "Find an image", ImageAnswer, (404, 429)),

@@ -28,16 +28,11 @@ _FLAGS = (
 @contextlib.contextmanager
 def demo_server(*options: str) -> Iterator[str]:
     """The address of a demo that runs in a process of its own for the length of the block."""
-    code = (
-        "import argparse, sys; from sam3rt_serve import demo; p = argparse.ArgumentParser(); "
-        "demo.add_arguments(p); sys.exit(demo.run(p.parse_args()))"
-    )
-    given = ["--no-browser", "--backend", "onnxruntime", "--device", "cpu", *options]
+    command = [sys.executable, "-m", "sam3rt", "demo", "--no-browser"]
+    command += ["--backend", "onnxruntime", "--device", "cpu", *options]
     if WEB:
-        given += ["--onnxruntime-web", WEB]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *given], stdout=subprocess.PIPE, text=True
-    )
+        command += ["--onnxruntime-web", WEB]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         yield process.stdout.readline().split(" ")[0]

@@ -209,16 +209,9 @@ class ServerProcess:
         self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> ServerProcess:
-        code = (
-            "import argparse, sys; from sam3rt_serve import cli; p = argparse.ArgumentParser(); "
-            "cli.add_arguments(p); sys.exit(cli.run(p.parse_args()))"
-        )
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *self._arguments],
-            env=self._environment,
-            stderr=self.log,
-        )
+        command = [sys.executable, "-m", "sam3rt", "serve", *self._arguments]
+        self.process = subprocess.Popen(command, env=self._environment, stderr=self.log)
         if not answers(self.process, f"{self.url}/livez"):
             stop(self.process)
             raise AssertionError(self.lines())

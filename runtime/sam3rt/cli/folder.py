@@ -295,7 +295,8 @@ class _Writer:
                 overlay = OVERLAY if self._overlay else None
                 document = self._worker.document(job, result, entries, overlay)
                 write_text(folder / RESULT, as_json(document, 2))
-            entry |= {"masks": entries, "files": [f"{job.name}/{RESULT}"]}
+                names = sorted(path.name for path in folder.iterdir())
+            entry |= {"masks": entries, "files": [f"{job.name}/{name}" for name in names]}
         else:
             # These formats have one mask an object.
             best = result.best

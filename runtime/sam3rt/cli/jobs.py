@@ -16,9 +16,11 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -28,6 +30,7 @@ import numpy as np
 from msgspec import Struct
 
 from ..errors import InvalidInputError
+from .options import problem_of
 
 STDIN = "-"
 DEFAULT_NAME = "object"
@@ -80,11 +83,19 @@ class Images:
         files: path and name of each, in order.
         folders: where the names of ``prompts.jsonl`` are looked for.
         single: whether one file was named, as such.
+        problems: a sentence for each folder that could not be read.
+        passed_over: what else lies in the folders, by suffix or kind.
     """
 
     files: dict[Path, str] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
     single: bool = False
+    problems: list[str] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def others(self) -> str:
+        """What was passed over, for people; empty where nothing was."""
+        return ", ".join(f"{what} ({count})" for what, count in sorted(self.passed_over.items()))
 
 
 def find_images(arguments: Sequence[str], output: Path) -> Images:
@@ -98,6 +109,7 @@ def find_images(arguments: Sequence[str], output: Path) -> Images:
         InvalidInputError: an argument is a URL or names nothing.
     """
     images = Images()
+    output = output.resolve()
     for argument in arguments:
         if not argument:
             raise InvalidInputError("image", "an empty path", "a file, a folder or a pattern")
@@ -114,25 +126,51 @@ def find_images(arguments: Sequence[str], output: Path) -> Images:
             continue
         if path.is_dir():
             base = path
-            found = [p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES]
+            found = list(_images_below(path, output, images))
         else:
             parts = path.parts
             magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
             base = Path(*parts[:magic])
-            found = list(base.glob("/".join(parts[magic:])))
-        found = sorted(p for p in found if _is_meant(p, base, output.resolve()))
-        if not found:
-            raise InvalidInputError("image", argument, "a folder or pattern with images")
+            found = [p for p in base.glob("/".join(parts[magic:])) if _is_meant(p, base, output)]
+        if not found and not images.problems:
+            others = f", with nothing but {images.others()}" if images.passed_over else ""
+            raise InvalidInputError(
+                "image", f"{argument}{others}", "a folder or pattern with images"
+            )
         images.folders.append(base)
-        images.files |= {p: p.relative_to(base).with_suffix("").as_posix() for p in found}
+        images.files |= {p: p.relative_to(base).with_suffix("").as_posix() for p in sorted(found)}
     images.single = (
         len(arguments) == 1 and len(images.files) == 1 and Path(arguments[0]) in (images.files)
     )
     return images
 
 
+def _images_below(folder: Path, output: Path, images: Images) -> Iterator[Path]:
+    """A folder's images, but for hidden ones and our results; ``images`` learns what else is there.
+
+    Links to folders are not followed: they may lead round in circles, or to the whole disk.
+    """
+
+    def note(error: OSError) -> None:
+        images.problems.append(problem_of(error))
+
+    for root, folders, files in os.walk(folder, onerror=note):
+        here = Path(root)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if (here / name).resolve() != output]
+        images.passed_over.update("links to folders" for n in folders if (here / n).is_symlink())
+        for path in (here / name for name in files if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix not in _SUFFIXES:
+                images.passed_over[suffix or "without a suffix"] += 1
+            elif path.exists() and not path.is_file():
+                images.passed_over["pipes and devices"] += 1
+            else:  # also a link that leads nowhere, which fails
+                yield path
+
+
 def _is_meant(path: Path, base: Path, output: Path) -> bool:
-    """Whether a file below a folder is neither hidden nor one of our results."""
+    """Whether what fits a pattern is a file, neither hidden nor one of our results."""
     if any(part.startswith(".") for part in path.relative_to(base).parts) or not path.is_file():
         return False
     inside = output.is_relative_to(base.resolve()) and output != base.resolve()

@@ -81,7 +81,8 @@ def problem_of(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({error})' if str(error) else ''}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        name = error.filename  # or a number, of a file that was open already
+        return f"{name if isinstance(name, int) else os.fsdecode(name)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 

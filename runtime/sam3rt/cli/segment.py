@@ -215,13 +215,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Namespace) -> int:
-    missing: list[str] = []
+    missing = list(images.problems)
     if options.prompts is not None:
-        jobs, missing, unnamed = read_prompts(options.prompts, images)
-        if unnamed and not options.quiet:
-            print(f"images without a line in {options.prompts}: {unnamed}", file=sys.stderr)
+        jobs, gone, unnamed = read_prompts(options.prompts, images)
+        missing += gone
+        said = f"images without a line in {options.prompts}: {unnamed}" if unnamed else ""
     else:
         jobs = [Job(path, name, calls) for path, name in images.files.items()]
+        said = f"passed over: {images.others()}" if images.passed_over else ""
+    if said and not options.quiet:
+        print(printable(said), file=sys.stderr)
     if not jobs and not missing:
         raise InvalidInputError("image", "none", "image files, folders or patterns")
     if options.format != "coco":  # all of it is one file

@@ -1,13 +1,9 @@
-// The decoder in this page: a worker with ONNX Runtime, and embeddings that the server sent.
-
-import { getEmbedding, getFacts } from "./server.js";
+// The decoder in this page: a worker with ONNX Runtime.
 
 export class InPageDecoder {
   #worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
   #waiting = new Map();
   #asked = 0;
-  #imageId = null;
-  #queue = Promise.resolve();
 
   constructor() {
     this.#worker.onmessage = ({ data }) => {
@@ -22,29 +18,19 @@ export class InPageDecoder {
       this.#waiting.clear();
     };
     /** Resolves once the graph is loaded. */
-    this.ready = getFacts().then(({ manifest }) => this.#call("load", { manifest }));
+    this.ready = this.#call({});
   }
 
   /** An object's three masks, as the server gives them. */
-  segment(picture, { points, labels, box }) {
-    const answer = this.#queue.then(async () => {
-      await this.ready;
-      if (this.#imageId !== picture.image_id) {
-        const embedding = await getEmbedding(picture.image_id);
-        await this.#call("take", { embedding }, [embedding]);
-        this.#imageId = picture.image_id;
-      }
-      return this.#call("segment", { points, labels, box });
-    });
-    this.#queue = answer.catch(() => {});
-    return answer;
+  segment({ image_id: imageId }, { points, labels, box }) {
+    return this.#call({ imageId, prompts: { points, labels, box } });
   }
 
-  #call(action, content, transfer = []) {
+  #call(question) {
     return new Promise((resolve, reject) => {
       const id = ++this.#asked;
       this.#waiting.set(id, { resolve, reject });
-      this.#worker.postMessage({ id, action, content }, transfer);
+      this.#worker.postMessage({ id, ...question });
     });
   }
 }

@@ -25,8 +25,8 @@ export function fillHoles(logits, [height, width], mostArea) {
 }
 
 /**
- * Resize logits to the picture's size, bilinear without antialiasing, and threshold them: a mask of
- * eight pixels a byte, the highest bit first.
+ * Resize logits to the picture's size, bilinear without antialiasing, and threshold them: a mask as
+ * the server's, with eight pixels a byte.
  *
  * Columns are interpolated first, then rows.
  */
@@ -37,7 +37,8 @@ export function upsample(logits, [height, width], { originalSize, inputSize }, m
       : bilinear(inputs, originalSize[at]);
   const [outputHeight, outputWidth] = originalSize;
   const wide = mixColumns(logits, height, width, axis(1, width));
-  const mask = new Uint8Array(Math.ceil((outputHeight * outputWidth) / 8));
+  const length = Math.ceil(outputWidth / 8);
+  const mask = new Uint8Array(outputHeight * length);
   const sums = new Float32Array(outputWidth);
   axis(0, height).forEach((taken, y) => {
     sums.fill(0);
@@ -45,8 +46,8 @@ export function upsample(logits, [height, width], { originalSize, inputSize }, m
       const row = wide.subarray(from * outputWidth, (from + 1) * outputWidth);
       for (let x = 0; x < outputWidth; x++) sums[x] += row[x] * weight;
     }
-    for (let x = 0, at = y * outputWidth; x < outputWidth; x++, at++) {
-      if (sums[x] > 0) mask[at >> 3] |= 128 >> (at & 7);
+    for (let x = 0; x < outputWidth; x++) {
+      if (sums[x] > 0) mask[y * length + (x >> 3)] |= 128 >> (x & 7);
     }
   });
   return mask;

@@ -11,7 +11,7 @@ export class ServerError extends Error {
 async function call(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(new URL(`../${path}`, import.meta.url), options);
   } catch {
     throw new ServerError("The server does not answer. Is “sam3rt demo” still running?", 0);
   }
@@ -39,13 +39,26 @@ export async function getEmbedding(imageId) {
   return (await call(`v1/images/${imageId}/embedding`)).arrayBuffer();
 }
 
-/** An object's three masks: `{masks, scores}`, masks eight pixels a byte, the highest bit first. */
+/**
+ * An object's three masks: `{masks, scores}`. A mask's rows have eight pixels a byte, the highest
+ * bit first, and begin with a byte each.
+ */
 export async function segment(imageId, { points, labels, box }) {
-  const question = { objects: [{ points, labels, box }], multimask: true, format: "bits" };
-  const answer = await (await call(`v1/images/${imageId}/masks`, json(question))).json();
-  const [{ masks, scores }] = answer.objects;
-  const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  return { masks: masks.map(bytes), scores };
+  const question = { objects: [{ points, labels, box }], multimask: true, format: "png" };
+  const { objects, height } = await (await call(`v1/images/${imageId}/masks`, json(question))).json();
+  const [{ masks, scores }] = objects;
+  return { masks: await Promise.all(masks.map((text) => rowsOf(text, height))), scores };
+}
+
+/** The rows of a PNG file as the server writes it: one chunk of them, from byte 41 on, no filters. */
+async function rowsOf(text, height) {
+  const file = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const inflated = new Blob([file.subarray(41, -16)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const filtered = new Uint8Array(await new Response(inflated).arrayBuffer());
+  const length = filtered.length / height - 1;
+  const rows = new Uint8Array(height * length);
+  for (let y = 0; y < height; y++) rows.set(filtered.subarray(y * (length + 1) + 1, (y + 1) * (length + 1)), y * length);
+  return rows;
 }
 
 /** A file to download, made of masks of `{number, score, mask}` objects. */

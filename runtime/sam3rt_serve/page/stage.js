@@ -320,13 +320,16 @@ function canvas(width, height) {
   return Object.assign(document.createElement("canvas"), { width, height });
 }
 
-/** A mask of eight pixels a byte as a canvas of the picture's size: opaque inside, else clear. */
+/** A mask as a canvas of the picture's size: opaque inside, else clear. */
 function maskCanvas(mask, { width, height }) {
   const shape = canvas(width, height);
   const image = new ImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
-  for (let at = 0; at < pixels.length; at++) {
-    if (mask[at >> 3] & (128 >> (at & 7))) pixels[at] = 0xffffffff;
+  const length = mask.length / height;
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at++) {
+      if (mask[y * length + (x >> 3)] & (128 >> (x & 7))) pixels[at] = 0xffffffff;
+    }
   }
   shape.getContext("2d").putImageData(image, 0, 0);
   return shape;

@@ -3,50 +3,48 @@
 import * as ort from "./onnxruntime/ort.wasm.bundle.min.mjs";
 
 import { fillHoles, upsample } from "./masks.js";
+import { getEmbedding, getFacts } from "./server.js";
 
 ort.env.wasm.wasmPaths = { wasm: new URL("./onnxruntime/ort-wasm-simd-threaded.wasm", import.meta.url).href };
 
 let manifest = null;
 let session = null;
-let embedding = null; // {maps, originalSize, inputSize}
+let embedding = null; // {imageId, maps, originalSize, inputSize}
 
-const actions = {
-  async load(content) {
-    manifest = content.manifest;
-    const { model, external_data: external } = manifest.decoder;
-    session = await ort.InferenceSession.create(new URL(`./decoder/${model.file}`, import.meta.url).href, {
-      executionProviders: ["wasm"],
-      externalData: external.map(({ file }) => ({
-        path: file,
-        data: new URL(`./decoder/${file}`, import.meta.url).href,
-      })),
-    });
-  },
+async function load() {
+  ({ manifest } = await getFacts());
+  const { model, external_data: external } = manifest.decoder;
+  session = await ort.InferenceSession.create(new URL(`./decoder/${model.file}`, import.meta.url).href, {
+    executionProviders: ["wasm"],
+    externalData: external.map(({ file }) => ({
+      path: file,
+      data: new URL(`./decoder/${file}`, import.meta.url).href,
+    })),
+  });
+}
 
-  async take(content) {
-    embedding = readEmbedding(content.embedding);
-  },
+async function segment(imageId, prompts) {
+  if (embedding?.imageId !== imageId) embedding = { imageId, ...readEmbedding(await getEmbedding(imageId)) };
+  const outputs = await session.run({ ...embedding.maps, ...packPrompts(prompts) }, ["pred_masks", "iou_scores"]);
+  const { data, dims } = outputs.pred_masks;
+  const [height, width] = dims.slice(-2);
+  const scores = [...outputs.iou_scores.data];
+  const masks = scores.map((_, index) => {
+    const logits = data.slice(index * height * width, (index + 1) * height * width);
+    fillHoles(logits, [height, width], manifest.masks.max_hole_area);
+    return upsample(logits, [height, width], embedding, manifest);
+  });
+  return { masks, scores };
+}
 
-  async segment(prompts) {
-    const outputs = await session.run({ ...embedding.maps, ...packPrompts(prompts) }, ["pred_masks", "iou_scores"]);
-    const { data, dims } = outputs.pred_masks;
-    const [height, width] = dims.slice(-2);
-    const scores = [...outputs.iou_scores.data];
-    const masks = scores.map((_, index) => {
-      const logits = data.slice(index * height * width, (index + 1) * height * width);
-      fillHoles(logits, [height, width], manifest.masks.max_hole_area);
-      return upsample(logits, [height, width], embedding, manifest);
-    });
-    return { masks, scores };
-  },
-};
-
+const loaded = load();
 // One message after the other: a session runs once at a time.
-let last = Promise.resolve();
-self.onmessage = ({ data: { id, action, content } }) => {
+let last = loaded.catch(() => {});
+self.onmessage = ({ data: { id, imageId, prompts } }) => {
   last = last.then(async () => {
     try {
-      const answer = await actions[action](content);
+      await loaded;
+      const answer = imageId && (await segment(imageId, prompts));
       self.postMessage({ id, answer }, (answer?.masks ?? []).map((mask) => mask.buffer));
     } catch (error) {
       self.postMessage({ id, error: String(error?.message ?? error) });

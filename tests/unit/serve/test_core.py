@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from tests.support.helpers import noise, wrapped
-from tests.support.serving import check_equal, clicks, image_file, predicted, toy_model
+from tests.support.serving import check_equal, clicks, image_file, predicted
 from tests.support.tensorrt_helpers import make_rig
 
 from sam3rt import (
@@ -27,7 +27,7 @@ from sam3rt import (
     SegmentationModel,
 )
 from sam3rt_serve.core import ObjectPrompt, Service
-from sam3rt_serve.errors import BusyError, DeadlineError, TooLargeError, UnknownImageError
+from sam3rt_serve.errors import BusyError, TooLargeError, UnknownImageError
 from sam3rt_serve.images import read_image
 from sam3rt_serve.joining import joining_pays
 from sam3rt_serve.limits import Limits
@@ -36,11 +36,6 @@ from sam3rt_serve.sessions import Sessions
 IMAGE = noise(24, 31)
 FILE = image_file(IMAGE)
 POINT = ObjectPrompt([(12.0, 9.0)], [1])
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @pytest.fixture
@@ -346,50 +341,6 @@ def test_labels_are_1_where_they_are_left_out() -> None:
     assert msgspec.json.decode(b'{"points": [[1, 2]]}', type=ObjectPrompt).labels == [1]
 
 
-@pytest.mark.parametrize(
-    ("objects", "error"),
-    [
-        ([], PromptError),
-        ([ObjectPrompt()], PromptError),
-        ([ObjectPrompt([(1.0, 2.0)] * 2, [1])], PromptError),
-        ([ObjectPrompt([], [1])], PromptError),
-        ([ObjectPrompt(box=(9.0, 0.0, 1.0, 5.0))], PromptError),
-        ([ObjectPrompt([(1.0, 2.0)] * 5, [1] * 5)], TooLargeError),
-        ([POINT] * 4, TooLargeError),
-    ],
-    ids=["none", "empty", "a label", "no point", "a box turned", "points", "objects"],
-)
-def test_bad_prompts_are_refused(
-    objects: list[ObjectPrompt], error: type[Exception], serve: Callable[..., Service]
-) -> None:
-    service = serve(points=4, objects=3)
-    image_id = service.add_image(FILE).result(5).image_id
-    with pytest.raises(error):
-        service.segment(image_id, objects).result(5)
-
-
-def test_an_unknown_image(serve: Callable[..., Service]) -> None:
-    with pytest.raises(UnknownImageError, match="'nobody'"):
-        serve().segment("nobody", [POINT]).result(5)
-
-
-def test_a_click_finds_what_had_to_make_room(
-    toy: SegmentationModel, serve: Callable[..., Service], tmp_path: Path
-) -> None:
-    size = toy.encode(IMAGE).nbytes
-    forgetful = serve(cache_bytes=size)
-    remembering = serve(cache_bytes=size, cache_folder=tmp_path)
-    for service in (forgetful, remembering):
-        for name in ("a", "b"):
-            service.add_image(image_file(noise(24, 31, ord(name))), name).result(5)
-    with pytest.raises(UnknownImageError):
-        forgetful.segment("a", [POINT]).result(5)
-    predictor = SAM3InteractiveImagePredictor(toy)
-    predictor.set_image(noise(24, 31, ord("a")))
-    (found,) = remembering.segment("a", [POINT]).result(5)
-    check_equal(found, predicted(predictor, POINT))
-
-
 # --- sessions -------------------------------------------------------------------------------------
 
 
@@ -434,29 +385,7 @@ def test_sessions_are_bounded() -> None:
 # --- waiting --------------------------------------------------------------------------------------
 
 
-def test_clicks_do_not_wait_for_images(
-    toy: SegmentationModel, serve: Callable[..., Service]
-) -> None:
-    gate = threading.Event()
-    gate.set()
-    service = serve(wrapped(toy, on_encode=lambda maps: (gate.wait(10), maps)[1]), waiting_images=2)
-    image_id = service.add_image(FILE).result(5).image_id
-    gate.clear()
-    # Two are with the threads, two wait.
-    uploads = []
-    for n in range(4):
-        uploads.append(service.add_image(image_file(noise(9, 9, n))))
-        deadline = time.monotonic() + 5
-        while n < 2 and service.uploads.waiting and time.monotonic() < deadline:
-            time.sleep(0.001)
-    with pytest.raises(BusyError):
-        service.add_image(image_file(noise(9, 9, 9)))
-    assert service.segment(image_id, [POINT]).result(5)
-    gate.set()
-    assert all(upload.result(5).is_new for upload in uploads)
-
-
-def test_an_image_that_is_known_neither_waits_nor_is_refused(
+def test_neither_clicks_nor_images_that_are_known_wait_for_images(
     toy: SegmentationModel, serve: Callable[..., Service]
 ) -> None:
     gate = threading.Event()
@@ -473,26 +402,11 @@ def test_an_image_that_is_known_neither_waits_nor_is_refused(
             time.sleep(0.001)
     with pytest.raises(BusyError):
         service.add_image(FILE, "other")
+    assert service.segment(stored.image_id, [POINT]).result(5)
     assert service.add_image(FILE).result(0) == stored._replace(is_new=False)
     assert not service.add_image(b"not even read", "mine").result(0).is_new
     gate.set()
     assert all(upload.result(5).is_new for upload in uploads)
-
-
-def test_deadlines_and_bounds_of_clicks(serve: Callable[..., Service]) -> None:
-    service = serve(threads=1, waiting_clicks=2, seconds=0.2)
-    image_id = service.add_image(FILE).result(5).image_id
-    gate, busy = hold(service, image_id)
-    late = service.segment(image_id, [POINT])
-    patient = service.segment(image_id, [POINT], deadline=time.monotonic() + 60)
-    with pytest.raises(BusyError):
-        service.segment(image_id, [POINT])
-    time.sleep(0.3)
-    gate.set()
-    assert busy.result(5)  # its turn had come
-    assert patient.result(5)
-    with pytest.raises(DeadlineError):
-        late.result(5)
 
 
 def test_an_image_that_pillow_refuses_is_told_the_services_limit(

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from starlette.testclient import TestClient
-from tests.support.serving import CAT, toy_model
+from tests.support.serving import CAT
 
 from sam3rt import SegmentationModel
 from sam3rt.errors import InvalidInputError
@@ -30,11 +30,6 @@ SCORES = (0.9375, 0.5)
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
-
-
-@pytest.fixture(scope="module")
 def client(toy: SegmentationModel) -> Iterator[TestClient]:
     routes = page_routes(toy.bundle, {"ort.mjs": b"export {}"})
     app = Guard(create_app(Service(toy), routes=routes), {HOST})
@@ -44,7 +39,11 @@ def client(toy: SegmentationModel) -> Iterator[TestClient]:
 
 def question(form: str, count: int = 2) -> dict[str, Any]:
     objects = [
-        {"number": number, "score": score, "mask": base64.b64encode(np.packbits(mask)).decode()}
+        {
+            "number": number,
+            "score": score,
+            "mask": base64.b64encode(np.packbits(mask, axis=1)).decode(),
+        }
         for number, (mask, score) in enumerate(zip(MASKS, SCORES, strict=True), 1)
     ]
     return {
@@ -93,7 +92,7 @@ def test_documents_are_those_of_a_result(client: TestClient) -> None:
     [
         ({"format": "tiff"}, "Invalid enum value"),
         ({"objects": []}, "length >= 1"),
-        ({"height": 9}, "mask: got 5 bytes, expected 8 for 7 x 9 pixels"),
+        ({"height": 9}, "mask: got 5 bytes, expected 9 for 7 x 9 pixels"),
         ({"height": 1 << 20, "width": 1 << 20}, "objects: got too many pixels"),
         ({"path": "/etc/passwd"}, "unknown field"),
     ],

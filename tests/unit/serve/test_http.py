@@ -19,9 +19,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from tests.support.helpers import noise, photo, wrapped
-from tests.support.serving import CAT, check_equal, clicks, image_file, predicted, toy_model
+from tests.support.serving import CAT, clicks, image_file, predicted
 
-from sam3rt import ImageEmbedding, SAM3InteractiveImagePredictor, SegmentationModel
+from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel
 from sam3rt.masks.polygons import signed_area
 from sam3rt.masks.rle import decompress, mask_of
 from sam3rt_serve.cli import JsonFormatter
@@ -35,11 +35,6 @@ FILE = image_file(IMAGE)
 LARGE_FILE = image_file(np.zeros((99, 99, 3), np.uint8))
 PNG = {"content-type": "image/png"}
 QUESTION = {"objects": [{"points": [[12, 9]], "labels": [1]}]}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @pytest.fixture
@@ -180,28 +175,6 @@ def test_run_lengths_and_polygons(
     assert len(str(coarse["masks"])) < len(str(found["masks"]))
 
 
-def test_a_session(client: TestClient, image_id: str) -> None:
-    path = f"/v1/images/{image_id}/masks"
-    question = QUESTION | {"session": "user-1"}
-    assert [client.post(path, json=question).json()["objects"][0]["refined"] for _ in "ab"] == [
-        False,
-        True,
-    ]
-
-
-def test_an_embedding_is_a_file_of_it(
-    client: TestClient, image_id: str, toy: SegmentationModel
-) -> None:
-    answer = client.get(f"/v1/images/{image_id}/embedding")
-    assert answer.headers["content-type"] == "application/octet-stream"
-    embedding = ImageEmbedding.from_bytes(answer.content)
-    predictor = SAM3InteractiveImagePredictor(toy)
-    predictor.set_image(IMAGE)
-    expected = predicted(predictor, ObjectPrompt([(12, 9)], [1]))
-    predictor.set_embedding(embedding)
-    check_equal(predicted(predictor, ObjectPrompt([(12, 9)], [1])), expected)
-
-
 def test_what_is_served(client: TestClient, toy: SegmentationModel) -> None:
     answer = client.get("/v1/model").json()
     assert answer["fingerprint"] == toy.manifest.fingerprint
@@ -278,6 +251,7 @@ def test_bad_requests_are_refused(
         ({"objects": [{"points": [[1, "2"]], "labels": [1]}]}, "points"),
         ({"objects": [{"points": [[1, 2]], "labels": [4]}]}, "labels"),
         ({"objects": [{"points": [[1, 2]], "labels": [1, 1]}]}, "labels"),
+        ({"objects": [{"labels": [1]}]}, "labels"),
         ({"objects": [{"box": [5, 5, 1, 1]}]}, "box"),
         ({"objects": [{"image": "/etc/passwd"}]}, "image"),
         ({"format": "gif"}, "format"),

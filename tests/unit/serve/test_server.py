@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import http.client
@@ -13,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,6 @@ from tests.support.serving import (
     hostile_calls,
     image_file,
     predicted,
-    toy_model,
 )
 
 from sam3rt import (
@@ -41,7 +38,8 @@ from sam3rt import (
     SegmentationModel,
     load_model,
 )
-from sam3rt_serve import cli, demo, triton, wire
+from sam3rt.cli import main
+from sam3rt_serve import cli, wire
 from sam3rt_serve.client import Client, ServerError
 from sam3rt_serve.connections import BoundedProtocol
 from sam3rt_serve.core import ObjectPrompt, Service
@@ -51,11 +49,6 @@ from sam3rt_serve.limits import Limits
 IMAGE = noise(24, 31)
 FILE = image_file(IMAGE)
 POINT = {"points": [[12, 9]], "labels": [1]}
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
 
 
 @contextlib.contextmanager
@@ -156,16 +149,52 @@ def test_the_client_comes_back_to_a_server_that_closed_its_connection(
         client.model()
 
 
+def test_the_client_goes_on_after_an_answer_that_was_cut() -> None:
+    whole = b'HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"a": 12}'
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for content in (whole[:-3], b"SSH-2.0\r\n", whole):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(content)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            for cut in ("IncompleteRead", "BadStatusLine"):
+                with pytest.raises(ConnectionError, match=cut):
+                    client.model()
+            assert client.model() == {"a": 12}
+        thread.join()
+
+
 @pytest.mark.parametrize("image", [IMAGE, None, PIL.Image.fromarray(IMAGE)], ids=type)
 def test_the_client_wants_a_file(image: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"image: got \w+, expected a path"):
         Client().add_image(image)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:8000", "ftp://localhost", "", "http://", "http://host:port", "http://a b"),
+        *("http://host:99999", "http://[::1"),
+    ],
+)
 def test_the_client_wants_an_address(url: str) -> None:
     with pytest.raises(InvalidInputError, match="url"):
         Client(url)
+
+
+HEAD = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
+
+
+def connected(url: str, content: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
+    connection.sendall(content)
+    return connection
 
 
 def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
@@ -185,9 +214,7 @@ def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
         head = (
             b"POST /v1/images/cat/masks HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         )
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        with connected(url, head + b"content-length: %d\r\n\r\n" % len(body) + body):
             eventually(lambda: service.clicks.waiting == 1)
         eventually(lambda: all(job.future.cancelled() for job in service.clicks._waiting))
         gate.set()
@@ -197,24 +224,9 @@ def test_who_hangs_up_takes_no_turn(toy: SegmentationModel) -> None:
 
 
 def test_a_body_that_comes_too_slowly(toy: SegmentationModel) -> None:
-    service = Service(toy, Limits(seconds=0.2))
-    with running(service) as url:
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(
-                b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
-                b"content-length: 1000\r\n\r\nhalf"
-            )
-            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
-
-
-HEAD = b"POST /v1/images HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\n"
-
-
-def connected(url: str, content: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
-    connection.sendall(content)
-    return connection
+    half = HEAD + b"content-length: 1000\r\n\r\nhalf"
+    with running(Service(toy, Limits(seconds=0.2))) as url, connected(url, half) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def trickle(connection: socket.socket, content: bytes) -> None:
@@ -309,26 +321,24 @@ def test_a_full_server_takes_new_callers(toy: SegmentationModel) -> None:
     ],
 )
 def test_an_address_that_cannot_be_had_shows_at_once(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def load(options: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(cli, "load_from_options", load)
-    monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        given = parser.parse_args([one.format(taken=port) for one in options])
-        with (
-            warnings.catch_warnings(),
-            pytest.raises((InvalidInputError, OSError), match=said.format(taken=port)),
-        ):
-            cli.run(given)
+        assert main(["serve", *(one.format(taken=port) for one in options)]) == 1
+    assert capsys.readouterr().err == f"sam3rt serve: {said.format(taken=port)}\n"
 
 
-def test_nobody_is_let_in_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_let_in_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = free_port()
 
     def load(options: object) -> None:
@@ -338,27 +348,24 @@ def test_nobody_is_let_in_before_the_model_is_loaded(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cli, "load_from_options", load)
     monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    with warnings.catch_warnings(), pytest.raises(BackendError, match="no model"):
-        cli.run(parser.parse_args(["--port", str(port)]))
+    with warnings.catch_warnings():
+        assert main(["serve", "--port", str(port)]) == 1
+    assert capsys.readouterr().err == "sam3rt serve: no model\n"
 
 
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        *[(cli, "--bundle"), (cli, "--cache-folder"), (cli, "--api-key-file")],
-        *[(demo, "--bundle"), (demo, "--onnxruntime-web")],
-        *[(triton, "--bundle"), (triton, "--cache-folder")],
+        *[("serve", "--bundle"), ("serve", "--cache-folder"), ("serve", "--api-key-file")],
+        *[("demo", "--bundle"), ("demo", "--onnxruntime-web")],
+        *[("triton", "--bundle"), ("triton", "--cache-folder")],
     ],
 )
 def test_an_empty_path_is_not_the_folder_here(
-    command: ModuleType, option: str, capsys: pytest.CaptureFixture[str]
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     with pytest.raises(SystemExit):
-        parser.parse_args([option, "", "repository"])
+        main([command, option, "", "repository"])
     assert f"argument {option}: an empty path" in capsys.readouterr().err
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import threading
@@ -24,11 +23,10 @@ from tests.support.serving import (
     environment,
     image_file,
     predicted,
-    toy_model,
 )
 
-from sam3rt import InvalidInputError, SAM3InteractiveImagePredictor, SegmentationModel
-from sam3rt_serve import triton
+from sam3rt import SAM3InteractiveImagePredictor, SegmentationModel
+from sam3rt.cli import main
 from sam3rt_serve.core import ObjectPrompt
 from sam3rt_serve.triton_model import Model
 
@@ -41,39 +39,18 @@ POINT = {
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> SegmentationModel:
-    return toy_model(tmp_path_factory.mktemp("bundles") / "toy")
-
-
-@pytest.fixture(scope="module")
 def predictor(toy: SegmentationModel) -> SAM3InteractiveImagePredictor:
     predictor = SAM3InteractiveImagePredictor(toy)
     predictor.set_image(IMAGE)
     return predictor
 
 
-def write(repository: Path, *arguments: str) -> None:
-    parser = argparse.ArgumentParser()
-    triton.add_arguments(parser)
-    options = ["--backend", "onnxruntime", "--threads", "1", *arguments]
-    assert triton.run(parser.parse_args([str(repository), *options])) == 0
-
-
 def test_a_repository_is_written_whole_and_never_over_another(
-    toy: SegmentationModel, tmp_path: Path
+    toy: SegmentationModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = tmp_path / "models" / "repository"
-    write(
-        repository,
-        "--bundle",
-        str(toy.bundle.path),
-        "--instances",
-        "3",
-        "--device",
-        "cuda:0",
-        "--deadline",
-        "7",
-    )
+    write = ["triton", str(repository), "--bundle", str(toy.bundle.path)]
+    assert main([*write, "--instances", "3", "--device", "cuda:0", "--deadline", "7"]) == 0
     files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*.*"))
     assert files == sorted(
         f"sam3rt_{role}/{name}"
@@ -89,8 +66,8 @@ def test_a_repository_is_written_whole_and_never_over_another(
     assert (repository / "sam3rt_decode" / "warmup" / "image_id").read_bytes()[4:] == b"warm-up"
     assert str(tmp_path / "models" / "repository-embeddings") in config
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]
-    with pytest.raises(InvalidInputError, match="exists"):
-        write(repository)
+    assert main(write) == 1
+    assert "repository, which exists" in capsys.readouterr().err
 
 
 class Tensor(SimpleNamespace):

@@ -150,17 +150,6 @@ def test_stages_are_told_in_order(listened: SegmentationModel) -> None:
     assert len(told) == len(names)
 
 
-def test_hooks_do_not_change_results(
-    tiny_model: SegmentationModel, listened: SegmentationModel
-) -> None:
-    listened.on_stage = lambda name, seconds: None
-    embedding = tiny_model.encode(noise(40, 60))
-    first = tiny_model.segment(embedding, CLICK)
-    second = listened.segment(embedding, CLICK)
-    np.testing.assert_array_equal(first[1], second[1])
-    np.testing.assert_array_equal(first[0].low_res_masks, second[0].low_res_masks)
-
-
 def test_a_stage_that_fails_is_not_told() -> None:
     told: list[str] = []
 
@@ -202,6 +191,9 @@ def test_info_has_what_a_bug_report_needs(
     assert document["environment"]["OMP_NUM_THREADS"] == "3"
     assert document["backends"]["onnxruntime"] == "can be imported"
     assert set(document["backends"]) == set(sam3rt.backends.BACKENDS)
+    assert "CPUExecutionProvider" in document["onnxruntime_providers"]
+    assert "numpy" in document["packages"]
+    assert document["bundle"]["name"] == "mobile_sam"
     assert document["bundle"]["files"] == "match their hashes"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -43,13 +44,12 @@ def model(bundle: Path) -> SegmentationModel:
 
 @pytest.fixture
 def imgs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder ``imgs`` of the working folder, with three pictures, a note and a hidden file."""
+    """The folder ``imgs`` of the working folder, with three pictures and a hidden file."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "imgs"
     (folder / "deep").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.png", "deep/c.PNG")):
         PIL.Image.fromarray(noise(30 + number, 40, number)).save(folder / name)
-    (folder / "notes.txt").write_text("mine")
     (folder / ".hidden.png").write_bytes(b"nothing")
     return Path("imgs")
 
@@ -189,6 +189,45 @@ def test_files_folders_and_patterns(
 ) -> None:
     assert segment(*arguments, *CLICK, "--format", "labelme", "-o", "out") == 0
     assert {name[:-5] for name in files("out") if name.endswith(".json")} == expected
+
+
+def test_what_is_passed_over_is_said(imgs: Path, segment: Any, capsys: Any) -> None:
+    for name in ("a.HEIC", "b.heic", "notes.txt", "README"):
+        (imgs / name).write_text("mine")
+    (imgs / "deep" / "round").symlink_to("..")
+    os.mkfifo(imgs / "pipe.png")
+    (imgs / ".git").mkdir()
+    (imgs / ".git" / "x.py").write_text("")
+    assert segment("imgs", *CLICK, "-o", "imgs/out") == 0
+    said = ".heic (2), .txt (1), links to folders (1), pipes and devices (1), without a suffix (1)"
+    assert capsys.readouterr().err == f"passed over: {said}\n"
+    Path("none").mkdir()
+    Path("none", "c.heic").write_text("mine")
+    assert segment("none", *CLICK, "-o", "out") == 1
+    assert "got none, with nothing but .heic (1), expected" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_fails(
+    imgs: Path, segment: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (imgs / "lost.png").symlink_to("nowhere.png")
+    (imgs / "round.png").symlink_to("round.png")
+    scandir = os.scandir
+
+    def forbidding(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    assert segment("imgs", *CLICK, "--format", "labelme", "-o", "out") == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 images segmented")
+    assert [line.removeprefix("sam3rt segment: failed: ") for line in printed.err.splitlines()] == [
+        "imgs/deep: Permission denied",
+        "imgs/lost.png: No such file or directory",
+        "imgs/round.png: Too many levels of symbolic links",
+    ]
 
 
 def test_results_within_the_images_are_no_images(imgs: Path, segment: Any, capsys: Any) -> None:
@@ -354,6 +393,11 @@ def test_what_changed_is_done_again(imgs: Path, segment: Any, capsys: Any) -> No
     assert again("--mask-threshold", "0.5") == "1"
     arguments[2] = "20,9"
     assert again("--mask-threshold", "0.5") == "3"
+    arguments[3:] = ["-o", "png"]
+    for name in ("mask_0.png", "overlay.png"):
+        again()
+        Path("png/deep/c", name).unlink()
+        assert again() == "1"
 
 
 @pytest.mark.parametrize("form", ["png", "coco", "yolo", "labelme"])

@@ -175,16 +175,29 @@ def test_printable_changes_nothing_else() -> None:
     assert printable("a\tb\nc\\d") == r"a\tb\nc\d"
 
 
-def test_running_out_of_memory_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("9 TiB"), "not enough memory (9 TiB)"),
+        (MemoryError(), "not enough memory"),
+        (OSError(5, "Input/output error", 3), "3: Input/output error"),
+        (OSError(28, "No space left", b"\xff"), "\\udcff: No space left"),
+        (OSError("bare"), "bare"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_any_failure_is_one_line(
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def exhausted(*arguments: object) -> None:
-        raise MemoryError("Unable to allocate 9 TiB")
+    def fail(*arguments: object) -> None:
+        raise error
 
-    monkeypatch.setattr("sam3rt.cli.info.default_bundle_path", exhausted)
+    monkeypatch.setattr("sam3rt.cli.info.default_bundle_path", fail)
     assert main(["info"]) == 1
-    error = capsys.readouterr().err
-    assert error == "sam3rt info: not enough memory (Unable to allocate 9 TiB)\n"
+    assert capfd.readouterr().err == f"sam3rt info: {said}\n"
 
 
 def test_a_command_loads_nothing_that_others_need(tmp_path: Path) -> None:
