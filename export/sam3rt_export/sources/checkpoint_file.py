@@ -115,11 +115,13 @@ def _load_shards(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
         # A pipe would be waited for.
         if Path(name).name != name or not shard.is_file():
             raise CheckpointError(f"{path}: {name!r} is not a file beside it")
-        tensors |= load_file(shard)
+        found = load_file(shard)
+        # Another run's file under the same name, or one tensor in two files: which one counts?
+        for key in sorted(found.keys() ^ {k for k, file in weight_map.items() if file == name}):
+            where = "is in" if key in found else "is not in"
+            raise CheckpointError(f"{path}: {key!r} {where} {name}, other than it lists")
+        tensors |= found
         files.append(shard)
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise CheckpointError(f"{path}: {missing[0]!r} is in none of the files it lists")
     return tensors, files
 
 

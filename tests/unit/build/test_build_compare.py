@@ -226,6 +226,7 @@ def test_the_command_shows_layers(default: Bundle, capsys: pytest.CaptureFixture
     [
         (["onnxruntime", "torch"], "side: got 'torch'"),
         (["simulated", "onnxruntime"], "simulated: with one of"),
+        (["onnxruntime", "onnxruntime", "--graph", "decoder"], "--graph: got 'decoder', expected"),
     ],
 )
 def test_the_command_names_a_wrong_side(

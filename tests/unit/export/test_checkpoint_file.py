@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.support.export_helpers import (
     DECODER,
     NO_MEMORY,
@@ -206,6 +206,21 @@ def test_a_damaged_index_is_refused(tensors: Tensors, damage: str, tmp_path: Pat
         del content["weight_map"]
     index.write_text("{" if damage == "no JSON" else json.dumps(content))
     with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_state(index)
+
+
+def test_a_file_of_another_run_behind_the_index_is_refused(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    """A tensor in two files: the one that the index does not name would have won."""
+    index = shards(tensors, tmp_path)
+    path = tmp_path / "model-1.safetensors"
+    stale = load_file(tmp_path / "model-0.safetensors")
+    name = sorted(stale)[0]
+    save_file(load_file(path) | {name: stale[name] + 1}, path)
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: '.*' is in model-1\.safetensors, other"
+    ):
         read_state(index)
 
 

@@ -62,10 +62,11 @@ def name_of(bundle: Path) -> str:
 
 @pytest.fixture
 def old(stub: None, tmp_path: Path) -> Path:
-    """A bundle to be replaced, with a file of its own."""
+    """A bundle to be replaced, with an engine that was built for it."""
     path = tmp_path / "place" / "out"
     export(path, OLD)
-    (path / "engine.plan").write_text("old")
+    (path / "engines").mkdir()
+    (path / "engines" / "engine.plan").write_text("old")
     return path
 
 
@@ -134,7 +135,7 @@ def test_a_new_bundle_is_readable_by_everyone(tmp_path: Path) -> None:
 def test_overwriting_replaces_the_whole_bundle(old: Path) -> None:
     export(old, REPLACE)
     assert leftovers(old.parent) == ["out"]
-    assert "engine.plan" not in leftovers(old)
+    assert "engines" not in leftovers(old)
     assert name_of(old) == "1"
 
 
@@ -219,6 +220,15 @@ def test_overwriting_replaces_bundles_and_nothing_else(kind: str, tmp_path: Path
         export(target, REPLACE)
     assert mine.read_text() == "mine"
     assert leftovers(tmp_path) == ["photos"]
+
+
+def test_a_bundle_with_somebodys_own_file_is_not_replaced(old: Path) -> None:
+    """Such as the checkpoint itself."""
+    (old / "sam3.pt").write_text("mine")
+    with pytest.raises(ExportError, match=r"is not overwritten: it holds 'sam3\.pt'"):
+        export(old, REPLACE)
+    assert (old / "sam3.pt").read_text() == "mine"
+    assert name_of(old) == "0"
 
 
 def test_overwriting_a_link_leaves_no_rubbish(old: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -344,6 +345,25 @@ def test_a_folder_given_with_a_trailing_slash_or_as_a_path(
     assert open_source(f"{folder}/" if as_string else folder).origin == "sam3-hf"
 
 
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "change",
+    [{"image_mean": [0.4, 0.5, 0.5]}, {"image_std": 0.2}, {"do_normalize": False}],
+    ids=str,
+)
+def test_a_folder_whose_images_are_normalized_otherwise_is_refused(
+    model: Any, file: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    for processor in ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True}, change):
+        written = {"image_processor": processor} if file.startswith("processor") else processor
+        (tmp_path / file).write_text(json.dumps(written))
+        if processor is not change:
+            assert open_source(tmp_path).kind == "transformers"
+    with pytest.raises(CheckpointError, match=f"image processor's {next(iter(change))} is"):
+        open_source(tmp_path)
+
+
 def test_the_small_model_from_a_folder_equals_the_file(
     small_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -682,6 +702,12 @@ def test_another_image_size(
         assert relative(actual, expected) < 1e-5
     said = [note for note in source.notes if "trained at 8" in note]
     assert len(said) == (size != 8)
+
+
+def test_a_live_sam_3_1_is_one_at_another_size_too(model: Any) -> None:
+    model.mask_decoder.iou_prediction_head.sigmoid_output = False
+    names = {open_source(model, SourceOptions(image_size=size)).name for size in (4, 8)}
+    assert names == {"sam3.1"}
 
 
 def test_a_live_models_other_size_leaves_it_as_it_is(model: Any) -> None:
