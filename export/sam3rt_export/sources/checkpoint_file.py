@@ -126,7 +126,12 @@ def _load_shards(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives that PyTorch would map or read wrongly."""
+    """Refuse archives that PyTorch would map or read wrongly, and damaged ones.
+
+    Raises:
+        CheckpointError: PyTorch does not map such an archive rightly.
+        zipfile.BadZipFile: it is damaged; PyTorch compares no checksums.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     names = [entry.filename for entry in entries]
@@ -142,6 +147,12 @@ def _check_archive(path: Path) -> None:
             f"{path}: its records are compressed, such as {packed[0]!r}: it was zipped again after "
             "torch.save; load and save it with PyTorch once more"
         )
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            if entry.CRC:  # torch.save may have been told to leave them out
+                with archive.open(entry) as stream:
+                    while stream.read(1 << 20):
+                        pass  # at its end it is compared
 
 
 def _choose(content: Any, path: Path, weights_key: str | None) -> dict[str, Tensor]:

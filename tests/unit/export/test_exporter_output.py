@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,29 +287,3 @@ def test_of_two_exports_to_one_place_the_first_wins(
         export(target)
     assert leftovers(tmp_path) == ["out"]
     assert name_of(target) == "2"
-
-
-@pytest.mark.usefixtures("stub")
-def test_of_two_exports_at_once_one_wins(
-    during: list[Callable[[Path], None]], tmp_path: Path
-) -> None:
-    target = tmp_path / "out"
-    both = threading.Barrier(2, timeout=30)
-    during.append(lambda _: both.wait())
-    said: dict[str, str] = {}
-
-    def work(name: str) -> None:
-        try:
-            export(target, ExportOptions(name=name))
-        except ExportError as error:
-            said[name] = str(error)
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in "12"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(said) == 1
-    assert "output" in "".join(said.values())
-    assert leftovers(tmp_path) == ["out"]
-    assert name_of(target) not in said

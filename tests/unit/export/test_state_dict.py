@@ -16,7 +16,6 @@ from tests.support.export_helpers import (
     TRUNK,
     as_multiplex,
     canonical_tensors,
-    small_tensors,
     tiny_student,
     tiny_tensors,
 )
@@ -87,15 +86,6 @@ def test_the_parts_for_clicks_are_taken_from_sam_3_1(
     found = canonical_tensors(state, "test")
     assert found.keys() == {name for name in tensors if not name.startswith(NECK + "3.")}
     assert all(torch.equal(found[name], tensors[name]) for name in found)
-
-
-def test_the_small_model_as_a_sam_3_1() -> None:
-    """Golden data hold for it: its graphs are made of equal tensors."""
-    small = small_tensors()
-    expected = canonical_tensors(small, "test")
-    found = canonical_tensors(as_multiplex(small), "test")
-    assert found.keys() == {name for name in expected if not name.startswith(NECK + "3.")}
-    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_rotary_tables_in_two_parts(tensors: Tensors) -> None:
