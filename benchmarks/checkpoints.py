@@ -1,14 +1,12 @@
 """Checkpoints of the published sizes, made from a seed: exported, verified, run.
 
-    python -m benchmarks.checkpoints MODEL ... [--sam3 BUNDLE] [--backends NAME ...] [--one-scene]
-        [--rounds N] [--threads N] [--scratch FOLDER] [--output FILE]
+    python -m benchmarks.checkpoints MODEL ... [--backends NAME ...] [--threads N]
+        [--scratch FOLDER] [--output FILE]
 
 A MODEL is ``sam3``, ``sam3.1`` (the same weights under its names), ``sam3@672``, ``sam2.1_small``
 (tiny, small, base_plus, large) or an EfficientSAM3 such as ``repvit_m1_1``. Each is written as its
-authors write it, exported, and checked by ``sam3rt verify`` on each backend in FP32. Its encoder is
-timed, and a click and a box are answered. SAM 3.1 must answer as
-SAM 3, which comes before it or is an export of the same weights that ``--sam3`` names: masks and
-logits equal, scores as log-odds.
+authors write it, exported, and checked by ``sam3rt verify`` on each backend in FP32; then a click
+and a box are answered.
 
 Every step is a process of its own, so its peak of memory is its own. Only one bundle lies on the
 disk at a time. The result is published after each model; exits with 1 where a model fails.
@@ -21,7 +19,6 @@ import contextlib
 import io
 import multiprocessing
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -76,15 +73,6 @@ def make(model: str, path: Path) -> dict[str, Any]:
     }
 
 
-def draw(path: Path) -> None:
-    """The first of the scenes that an export is compared on, as a file."""
-    from PIL import Image
-
-    from sam3rt_export.parity_inputs import default_images
-
-    Image.fromarray(default_images()[0]).save(path)
-
-
 def command(arguments: list[str]) -> dict[str, Any]:
     """A command of ``sam3rt``: its last line, times in seconds and peak of memory in MB."""
     from sam3rt.cli import main
@@ -104,32 +92,6 @@ def command(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def encode(backend: str, bundle: Path, rounds: int) -> dict[str, Any]:
-    """Processor time of a run of the encoder on one thread, seconds, and the peak of memory.
-
-    Other work on the machine disturbs processor time less than the clock.
-    """
-    from sam3rt.backends.create import create_backend
-    from sam3rt.backends.options import BackendOptions
-    from sam3rt_bench.starts import peak_host_mb
-
-    loaded = open_bundle(bundle, check_files=False)
-    runs = create_backend(backend, loaded, BackendOptions("cpu", 1, "fp32"))
-    shape = (1, 3, *loaded.manifest.image.size)
-    pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    times = []
-    for _ in range(rounds + 1):
-        start = time.process_time()
-        runs.encode(pixels)
-        times.append(time.process_time() - start)
-    seconds = times[1:]  # the first prepares
-    return {
-        "median_seconds": round(statistics.median(seconds), 3),
-        "least": round(min(seconds), 3),
-        "peak_mb": peak_host_mb(),
-    }
-
-
 def answers(bundle: Path, threads: int) -> dict[str, Any]:
     """What the predictor answers: masks, scores and low-resolution logits of each call."""
     from tests.golden.efficientsam3 import synthetic
@@ -142,39 +104,19 @@ def answers(bundle: Path, threads: int) -> dict[str, Any]:
     return {call: predictor.predict(**arguments) for call, arguments in _CALLS.items()}
 
 
-def compare(found: dict[str, Any], sam3: dict[str, Any]) -> dict[str, Any]:
-    """SAM 3.1's answers beside SAM 3's of the same weights."""
-    result: dict[str, Any] = {}
-    for call, (masks, scores, low_res) in found.items():
-        other_masks, other_scores, other_low_res = sam3[call]
-        odds = np.log(other_scores / (1 - other_scores))
-        result[call] = {
-            "different_mask_pixels": int((masks != other_masks).sum()),
-            "mask_pixels": int(masks.sum()),
-            "largest_logit_difference": float(abs(low_res - other_low_res).max()),
-            "largest_log_odds_difference": float(abs(scores - odds).max()),
-        }
-    return result
-
-
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def measure(
-    name: str, options: argparse.Namespace, scratch: Path, sam3: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything about one model; answers of SAM 3 are put into ``sam3``, to compare later ones."""
+def measure(name: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Everything about one model."""
     model, _, size = name.partition("@")
     checkpoint, bundle = scratch / f"{model}.pt", scratch / "bundle"
     result: dict[str, Any] = {"checkpoint": apart(make, model, checkpoint)}
     arguments = ["export", str(checkpoint), "--output", str(bundle)]
     arguments += ["--image-size", size] if size else []
-    if options.one_scene:
-        apart(draw, scratch / "scene.png")
-        arguments += ["--parity-image", str(scratch / "scene.png")]
     try:
         result["export"] = apart(command, arguments)
         if result["export"]["status"]:
@@ -187,8 +129,6 @@ def measure(
             verify = ["verify", str(bundle), "--backend", backend, "--device", "cpu"]
             verify += ["--precision", "fp32", "--threads", str(options.threads)]
             result[f"verify {backend}"] = apart(command, verify)
-        for backend in options.backends:
-            result[f"encode {backend}"] = apart(encode, backend, bundle, options.rounds)
         found = apart(answers, bundle, options.threads)
         result["answers"] = {
             call: {
@@ -199,10 +139,6 @@ def measure(
             }
             for call, (masks, scores, low_res) in found.items()
         }
-        if name == "sam3":
-            sam3.update(found)
-        elif name == "sam3.1" and sam3:
-            result["beside sam3"] = compare(found, sam3)
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
         checkpoint.unlink(missing_ok=True)
@@ -211,12 +147,10 @@ def measure(
 
 def passes(result: dict[str, Any]) -> bool:
     """Whether a model was exported, verified and answered."""
-    beside = result.get("beside sam3", {}).values()
     return (
         all(part.get("status", 0) == 0 for part in result.values() if isinstance(part, dict))
         and "answers" in result
         and all(call["finite"] for call in result["answers"].values())
-        and all(call["different_mask_pixels"] == 0 for call in beside)
     )
 
 
@@ -224,23 +158,16 @@ def main() -> int:
     """Measure and publish."""
     parser = script_parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--sam3", type=Path, metavar="BUNDLE", help="what SAM 3.1 is held to")
     parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS)
-    parser.add_argument("--one-scene", action="store_true", help="compare on one image, not two")
-    parser.add_argument("--rounds", type=int, default=1, help="counted runs of an encoder")
-    parser.add_argument("--threads", type=int, default=2, help="for everything but those")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path, help="folder for up to 8 GB of files")
     options = parser.parse_args()
     document = conditions("onnxruntime", "openvino", "torch", "transformers")
     models: dict[str, Any] = {}
     document["models"] = models
-    sam3: dict[str, Any] = {}
-    if options.sam3:
-        sam3 = apart(answers, options.sam3, options.threads)
-        document["sam3"] = open_bundle(options.sam3, check_files=False).manifest.fingerprint
     for name in options.models:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            models[name] = measure(name, options, Path(folder), sam3)
+            models[name] = measure(name, options, Path(folder))
         models[name]["passes"] = passes(models[name])
         publish(document, options.output)
     return 0 if all(result["passes"] for result in models.values()) else 1

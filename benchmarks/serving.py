@@ -14,17 +14,16 @@ Every user clicks on one image, waits for the masks and clicks again. The ways:
 - ``ray``: two replicas on this machine. ``--ray-env`` is one with ``RAY_PACKAGES``.
 
 Besides, one user's click over each server is compared with a plain ``predict`` call, the two in
-turn, so that a machine that is busy with other things slows both alike. Three more sections:
+turn, so that a machine that is busy with other things slows both alike. Two more sections:
 
-- ``costs``: what one image and one click take at 1920x1080, in time and bytes.
 - ``soak``: an hour of an annotator as fast as it goes, 60 images with 20 clicks each; the server's
   memory.
 - ``hostile``: what a well-behaved user notices of a thousand callers with half a request, of
   garbage, and of ten thousand unknown images.
 
 Every mask that comes is compared with that of ``predict``. The file is written anew after each
-figure, and ``serving_report`` makes a page of it. It takes about ten minutes on two idle cores;
-``--quick`` three. Longer than other modules, as all sections share one model and one load.
+figure. It takes about ten minutes on two idle cores; ``--quick`` three. Longer than other modules,
+as all sections share one model and one load.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-import msgspec
 import numpy as np
 import PIL.Image
 from benchmarks import triton_load
@@ -66,9 +64,8 @@ from sam3rt.bundle.files import atomic_write
 from sam3rt.image_files import read_image
 from sam3rt.machine import usable_cores
 from sam3rt_serve.client import Client, ServerError
-from sam3rt_serve.core import ObjectMasks, ObjectPrompt, Service
+from sam3rt_serve.core import ObjectPrompt, Service
 from sam3rt_serve.limits import Limits
-from sam3rt_serve.wire import MasksQuestion, object_answer
 
 POINTS = 16
 _QUICK = {"users": "1,16", "seconds": 2.0, "images": 6, "ids": 1000}
@@ -211,26 +208,6 @@ class Bench:
         )
 
     # --- the sections -----------------------------------------------------------------------------
-
-    def costs(self) -> None:
-        file = image_file(self.large, "JPEG", quality=90)
-        predictor = SAM3InteractiveImagePredictor(self.model, mask_dtype=np.bool_)
-        encodes, clicks = [], []
-        for number in range(-1, 5):  # the first of each is not counted
-            start, spent = time.perf_counter(), time.process_time()
-            predictor.set_image(self.large)
-            encodes.append((time.perf_counter() - start, time.process_time() - spent))
-            for _ in range(5):
-                start, spent = time.perf_counter(), time.process_time()
-                masks, scores, low = predictor.predict([[900 + number, 500]], [1])
-                clicks.append((time.perf_counter() - start, time.process_time() - spent))
-        answer = object_answer(ObjectMasks(masks, scores, low, False), MasksQuestion([]))
-        found = {"image_bytes": len(file), "answer_bytes": len(msgspec.json.encode(answer))}
-        found["embedding_bytes"] = self.model.encode(self.large).nbytes
-        for name, times in (("encode", encodes[1:]), ("click", clicks[1:])):
-            wall, processor = np.median(times, axis=0) * 1e3
-            found |= {f"{name}_ms": round(wall, 2), f"{name}_processor_ms": round(processor, 2)}
-        self.report("costs", found)
 
     def loop(self) -> None:
         line = threading.Lock()
@@ -398,7 +375,7 @@ class Bench:
         )
 
 
-SECTIONS = ("costs", "loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
+SECTIONS = ("loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
 
 
 def main() -> None:

@@ -39,7 +39,6 @@ from benchmarks.report import conditions, publish, script_parser
 from sam3rt.backends.tensorrt.engines import find_engines
 from sam3rt.bundle import TensorSpec, check_file, open_bundle
 from sam3rt.embedding import read_embedding, write_embedding
-from sam3rt.errors import EmbeddingError
 from sam3rt.geometry import ImageGeometry
 from sam3rt_build.errors import BuildError
 
@@ -241,34 +240,6 @@ def embedding_work(folder: Path) -> Iterator[Work]:
     yield Work(run, check, leftovers, hidden, finish(run))
 
 
-def damaged_embeddings(folder: Path, rng: random.Random, count: int) -> dict[str, int]:
-    """Cut an embedding file, or flip a bit of it, in random places.
-
-    Raises:
-        RuntimeError: a damaged one was read.
-    """
-    path = folder / "damaged.embedding"
-    array = np.random.default_rng(1).random((1, 64, 64, 64), np.float32)
-    write_embedding(path, {"image_embeddings.0": array}, _PLACE, _FINGERPRINT)
-    whole = path.read_bytes()
-    read_embedding(path, _FINGERPRINT, _SPECS)
-    refused = 0
-    for number in range(count):
-        content = bytearray(whole)
-        if number % 2:
-            del content[rng.randrange(len(whole)) :]
-        else:
-            content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-        try:
-            read_embedding(path, _FINGERPRINT, _SPECS)
-        except EmbeddingError:
-            refused += 1
-    if refused != count:
-        raise RuntimeError(f"{count - refused} damaged embeddings were read")
-    return {"files_cut_or_flipped": count, "refused": refused}
-
-
 WORKS = {"export": export_work, "build": build_work, "embedding": embedding_work}
 
 
@@ -289,15 +260,8 @@ def main() -> None:
             results[name] = torment(work, kills, rng)
             races[name] = race(work, options.races)
             print(name, results[name], races[name], file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        damage = damaged_embeddings(Path(folder), rng, 20 * options.kills)
     publish(
-        {
-            **conditions("numpy"),
-            "killed": results,
-            "two_at_once": races,
-            "damaged_embeddings": damage,
-        },
+        {**conditions("numpy"), "killed": results, "two_at_once": races},
         options.output,
     )
 

@@ -7,12 +7,13 @@ import json
 import shlex
 import sys
 import time
+from pathlib import Path
 
-from sam3rt.cli.options import add_bundle_argument, named_path, positive_int, printable
+from sam3rt.cli.options import add_bundle_argument, named_path, number, positive_int, printable
 from sam3rt.errors import BackendError, InvalidInputError
 from sam3rt.image_files import read_image
 
-from . import PARTS
+from . import PARTS, PLOTS, RESULT
 
 HELP = "measure a bundle on this machine, side by side with PyTorch, or compare two results"
 DESCRIPTION = """\
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=named_path,
         metavar="DIR",
         help="folder for the results (default: print only)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the results in the output folder"
     )
     parser.add_argument(
         "--candidate",
@@ -94,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number,
         default=0.1,
         help="share by which a median may grow in a comparison (default: 0.1)",
     )
@@ -155,11 +159,11 @@ def _measure(options: argparse.Namespace) -> int:
     )
     shown = printable(str(options.output))
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
+        _make_room(options.output, options.overwrite)
 
     def keep(result: Result) -> None:
         if options.output is not None:
-            write_result(options.output / "bench.json", result)
+            write_result(options.output / RESULT, result)
             with atomic_write(options.output / "bench.md") as stream:
                 stream.write(to_markdown(result).encode())
 
@@ -181,11 +185,31 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Make the folder for results, without those of an earlier run, which may have other parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / RESULT).exists() and not overwrite:
+        raise InvalidInputError(
+            "--output", f"{folder}, which holds {RESULT}", "another folder, or --overwrite"
+        )
+    for name in (RESULT, "bench.md", *(f"{plot}.png" for plot in PLOTS)):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _compare(options: argparse.Namespace) -> int:
-    from .compare import compare_results, lost_agreement, same_conditions, to_markdown
+    from sam3rt.arguments import number as least
+
+    from .compare import (
+        compare_results,
+        lost_agreement,
+        missing_rows,
+        same_conditions,
+        to_markdown,
+    )
     from .document import read_result
 
     before, after = (read_result(path) for path in options.compare)
+    least("--tolerance", options.tolerance, 0.0)
     for line in same_conditions(before, after):
         print(f"not the same {line}")
     changes = compare_results(before, after, options.tolerance)
@@ -194,7 +218,7 @@ def _compare(options: argparse.Namespace) -> int:
     print(to_markdown(changes))
     slower = sum(change.is_slower for change in changes)
     lost = lost_agreement(before, after)
-    for line in lost:
+    for line in [*lost, *missing_rows(before, after)]:
         print(line)
     faster = sum(change.is_faster for change in changes)
     print(f"{len(changes)} rows: {slower} slower, {faster} faster")

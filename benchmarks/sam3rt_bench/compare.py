@@ -65,6 +65,11 @@ def lost_agreement(before: Result, after: Result) -> list[str]:
     ]
 
 
+def missing_rows(before: Result, after: Result) -> list[str]:
+    """What only the first result has: nobody knows whether it is slower now."""
+    return [f"{what}: not in the second" for what in _rows(before).keys() - _rows(after).keys()]
+
+
 def same_conditions(before: Result, after: Result) -> list[str]:
     """What differs between two results besides the code, in words."""
     return [

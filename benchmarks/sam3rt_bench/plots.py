@@ -10,6 +10,7 @@ from typing import Any
 from sam3rt.bundle.files import atomic_write
 from sam3rt.errors import BackendError
 
+from . import PLOTS
 from .document import Curve, Result
 from .markdown import ratio
 
@@ -36,11 +37,8 @@ def draw_plots(result: Result, folder: Path) -> list[Path]:
     # Draws into files; no window, whatever the machine has.
     matplotlib.use("Agg", force=True)
     written = []
-    for name, figure in (
-        ("calls", _draw_calls(result)),
-        ("curves", _draw_curves(result)),
-        ("limits", _draw_limits(result)),
-    ):
+    figures = (_draw_calls(result), _draw_curves(result), _draw_limits(result))
+    for name, figure in zip(PLOTS, figures, strict=True):
         if figure is not None:
             written.append(_save(figure, folder / f"{name}.png"))
     return written

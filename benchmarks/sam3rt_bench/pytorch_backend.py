@@ -66,7 +66,7 @@ class PyTorchBackend(Backend):
         threads: CPU threads, for the whole process; ``None`` leaves them.
 
     Raises:
-        BackendError: the device is not there.
+        BackendError: the device is not there, or the bundle is not the checkpoint's export.
         CheckpointError: the checkpoint cannot be read.
     """
 
@@ -83,7 +83,8 @@ class PyTorchBackend(Backend):
             torch.set_num_threads(threads)
         super().__init__(bundle, device, precision, objects_at_once=1 << 30)
         self._autocast = precision.endswith("bf16")
-        model = _open(checkpoint, device)
+        model, source = _open(checkpoint, device)
+        _expect_export_of(bundle, source, checkpoint)
         self._run_encoder: Callable[..., Any] = model.encode
         self._run_decoder: Callable[..., Any] = model.decode_together
         if precision.startswith("compile-"):
@@ -176,12 +177,32 @@ class _MobileSam:
 
 
 @lru_cache(maxsize=1)
-def _open(checkpoint: Path, device: str) -> TransformersReference | _MobileSam:
-    """The model, loaded once for all precisions."""
-    reference = open_source(checkpoint).reference
-    if isinstance(reference, TransformersReference):
-        return reference.to(device)
-    return _MobileSam(reference, device)
+def _open(
+    checkpoint: Path, device: str
+) -> tuple[TransformersReference | _MobileSam, dict[str, object]]:
+    """The model, loaded once for all precisions, and what tells it from others."""
+    source = open_source(checkpoint)
+    facts: dict[str, object] = {
+        "SHA-256": source.sha256,
+        "input size": source.image.size,
+        "notes": source.notes,
+    }
+    if isinstance(source.reference, TransformersReference):
+        return source.reference.to(device), facts
+    return _MobileSam(source.reference, device), facts
+
+
+def _expect_export_of(bundle: Bundle, facts: dict[str, object], checkpoint: Path) -> None:
+    """Refuse another model, whose masks would be taken for the right ones."""
+    manifest = bundle.manifest
+    made_from = (manifest.source.sha256, manifest.image.size, manifest.source.notes)
+    for (name, found), expected in zip(facts.items(), made_from, strict=True):
+        unknown = name == "SHA-256" and not (found and expected)  # of folders and live models
+        if found != expected and not unknown:
+            raise BackendError(
+                f"{checkpoint} as it is was not exported to {bundle.path}: {name} {found!r}, the "
+                f"bundle's {expected!r}"
+            )
 
 
 def measure_ceilings(device: str, threads: int | None) -> Iterator[Ceiling]:

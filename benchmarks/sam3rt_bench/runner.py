@@ -246,7 +246,7 @@ class _Benchmark:
             self._progress(f"fresh process: {choice.name}")
             timeout = min(_START_TIMEOUT, max(self._left(), 1.0))
             try:
-                row = measure_start(plan.bundle.path, choice, plan.settings, self._size, timeout)
+                row = measure_start(plan.bundle, choice, plan.settings, self._size, timeout)
             except BackendError as error:
                 self._skip(f"start of {choice.name}: {error}")
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sam3rt.bundle import open_bundle
+from sam3rt.bundle import Bundle, open_bundle
 from sam3rt.errors import BackendError
 from sam3rt.predictor import SAM3InteractiveImagePredictor
 
@@ -29,22 +29,23 @@ _STEADY_CALLS = 5
 
 
 def measure_start(
-    bundle: Path, choice: Choice, settings: Settings, size: tuple[int, int], timeout: float
+    bundle: Bundle, choice: Choice, settings: Settings, size: tuple[int, int], timeout: float
 ) -> StartRow:
     """Run one candidate in a process of its own.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the model.
         choice: the candidate.
         settings: as for all candidates.
         size: (height, width) of the image.
         timeout: seconds until it is given up.
 
     Raises:
-        BackendError: the process failed or took too long.
+        BackendError: the process failed or took too long, or another model lies there by now.
     """
     task = {
-        "bundle": str(bundle),
+        "bundle": str(bundle.path),
+        "fingerprint": bundle.manifest.fingerprint,
         "backend": choice.backend,
         "precision": choice.precision,
         "device": settings.device,
@@ -78,7 +79,10 @@ def _run(task: dict[str, Any]) -> StartRow:
     )
     image = draw_scene(*task["size"])
     start = time.perf_counter()
-    candidate = load_candidate(open_bundle(task["bundle"]), choice, settings)
+    bundle = open_bundle(task["bundle"])
+    if bundle.manifest.fingerprint != task["fingerprint"]:
+        raise BackendError(f"{bundle.path} is another model now")
+    candidate = load_candidate(bundle, choice, settings)
     candidate.model.backend.prepare()
     load = time.perf_counter() - start
     predictor = SAM3InteractiveImagePredictor(candidate.model)

@@ -214,7 +214,7 @@ _LOOKS = (
     ),
     (
         re.compile(
-            r"(weight|input)_scale|_scale_inv|\.scales?$|zero_point|_packed|quant|absmax|\.SCB$"
+            r"(weight|input)_scale|_scale_inv|scale_(weight|input)|\.scales?$|zero_point|_packed|quant|absmax|\.SCB$"
         ),
         "the scales of quantized weights: export the weights they were made from",
     ),

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ import sam3rt
 from sam3rt.accuracy.metrics import Measurement
 from sam3rt.accuracy.record import ExpectedCase, ParityRecord
 from sam3rt.accuracy.run import rerecord, verify
+from sam3rt.backends.table import ENGINES
 from sam3rt.bundle import (
     FORMAT,
     FORMAT_VERSION,
@@ -57,6 +59,13 @@ from .transaction import commit, new_folder, recover
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
+
+_LICENSE = "LICENSE"
+_RECORD = "parity.npz"
+# The names of what lies in a bundle, engines that were built for it included.
+_OF_A_BUNDLE = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(_RECORD)}|{_LICENSE}|{ENGINES}|(en|de)coder\.[\w.]+"
+)
 
 # FP32 graphs differ from PyTorch by summation order alone: measured 2e-5 (features) and 6e-5
 # (logits) of the largest value at full size. FP16-stored weights are each off by 2^-11.
@@ -160,7 +169,7 @@ def _write_files(
     say(f"{source.name}: {count / 1e6:.1f} million parameters, input of {width}x{height} pixels")
     images = list(options.parity_images) or default_images()
     record = _run_reference(source, images, say)
-    record.save(folder / "parity.npz")
+    record.save(folder / _RECORD)
     export_id = _export_id(source, options)
     say("tracing the encoder")
     encoder = trace_to_file(
@@ -189,7 +198,7 @@ def _write_files(
         masks=source.masks,
         encoder=encoder,
         decoder=decoder,
-        parity=ParitySpec(file_entry(folder / "parity.npz"), LIMITS[options.weights]),
+        parity=ParitySpec(file_entry(folder / _RECORD), LIMITS[options.weights]),
         producer={
             "sam3rt": sam3rt.__version__,
             "torch": str(torch.__version__),
@@ -231,8 +240,8 @@ def _expect_stored_weights(folder: Path, record: ParityRecord) -> None:
     """
     bundle = open_bundle(folder, check_files=False)
     model = load_model(folder, backend="onnxruntime", device="cpu", check_files=False)
-    rerecord(model.backend, model.manifest, record).save(folder / "parity.npz")
-    parity = ParitySpec(file_entry(folder / "parity.npz"), LIMITS["float32"])
+    rerecord(model.backend, model.manifest, record).save(folder / _RECORD)
+    parity = ParitySpec(file_entry(folder / _RECORD), LIMITS["float32"])
     write_manifest(folder, msgspec.structs.replace(bundle.manifest, parity=parity))
 
 
@@ -284,10 +293,10 @@ def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> 
     entry: FileEntry | None = None
     if options.license_path is not None:
         try:
-            shutil.copyfile(options.license_path, folder / "LICENSE")
+            shutil.copyfile(options.license_path, folder / _LICENSE)
         except OSError as error:
             raise ExportError(f"license_path: cannot be read: {error}") from error
-        entry = file_entry(folder / "LICENSE")
+        entry = file_entry(folder / _LICENSE)
     return SourceSpec(
         kind=source.kind,
         reference=source.origin,
@@ -337,8 +346,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ExportError(f"output: {target} exists; remove it, or give --overwrite")
-    if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    found = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else None
+    if found is None or (found and MANIFEST not in found):
         raise ExportError(f"output: {target} is not a bundle, and is not overwritten")
+    others = [name for name in found if not _OF_A_BUNDLE.fullmatch(name)]
+    if others:
+        raise ExportError(
+            f"output: {target} is not overwritten: it holds {others[0]!r}, which is not a bundle's"
+        )
 
 
 def _free_memory() -> None:

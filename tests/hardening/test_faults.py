@@ -48,8 +48,6 @@ def test_killed_and_doubled_work_leaves_nothing_half_done(
     found = json.loads(report.read_text())
     assert found["killed"][work]["kills"] == kills
     assert found["two_at_once"][work]["pairs_of_runs"] == 2
-    damaged = found["damaged_embeddings"]
-    assert damaged["refused"] == damaged["files_cut_or_flipped"] == 100
 
 
 # --- that the above can fail ----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The reference predictors' real outputs, and how far a result is from them.
 
-The golden tests hold these distances to limits; ``benchmarks/golden_errors.py`` prints what is
-reached. tests/golden/*/README.md say what the data is.
+The golden tests hold these distances to limits. tests/golden/*/README.md say what the data is.
 """
 
 from __future__ import annotations

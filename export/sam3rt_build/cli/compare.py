@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Literal
 
 from sam3rt.bundle import open_bundle
 from sam3rt.cli.options import named_path, printable
-from sam3rt.errors import BackendError
+from sam3rt.errors import BackendError, InvalidInputError
 
 HELP = "compare two backends or precisions, whole or layer by layer"
 DESCRIPTION = """\
@@ -33,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph",
         choices=("encoder", "decoder"),
-        default="encoder",
         help="whose layers (default: encoder)",
     )
 
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare."""
     bundle = open_bundle(options.bundle)
+    if options.graph is not None and options.layers is None:
+        raise InvalidInputError("--graph", repr(options.graph), "--layers with it")
+    role: Literal["encoder", "decoder"] = options.graph or "encoder"
     try:
         from ..compare import compare_layers, compare_models, parse_side
     except ModuleNotFoundError as error:
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if options.layers is not None:
         print(f"{'layer':<52}{'shape':<22}{'cosine':>12}{'max error':>12}{'largest':>12}")
         try:
-            for layer in compare_layers(bundle, options.graph, first, second, options.layers):
+            for layer in compare_layers(bundle, role, first, second, options.layers):
                 shape = "x".join(map(str, layer.shape))
                 print(
                     f"{printable(layer.layer):<52}{shape:<22}{layer.cosine:>12.8f}{layer.error:>12.4g}"

@@ -38,8 +38,6 @@ class DecoderArchitecture:
         high_resolution: whether the two high-resolution maps are added (SAM 2 and 3).
         single_mask: ``"stability"`` (SAM 2 and 3) or ``"token0"`` (SAM 1, MobileSAM).
         sigmoid_iou: whether the IoU head ends in a sigmoid (SAM 2 and 3).
-        stability_delta: logit offset of the stability score.
-        stability_threshold: stability from which token 0 is trusted.
     """
 
     image_size: int
@@ -49,8 +47,6 @@ class DecoderArchitecture:
     high_resolution: bool = True
     single_mask: str = "stability"
     sigmoid_iou: bool = True
-    stability_delta: float = 0.05
-    stability_threshold: float = 0.98
 
     @property
     def predicts_log_odds(self) -> bool:
@@ -127,11 +123,12 @@ class SingleMask(nn.Module):
     since a gather by batch index would need data-dependent indices.
     """
 
+    # The logit offset of the stability score, and the score from which token 0 is trusted.
+    delta, threshold = 0.05, 0.98
+
     def __init__(self, architecture: DecoderArchitecture) -> None:
         super().__init__()
         self.always_first = architecture.single_mask == "token0"
-        self.delta = architecture.stability_delta
-        self.threshold = architecture.stability_threshold
 
     def forward(self, masks: Tensor, iou: Tensor) -> Pair:
         """masks [P, M, h, w] and iou [P, M] to [P, 1, h, w] and [P, 1]."""

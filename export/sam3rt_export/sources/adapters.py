@@ -25,8 +25,9 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
-# These start from base weights that the adapter changed, so that adding to the original is wrong.
-_REBASED = ("pissa", "olora", "corda", "loftq", "eva")
+# Ways to start that leave the base weights as they are; after others, such as PiSSA, adding to the
+# original is wrong.
+_STARTS = ("true", "false", "none", "gaussian", "orthogonal")
 
 
 class _Config(Struct):
@@ -73,7 +74,7 @@ def read_adapter(path: Path, alpha: float | None = None) -> Adapter:
 
     Args:
         path: the file or folder. ``adapter_config.json`` is looked for beside the weights.
-        alpha: ``lora_alpha``; needed where there is no such file, and wins over it.
+        alpha: ``lora_alpha``; needed where there is no such file, and wins over the one in it.
 
     Raises:
         CheckpointError: it cannot be read, or is of a kind that cannot be merged exactly.
@@ -87,7 +88,8 @@ def read_adapter(path: Path, alpha: float | None = None) -> Adapter:
     except Exception as error:  # whatever the reader raises for a malformed file
         raise CheckpointError(f"lora: {file} cannot be read: {error}") from error
     if alpha is not None:
-        config = _Config(alpha, use_rslora=config is not None and config.use_rslora)
+        given = _Config(alpha)
+        config = given if config is None else msgspec.structs.replace(config, lora_alpha=alpha)
     if config is None:
         raise CheckpointError(
             f"lora: there is no {_CONFIG} beside {file}: pass its lora_alpha (--lora-alpha)"
@@ -121,8 +123,8 @@ def _read_config(path: Path) -> _Config | None:
         f"of type {config.peft_type}": config.peft_type != "LORA",
         "of DoRA": config.use_dora,
         "with transposed factors (fan_in_fan_out)": config.fan_in_fan_out,
-        f"that changed its base weights (init_lora_weights {started!r})": started.startswith(
-            _REBASED
+        f"that may have changed its base weights (init_lora_weights {started!r})": (
+            started not in _STARTS
         ),
         f"whose alpha_pattern has regular expressions ({patterns})": patterns,
     }.items():

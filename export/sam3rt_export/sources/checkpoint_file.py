@@ -115,16 +115,23 @@ def _load_shards(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
         # A pipe would be waited for.
         if Path(name).name != name or not shard.is_file():
             raise CheckpointError(f"{path}: {name!r} is not a file beside it")
-        tensors |= load_file(shard)
+        found = load_file(shard)
+        # Another run's file under the same name, or one tensor in two files: which one counts?
+        for key in sorted(found.keys() ^ {k for k, file in weight_map.items() if file == name}):
+            where = "is in" if key in found else "is not in"
+            raise CheckpointError(f"{path}: {key!r} {where} {name}, other than it lists")
+        tensors |= found
         files.append(shard)
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise CheckpointError(f"{path}: {missing[0]!r} is in none of the files it lists")
     return tensors, files
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives that PyTorch would map or read wrongly."""
+    """Refuse archives that PyTorch would map or read wrongly, and damaged ones.
+
+    Raises:
+        CheckpointError: PyTorch does not map such an archive rightly.
+        zipfile.BadZipFile: it is damaged; PyTorch compares no checksums.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     names = [entry.filename for entry in entries]
@@ -140,6 +147,12 @@ def _check_archive(path: Path) -> None:
             f"{path}: its records are compressed, such as {packed[0]!r}: it was zipped again after "
             "torch.save; load and save it with PyTorch once more"
         )
+    with zipfile.ZipFile(path) as archive:
+        for entry in entries:
+            if entry.CRC:  # torch.save may have been told to leave them out
+                with archive.open(entry) as stream:
+                    while stream.read(1 << 20):
+                        pass  # at its end it is compared
 
 
 def _choose(content: Any, path: Path, weights_key: str | None) -> dict[str, Tensor]:

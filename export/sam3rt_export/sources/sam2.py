@@ -10,10 +10,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from torch import Tensor
-
-from sam3rt.bundle import ImageSpec, MaskSpec, PromptSpec
 
 from ..checkpoint_keys import DECODER, PROMPT, SAM2_NECK, SAM2_TRUNK
 from ..errors import ModelError
@@ -22,6 +19,7 @@ from ..graphs.operators import count_children
 from ..graphs.sam_decoder import DecoderArchitecture, SamDecoderGraph
 from ..references.transformers_sam2 import Sam2Reference, build_sam2_model
 from ..source import ExportSource
+from .sam3 import sam_source, size_notes
 
 
 def _published(
@@ -58,8 +56,6 @@ PUBLISHED: dict[tuple[tuple[int, ...], int], tuple[str, HieraArchitecture]] = {
 # ImageNet's statistics (the reference's SAM2Transforms) on the 0..255 scale.
 _MEAN = (0.485 * 255.0, 0.456 * 255.0, 0.406 * 255.0)
 _STD = (0.229 * 255.0, 0.224 * 255.0, 0.225 * 255.0)
-# The reference clamps the low-resolution logits it returns.
-_LOW_RES_LIMIT = 32.0
 # The reference predictor's default: it fills no holes unless it is asked to.
 _MAX_HOLE_AREA = 0.0
 _LICENSE = "Apache-2.0"
@@ -99,13 +95,6 @@ def resized(architecture: HieraArchitecture, image_size: int | None) -> HieraArc
     changed = dataclasses.replace(architecture, image_size=image_size)
     _check_architecture(changed)
     return changed
-
-
-def size_notes(image_size: int, usual: int) -> tuple[str, ...]:
-    """What a user should know of an input size. No tensor says what a model was trained at."""
-    if image_size == usual:
-        return ()
-    return (f"input of {image_size} pixels instead of {usual}: accuracy was never measured",)
 
 
 def read_architecture(tensors: Mapping[str, Tensor]) -> HieraArchitecture:
@@ -230,36 +219,18 @@ def sam2_source(
     decoder_architecture = DecoderArchitecture(image_size=arch.image_size, grid=arch.grid)
     encoder = HieraGraph(arch, tensors).eval()
     decoder = SamDecoderGraph(decoder_architecture, tensors, PROMPT, DECODER).eval()
-    shapes = [
-        (tensors[DECODER + "conv_s0.weight"].shape[0], arch.side(0), arch.side(0)),
-        (tensors[DECODER + "conv_s1.weight"].shape[0], arch.side(1), arch.side(1)),
-        (tensors[SAM2_NECK + "1.conv.weight"].shape[0], arch.grid, arch.grid),
-    ]
-    size = (arch.side(0), arch.side(0))
-    return ExportSource(
-        name=_name(version, arch),
-        model_type="sam2",
+    return sam_source(
+        _name(version, arch),
+        "sam2",
+        encoder,
+        decoder,
+        Sam2Reference(model),
+        tensors,
+        coarsest=tensors[SAM2_NECK + "1.conv.weight"].shape[0],
+        mean=_MEAN,
+        std=_STD,
+        max_hole_area=_MAX_HOLE_AREA,
         license=_LICENSE,
-        encoder=encoder,
-        decoder=decoder,
-        reference=Sam2Reference(model),
-        feature_shapes=shapes,
-        image=ImageSpec(
-            size=(arch.image_size, arch.image_size),
-            resize="stretch",
-            resize_dtype="float32",
-            mean=_MEAN,
-            std=_STD,
-        ),
-        prompts=PromptSpec(box_position="before_points", padding_point="always", mask_size=size),
-        masks=MaskSpec(
-            multimask=decoder.masks - 1,
-            low_res_size=size,
-            low_res_limit=_LOW_RES_LIMIT,
-            upsampling="direct",
-            max_hole_area=_MAX_HOLE_AREA,
-        ),
-        versions={"transformers": transformers.__version__},
         notes=notes,
     )
 

@@ -63,6 +63,10 @@ _SAM2_MLP = re.compile(
     rf"({re.escape(DECODER)}transformer\.layers\.\d+\.mlp)\.layers\.([01])(\.\w+)"
 )
 _MOBILE_SAM = "image_encoder.patch_embed.seq."
+# What a second copy of a model, such as averaged weights below "ema.", has somewhere in its names;
+# and the one decoder of that name which is no copy.
+_COPY = re.compile(r"(vision_backbone|image_encoder)\.trunk\.|sam_mask_decoder\.")
+_PROPAGATION = "tracker.model.sam_mask_decoder."
 # Below these, every tensor counts.
 _READ = (TRUNK, NECK, SAM2_TRUNK, SAM2_NECK, PROMPT, DECODER)
 
@@ -136,11 +140,21 @@ def interactive_parts(
     if tracker is None:
         return own
     has_neck = any(name.startswith(NECK) for name in own.tensors)
+    if has_neck and own.multiplex != tracker.multiplex:
+        versions = ["SAM 3.1's" if parts.multiplex else "SAM 3's" for parts in (own, tracker)]
+        raise CheckpointError(
+            f"tracker: its decoder for clicks is {versions[1]}, the neck in {what} {versions[0]}"
+        )
     others = {
         name: tensor
         for name, tensor in tracker.tensors.items()
         if not (has_neck and name.startswith(NECK))
     }
+    twice = sorted(own.tensors.keys() & others.keys())
+    if twice:
+        raise CheckpointError(
+            f"tracker: {what} has {twice[0]!r} of its own, but not the whole decoder for clicks"
+        )
     return InteractiveParts(
         tensors=own.tensors | others,
         multiplex=tracker.multiplex,
@@ -187,6 +201,11 @@ def _known_parts(state: Mapping[str, Tensor], plain: Mapping[str, str]) -> Inter
         if not (renamed.startswith(_READ) or renamed == NO_MEMORY):
             if LORA.search(original) and not name.startswith(("detector.", "tracker.")):
                 raise unknown_tensors([original])
+            if _COPY.search(name) and not name.startswith(_PROPAGATION):
+                raise ModelError(
+                    f"{original!r} is of a second model beside the first; save the one to export "
+                    "by itself"
+                )
         elif renamed.endswith("num_batches_tracked"):
             continue  # counts, which training alone reads
         elif renamed in sources:
@@ -265,7 +284,7 @@ def describe_names(names: Iterable[str]) -> str:
     if not names:
         return "it holds no tensors"
     if some(TRUNK):
-        if some("tracker.model.sam_mask_decoder."):
+        if some(_PROPAGATION):
             return "it holds SAM 3.1's decoder for propagation, and not the one for clicks"
         holds = "EfficientSAM3's image encoder" if some(STUDENT) else "SAM 3's detector"
         return (

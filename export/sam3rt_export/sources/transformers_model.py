@@ -7,9 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, Sam2Config
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from ..checkpoint_keys import (
     LORA,
@@ -87,6 +89,7 @@ def open_pretrained(
             changed, notes = adapted(model.state_dict(), adapter, _MODULES)
             model.load_state_dict(changed, strict=False)
         source = open_tracker_model(model, image_size)
+        _check_normalization(get_image_processor_config(name), source)
     # Not the whole path of a folder: manifests travel.
     origin = Path(name).name if Path(name).exists() else name
     notes = (*notes, *source.notes)
@@ -111,6 +114,25 @@ def _family(name: str) -> tuple[Any, Any]:
         )
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
     return Sam2Model, Sam2Config(**{part: stored[part] for part in parts if part in stored})
+
+
+def _check_normalization(processor: dict[str, Any], source: ExportSource) -> None:
+    """Refuse a model whose pixels are normalized in another way than its family's.
+
+    Raises:
+        ModelError: naming the field of its image processor.
+    """
+    mean, std = ([value / 255.0 for value in v] for v in (source.image.mean, source.image.std))
+    for name, expected in (
+        ("image_mean", mean),
+        ("image_std", std),
+        ("rescale_factor", 1 / 255),
+        ("do_normalize", True),
+        ("do_rescale", True),
+    ):
+        found = processor.get(name)
+        if found is not None and not np.allclose(found, expected, rtol=1e-3):
+            raise ModelError(f"the image processor's {name} is {found}, expected {expected}")
 
 
 def open_tracker_model(model: Any, image_size: int | None = None) -> ExportSource:
@@ -144,12 +166,13 @@ def open_tracker_model(model: Any, image_size: int | None = None) -> ExportSourc
         enlarged = sam2.resized(hiera, image_size)
         if enlarged != hiera:
             model = build_sam2_model(enlarged, tensors)
-        notes = sam2.size_notes(enlarged.image_size, hiera.image_size)
+        notes = size_notes(enlarged.image_size, hiera.image_size)
         return sam2.sam2_source(enlarged, tensors, model, notes=notes)
     trained = _architecture(model.config)
     architecture = resized(trained, image_size)
     if architecture != trained:
-        model = build_tracker_model(architecture, tensors)
+        sigmoid_iou = model.mask_decoder.iou_prediction_head.sigmoid_output
+        model = build_tracker_model(architecture, tensors, sigmoid_iou=sigmoid_iou)
     notes = size_notes(architecture.image_size, trained.image_size)
     return sam3_source(architecture, tensors, model, notes=notes)
 

@@ -636,6 +636,10 @@ def test_regressions_are_found(result: Result, tmp_path: Path, capsys: Any) -> N
     assert main(["bench", "--compare", *paths]) == 1
     assert "2 slower" in capsys.readouterr().out
     assert main(["bench", "--compare", *paths[::-1]]) == 0
+    assert "not in the second" not in capsys.readouterr().out
+    write_result(tmp_path / "b.json", replace(steady, calls=steady.calls[1:]))
+    assert main(["bench", "--compare", *paths]) == 0
+    assert "onnxruntime:fp32: set_image: not in the second" in capsys.readouterr().out
 
 
 def test_worse_masks_and_other_machines_are_found(
@@ -670,11 +674,51 @@ def test_nonsense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["bench", str(tmp_path / "nothing")]) == 1
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-0.1", "x"])
+def test_a_tolerance_that_lets_everything_pass_is_none(
+    tolerance: str, result: Result, tmp_path: Path
+) -> None:
+    write_result(tmp_path / "a.json", result)
+    command = ["bench", "--compare", *[str(tmp_path / "a.json")] * 2, "--tolerance", tolerance]
+    if tolerance == "-0.1":
+        assert main(command) == 1
+    else:
+        with pytest.raises(SystemExit):
+            main(command)
+
+
+def test_earlier_results_are_replaced_only_if_asked(
+    toy: Bundle, scene_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", str(toy.path), "--candidate", "onnxruntime", "--only", "stages"]
+    command += ["--image", str(scene_file), "--repetitions", "1", "--output", str(tmp_path)]
+    (tmp_path / "bench.json").write_text("hours of work")
+    (tmp_path / "curves.png").write_text("of that run")
+    (tmp_path / "mine.png").write_text("mine")
+    assert main(command) == 1
+    assert "holds bench.json" in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == "hours of work"
+    assert main([*command, "--overwrite"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "mine.png"}
+
+
+def test_a_start_of_a_model_that_was_replaced_meanwhile_does_not_count(toy: Bundle) -> None:
+    manifest = replace(toy.manifest, fingerprint="0" * 64)
+    with pytest.raises(BackendError, match="is another model now"):
+        measure_start(
+            Bundle(toy.path, manifest),
+            Choice("onnxruntime", "fp32"),
+            Settings("cpu", 1, None),
+            (8, 8),
+            timeout=120,
+        )
+
+
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     tiny_bundle(tmp_path / "tiny")
     with pytest.raises(BackendError, match=r"onnxruntime:fp32 failed .*encoder\.onnx"):
         measure_start(
-            tmp_path / "tiny",
+            open_bundle(tmp_path / "tiny"),
             Choice("onnxruntime", "fp32"),
             Settings("cpu", 1, None),
             (8, 8),

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from sam3rt import BackendError, EmbeddingError, Prompts, SegmentationModel
+from sam3rt.bundle import Bundle
 from sam3rt_bench.pytorch_backend import PyTorchBackend, measure_ceilings
 from sam3rt_bench.scene import draw_scene
 
@@ -98,6 +100,23 @@ def test_other_features_and_missing_devices_are_refused(
                 device="cuda",
                 threads=None,
             )
+
+
+@pytest.mark.parametrize("change", ["another file", "another size", "an adapter"])
+def test_another_model_is_not_taken_for_the_right_one(
+    small_model: SegmentationModel, small_checkpoint: Path, change: str
+) -> None:
+    manifest = small_model.manifest
+    source = manifest.source
+    if change == "another file":
+        source = replace(source, sha256="0" * 64)
+    elif change == "an adapter":
+        source = replace(source, notes=("LoRA: x.safetensors merged into 1 parameters",))
+    else:
+        manifest = replace(manifest, image=replace(manifest.image, size=(672, 672)))
+    bundle = Bundle(small_model.bundle.path, replace(manifest, source=source))
+    with pytest.raises(BackendError, match=r"sam3_small\.pt as it is was not exported to"):
+        PyTorchBackend(bundle, small_checkpoint, precision="fp32", device="cpu", threads=None)
 
 
 def test_ceilings_are_plausible() -> None:

@@ -18,7 +18,6 @@ from sam3rt.errors import InvalidInputError
 from sam3rt.model import SegmentationModel
 from sam3rt_build import compare
 from sam3rt_build.compare import LayerDifference, Side, compare_layers, compare_models, parse_side
-from sam3rt_build.errors import BuildError
 from sam3rt_build.graph_files import load_graph
 from sam3rt_build.recipes import Recipe
 from sam3rt_build.typed_graph import FeaturesType
@@ -171,11 +170,6 @@ def test_two_flavours_of_tensorrt_do_not_share_a_process(default: Bundle) -> Non
         list(compare_layers(default, "decoder", *sides, "mlp"))
 
 
-def test_no_such_layer(default: Bundle) -> None:
-    with pytest.raises(BuildError, match="no node that yields floats is named like 'nowhere'"):
-        list(compare_layers(default, "decoder", ORT, Side("simulated", "fp16"), "nowhere"))
-
-
 def test_values_that_are_nan_or_zero() -> None:
     zero, one = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
     difference = compare._difference
@@ -226,6 +220,7 @@ def test_the_command_shows_layers(default: Bundle, capsys: pytest.CaptureFixture
     [
         (["onnxruntime", "torch"], "side: got 'torch'"),
         (["simulated", "onnxruntime"], "simulated: with one of"),
+        (["onnxruntime", "onnxruntime", "--graph", "decoder"], "--graph: got 'decoder', expected"),
     ],
 )
 def test_the_command_names_a_wrong_side(

@@ -413,27 +413,6 @@ def test_defaults_on_the_command_line_are_those_of_the_options(asked: list[Any])
     assert asked == [BuildOptions()]
 
 
-def test_help_explains_the_build(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["build", "--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    for word in ("--backend", "--precision", "--target", "--max-objects", "unproven", "fp16"):
-        assert word in shown
-
-
-def test_without_a_driver_the_command_points_ahead_of_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if shutil.which("nvidia-smi"):
-        pytest.skip("there is a driver here")
-    path = tmp_path / "mobile_sam"
-    shutil.copytree(default_bundle_path(), path, ignore=shutil.ignore_patterns("engines"))
-    assert main(["build", str(path), "--backend", "tensorrt-rtx"]) == 1
-    assert "--backend tensorrt-rtx --target 8.9" in capsys.readouterr().err
-    assert not (path / "engines").exists()
-
-
 # --- full size ------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,12 @@ def test_without_a_configuration_alpha_must_be_given(tmp_path: Path) -> None:
     assert read_adapter(tmp_path, 6.0).scale(QKV, 2) == 3.0
 
 
+def test_an_alpha_that_is_given_takes_the_place_of_the_common_one_alone(tmp_path: Path) -> None:
+    config = {"lora_alpha": 8, "use_rslora": True, "alpha_pattern": {"attn.qkv": 2}}
+    adapter = read_adapter(write(tmp_path, factors(), config), 6.0)
+    assert (adapter.scale(QKV, 4), adapter.scale("mlp.fc1", 4)) == (1.0, 3.0)
+
+
 def test_a_pointwise_convolution() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 5, 3, 3, generator=generator)
@@ -185,7 +191,8 @@ def test_what_cannot_be_merged_is_refused_by_name(
         ({"lora_alpha": 1, "peft_type": "LOHA"}, "of type LOHA.*merge it by PEFT"),
         ({"lora_alpha": 1, "use_dora": True}, "DoRA.*merge it by PEFT"),
         ({"lora_alpha": 1, "fan_in_fan_out": True}, "transposed"),
-        ({"lora_alpha": 1, "init_lora_weights": "pissa_niter_4"}, "changed its base weights"),
+        ({"lora_alpha": 1, "init_lora_weights": "pissa_niter_4"}, "have changed its base weights"),
+        ({"lora_alpha": 1, "init_lora_weights": "of tomorrow"}, "have changed its base weights"),
         ({"lora_alpha": 1, "alpha_pattern": {"a.*b": 2}}, "regular expression"),
         ({"lora_alpha": 1, "alpha_pattern": ["qkv"]}, "no configuration of a LoRA.*alpha_pattern"),
         ({"lora_alpha": 1, "alpha_pattern": {"qkv": float("nan")}}, "no configuration of a LoRA"),

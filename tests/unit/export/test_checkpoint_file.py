@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.support.export_helpers import (
     DECODER,
     NO_MEMORY,
@@ -209,6 +209,21 @@ def test_a_damaged_index_is_refused(tensors: Tensors, damage: str, tmp_path: Pat
         read_state(index)
 
 
+def test_a_file_of_another_run_behind_the_index_is_refused(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    """A tensor in two files: the one that the index does not name would have won."""
+    index = shards(tensors, tmp_path)
+    path = tmp_path / "model-1.safetensors"
+    stale = load_file(tmp_path / "model-0.safetensors")
+    name = sorted(stale)[0]
+    save_file(load_file(path) | {name: stale[name] + 1}, path)
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: '.*' is in model-1\.safetensors, other"
+    ):
+        read_state(index)
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -254,11 +269,26 @@ def test_a_file_that_was_zipped_again_is_refused(checkpoint: Path, tmp_path: Pat
         open_source(path)
 
 
-def test_values_that_are_not_finite_are_refused(tensors: Tensors, tmp_path: Path) -> None:
-    name = TRUNK + "blocks.1.mlp.fc1.weight"
-    torch.save(tensors | {name: torch.full_like(tensors[name], float("nan"))}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"fc1\.weight.*NaN"):
+def test_a_download_with_a_wrong_byte_is_refused(
+    checkpoint: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    """PyTorch compares no checksums, and the graphs would be held to the same wrong weights."""
+    content = bytearray(checkpoint.read_bytes())
+    stored = tensors[TRUNK + "blocks.1.attn.qkv.weight"].numpy().tobytes()
+    content[content.index(stored) + 100] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pt: cannot be read.*CRC"):
         open_source(tmp_path / "x.pt")
+
+
+def test_a_file_may_have_no_checksums(
+    tensors: Tensors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: False)
+    torch.save(tensors, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert {entry.CRC for entry in archive.infolist()} == {0}
+    assert same(loaded(tmp_path / "x.pt"), tensors)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

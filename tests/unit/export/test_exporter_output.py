@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +61,11 @@ def name_of(bundle: Path) -> str:
 
 @pytest.fixture
 def old(stub: None, tmp_path: Path) -> Path:
-    """A bundle to be replaced, with a file of its own."""
+    """A bundle to be replaced, with an engine that was built for it."""
     path = tmp_path / "place" / "out"
     export(path, OLD)
-    (path / "engine.plan").write_text("old")
+    (path / "engines").mkdir()
+    (path / "engines" / "engine.plan").write_text("old")
     return path
 
 
@@ -134,7 +134,7 @@ def test_a_new_bundle_is_readable_by_everyone(tmp_path: Path) -> None:
 def test_overwriting_replaces_the_whole_bundle(old: Path) -> None:
     export(old, REPLACE)
     assert leftovers(old.parent) == ["out"]
-    assert "engine.plan" not in leftovers(old)
+    assert "engines" not in leftovers(old)
     assert name_of(old) == "1"
 
 
@@ -221,6 +221,15 @@ def test_overwriting_replaces_bundles_and_nothing_else(kind: str, tmp_path: Path
     assert leftovers(tmp_path) == ["photos"]
 
 
+def test_a_bundle_with_somebodys_own_file_is_not_replaced(old: Path) -> None:
+    """Such as the checkpoint itself."""
+    (old / "sam3.pt").write_text("mine")
+    with pytest.raises(ExportError, match=r"is not overwritten: it holds 'sam3\.pt'"):
+        export(old, REPLACE)
+    assert (old / "sam3.pt").read_text() == "mine"
+    assert name_of(old) == "0"
+
+
 def test_overwriting_a_link_leaves_no_rubbish(old: Path, tmp_path: Path) -> None:
     link = tmp_path / "links" / "current"
     link.parent.mkdir()
@@ -278,29 +287,3 @@ def test_of_two_exports_to_one_place_the_first_wins(
         export(target)
     assert leftovers(tmp_path) == ["out"]
     assert name_of(target) == "2"
-
-
-@pytest.mark.usefixtures("stub")
-def test_of_two_exports_at_once_one_wins(
-    during: list[Callable[[Path], None]], tmp_path: Path
-) -> None:
-    target = tmp_path / "out"
-    both = threading.Barrier(2, timeout=30)
-    during.append(lambda _: both.wait())
-    said: dict[str, str] = {}
-
-    def work(name: str) -> None:
-        try:
-            export(target, ExportOptions(name=name))
-        except ExportError as error:
-            said[name] = str(error)
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in "12"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(said) == 1
-    assert "output" in "".join(said.values())
-    assert leftovers(tmp_path) == ["out"]
-    assert name_of(target) not in said

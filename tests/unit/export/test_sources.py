@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -19,14 +20,12 @@ from tests.support.export_helpers import (
     NECK,
     NO_MEMORY,
     TRUNK,
-    USED,
     Exploit,
     ReferenceTracker,
     as_multiplex,
     canonical_tensors,
     random_mobile_sam,
     relative,
-    small_tensors,
     tiny_tensors,
 )
 from tests.support.helpers import tiny_bundle
@@ -309,13 +308,6 @@ def test_more_layers_than_the_model_has_are_refused(
         source_from_tensors(canonical_tensors(tensors | more, "test"))
 
 
-def test_only_used_tensors_are_needed(tmp_path: Path) -> None:
-    tensors = {name: t for name, t in small_tensors().items() if name.startswith(USED)}
-    assert len(tensors) < len(small_tensors())
-    torch.save(tensors, tmp_path / "used.pt")
-    assert open_source(tmp_path / "used.pt").feature_shapes[2] == (256, 72, 72)
-
-
 # --- transformers ---------------------------------------------------------------------------------
 
 
@@ -344,19 +336,23 @@ def test_a_folder_given_with_a_trailing_slash_or_as_a_path(
     assert open_source(f"{folder}/" if as_string else folder).origin == "sam3-hf"
 
 
-def test_the_small_model_from_a_folder_equals_the_file(
-    small_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "change",
+    [{"image_mean": [0.4, 0.5, 0.5]}, {"image_std": 0.2}, {"do_normalize": False}],
+    ids=str,
+)
+def test_a_folder_whose_images_are_normalized_otherwise_is_refused(
+    model: Any, file: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
-    tensors = small_tensors()
-    tracker_model(tensors).save_pretrained(tmp_path / "hf")
-    one, other = open_source(small_checkpoint), open_source(tmp_path / "hf")
-    for graph in ("encoder", "decoder"):
-        ours, theirs = getattr(one, graph), getattr(other, graph)
-        parameters = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
-        for name, value in (*ours.named_parameters(), *ours.named_buffers()):
-            assert torch.equal(parameters.pop(name), value), name
-        assert not parameters
-        assert repr(ours) == repr(theirs)  # sizes and epsilons
+    model.save_pretrained(tmp_path)
+    for processor in ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True}, change):
+        written = {"image_processor": processor} if file.startswith("processor") else processor
+        (tmp_path / file).write_text(json.dumps(written))
+        if processor is not change:
+            assert open_source(tmp_path).kind == "transformers"
+    with pytest.raises(CheckpointError, match=f"image processor's {next(iter(change))} is"):
+        open_source(tmp_path)
 
 
 def test_a_folder_in_half_precision_is_read_as_fp32(model: Any, tmp_path: Path) -> None:
@@ -574,11 +570,6 @@ def test_the_references_tracker(checkpoint: Path, tensors: dict[str, Tensor]) ->
     assert max(differences(open_source(checkpoint), source)) == 0.0
 
 
-def test_the_references_tracker_with_all_of_its_parts() -> None:
-    source = open_source(ReferenceTracker(small_tensors()))
-    assert source.feature_shapes == [(32, 288, 288), (64, 144, 144), (256, 72, 72)]
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_the_references_tracker_is_left_as_it_is(
     tensors: dict[str, Tensor], training: bool
@@ -680,8 +671,14 @@ def test_another_image_size(
     assert [tuple(m.shape[1:]) for m in maps] == source.feature_shapes
     for actual, expected in zip(maps, source.reference.encode(pixels), strict=True):
         assert relative(actual, expected) < 1e-5
-    said = [note for note in source.notes if "trained at 8" in note]
+    said = [note for note in source.notes if "instead of 8" in note]
     assert len(said) == (size != 8)
+
+
+def test_a_live_sam_3_1_is_one_at_another_size_too(model: Any) -> None:
+    model.mask_decoder.iou_prediction_head.sigmoid_output = False
+    names = {open_source(model, SourceOptions(image_size=size)).name for size in (4, 8)}
+    assert names == {"sam3.1"}
 
 
 def test_a_live_models_other_size_leaves_it_as_it_is(model: Any) -> None:

@@ -16,7 +16,6 @@ from tests.support.export_helpers import (
     TRUNK,
     as_multiplex,
     canonical_tensors,
-    small_tensors,
     tiny_student,
     tiny_tensors,
 )
@@ -89,15 +88,6 @@ def test_the_parts_for_clicks_are_taken_from_sam_3_1(
     assert all(torch.equal(found[name], tensors[name]) for name in found)
 
 
-def test_the_small_model_as_a_sam_3_1() -> None:
-    """Golden data hold for it: its graphs are made of equal tensors."""
-    small = small_tensors()
-    expected = canonical_tensors(small, "test")
-    found = canonical_tensors(as_multiplex(small), "test")
-    assert found.keys() == {name for name in expected if not name.startswith(NECK + "3.")}
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-
-
 def test_rotary_tables_in_two_parts(tensors: Tensors) -> None:
     state = {}
     for name, tensor in tensors.items():
@@ -123,6 +113,7 @@ UNKNOWN: dict[str, tuple[str, str]] = {
     "LoRA in a copy of the model": ("base_model.model." + QKV + ".lora_A.weight", "LoRA.*merge"),
     "LoRA elsewhere": ("adapters.lora_A.0", "LoRA.*merge"),
     "quantized": (QKV + ".weight_scale", "quantized"),
+    "quantized by other names": (QKV + ".scale_weight", "quantized"),
     "another head": (DECODER + "iou_prediction_head.layers.extra.weight", "another model"),
     "a prompt": (PROMPT + "something_else", "another model"),
     "a block": (TRUNK + "blocks.x.norm1.weight", "another model"),
@@ -153,6 +144,18 @@ def test_what_would_be_left_out_is_refused_by_name(
 def test_parts_that_are_not_exported_may_hold_anything(tensors: Tensors, name: str) -> None:
     found = canonical_tensors(tensors | {name: torch.full((2,), float("nan"))}, "test")
     assert found.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("multiplex", [False, True])
+@pytest.mark.parametrize("part", [TRUNK, DECODER])
+def test_a_second_model_beside_the_first_is_not_passed_over(
+    tensors: Tensors, part: str, multiplex: bool
+) -> None:
+    """Such as the averaged weights, which are those that somebody means."""
+    copy = {"ema." + name: t + 1 for name, t in tensors.items() if name.startswith(part)}
+    state = as_multiplex(tensors) if multiplex else tensors
+    with pytest.raises(CheckpointError, match=r"^x\.pt: 'ema\..* is of a second model"):
+        canonical_tensors(state | copy, "x.pt")
 
 
 def test_one_parameter_under_two_names_is_refused(tensors: Tensors) -> None:
@@ -296,6 +299,24 @@ def test_a_necks_own_weights_are_kept(tensors: Tensors) -> None:
     parts = interactive_parts(tuned, "tuned.pt", tracker_parts(tensors, "sam3.pt"))
     assert same(parts.tensors, tensors | tuned)
     assert parts.notes == ("the decoder for clicks: from the tracker's file",)
+
+
+@pytest.mark.parametrize("multiplex", [False, True])
+def test_a_tracker_of_another_version_than_the_neck_is_refused(
+    tensors: Tensors, multiplex: bool
+) -> None:
+    of_3_1 = as_multiplex(tensors)
+    tuned, stock = (of_3_1, tensors) if multiplex else (tensors, of_3_1)
+    tuned = {name: t for name, t in tuned.items() if name.startswith("detector.")}
+    said = "is SAM 3's, the neck in x.pt SAM 3.1's"
+    with pytest.raises(CheckpointError, match=said if multiplex else r"is SAM 3\.1's.* SAM 3's"):
+        interactive_parts(tuned, "x.pt", tracker_parts(stock, "sam3.pt"))
+
+
+def test_a_prompt_encoder_of_its_own_is_not_replaced(tensors: Tensors) -> None:
+    tuned = {name: t + 1.0 for name, t in tensors.items() if name.startswith((TRUNK, PROMPT))}
+    with pytest.raises(CheckpointError, match=r"tracker: x\.pt has 'tracker\.sam_prompt.* own"):
+        interactive_parts(tuned, "x.pt", tracker_parts(tensors, "sam3.pt"))
 
 
 def test_a_student_under_a_neck_that_never_saw_it(student: Tensors, tensors: Tensors) -> None:
