@@ -69,13 +69,17 @@ def test_project_in_c(cpp_builds: Path, tmp_path: Path) -> None:
 
 
 def test_pkg_config(cpp_builds: Path, tmp_path: Path) -> None:
-    install, dependencies = cpp_builds / "install", cpp_builds / "dependencies"
+    """Where it was installed to, as docs/cpp.md does it, and not where it was configured for."""
+    install, dependencies = tmp_path / "elsewhere", cpp_builds / "dependencies"
+    output("cmake", "--install", cpp_builds / "release", "--prefix", install)
     environment = {**os.environ, "PKG_CONFIG_PATH": str(install / "lib" / "pkgconfig")}
 
     def flags(*options: str) -> list[str]:
         return output("pkg-config", *options, "sam3rt", env=environment).split()
 
     assert flags("--modversion") == [sam3rt.__version__]
+    places = [flag[2:] for flag in flags("--cflags", "--libs") if flag[:2] in ("-I", "-L")]
+    assert [Path(place).resolve() for place in places] == [install / "include", install / "lib"]
     (tmp_path / "main.c").write_text(MAIN)
     compiled = ["cc", tmp_path / "main.c", "-o", tmp_path / "app"]
     output(*compiled, *flags("--cflags", "--libs"), f"-Wl,-rpath,{install / 'lib'}")
