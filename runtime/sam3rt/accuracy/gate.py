@@ -9,7 +9,7 @@ that will serve it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..bundle import LOOSEST_LIMITS, Bundle, Manifest, ParityLimits
@@ -71,21 +71,9 @@ class Verdict:
         )
 
 
-def judge(
-    measurements: Iterable[Measurement], progress: Callable[[Measurement], None] | None = None
-) -> Verdict:
-    """Collect measurements as they are made.
-
-    Args:
-        measurements: such as :func:`sam3rt.accuracy.run.verify` yields.
-        progress: called with each.
-    """
-    made = []
-    for measurement in measurements:
-        made.append(measurement)
-        if progress is not None:
-            progress(measurement)
-    return Verdict(tuple(made))
+def judge(measurements: Iterable[Measurement]) -> Verdict:
+    """The verdict on measurements, such as :func:`sam3rt.accuracy.run.verify` yields."""
+    return Verdict(tuple(measurements))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ class BackendEntry(NamedTuple):
         name: what callers ask for.
         factory: "module:function" of what offers it; see :class:`sam3rt.backends.base.Offer`.
         modules: the Python modules that it cannot do without.
-        devices: the kinds of device it runs on, the best first.
         extra: the extra of sam3rt that installs its modules.
         note: what to do where the extra is not the way, or empty.
     """
@@ -27,7 +26,6 @@ class BackendEntry(NamedTuple):
     name: str
     factory: str
     modules: tuple[str, ...]
-    devices: tuple[str, ...]
     extra: str
     note: str = ""
 
@@ -59,7 +57,6 @@ TABLE: tuple[BackendEntry, ...] = (
         "tensorrt",
         "sam3rt.backends.tensorrt.offer:offer_tensorrt",
         ("tensorrt", "cuda.bindings"),
-        ("cuda",),
         "gpu",
         "or on a Jetson JetPack's own python3-libnvinfer and pip install 'cuda-python==12.9.*'",
     ),
@@ -67,18 +64,16 @@ TABLE: tuple[BackendEntry, ...] = (
         "tensorrt-rtx",
         "sam3rt.backends.tensorrt.offer:offer_tensorrt_rtx",
         ("tensorrt_rtx", "cuda.bindings"),
-        ("cuda",),
         "rtx",
     ),
     BackendEntry(
         "onnxruntime",
         "sam3rt.backends.onnxruntime.recipes:offer",
         ("onnxruntime",),
-        ("cuda", "cpu"),
         "cpu",
         "or 'sam3rt[gpu]' instead of it for CUDA",
     ),
-    BackendEntry("openvino", "sam3rt.backends.openvino:offer", ("openvino",), ("cpu",), "openvino"),
+    BackendEntry("openvino", "sam3rt.backends.openvino:offer", ("openvino",), "openvino"),
 )
 
 BACKENDS = tuple(entry.name for entry in TABLE)

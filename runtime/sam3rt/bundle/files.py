@@ -50,23 +50,22 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(path.name, sha256_file(path), path.stat().st_size)
 
 
-def check_file(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+def check_file(folder: Path, entry: FileEntry) -> None:
     """Compare one file with what is on record about it.
 
     Args:
         folder: where it lies.
         entry: what it must be.
-        described_by: what to call the record in error messages.
 
     Raises:
         BundleError: it is missing, not a plain file, or has another length or hash.
     """
-    check_length(folder, entry, described_by)
+    check_length(folder, entry)
     try:
         digest = sha256_file(folder / entry.file)
     except OSError as error:
         raise BundleError(f"cannot be read: {error}", entry.file) from error
-    check_digest(digest, entry, described_by)
+    check_digest(digest, entry)
 
 
 def read_file(folder: Path, entry: FileEntry) -> NDArray[np.uint8]:
@@ -96,7 +95,7 @@ def read_file(folder: Path, entry: FileEntry) -> NDArray[np.uint8]:
     return content
 
 
-def check_digest(digest: str, entry: FileEntry, described_by: str = "the manifest") -> None:
+def check_digest(digest: str, entry: FileEntry) -> None:
     """Compare a file's hash with the one on record.
 
     Raises:
@@ -104,13 +103,13 @@ def check_digest(digest: str, entry: FileEntry, described_by: str = "the manifes
     """
     if digest != entry.sha256:
         raise BundleError(
-            f"has SHA-256 {digest[:16]}..., {described_by} says {entry.sha256[:16]}...: "
+            f"has SHA-256 {digest[:16]}..., the manifest says {entry.sha256[:16]}...: "
             "the file was changed or is from another export",
             entry.file,
         )
 
 
-def check_length(folder: Path, entry: FileEntry, described_by: str = "the manifest") -> None:
+def check_length(folder: Path, entry: FileEntry) -> None:
     """The part of :func:`check_file` that opens nothing.
 
     Raises:
@@ -132,7 +131,7 @@ def check_length(folder: Path, entry: FileEntry, described_by: str = "the manife
         raise BundleError(f"cannot be read: {error}", entry.file) from error
     if length != entry.bytes:
         raise BundleError(
-            f"has {length} bytes, {described_by} says {entry.bytes}: "
+            f"has {length} bytes, the manifest says {entry.bytes}: "
             "the file is cut or from another export",
             entry.file,
         )

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .postprocess import MaskOptions, clamp, clean, clean_all, finish, upsample
+from .postprocess import MaskOptions, clamp, clean, finish, upsample
 
-__all__ = ["MaskOptions", "clamp", "clean", "clean_all", "finish", "upsample"]
+__all__ = ["MaskOptions", "clamp", "clean", "finish", "upsample"]

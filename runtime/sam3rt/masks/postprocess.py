@@ -63,18 +63,6 @@ def clamp(low_res: NDArray[np.float32], masks: MaskSpec) -> NDArray[np.float32]:
     return low_res if limit is None else np.clip(low_res, -limit, limit)
 
 
-def clean_all(
-    low_res: NDArray[np.float32], threshold: float, max_hole_area: float, max_sprinkle_area: float
-) -> NDArray[np.float32]:
-    """:func:`clean` for every mask of a decoder call, float32 [P, C, h, w]."""
-    if max_hole_area <= 0 and max_sprinkle_area <= 0:
-        return low_res
-    cleaned = np.empty_like(low_res)
-    for index in np.ndindex(*low_res.shape[:2]):
-        cleaned[index] = clean(low_res[index], threshold, max_hole_area, max_sprinkle_area)
-    return cleaned
-
-
 def upsample(
     logits: NDArray[np.float32],
     geometry: ImageGeometry,

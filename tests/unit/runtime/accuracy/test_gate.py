@@ -7,11 +7,8 @@ import math
 
 import pytest
 
-from sam3rt.accuracy.gate import GATE_LIMITS, Verdict, judge
+from sam3rt.accuracy.gate import Verdict, judge
 from sam3rt.accuracy.metrics import Measurement
-from sam3rt.accuracy.record import load_record
-from sam3rt.accuracy.run import verify
-from sam3rt.model import SegmentationModel
 
 COSINE = Measurement("image 0", "features 0", "cosine", 0.9999, 0.999, at_least=True)
 MASKS = Measurement("click", "masks", "least IoU", 0.995, 0.99, at_least=True)
@@ -25,10 +22,8 @@ def test_nothing_compared_is_not_passed() -> None:
 
 
 def test_all_within_limits_passes() -> None:
-    seen: list[Measurement] = []
-    verdict = judge(iter((COSINE, MASKS, ERROR)), seen.append)
+    verdict = judge(iter((COSINE, MASKS, ERROR)))
     assert verdict.passed
-    assert seen == [COSINE, MASKS, ERROR]
     assert "within" in verdict.explain()
 
 
@@ -50,10 +45,3 @@ def test_the_worst_of_each_metric_is_kept_and_nan_is_worst() -> None:
     assert worst["features 0 cosine"] is COSINE
     assert "box masks" in verdict.explain()
     assert "click" not in verdict.explain()
-
-
-def test_a_faithful_model_passes_the_gate(small_model: SegmentationModel) -> None:
-    record = load_record(small_model.bundle)
-    verdict = judge(verify(small_model.backend, small_model.manifest, record, GATE_LIMITS))
-    assert verdict.passed, verdict.explain()
-    assert {"masks mean IoU", "features 0 cosine"} <= set(verdict.worst())

@@ -1,4 +1,4 @@
-"""Tests of `sam3rt.backends.openvino.graphs` and `.split`: the decoder in parts."""
+"""Tests of `sam3rt.backends.openvino.graphs`: the decoder in parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.helpers import noise
 from sam3rt import Prompts, SegmentationModel, load_model
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.openvino import graphs
-from sam3rt.backends.openvino.split import split
+from sam3rt.backends.openvino.graphs import split
 
 CLICK = Prompts([[5, 3]], [1])
 PROMPTS = {
