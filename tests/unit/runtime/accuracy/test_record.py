@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -545,20 +544,6 @@ def test_record_written_again_is_the_same(model: SegmentationModel, tmp_path: Pa
     measurements = verify(model, shorter(again, "click_0", "refine_0"))
     assert wrong(measurements) == set()
     assert measurements == verify(model, shorter(record, "click_0", "refine_0"))
-
-
-def test_failing_write_leaves_the_old_record(
-    small: ParityRecord, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    (tmp_path / "parity.npz").write_bytes(content)
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        small.save(tmp_path / "parity.npz")
-    assert [p.name for p in tmp_path.iterdir()] == ["parity.npz"]
-    assert (tmp_path / "parity.npz").read_bytes() == content
 
 
 # --- damaged records ------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from tests.support.helpers import edit_manifest, noise, relist, tiny_bundle
+from tests.support.helpers import noise, tiny_bundle
 
 from sam3rt import (
     BackendError,
-    BundleError,
     ImageEmbedding,
     InvalidInputError,
     Prompts,
@@ -27,13 +25,11 @@ from sam3rt import (
     load_model,
     open_bundle,
 )
-from sam3rt.backends.create import create_backend
 from sam3rt.backends.kept import KEPT_IMAGES
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from sam3rt.backends.onnxruntime.sessions import cuda_options, open_session
 from sam3rt.backends.onnxruntime.typed import Graphs
-from sam3rt.backends.options import BackendOptions
 from sam3rt.bundle.onnx_split import split_onnx
 from sam3rt.prompts import PackedPrompts, pack
 
@@ -407,23 +403,6 @@ def test_what_is_not_asked_for_is_not_copied(
     ]
 
 
-@pytest.mark.parametrize("family", ["tiny_model", "toy_model"])
-def test_shapes_of_decoded_masks(family: str, request: pytest.FixtureRequest) -> None:
-    model: SegmentationModel = request.getfixturevalue(family)
-    embedding = model.encode(noise(20, 30))
-    side = model.manifest.masks.low_res_size[0]
-    boxes = np.array([[1, 2, 20, 18], [3, 4, 25, 15]])
-    for multimask, count in ((True, 3), (False, 1)):
-        said = model.decode(embedding, Prompts(box=boxes), multimask)
-        assert said.low_res_masks.shape == (2, count, side, side)
-        assert said.iou_predictions.shape == (2, count)
-        if family == "tiny_model":
-            assert said.object_score_logits is not None
-            assert said.object_score_logits.shape == (2,)
-        else:
-            assert said.object_score_logits is None
-
-
 def test_content_of_an_absent_mask_prompt_does_not_matter(
     tiny_model: SegmentationModel, embedding: ImageEmbedding
 ) -> None:
@@ -434,97 +413,3 @@ def test_content_of_an_absent_mask_prompt_does_not_matter(
 
 
 # --- graphs that are not what the manifest says ---------------------------------------------------
-
-
-def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], object]:
-    """A change of a manifest: the value at a path."""
-
-    def change(document: dict[str, Any]) -> None:
-        target: Any = document
-        for step in path[:-1]:
-            target = target[step]
-        target[path[-1]] = value
-
-    return change
-
-
-SIGNATURES: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
-    "encoder input renamed": ("encoder.onnx", put("encoder", "inputs", 0, "name", value="image")),
-    "encoder output renamed": ("encoder.onnx", put("encoder", "outputs", 2, "name", value="map")),
-    "encoder output dropped": ("encoder.onnx", lambda d: d["encoder"]["outputs"].pop()),
-    "encoder outputs reversed": ("encoder.onnx", lambda d: d["encoder"]["outputs"].reverse()),
-    "decoder type": ("decoder.onnx", put("decoder", "inputs", 4, "dtype", value="int32")),
-    "decoder half": ("decoder.onnx", put("decoder", "outputs", 0, "dtype", value="float16")),
-    "decoder rank": ("decoder.onnx", put("decoder", "outputs", 1, "shape", value=[1, 3])),
-    "decoder input dropped": ("decoder.onnx", lambda d: d["decoder"]["inputs"].pop(0)),
-    "decoder inputs swapped": ("decoder.onnx", lambda d: d["decoder"]["inputs"].reverse()),
-    "decoder output added": (
-        "decoder.onnx",
-        lambda d: d["decoder"]["outputs"].append(
-            {"name": "more", "dtype": "float32", "shape": [1]}
-        ),
-    ),
-    # Sizes that both sides fix must agree too, or every consumer of the manifest is misled.
-    "encoder input size": (
-        "encoder.onnx",
-        put("encoder", "inputs", 0, "shape", value=["batch", 3, 512, 512]),
-    ),
-    "encoder output size": (
-        "encoder.onnx",
-        put("encoder", "outputs", 2, "shape", value=["batch", 256, 64, 64]),
-    ),
-    "decoder output size": (
-        "decoder.onnx",
-        put("decoder", "outputs", 0, "shape", value=[1, "num_objects", 3, 256, 256]),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signature_other_than_the_manifests_is_refused(tiny_copy: Path, name: str) -> None:
-    file, change = SIGNATURES[name]
-    edit_manifest(tiny_copy, change)
-    model = load_model(tiny_copy, device="cpu", check_files=False)
-    with pytest.raises(BundleError) as caught:
-        model.backend.prepare()
-    assert caught.value.file == file
-
-
-def test_weights_beside_the_graph_are_found(
-    tiny_copy: Path, tiny_model: SegmentationModel, embedding: ImageEmbedding
-) -> None:
-    import onnx
-
-    graph = onnx.load(tiny_copy / "decoder.onnx")
-    (tiny_copy / "decoder.onnx").unlink()
-    onnx.save_model(
-        graph,
-        tiny_copy / "decoder.onnx",
-        save_as_external_data=True,
-        location="decoder.data",
-        size_threshold=1024,
-    )
-    assert (tiny_copy / "decoder.data").stat().st_size > (tiny_copy / "decoder.onnx").stat().st_size
-    entry = {"file": "decoder.data", "sha256": "0" * 64, "bytes": 0}
-    edit_manifest(tiny_copy, put("decoder", "external_data", value=[entry]))
-    relist(tiny_copy)
-    model = load_model(tiny_copy, device="cpu")
-    features = model.backend.upload(list(embedding.numpy().values()))
-    mine = ImageEmbedding(features, embedding.geometry, model.manifest.fingerprint, embedding.names)
-    np.testing.assert_array_equal(
-        model.decode(mine, CLICK).low_res_masks,
-        tiny_model.decode(embedding, CLICK).low_res_masks,
-    )
-    (tiny_copy / "decoder.data").write_bytes(b"changed")
-    with pytest.raises(BundleError, match=r"decoder\.data"):
-        open_bundle(tiny_copy)
-
-
-def test_create_backend_passes_options_on(tiny: Path) -> None:
-    bundle = open_bundle(tiny)
-    assert (
-        create_backend("onnxruntime", bundle, BackendOptions(device="cpu", threads=2)).device
-        == "cpu"
-    )
-    with pytest.raises(InvalidInputError):
-        create_backend("onnxruntime", bundle, BackendOptions(device="cpu", threads=0))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.helpers import label
 
 from sam3rt.bundle import files as _files
 from sam3rt.bundle.files import atomic_write, remove_temporaries
@@ -145,6 +146,29 @@ def test_an_error_while_writing_names_the_file(tmp_path: Path) -> None:
         write(path, b"new")
     assert str(caught.value).endswith(f"Is a directory: '{path}'")
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=label)
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_step_that_fails_leaves_the_old_file(
+    step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    write(tmp_path / "a", b"old")
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(type(error)):
+        write(tmp_path / "a", b"new")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_file_systems_without_unnamed_files(

@@ -12,7 +12,7 @@ import json
 import ntpath
 import posixpath
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -178,21 +178,6 @@ def test_manifest_of_another_bundle_does_not_fit_the_files(folder: Path, tmp_pat
     shutil.copy(tmp_path / "other" / "bundle.json", folder / "bundle.json")
     assert open_bundle(folder, check_files=False)
     refused(folder, "encoder.onnx")
-
-
-@given(data=st.data())
-@examples(60)
-def test_any_flipped_bit_of_any_file_is_refused(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("flips") / "tiny"
-    tiny_bundle(path)
-    name = data.draw(st.sampled_from([*FILES, "bundle.json"]))
-    content = (path / name).read_bytes()
-    bit = data.draw(st.integers(0, len(content) * 8 - 1))
-    (path / name).write_bytes(flip(content, bit))
-    refused(path, name)
-    shutil.rmtree(path)
 
 
 def test_without_check_files_only_the_manifest_is_read(folder: Path) -> None:
@@ -477,28 +462,6 @@ def test_fingerprint_is_the_documented_one(folder: Path) -> None:
     assert open_bundle(folder).manifest.fingerprint == fingerprint
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.replace(b"127.5", b"127.4", 1),
-        lambda t: t.replace(b'"stretch"', b'"longest_side"'),
-        lambda t: t.replace(b"  ", b" ", 1),
-        lambda t: t + b"\n",
-        lambda t: b" " + t,
-        lambda t: t.replace(b"288", b"289", 1),
-        lambda t: t.replace(b'"MIT"', b'"GPL"'),
-        lambda t: json.dumps(json.loads(t)).encode(),
-    ],
-)
-def test_edited_manifest_with_its_old_fingerprint_is_refused(
-    folder: Path, change: Callable[[bytes], bytes]
-) -> None:
-    text = (folder / "bundle.json").read_bytes()
-    assert change(text) != text
-    (folder / "bundle.json").write_bytes(change(text))
-    assert "fingerprint" in refused(folder, "bundle.json")
-
-
 def test_upper_case_fingerprint_is_refused(raw: bytes) -> None:
     fingerprint = json.loads(raw)["fingerprint"]
     with pytest.raises(BundleError, match="fingerprint"):
@@ -611,28 +574,3 @@ def test_file_entry_describes_a_file(tmp_path: Path) -> None:
 
 
 # --- mixed bundles --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx"])
-@pytest.mark.parametrize("export_id", ["0" * 64, None])
-def test_graph_of_another_export_is_refused(
-    small_bundle: Path, tmp_path: Path, name: str, export_id: str | None
-) -> None:
-    """With the manifest made to vouch for it, only the graph's own metadata tells."""
-    import onnx
-
-    path = tmp_path / "mixed"
-    shutil.copytree(small_bundle, path)
-    graph = onnx.load(path / name)
-    kept = {p.key: p.value for p in graph.metadata_props}
-    assert kept.pop("sam3rt.export_id") == read_document(path)["export_id"]
-    if export_id is not None:
-        kept["sam3rt.export_id"] = export_id
-    del graph.metadata_props[:]
-    onnx.helper.set_model_props(graph, kept)
-    onnx.save(graph, path / name)
-    relist(path)
-    model = load_model(path, device="cpu")  # the files are what the manifest says
-    with pytest.raises(BundleError, match="mixed") as caught:
-        model.backend.prepare()
-    assert caught.value.file == name
