@@ -77,41 +77,6 @@ def ring(size: int = 12, value: float = 5.0) -> Logits:
     return logits
 
 
-@pytest.mark.parametrize(("area", "left"), [(0, 5), (0.9, 5), (1, 4), (3, 4), (4, 0), (256, 0)])
-def test_holes_up_to_the_area_are_filled(area: float, left: int) -> None:
-    result = clean(ring(), 0.0, area, 0.0)
-    assert (result <= 0).sum() == left
-    assert set(np.unique(result)) <= {np.float32(v) for v in (-1, 5, 10)}
-
-
-@pytest.mark.parametrize(("area", "left"), [(0, 5), (1, 4), (3, 4), (4, 0)])
-def test_islands_up_to_the_area_are_removed(area: float, left: int) -> None:
-    result = clean(-ring(), 0.0, 0.0, area)
-    assert (result > 0).sum() == left
-    assert set(np.unique(result)) <= {np.float32(v) for v in (1, -5, -10)}
-
-
-def test_filled_values_are_ten_from_the_threshold() -> None:
-    assert clean(ring(), 2.5, 4, 0)[3, 3] == 12.5
-    assert clean(-ring(), -2.5, 0, 4)[3, 3] == -12.5
-
-
-def test_value_at_the_threshold_is_background() -> None:
-    logits = ring()
-    logits[3, 3] = 0
-    assert clean(logits, 0.0, 1, 0)[3, 3] == 10
-    logits = -ring()
-    logits[3, 3] = 0
-    assert clean(logits, 0.0, 0, 1)[3, 3] == 0
-
-
-def test_diagonal_neighbours_belong_together() -> None:
-    logits = np.full((6, 6), 5, np.float32)
-    logits[2, 2] = logits[3, 3] = -1
-    np.testing.assert_array_equal(clean(logits, 0.0, 1, 0), logits)
-    assert (clean(logits, 0.0, 2, 0) > 0).all()
-
-
 def test_islands_are_found_before_holes_are_filled() -> None:
     """A ring of 8 pixels round a hole is 8 pixels, not the 9 it has once the hole is filled."""
     logits = np.full((9, 9), -5, np.float32)
@@ -490,19 +455,6 @@ def test_value_exactly_at_the_threshold_is_not_foreground(
     np.testing.assert_array_equal(
         masks[0, 0].astype(bool), (torch.from_numpy(low_res) > threshold).numpy()
     )
-
-
-@pytest.mark.parametrize("dtype", [np.bool_, np.uint8])
-def test_logits_are_float32_whatever_the_mask_type(dtype: DTypeLike, low_res: Logits) -> None:
-    expected = finished(low_res, return_logits=True)
-    actual = finished(low_res, return_logits=True, dtype=dtype)
-    assert actual.dtype == np.float32
-    np.testing.assert_array_equal(actual, expected)
-
-
-def test_logits_are_not_clamped() -> None:
-    low_res = np.full((1, 1, 288, 288), 77, np.float32)
-    assert (finished(low_res, return_logits=True) == 77).all()
 
 
 def test_results_do_not_share_memory_with_the_logits(low_res: Logits) -> None:
