@@ -106,15 +106,15 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
         uint8 [H, W, 3]; the caller's own array where it already is one.
 
     Raises:
-        ImageError: anything else, naming what came; also 16 bits a channel, which Pillow would
+        ImageError: anything else, naming what came; also more bits a channel, which Pillow would
             cut to 8, and images larger than :data:`MAX_PIXELS` or :data:`MAX_SIDE` allow.
     """
     if isinstance(image, PIL.Image.Image):
         check_size((image.height, image.width), argument)
-        if _has_16_bits(image):
+        if _is_deep(image):
             raise ImageError(
                 argument,
-                f"an image of mode {image.mode!r} with 16 bits a channel",
+                f"an image of mode {image.mode!r} with more than 8 bits a channel",
                 "8 bits a channel; convert it first, since scaling to 8 bits is your choice",
             )
         if image.mode == "RGB" or image.mode in _CONVERTIBLE_MODES:
@@ -150,21 +150,36 @@ def to_rgb(image: Any, argument: str = "image") -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def _has_16_bits(image: PIL.Image.Image) -> bool:
-    """Whether an image that Pillow has opened and not yet decoded has 16 bits a channel.
+def _is_deep(image: PIL.Image.Image) -> bool:
+    """Whether an image that Pillow has opened and not yet decoded has over 8 bits a channel.
 
-    Pillow keeps the high byte of such colours without a word. Once it has decoded them, nothing
-    tells that there was a low byte.
+    Pillow keeps the high bits of such colours without a word. Once it has decoded them, nothing
+    tells that there were others.
     """
-    for tile in getattr(image, "tile", None) or ():
-        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+    for codec, _, _, given in getattr(image, "tile", None) or ():
+        arguments = given if isinstance(given, tuple) else (given,)
         raw_mode, limit = arguments[0], arguments[1] if len(arguments) > 1 else 0
         # Without a byte order, ";16" stands for 16 bits a pixel.
         if isinstance(raw_mode, str) and raw_mode.endswith((";16B", ";16L", ";16N")):
             return True
-        if tile[0].startswith("ppm") and isinstance(limit, int) and limit > 255:
+        if codec.startswith("ppm") and isinstance(limit, int) and limit > 255:
+            return True
+        if codec == "SGI16" or (codec == "jpeg2k" and _bits_of_jpeg2000(image) > 8):
             return True
     return False
+
+
+def _bits_of_jpeg2000(image: Any) -> int:
+    """The most bits of a channel, by the codestream's header; 0 where there is none."""
+    stream = image.fp
+    before = stream.tell()
+    stream.seek(0)
+    content = stream.read()
+    stream.seek(before)
+    start = content.find(b"\xff\x4f\xff\x51")
+    channels = int.from_bytes(content[start + 40 : start + 42], "big") if start >= 0 else 0
+    # Three bytes a channel; the first has its bits less one, and whether it is signed.
+    return max((1 + (b & 127) for b in content[start + 42 :][: 3 * channels : 3]), default=0)
 
 
 def geometry(spec: ImageSpec, original_size: tuple[int, int]) -> ImageGeometry:

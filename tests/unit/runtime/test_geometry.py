@@ -283,7 +283,7 @@ def test_a_geometry_has_two_positive_sides(size: Any) -> None:
         ImageGeometry((8, 8), size)
 
 
-# --- 16 bits a channel ----------------------------------------------------------------------------
+# --- more than 8 bits a channel -------------------------------------------------------------------
 
 
 def deep_png(colour_type: int, bits: int) -> bytes:
@@ -303,23 +303,46 @@ def deep_png(colour_type: int, bits: int) -> bytes:
     )
 
 
+def written(form: str, **options: Any) -> bytes:
+    """A picture of 4 x 3 pixels as Pillow writes it."""
+    stream = io.BytesIO()
+    PIL.Image.fromarray(noise(3, 4)).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def jpeg2000(bits: int, channel: int, *, raw: bool) -> bytes:
+    """JPEG 2000 whose header says so many bits of one channel, which Pillow cannot write."""
+    content = bytearray(written("JPEG2000", no_jp2=raw))
+    start = content.index(b"\xff\x51")
+    assert content[start + 40 + 3 * channel] == 7
+    content[start + 40 + 3 * channel] = bits - 1
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     "content",
     [
         *(deep_png(colour_type, 16) for colour_type in (0, 2, 4, 6)),
         b"P6 4 3 65535\n" + bytes(4 * 3 * 6),
         b"P3 1 1 1023\n1 2 3",
+        written("SGI", bpc=2),
+        jpeg2000(16, 0, raw=False),
+        jpeg2000(12, 2, raw=True),
     ],
 )
-def test_sixteen_bits_a_channel_are_refused_in_colour_too(content: bytes) -> None:
-    """Pillow opens them as 8-bit modes and drops the low byte."""
-    with pytest.raises(ImageError, match="16"):
+def test_deep_colours_are_refused_too(content: bytes) -> None:
+    """Pillow opens them as 8-bit modes and drops the low bits."""
+    with pytest.raises(ImageError, match="scaling to 8 bits"):
         to_rgb(PIL.Image.open(io.BytesIO(content)))
 
 
 @pytest.mark.parametrize(
     "content",
-    [*(deep_png(colour_type, 8) for colour_type in (0, 2, 4, 6)), b"P6 4 3 255\n" + bytes(36)],
+    [
+        *(deep_png(colour_type, 8) for colour_type in (0, 2, 4, 6)),
+        b"P6 4 3 255\n" + bytes(36),
+        *(written("SGI"), written("JPEG2000"), written("JPEG2000", no_jp2=True)),
+    ],
 )
 def test_eight_bits_a_channel_are_taken(content: bytes) -> None:
     assert to_rgb(PIL.Image.open(io.BytesIO(content))).shape == (3, 4, 3)

@@ -30,7 +30,7 @@ from ...errors import BackendError, BundleError
 from ...features import Features
 from ...machine import processor_has, processor_name
 from ...prompts import PackedPrompts, decoder_inputs
-from ..base import Backend, Offer
+from ..base import Backend, Offer, UnfitError
 from ..kept import Once
 from ..options import BackendOptions
 from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
@@ -96,7 +96,7 @@ def offer(bundle: Bundle, options: BackendOptions) -> Offer:
     for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
         if (mode := os.environ.get(name, "")).lower() not in ("", "strict"):
             # On processors with tiles oneDNN then computes what is FP32 in BF16, unproven.
-            raise BackendError(f"{name}={mode} lets OpenVINO round what is FP32: unset it")
+            raise UnfitError(f"{name}={mode} lets OpenVINO round what is FP32: unset it")
     has_bf16 = _has_bf16(ov.Core())
     if precision not in ("auto", _FULL) and not has_bf16:
         raise BackendError(f"precision {precision!r} was asked for; this CPU has no BF16")
