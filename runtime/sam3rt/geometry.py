@@ -170,12 +170,14 @@ def _is_deep(image: PIL.Image.Image) -> bool:
 
 
 def _bits_of_jpeg2000(image: Any) -> int:
-    """The most bits of a channel, by the codestream's header; 0 where there is none."""
-    stream = image.fp
-    before = stream.tell()
-    stream.seek(0)
-    content = stream.read()
-    stream.seek(before)
+    """The most bits of a channel, by the codestream's header; 0 where none can be read."""
+    try:
+        before = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read()
+        image.fp.seek(before)
+    except (AttributeError, OSError, ValueError):  # closed: whoever decodes it says so
+        return 0
     start = content.find(b"\xff\x4f\xff\x51")
     channels = int.from_bytes(content[start + 40 : start + 42], "big") if start >= 0 else 0
     # Three bytes a channel; the first has its bits less one, and whether it is signed.

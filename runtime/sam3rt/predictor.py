@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .arguments import flag, instance, number
+from .arguments import flag, instance, number, renamed
 from .embedding import ImageEmbedding
 from .errors import ImageError, InvalidInputError, PromptError, StateError, StateWarning
 from .geometry import Image, to_rgb
@@ -318,13 +318,14 @@ class SAM3InteractiveImagePredictor:
         multimask_output: bool,
         return_logits: bool,
     ) -> list[Prediction]:
-        options = MaskOptions(
-            self.mask_threshold,
-            self.max_hole_area,
-            self.max_sprinkle_area,
-            flag("return_logits", return_logits),
-            self.mask_dtype,
-        )
+        with renamed(threshold="mask_threshold", dtype="mask_dtype"):
+            options = MaskOptions(
+                self.mask_threshold,
+                self.max_hole_area,
+                self.max_sprinkle_area,
+                flag("return_logits", return_logits),
+                self.mask_dtype,
+            )
         found = self.model.segment_batch(embeddings, prompts, multimask_output, options)
         predictions = []
         for decoded, masks in found:

@@ -36,8 +36,8 @@ _FORMAT = "sam3rt-verdict-2"
 _MAX_BYTES = 1 << 20
 # Variables by which the libraries that compute take other kernels, or sum up in other types.
 _CHOICES = re.compile(
-    "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|ORT_(?!DISABLE_TELEMETRY$).*|"
-    "NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*"
+    "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|OV_CPU_.*|"
+    "ORT_(?!DISABLE_TELEMETRY$).*|NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*"
 )
 # For a cache folder that cannot be written: this process need not repeat what it has found.
 _unwritten: dict[str, StoredVerdict] = {}

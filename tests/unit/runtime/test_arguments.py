@@ -101,7 +101,7 @@ def test_a_predictors_setting_that_was_changed_is_checked(tiny_model: Segmentati
     predictor = SAM3InteractiveImagePredictor(tiny_model)
     predictor.set_image(IMAGE)
     predictor.mask_threshold = math.nan
-    with pytest.raises(InvalidInputError, match=r"^threshold: got nan"):
+    with pytest.raises(InvalidInputError, match=r"^mask_threshold: got nan"):
         predictor.predict(**CLICK)
 
 

@@ -167,10 +167,11 @@ def test_exif_orientation_is_not_applied() -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "closed"])
-def test_pil_image_that_cannot_be_read_is_refused(damage: str) -> None:
+@pytest.mark.parametrize("form", ["JPEG", "JPEG2000"])
+def test_pil_image_that_cannot_be_read_is_refused(damage: str, form: str) -> None:
     # Pillow decodes at first use: a damaged upload fails here, with OSError or ValueError.
     stream = io.BytesIO()
-    PIL.Image.fromarray(noise(64, 64)).save(stream, "JPEG")
+    PIL.Image.fromarray(noise(64, 64)).save(stream, form)
     content = stream.getvalue()
     image = PIL.Image.open(io.BytesIO(content[: len(content) // 2]))
     if damage == "closed":

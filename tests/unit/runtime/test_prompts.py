@@ -6,6 +6,7 @@ Single cases of packing and refusing, on which all runtimes agree, are in
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from tests.support.helpers import (
 from sam3rt import ImageEmbedding, PromptError, Prompts, PromptWarning, SegmentationModel
 from sam3rt.bundle import PromptSpec
 from sam3rt.geometry import ImageGeometry, geometry
+from sam3rt.object_prompts import by_object, with_labels
 from sam3rt.prompts import (
     MAX_MASK_LOGIT,
     MAX_OBJECTS,
@@ -261,6 +263,25 @@ def test_a_point_that_is_no_point_changes_the_masks(
     one = model.decode(embedding, Prompts([[30, 40]], [1])).low_res_masks
     more = model.decode(embedding, Prompts([[30, 40], [0, 0]], [1, -1])).low_res_masks
     assert np.abs(one - more).max() > 0.01
+
+
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=5), data=st.data())
+@examples(100)
+def test_prompts_come_back_object_by_object(counts: list[int], data: st.DataObject) -> None:
+    """Whether objects have as many points as each other or not, with labels and without."""
+    rng = np.random.default_rng(sum(counts))
+    points = [rng.uniform(0, 99, (count, 2)).astype(np.float32) for count in counts]
+    labels = [rng.integers(-1, 2, count) for count in counts] if data.draw(st.booleans()) else None
+    boxes = np.sort(rng.uniform(0, 99, (len(counts), 4))) if data.draw(st.booleans()) else None
+    found = by_object(Prompts(*with_labels(points, labels), boxes))
+    assert len(found) == len(counts)
+    for index, one in enumerate(found):
+        np.testing.assert_array_equal(one.points, points[index])
+        expected = np.ones(counts[index]) if labels is None else labels[index]
+        np.testing.assert_array_equal(one.labels, expected)
+        assert (one.box is None) == (boxes is None)
+        if boxes is not None:
+            np.testing.assert_allclose(one.box, boxes[index], rtol=1e-6)
 
 
 # --- no objects -----------------------------------------------------------------------------------
@@ -640,6 +661,10 @@ def test_nonsense_raises_only_prompt_errors(
         "box": box,
         "mask_input": mask,
     }
+    with contextlib.suppress(PromptError):
+        for one in by_object(Prompts(*with_labels(points, labels), box)):
+            assert one.points.shape == (*one.labels.shape, 2)
+            assert one.box is None or one.box.shape == (4,)
     try:
         result = packed(normalize_coords=normalize, **arguments)
     except PromptError as error:

@@ -289,6 +289,9 @@ def test_the_coco_document_is_one_that_pycocotools_loads(
     capsys.readouterr()
     annotations = dataset.loadAnns(dataset.getAnnIds())
     assert [a["area"] for a in annotations] == cat.area.tolist()
+    another = cat.to_coco("b.jpg", image_id=7, first_id=4)
+    assert [(a["id"], a["image_id"]) for a in another["annotations"]] == [(4, 7), (5, 7), (6, 7)]
+    assert [(i["id"], i["file_name"]) for i in another["images"]] == [(7, "b.jpg")]
     for annotation, mask, (x0, y0, x1, y1) in zip(
         annotations, cat.masks, cat.boxes.tolist(), strict=True
     ):
