@@ -135,21 +135,6 @@ def test_lossless_files_are_read_exactly(form: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, noise(24, 31))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_modes_become_rgb_as_pillow_converts_them(mode: str, tmp_path: Path) -> None:
-    form = {"HSV": None, "YCbCr": "TIFF", "CMYK": "TIFF"}.get(mode, "PNG")
-    picture = PIL.Image.fromarray(noise(9, 11)).convert(mode)
-    if form is None:
-        from sam3rt.geometry import to_rgb
-
-        np.testing.assert_array_equal(to_rgb(picture), np.asarray(picture.convert("RGB")))
-        return
-    path = tmp_path / "image"
-    picture.save(path, form)
-    with PIL.Image.open(path) as again:
-        np.testing.assert_array_equal(read_image(path), np.asarray(again.convert("RGB")))
-
-
 # --- formats --------------------------------------------------------------------------------------
 
 
