@@ -158,8 +158,10 @@ def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
         **dataclasses.asdict(subject),
         "limits": msgspec.structs.asdict(GATE_LIMITS),
     }
-    chosen = {name: value for name, value in os.environ.items() if _CHOICES.fullmatch(name)}
-    return key | {"environment": chosen} if chosen else key
+    chosen = sorted(
+        f"{name}={value}" for name, value in os.environ.items() if _CHOICES.fullmatch(name)
+    )
+    return key | {"environment": "\n".join(chosen)} if chosen else key
 
 
 def _file_name(key: dict[str, Any]) -> str:
