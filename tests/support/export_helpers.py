@@ -431,7 +431,8 @@ def copied_graphs(traced: Path) -> Callable[[TraceRequest, Path], GraphSpec]:
                 entry.value = request.metadata[entry.key]
         onnx.save(model, path)
         spec = manifest.encoder if role == "encoder" else manifest.decoder
-        return msgspec.structs.replace(spec, model=file_entry(path))
+        # Weights that lay beside the graph are inside now.
+        return msgspec.structs.replace(spec, model=file_entry(path), external_data=())
 
     return copy
 
