@@ -14,7 +14,7 @@ import msgspec
 
 from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device
-from sam3rt.backends.tensorrt.engines import EngineFile, engine_path, folder_name
+from sam3rt.backends.tensorrt.engines import EngineFile
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
     EngineShapes,
@@ -26,6 +26,7 @@ from sam3rt.bundle import Bundle, TensorSpec, file_entry
 from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 
 from .builder_process import EngineRequest, Sizes
+from .engines_folder import folder_name
 from .ep_context import wrapper_path, write_wrapper
 from .errors import BuildError
 from .graph_files import load_graph, save_graph
@@ -200,7 +201,7 @@ class EngineBuilder:
         folder = folder_name(
             gpu, self.options.targets, self.options.backend, self._version, recipe.name
         )
-        path = engine_path(self.bundle.path, folder, role)
+        path = self.bundle.path / ENGINES / folder / f"{role}.engine"
         path.parent.mkdir(parents=True, exist_ok=True)
         entry = msgspec.structs.replace(file_entry(finished), file=path.name)
         sidecar = EngineSidecar(

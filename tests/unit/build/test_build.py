@@ -48,6 +48,7 @@ from sam3rt_build import build, engine_builder
 from sam3rt_build.build import BuildOptions, build_bundle
 from sam3rt_build.builder_process import EngineRequest
 from sam3rt_build.engine_builder import graph_profile
+from sam3rt_build.engines_folder import folder_name
 from sam3rt_build.ep_context import wrapper_path
 from sam3rt_build.errors import BuildError
 from sam3rt_build.recipes import RECIPES
@@ -440,6 +441,19 @@ def test_no_pair_can_be_built(toy: Bundle, role: str) -> None:
 
 
 # --- where they lie -------------------------------------------------------------------------------
+
+
+def test_folder_names_are_for_people() -> None:
+    gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9")
+    assert (
+        folder_name(gpu, (), "tensorrt", "10.16.0.72", "fp16")
+        == "nvidia-geforce-rtx-4090-sm89-tensorrt-10.16.0.72-fp16"
+    )
+    assert (
+        folder_name(None, ("8.6", "12.0"), "tensorrt-rtx", "1.7.1.116", "bf16")
+        == "any-sm86-sm120-tensorrt-rtx-1.7.1.116-bf16"
+    )
+    assert "/" not in folder_name(Gpu("../A/B", "8.9"), (), "tensorrt", "1", "fp16")
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "engines"])
