@@ -1,10 +1,8 @@
 """One call of ``predict``, the C++ runtime against the Python runtime, in one process.
 
 Both run the same bundle on ONNX Runtime with the same number of threads, have the same image set,
-and answer the same prompts in turn; the C++ library is called through its C interface. Then, in
-processes of their own, how long each takes from a loaded library to the first mask of an embedding
-on disk, and whether the encoder was loaded. Needs a build of ``make test-cpp``; run from the
-repository's root:
+and answer the same prompts in turn; the C++ library is called through its C interface. Needs a
+build of ``make test-cpp``; run from the repository's root:
 
     python -m benchmarks.cpp_vs_python BUNDLE --builds build-cpp \\
         --output benchmarks/results/NAME/cpp_vs_python.json
@@ -14,67 +12,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarks.report import conditions, publish, script_parser
-from tests.support.c_library import Library, PredictOptions, image, prompts
+from tests.support.c_library import Library, PredictOptions, prompts
 
 import sam3rt
-from sam3rt_bench.scene import FULL_HD, click, draw_scene, requests
-from sam3rt_bench.starts import peak_host_mb
+from sam3rt_bench.scene import FULL_HD, draw_scene, requests
 from sam3rt_bench.timing import Effort, alternate
-
-
-def client(kind: str, bundle: Path, builds: Path, embedding: Path, threads: int) -> None:
-    """A process that serves one mask from an embedding on disk; prints what it took."""
-    if kind == "cpp":
-        library = Library(builds)
-    start = time.perf_counter()
-    if kind == "cpp":
-        model = library.load(bundle, threads=threads, skip_file_checks=1)
-        loaded = library.make("embedding_load", model, str(embedding).encode())
-        predictor = library.predictor(model)
-        library.call("predictor_set_embedding", predictor, loaded)
-        shape = library.predict(predictor, click(FULL_HD).arguments())[0].shape
-        encoder = bool(library.c.sam3rt_model_encoder_loaded(model))
-    else:
-        served = sam3rt.load_model(
-            bundle, backend="onnxruntime", device="cpu", threads=threads, check_files=False
-        )
-        own = sam3rt.SAM3InteractiveImagePredictor(served, mask_dtype=np.uint8)
-        own.set_embedding(served.load_embedding(embedding))
-        shape = own.predict(**click(FULL_HD).arguments())[0].shape
-        encoder = served.backend._encoder.is_made  # type: ignore[attr-defined]
-    seconds = time.perf_counter() - start
-    print(
-        json.dumps(
-            {
-                "first_mask_ms": round(1e3 * seconds, 1),
-                "peak_mb": peak_host_mb(),
-                "encoder_loaded": encoder,
-                "mask_shape": list(shape),
-            }
-        )
-    )
-
-
-def run_client(kind: str, options: argparse.Namespace, embedding: Path) -> dict[str, Any]:
-    """Run :func:`client` in a new process."""
-    command = [sys.executable, "-m", "benchmarks.cpp_vs_python", options.bundle]
-    command += ["--builds", options.builds, "--threads", options.threads]
-    command += ["--client", kind, "--embedding", embedding]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def compare_predict(library: Library, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,28 +91,8 @@ def main() -> None:
     parser.add_argument("--builds", type=Path, default=Path("build-cpp"))
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=5, help="processes of each kind")
-    parser.add_argument("--client", choices=["cpp", "python"], help=argparse.SUPPRESS)
-    parser.add_argument("--embedding", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.builds = options.builds.resolve()
-    if options.client:
-        client(options.client, options.bundle, options.builds, options.embedding, options.threads)
-        return
-    library = Library(options.builds)
-    rows = compare_predict(library, options)
-    clients: dict[str, Any] = {"cpp": [], "python": []}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image.embedding"
-        model = library.load(options.bundle, threads=options.threads, skip_file_checks=1)
-        pixels = draw_scene(*FULL_HD)
-        start = time.perf_counter()
-        made = library.make("model_encode", model, ctypes.byref(image(pixels)))
-        encode_ms = round(1e3 * (time.perf_counter() - start), 1)
-        library.call("embedding_save", made, str(path).encode())
-        for _ in range(options.clients):
-            for kind, found in clients.items():
-                found.append(run_client(kind, options, path))
+    rows = compare_predict(Library(options.builds.resolve()), options)
     publish(
         {
             **conditions("onnxruntime"),
@@ -170,8 +100,6 @@ def main() -> None:
             "image": FULL_HD,
             "median_ratio": statistics.median(row["ratio"] for row in rows),
             "predict": rows,
-            "first_encode_with_loading_ms": encode_ms,
-            "embedding_clients": clients,
         },
         options.output,
     )

@@ -1,7 +1,6 @@
 """Clicks a second and their latency against the number of users, by several ways of serving them.
 
-    python -m benchmarks.serving --output FILE [--quick] [--only loop,http] \\
-        [--triton-env FOLDER] [--ray-env FOLDER]
+    python -m benchmarks.serving --output FILE [--quick] [--only loop,http]
 
 Every user clicks on one image, waits for the masks and clicks again. The ways:
 
@@ -9,11 +8,8 @@ Every user clicks on one image, waits for the masks and clicks again. The ways:
 - ``core``: the service in this process, without sharing decoder runs.
 - ``batching``: the service in this process; clicks that wait together share decoder runs.
 - ``http``: ``sam3rt serve`` as a process of its own, through the client of ``sam3rt_serve``.
-- ``triton``: the real server, over HTTP and gRPC, by ``triton_load``. ``--triton-env`` is a virtual
-  environment with ``tests.support.serving.TRITON_PACKAGES``.
-- ``ray``: two replicas on this machine. ``--ray-env`` is one with ``RAY_PACKAGES``.
 
-Besides, one user's click over each server is compared with a plain ``predict`` call, the two in
+Besides, one user's click over HTTP is compared with a plain ``predict`` call, the two in
 turn, so that a machine that is busy with other things slows both alike. Two more sections:
 
 - ``soak``: an hour of an annotator as fast as it goes, 60 images with 20 clicks each; the server's
@@ -32,20 +28,15 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import numpy as np
 import PIL.Image
-from benchmarks import triton_load
 from benchmarks.hardening.soak import slope
 from benchmarks.report import conditions, resident_mb
 from benchmarks.triton_load import Click, load, percentiles, problems
@@ -53,8 +44,6 @@ from numpy.typing import NDArray
 from tests.support.serving import (
     ROOT,
     ServerProcess,
-    TritonServer,
-    free_port,
     hostile_calls,
     image_file,
 )
@@ -69,23 +58,6 @@ from sam3rt_serve.limits import Limits
 
 POINTS = 16
 _QUICK = {"users": "1,16", "seconds": 2.0, "images": 6, "ids": 1000}
-# Runs in Ray's environment until its input ends.
-_RAY = """
-import sys, json
-import ray
-from ray import serve
-from sam3rt_serve.ray_app import app
-
-arguments, port = json.loads(sys.argv[1]), int(sys.argv[2])
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": port})
-serve.run(app(arguments))
-print("ready", flush=True)
-sys.stdin.read()
-serve.shutdown()
-ray.shutdown()
-"""
-
 Report = Callable[..., None]
 # Makes a click and returns its seconds.
 Step = Callable[[int], float]
@@ -163,16 +135,14 @@ class Bench:
             found = load(new_user, POINTS, self.answers.masks, count, self.options.seconds)
             self.report("runs", {"way": way, "users": count} | found)
 
-    def overhead(
-        self, way: str, served: Step, answers: Answers, server: ServerProcess | None = None
-    ) -> None:
+    def overhead(self, way: str, served: Step, answers: Answers, server: ServerProcess) -> None:
         """Medians of a plain call and of one that is served, made in turn.
 
         Args:
             way: its name.
             served: makes one, and returns its seconds.
             answers: the plain ones.
-            server: if given, processor time is counted too, of the client and the server.
+            server: whose processor time is counted, with that of the client.
         """
         plain: list[float] = []
         there: list[float] = []
@@ -200,11 +170,7 @@ class Bench:
                 # What other work on the machine disturbs less.
                 "overhead_p25_ms": round(over[0] - usual[0], 2),
             }
-            | (
-                {"overhead_processor_ms": round((spent[1] - spent[0]) / len(plain) * 1e3, 2)}
-                if server
-                else {}
-            ),
+            | {"overhead_processor_ms": round((spent[1] - spent[0]) / len(plain) * 1e3, 2)},
         )
 
     # --- the sections -----------------------------------------------------------------------------
@@ -248,60 +214,6 @@ class Bench:
                 Answers(self.model, self.large, multimask=False),
             ):
                 self.overhead("http", timed(answers.over_http(server.url)), answers, server)
-
-    def triton(self) -> None:
-        python = self.options.triton_env.absolute() / "bin" / "python"
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "image.png").write_bytes(self.answers.file)
-            cases = {"points": self.answers.points, "masks": np.stack(self.answers.masks)}
-            np.savez(folder / "cases.npz", **cases)
-            script = [python, triton_load.__file__, "--image", folder / "image.png"]
-            script += ["--expected", folder / "cases.npz"]
-            with TritonServer(python, folder, *self.arguments("--deadline", "600")) as server:
-                for protocol in ("http", "grpc"):
-                    at = [f"--{protocol}", f"127.0.0.1:{getattr(server, protocol)}"]
-                    loads = ["--clients", self.options.users, "--seconds", self.options.seconds]
-                    command = [*script, *at, *map(str, loads)]
-                    lines = subprocess.run(command, text=True, stdout=PIPE).stdout.splitlines()
-                    for found in map(json.loads, lines):
-                        way = f"triton {found.pop('protocol')}"
-                        self.report("runs", {"way": way} | found)
-                    with stepping([*script, *at, "--step"]) as served:
-                        self.overhead(f"triton {protocol}", served, self.answers)
-
-    def ray(self) -> None:
-        python = self.options.ray_env.absolute() / "bin" / "python"
-        port = free_port()
-        variables = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "runtime"),
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = {"bundle": str(self.model.bundle.path), "backend": self.options.backend}
-            arguments |= {"threads": str(self.options.threads), "replicas": "2"}
-            arguments |= {"cache_folder": folder, "deadline": "600"}
-            process = subprocess.Popen(
-                [python, "-c", _RAY, json.dumps(arguments), str(port)],
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=subprocess.DEVNULL,
-                env=variables,
-                text=True,
-            )
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                if not any(line.strip() == "ready" for line in process.stdout):
-                    raise SystemExit("Ray did not start")
-                url = f"http://127.0.0.1:{port}"
-                self.load("ray", lambda: self.answers.over_http(url))
-                self.overhead("ray", timed(self.answers.over_http(url)), self.answers)
-            finally:
-                process.stdin.close()
-                process.wait()
 
     def soak(self) -> None:
         samples: list[tuple[int, float]] = []
@@ -375,7 +287,7 @@ class Bench:
         )
 
 
-SECTIONS = ("loop", "core", "batching", "http", "triton", "ray", "soak", "hostile")
+SECTIONS = ("loop", "core", "batching", "http", "soak", "hostile")
 
 
 def main() -> None:
@@ -392,8 +304,6 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=10_000, help="unknown images asked for")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter figures")
-    parser.add_argument("--triton-env", type=Path, metavar="FOLDER")
-    parser.add_argument("--ray-env", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     if "--quick" in sys.argv:
         parser.set_defaults(**_QUICK)
@@ -422,10 +332,7 @@ def main() -> None:
         "image": list(bench.pixels.shape[:2]),
     }
     for section in sections:
-        if getattr(options, f"{section}_env", section) is None:
-            print(f"{section}: left out, as --{section}-env is not given", file=sys.stderr)
-        else:
-            getattr(bench, section)()
+        getattr(bench, section)()
 
 
 def timed(call: Click) -> Step:
@@ -437,26 +344,6 @@ def timed(call: Click) -> Step:
         return time.perf_counter() - start
 
     return measured
-
-
-@contextmanager
-def stepping(command: list[Any]) -> Iterator[Step]:
-    """A process that clicks once for each line, and says how long it took."""
-    process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def served(number: int) -> float:
-        print(number, file=process.stdin, flush=True)
-        assert process.stdout is not None
-        return float(process.stdout.readline())
-
-    try:
-        served(0)
-        yield served
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 def misbehave(server: ServerProcess, ids: int) -> None:
@@ -476,10 +363,8 @@ def misbehave(server: ServerProcess, ids: int) -> None:
                 garbage[number // 50 % len(garbage)]()
 
 
-def processor_seconds(server: ServerProcess | None) -> float:
+def processor_seconds(server: ServerProcess) -> float:
     """Spent so far by this process and, in whole hundredths, by a server."""
-    if server is None:
-        return time.process_time()
     fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

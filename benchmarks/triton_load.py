@@ -154,44 +154,23 @@ def main() -> int:
     parser.add_argument("--grpc", metavar="HOST:PORT")
     parser.add_argument("--clients", default="1,2,4,8,16,32,64", help="numbers of them, in turn")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number")
-    parser.add_argument(
-        "--expected",
-        type=Path,
-        metavar="NPZ",
-        help="points [N, 2] to click on, and the masks [N, C, H, W] that must come",
-    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="what is printed, as a list")
-    parser.add_argument(
-        "--step", action="store_true", help="a click for each line of input; print its seconds"
-    )
     options = parser.parse_args()
     file = options.image.read_bytes()
-    masks = None
     addresses = {name: getattr(options, name) for name in _PROTOCOLS if getattr(options, name)}
     if not addresses:
         parser.error("--http, --grpc or both are needed")
-    if options.expected:
-        cases = np.load(options.expected)
-        points, masks = cases["points"].tolist(), cases["masks"]
-    else:
-        name, address = next(iter(addresses.items()))
-        _, (height, width) = User(name, address).encode(file)
-        points = np.random.default_rng(0).uniform((0, 0), (width, height), (16, 2)).tolist()
+    name, address = next(iter(addresses.items()))
+    _, (height, width) = User(name, address).encode(file)
+    points = np.random.default_rng(0).uniform((0, 0), (width, height), (16, 2)).tolist()
     runs = []
     for protocol, address in addresses.items():
 
         def new_click(protocol: str = protocol, address: str = address) -> Click:
             return User(protocol, address).clicks(file, points)
 
-        if options.step:
-            click = new_click()
-            for line in sys.stdin:
-                began = time.perf_counter()
-                click(int(line))
-                print(time.perf_counter() - began, flush=True)
-            continue
         for clients in map(int, options.clients.split(",")):
-            found = load(new_click, len(points), masks, clients, options.seconds)
+            found = load(new_click, len(points), None, clients, options.seconds)
             runs.append({"protocol": protocol, "users": clients} | found)
             print(json.dumps(runs[-1]), flush=True)
     if options.output:

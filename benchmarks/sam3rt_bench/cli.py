@@ -137,6 +137,10 @@ def _measure(options: argparse.Namespace) -> int:
     choices = [parse_choice(text) for text in options.candidates] or default_choices(
         options.checkpoint is not None
     )
+    if options.checkpoint is not None and not options.checkpoint.exists():
+        raise InvalidInputError(
+            "--checkpoint", f"{options.checkpoint}, which is not there", "a model"
+        )
     if quick and not options.candidates:  # compiling alone takes minutes
         choices = [choice for choice in choices if not choice.precision.startswith("compile")]
     if len(set(choices)) != len(choices):

@@ -117,10 +117,8 @@ def _ahead_of_time(
         except BuildError as error:
             failures.append(f"{recipe.name}: {error}")
             say(failures[-1])
-            for alone in pair:
-                builder.discard(alone)
         else:
-            built += pair
+            built += map(builder.place, pair)
     if not built:
         raise BuildError("no precision can be built:\n" + "\n".join(failures))
     say("nothing was run: the engines are unproven until they first load on their target")
@@ -128,7 +126,7 @@ def _ahead_of_time(
 
 
 def _on_this_gpu(pairs: _Pairs, recipes: tuple[Recipe, ...], say: Say) -> tuple[EngineFile, ...]:
-    """The fastest pair that passes the gate, proven; whatever else was built is removed."""
+    """The fastest pair that passes the gate, proven."""
     candidates = {
         Candidate(
             pair_name(encoder.name, decoder.name),
@@ -152,8 +150,6 @@ def _on_this_gpu(pairs: _Pairs, recipes: tuple[Recipe, ...], say: Say) -> tuple[
         return pairs.accept(*opened[-1])
     except (BackendError, VerificationError) as error:
         raise BuildError(f"no precision passes the gate on this machine: {error}") from error
-    finally:
-        pairs.discard_rest()
 
 
 class _Pairs:
@@ -200,9 +196,8 @@ class _Pairs:
         if verdict is None:
             raise BuildError("the verdict on the engines is gone: somebody cleared the cache")
         made = self._proven(pair.encoder, verdict)
-        marked = made, self._proven(pair.decoder, verdict, made.sidecar.engine.sha256)
-        del self._built["encoder", encoder.name], self._built["decoder", decoder.name]
-        return marked
+        decoder_made = self._proven(pair.decoder, verdict, made.sidecar.engine.sha256)
+        return self._builder.place(made), self._builder.place(decoder_made)
 
     def _proven(
         self, engine: EngineFile, verdict: StoredVerdict, paired_with: str | None = None
@@ -218,12 +213,6 @@ class _Pairs:
         )
         write_sidecar(engine.path, sidecar)
         return EngineFile(engine.path, sidecar)
-
-    def discard_rest(self) -> None:
-        """Remove what was built and neither accepted nor refused."""
-        for engine in self._built.values():
-            self._builder.discard(engine)
-        self._built.clear()
 
     def _pair(self, encoder: Recipe, decoder: Recipe) -> EngineSet:
         features = encoder.features_dtype

@@ -1,8 +1,7 @@
-"""Single engines of a bundle: typed, built, and published where the runtime looks for them."""
+"""Single engines of a bundle: typed, built, and put where the runtime looks for them."""
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import msgspec
 
 from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device
-from sam3rt.backends.tensorrt.engines import EngineFile, engine_path, folder_name
+from sam3rt.backends.tensorrt.engines import EngineFile
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
     EngineShapes,
@@ -26,6 +25,7 @@ from sam3rt.bundle import Bundle, TensorSpec, file_entry
 from sam3rt.bundle.contract import EXPORT_ID, FINGERPRINT
 
 from .builder_process import EngineRequest, Sizes
+from .engines_folder import folder_name
 from .ep_context import wrapper_path, write_wrapper
 from .errors import BuildError
 from .graph_files import load_graph, save_graph
@@ -72,7 +72,7 @@ class BuildOptions:
 class EngineBuilder:
     """Builds single engines of one bundle by one set of options, in a temporary folder.
 
-    A context manager: the folder is gone when it is left.
+    A context manager: the folder is gone when it is left, with every engine that was not placed.
 
     Args:
         bundle: an opened bundle.
@@ -109,7 +109,7 @@ class EngineBuilder:
             self._folder.cleanup()
 
     def build(self, role: Role, recipe: Recipe, features: FeaturesType) -> EngineFile:
-        """Type the graph, build the engine and publish it as unproven.
+        """Type the graph and build the engine, unproven, in the builder's own folder.
 
         Raises:
             RecipeError, BuildError: it cannot be built, or does not compute as its recipe promises.
@@ -166,28 +166,39 @@ class EngineBuilder:
         evidence = read_engine(finished)
         if evidence is not None:
             check_promise(recipe, evidence)
-        return self._publish(role, recipe, features, finished, seconds, evidence)
+        return self._describe(role, recipe, features, finished, seconds, evidence)
+
+    def place(self, engine: EngineFile) -> EngineFile:
+        """Move a finished engine, with what is known of it, to where the runtime looks for it.
+
+        Until then, an engine of an earlier build stays there and serves.
+        """
+        path = self._place_of(engine)
+        path.parent.mkdir(exist_ok=True)
+        # Old files about an engine beside a new one would be a contradiction, an engine without
+        # them is merely unknown: so they go first, and the sidecar comes last.
+        beside = (evidence_path, wrapper_path, sidecar_path)
+        for of in beside:
+            of(path).unlink(missing_ok=True)
+        engine.path.replace(path)
+        for of in beside:
+            if of(engine.path).exists():
+                of(engine.path).replace(of(path))
+        return EngineFile(path, engine.sidecar)
 
     def refuse(self, engine: EngineFile, figures: dict[str, float]) -> None:
         """Leave on record what failed, and remove the engine itself: it can be gigabytes."""
-        write_sidecar(
-            engine.path, msgspec.structs.replace(engine.sidecar, state="refused", parity=figures)
-        )
-        self._remove(engine)
+        path = self._place_of(engine)
+        if not path.exists():  # one of an earlier build may have passed
+            path.parent.mkdir(exist_ok=True)
+            refused = msgspec.structs.replace(engine.sidecar, state="refused", parity=figures)
+            write_sidecar(path, refused)
+        engine.path.unlink()
 
-    def discard(self, engine: EngineFile) -> None:
-        """Remove an engine that is not needed and was not at fault."""
-        sidecar_path(engine.path).unlink(missing_ok=True)
-        evidence_path(engine.path).unlink(missing_ok=True)
-        self._remove(engine)
-        with contextlib.suppress(OSError):  # not empty
-            engine.path.parent.rmdir()
+    def _place_of(self, engine: EngineFile) -> Path:
+        return self.bundle.path / ENGINES / engine.path.parent.name / engine.path.name
 
-    def _remove(self, engine: EngineFile) -> None:
-        wrapper_path(engine.path).unlink(missing_ok=True)
-        engine.path.unlink(missing_ok=True)
-
-    def _publish(
+    def _describe(
         self,
         role: Role,
         recipe: Recipe,
@@ -200,8 +211,8 @@ class EngineBuilder:
         folder = folder_name(
             gpu, self.options.targets, self.options.backend, self._version, recipe.name
         )
-        path = engine_path(self.bundle.path, folder, role)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = finished.parent / folder / f"{role}.engine"
+        path.parent.mkdir(exist_ok=True)
         entry = msgspec.structs.replace(file_entry(finished), file=path.name)
         sidecar = EngineSidecar(
             role=role,
@@ -224,18 +235,11 @@ class EngineBuilder:
             paired_with=None,
             build_seconds=round(seconds, 3),
         )
-        # Old files about an engine beside a new one would be a contradiction, an engine without
-        # them is merely unknown: so they go first, and the sidecar comes last.
-        for old in (sidecar_path(path), wrapper_path(path), evidence_path(path)):
-            old.unlink(missing_ok=True)
         finished.replace(path)
-        try:
-            if evidence is not None:
-                write_evidence(path, evidence)
-            write_sidecar(path, sidecar)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        evidence_path(path).unlink(missing_ok=True)  # of a decoder for other feature maps
+        if evidence is not None:
+            write_evidence(path, evidence)
+        write_sidecar(path, sidecar)
         return EngineFile(path, sidecar)
 
     def _specs(

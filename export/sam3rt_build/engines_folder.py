@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from sam3rt.backends.table import ENGINES
+from sam3rt.backends.tensorrt.driver import Gpu
+from sam3rt.backends.tensorrt.sidecar import BackendName
 from sam3rt.bundle import Bundle, is_inside
 from sam3rt.bundle.files import remove_temporaries
 from sam3rt.errors import BundleError
@@ -43,6 +46,29 @@ def exclusive(bundle: Bundle) -> Iterator[Path]:
     with held:
         _clear(folder)
         yield folder
+
+
+def folder_name(
+    gpu: Gpu | None,
+    targets: Sequence[str],
+    backend: BackendName,
+    tensorrt_version: str,
+    recipe: str,
+) -> str:
+    """The folder of engines built alike, such as ``nvidia-l4-sm89-tensorrt-10.3.0-fp16``.
+
+    Args:
+        gpu: the GPU they were built on; ``None`` for an ahead-of-time build, whose folder is
+            named for its targets: ``any-sm86-sm89-tensorrt-rtx-1.7.1.116-fp16``.
+        targets: compute capabilities of an ahead-of-time build.
+        backend: the TensorRT flavour.
+        tensorrt_version: its version.
+        recipe: the precision recipe.
+    """
+    kind = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    capabilities = targets if gpu is None else (gpu.compute_capability,)
+    architectures = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
+    return f"{kind}-{architectures}-{backend}-{tensorrt_version}-{recipe}"
 
 
 def _clear(folder: Path) -> None:

@@ -135,6 +135,9 @@ def export_bundle(
     for argument, text in (("name", options.name), ("license", options.license)):
         if text is not None and (not text or not text.isprintable()):
             raise InvalidInputError(argument, repr(text), "a text of one line")
+    if any(np.size(image) and np.ptp(image) == 0 for image in options.parity_images):
+        expected = "images of more than one colour, which show what a graph does wrong"
+        raise InvalidInputError("parity_images", "an image of one colour", expected)
     target = _target(output)
     recover(target)
     _check_target(target, options.overwrite)
@@ -166,7 +169,10 @@ def _write_files(
         say(note)
     height, width = source.image.size
     count = sum(p.numel() for part in (source.encoder, source.decoder) for p in part.parameters())
-    say(f"{source.name}: {count / 1e6:.1f} million parameters, input of {width}x{height} pixels")
+    say(
+        f"{source.name}, from {source.origin} ({source.kind}): {count / 1e6:.1f} million "
+        f"parameters, input of {width}x{height} pixels"
+    )
     images = list(options.parity_images) or default_images()
     record = _run_reference(source, images, say)
     record.save(folder / _RECORD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -333,57 +332,6 @@ def random_mobile_sam(seed: int = 0) -> nn.Module:
 # --- plain implementations ------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Neighbouring channels of [..., tokens, d] as complex numbers, turned by [tokens, d / 2]."""
-    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-    return torch.view_as_real(pairs * table).flatten(-2)
-
-
-def plain_attention(
-    tensors: Mapping[str, Tensor],
-    prefix: str,
-    heads: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-) -> Tensor:
-    """Multi-head attention head by head, with every projection written out."""
-
-    def project(name: str, x: Tensor) -> Tensor:
-        return nn.functional.linear(
-            x, tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"]
-        )
-
-    q, k, v = project("q_proj", query), project("k_proj", key), project("v_proj", value)
-    size = q.shape[-1] // heads
-    mixed = []
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = q[..., part] @ k[..., part].transpose(-1, -2) / math.sqrt(size)
-        mixed.append(torch.softmax(scores, dim=-1) @ v[..., part])
-    return project("out_proj", torch.cat(mixed, dim=-1))
-
-
-def attention_tensors(
-    prefix: str, width: int, inner: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Random projections of one attention in SAM's naming."""
-    tensors = {}
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        outputs, inputs = (width, inner) if name == "out_proj" else (inner, width)
-        weight = torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs)
-        tensors[f"{prefix}{name}.weight"] = weight
-        tensors[f"{prefix}{name}.bias"] = torch.randn(outputs, generator=generator)
-    return tensors
-
-
-def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalization over the channels of [B, C, H, W]."""
-    mean = x.mean(1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + eps) * weight[:, None, None] + bias[:, None, None]
-
-
 def parity_images(count: int) -> list[NDArray[np.uint8]]:
     """The first of the images that an export records unless it is told otherwise.
 
@@ -431,7 +379,8 @@ def copied_graphs(traced: Path) -> Callable[[TraceRequest, Path], GraphSpec]:
                 entry.value = request.metadata[entry.key]
         onnx.save(model, path)
         spec = manifest.encoder if role == "encoder" else manifest.decoder
-        return msgspec.structs.replace(spec, model=file_entry(path))
+        # Weights that lay beside the graph are inside now.
+        return msgspec.structs.replace(spec, model=file_entry(path), external_data=())
 
     return copy
 

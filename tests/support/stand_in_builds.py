@@ -73,7 +73,7 @@ class Prover:
     def __call__(self, bundle: Bundle, engines: EngineSet) -> Any:
         """Open a pair; what is opened here is its verdict."""
         for engine in (engines.encoder, engines.decoder):
-            # What is judged lies where it would serve from, whole.
+            # What is judged is whole.
             content = engine.path.read_bytes()
             assert engine.sidecar.engine.sha256 == hashlib.sha256(content).hexdigest()
             assert engine.sidecar.state == "unproven"

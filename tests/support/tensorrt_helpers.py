@@ -17,9 +17,10 @@ from tests.support.fake_tensorrt import Perturbation, engine_content, make_modul
 
 import sam3rt
 from sam3rt import GpuOptions
+from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device, Gpu
 from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
-from sam3rt.backends.tensorrt.engines import EngineFile, candidates, engine_path, folder_name
+from sam3rt.backends.tensorrt.engines import EngineFile, candidates
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
     EngineShapes,
@@ -114,8 +115,7 @@ class Rig:
             "num_points": max_points,
             "batch": max_batch if role == "encoder" else 1,
         }
-        folder = folder_name(GPU, (), self.flavour, VERSION, recipe)
-        path = engine_path(self.bundle.path, folder, role)
+        path = self.bundle.path / ENGINES / f"{self.flavour}-{recipe}" / f"{role}.engine"
         path.parent.mkdir(parents=True, exist_ok=True)
         # Where all rigs have it, so that one session serves them.
         graph = self.source / getattr(manifest, role).model.file

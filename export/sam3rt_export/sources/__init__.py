@@ -19,7 +19,7 @@ from sam3rt.errors import Sam3rtError
 from ..checkpoint_keys import DECODER, NECK, NO_MEMORY, PROMPT, SAM2_NECK, SAM2_TRUNK, TRUNK
 from ..errors import CheckpointError, tensors_of
 from ..source import ExportSource
-from .checkpoint_file import read_state
+from .checkpoint_file import read_index, read_state
 from .state_dict import (
     ACCEPTED,
     InteractiveParts,
@@ -180,14 +180,18 @@ def _only_checkpoint(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: holds LoRA adapters; pass the model that they are for, and this by --lora"
         )
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt", "*.pth"):
-        files = sorted(folder.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            names = ", ".join(file.name for file in files)
-            raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {names}")
-    raise CheckpointError(f"{folder}: holds no config.json and no checkpoint; {ACCEPTED}")
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    listed = {folder / name for index in indexes for name in read_index(index).values()}
+    found = [
+        file for pattern in ("*.safetensors", "*.pt", "*.pth") for file in folder.glob(pattern)
+    ]
+    files = sorted({*indexes, *found} - listed)
+    if not files:
+        raise CheckpointError(f"{folder}: holds no config.json and no checkpoint; {ACCEPTED}")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder}: holds several checkpoints, pass one of them: {names}")
+    return files[0]
 
 
 def _open_live(model: nn.Module, options: SourceOptions) -> ExportSource:

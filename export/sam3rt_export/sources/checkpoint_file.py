@@ -106,8 +106,20 @@ class _Index(Struct):
     weight_map: dict[str, str]
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Which file beside an index holds which tensor.
+
+    Raises:
+        CheckpointError: it says nothing of the kind.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as an index: {error}") from error
+
+
 def _load_shards(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    weight_map = read_index(path)
     tensors: dict[str, Tensor] = {}
     files = []
     for name in sorted(set(weight_map.values())):

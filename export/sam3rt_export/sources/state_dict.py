@@ -63,10 +63,8 @@ _SAM2_MLP = re.compile(
     rf"({re.escape(DECODER)}transformer\.layers\.\d+\.mlp)\.layers\.([01])(\.\w+)"
 )
 _MOBILE_SAM = "image_encoder.patch_embed.seq."
-# What a second copy of a model, such as averaged weights below "ema.", has somewhere in its names;
-# and the one decoder of that name which is no copy.
-_COPY = re.compile(r"(vision_backbone|image_encoder)\.trunk\.|sam_mask_decoder\.")
-_PROPAGATION = "tracker.model.sam_mask_decoder."
+# What a second copy of a model, such as averaged weights below "ema.", has somewhere in its names.
+_COPY = re.compile(r"(vision_backbone|image_encoder)\.trunk\.")
 # Below these, every tensor counts.
 _READ = (TRUNK, NECK, SAM2_TRUNK, SAM2_NECK, PROMPT, DECODER)
 
@@ -201,7 +199,7 @@ def _known_parts(state: Mapping[str, Tensor], plain: Mapping[str, str]) -> Inter
         if not (renamed.startswith(_READ) or renamed == NO_MEMORY):
             if LORA.search(original) and not name.startswith(("detector.", "tracker.")):
                 raise unknown_tensors([original])
-            if _COPY.search(name) and not name.startswith(_PROPAGATION):
+            if _COPY.search(name):
                 raise ModelError(
                     f"{original!r} is of a second model beside the first; save the one to export "
                     "by itself"
@@ -284,7 +282,7 @@ def describe_names(names: Iterable[str]) -> str:
     if not names:
         return "it holds no tensors"
     if some(TRUNK):
-        if some(_PROPAGATION):
+        if some("tracker.model.sam_mask_decoder."):
             return "it holds SAM 3.1's decoder for propagation, and not the one for clicks"
         holds = "EfficientSAM3's image encoder" if some(STUDENT) else "SAM 3's detector"
         return (

@@ -30,6 +30,8 @@ from .sam3 import sam3_source, size_notes
 from .sam3_architecture import check_architecture, resized
 from .state_dict import ready
 
+# transformers reads the first, and writes the second beside it where a model has grown.
+_EITHER = ("model.safetensors", "model.safetensors.index.json")
 # Modules of either model. What else a folder holds belongs to other models of SAM 3's and SAM 2's.
 _MODULES = ("vision_encoder.", "prompt_encoder.", "mask_decoder.", "shared_image_embedding.")
 
@@ -57,6 +59,8 @@ def open_pretrained(
         raise CheckpointError(
             f"{name}: holds LoRA adapters; pass the model that they are for, and this by --lora"
         )
+    if all((Path(name) / file).is_file() for file in _EITHER):
+        raise CheckpointError(f"{name}: holds both {' and '.join(_EITHER)}; remove the older one")
     try:
         family, config = _family(name)
         model, report = family.from_pretrained(

@@ -672,6 +672,9 @@ def test_nonsense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["bench", "--candidate", "tensorflow"]) == 1
     assert main(["bench", "--candidate", "openvino", "--candidate", "openvino"]) == 1
     assert main(["bench", str(tmp_path / "nothing")]) == 1
+    capsys.readouterr()
+    assert main(["bench", "--checkpoint", str(tmp_path / "nothing.pt")]) == 1
+    assert "nothing.pt, which is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "inf", "-0.1", "x"])

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from sam3rt import BackendError, EmbeddingError, Prompts, SegmentationModel
 from sam3rt.bundle import Bundle
+from sam3rt_bench import pytorch_backend
 from sam3rt_bench.pytorch_backend import PyTorchBackend, measure_ceilings
 from sam3rt_bench.scene import draw_scene
 
@@ -119,7 +120,9 @@ def test_another_model_is_not_taken_for_the_right_one(
         PyTorchBackend(bundle, small_checkpoint, precision="fp32", device="cpu", threads=None)
 
 
-def test_ceilings_are_plausible() -> None:
+def test_ceilings_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch_backend, "_MATRIX_SIDE", 512)
+    monkeypatch.setattr(pytorch_backend, "_COPY_BYTES", 1 << 22)
     found = {(c.what, c.element): c.per_second for c in measure_ceilings("cpu", None)}
     assert set(found) == {("matrix product", "fp32"), ("matrix product", "bf16"), ("copy", "")}
     assert all(1e8 < value < 1e15 for value in found.values())

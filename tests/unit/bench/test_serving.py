@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from benchmarks import serving, triton_load
 from numpy.typing import NDArray
-from tests.support.serving import RAY_PACKAGES, TRITON_PACKAGES, environment, toy_model
+from tests.support.serving import toy_model
 
 # It measures.
 pytestmark = pytest.mark.serial
@@ -41,7 +41,7 @@ def ways(document: dict[str, Any], section: str = "runs") -> list[Any]:
 
 
 def test_ways_within_this_process(measure: Measure) -> None:
-    document = measure("--only", "loop,batching,triton", "--users", "1,3")
+    document = measure("--only", "loop,batching", "--users", "1,3")
     assert ways(document) == [("loop", 1), ("loop", 3), ("batching", 1), ("batching", 3)]
     for run in document["runs"]:
         assert run["clicks"] > 5
@@ -63,17 +63,6 @@ def test_a_server_its_soak_and_its_enemies(measure: Measure) -> None:
     calm, storm = document["hostile"]
     assert calm["errors"] == storm["errors"] == 0
     assert storm["clicks"] > 10
-
-
-@pytest.mark.slow
-def test_the_other_servers(measure: Measure) -> None:
-    given = []
-    for name, packages in (("triton", TRITON_PACKAGES), ("ray", RAY_PACKAGES)):
-        given += [f"--{name}-env", str(environment(name, *packages).parents[1])]
-    document = measure("--only", "triton,ray", "--users", "2", *given)
-    names = ["triton http", "triton grpc", "ray"]
-    assert ways(document) == [(name, 2) for name in names]
-    assert [found["way"] for found in document["overhead"]] == names
 
 
 def test_what_goes_wrong_under_load_is_counted() -> None:

@@ -48,6 +48,7 @@ from sam3rt_build import build, engine_builder
 from sam3rt_build.build import BuildOptions, build_bundle
 from sam3rt_build.builder_process import EngineRequest
 from sam3rt_build.engine_builder import graph_profile
+from sam3rt_build.engines_folder import folder_name
 from sam3rt_build.ep_context import wrapper_path
 from sam3rt_build.errors import BuildError
 from sam3rt_build.recipes import RECIPES
@@ -280,22 +281,29 @@ def test_a_gate_that_breaks_leaves_nothing(toy: Bundle) -> None:
     assert find_engines(toy) == ()
 
 
-def test_no_sidecar_is_left_where_publishing_stops(
+def test_engines_serve_on_where_a_second_build_comes_to_nothing(
     toy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full when the second engine's sidecar is written over an older engine's."""
-    run(toy)
-    real = engine_builder.write_sidecar
+    """It is stopped, its disk is full, or no precision of it passes."""
+    engines = by_path(run(toy))
+    before = files(toy)
 
     def full(engine: Path, sidecar: Any) -> None:
-        if engine.name == "decoder.engine":
-            raise OSError(28, "No space left on device")
-        real(engine, sidecar)
+        raise OSError(28, "No space left on device")
 
+    stopped = Maker()
+    stopped.fails = lambda what: KeyboardInterrupt() if what == "decoder fp16" else None
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, stopped)
+    others = Maker()
+    others.made.append("something else, so that these engines are judged by themselves")
+    with pytest.raises(BuildError, match="no precision passes the gate"):
+        run(toy, others, Prover(any__any=FEATURES_OFF), precision=("fp16",))
     monkeypatch.setattr(engine_builder, "write_sidecar", full)
     with pytest.raises(OSError, match="No space left"):
         run(toy)
-    assert not list((toy.path / ENGINES).rglob("decoder*"))
+    assert files(toy) == before
+    assert list(find_engines(toy)) == engines
 
 
 def test_a_second_build_waits_for_no_one(toy: Bundle) -> None:
@@ -321,24 +329,17 @@ def test_a_second_build_waits_for_no_one(toy: Bundle) -> None:
     run(toy)  # the lock is free again
 
 
-def build_and_be_killed(bundle: Bundle, *changes: str, make: str) -> None:
-    """A build in a process of its own, after these lines of Python, that kills itself."""
+def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
     lines = (
         "import os, sys",
-        "from pathlib import Path",
-        "from sam3rt.bundle import files",
         "from sam3rt.bundle import open_bundle",
         "from sam3rt_build.build import BuildOptions, build_bundle",
-        *changes,
         "options = BuildOptions(backend='tensorrt-rtx', targets=('8.9',))",
-        f"build_bundle(open_bundle(sys.argv[1]), options, make={make})",
+        "kill = lambda request: os.kill(os.getpid(), 9)",
+        "build_bundle(open_bundle(sys.argv[1]), options, make=kill)",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines), str(bundle.path)], check=False)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines), str(toy.path)], check=False)
     assert done.returncode == -9
-
-
-def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
-    build_and_be_killed(toy, make="lambda request: os.kill(os.getpid(), 9)")
     (left,) = (toy.path / ENGINES).glob(".build-*")
     assert list(left.iterdir())
     run(toy, precision=("fp32",))
@@ -346,21 +347,15 @@ def test_the_folder_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> Non
 
 
 def test_a_half_written_file_of_a_killed_build_is_removed_by_the_next(toy: Bundle) -> None:
-    build_and_be_killed(
-        toy,
-        "files._open_unnamed = lambda folder: None",
-        "files.os.fsync = lambda handle: os.kill(os.getpid(), 9)",
-        make="lambda request: Path(request.engine).write_bytes(b'engine')",
-    )
-    (left,) = (toy.path / ENGINES).glob("[!.]*/.*.tmp")
-    (lonely,) = left.parent.glob("*.engine")
-    mine = left.with_name(".notes.tmp")
+    folder = toy.path / ENGINES / "of-a-refused-one"
+    folder.mkdir(parents=True)
+    left, mine = folder / f".{'0' * 32}.tmp", folder / ".notes.tmp"
+    left.write_text("half")
     mine.write_text("not a name that a build gives")
     run(toy, precision=("fp32",))
     assert not left.exists()
     assert mine.exists()
     mine.unlink()
-    lonely.unlink()
 
 
 def test_no_half_written_file_is_looked_for_behind_a_link(toy: Bundle, tmp_path: Path) -> None:
@@ -440,6 +435,19 @@ def test_no_pair_can_be_built(toy: Bundle, role: str) -> None:
 
 
 # --- where they lie -------------------------------------------------------------------------------
+
+
+def test_folder_names_are_for_people() -> None:
+    gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9")
+    assert (
+        folder_name(gpu, (), "tensorrt", "10.16.0.72", "fp16")
+        == "nvidia-geforce-rtx-4090-sm89-tensorrt-10.16.0.72-fp16"
+    )
+    assert (
+        folder_name(None, ("8.6", "12.0"), "tensorrt-rtx", "1.7.1.116", "bf16")
+        == "any-sm86-sm120-tensorrt-rtx-1.7.1.116-bf16"
+    )
+    assert "/" not in folder_name(Gpu("../A/B", "8.9"), (), "tensorrt", "1", "fp16")
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "engines"])

@@ -235,6 +235,18 @@ def test_a_folder_stands_for_its_only_checkpoint(checkpoint: Path, tmp_path: Pat
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["sam3.pt", "other.safetensors", "a.safetensors.index.json"])
+def test_a_folder_with_another_checkpoint_beside_its_shards_stands_for_neither(
+    tensors: Tensors, checkpoint: Path, other: str, tmp_path: Path
+) -> None:
+    index = shards(tensors, tmp_path)
+    (tmp_path / other).write_bytes((index if other.endswith("json") else checkpoint).read_bytes())
+    with pytest.raises(
+        CheckpointError, match=rf"several.*model.*index\.json.*{other}|{other}.*model"
+    ):
+        open_source(tmp_path)
+
+
 def test_metas_checkpoint_may_lie_beside_a_configuration(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "sam3.pt").write_bytes(checkpoint.read_bytes())

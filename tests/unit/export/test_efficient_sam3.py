@@ -21,7 +21,6 @@ from tests.support.export_helpers import (
     tiny_tensors,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 import sam3rt
 from sam3rt.accuracy.metrics import cosine
@@ -33,9 +32,8 @@ from sam3rt_build.typed_graph import FLOAT, apply_recipe, node_types, scope_of
 from sam3rt_export import SourceOptions, export_bundle
 from sam3rt_export.errors import CheckpointError, tensors_of
 from sam3rt_export.exporter import ExportOptions
-from sam3rt_export.graphs.efficient_sam3 import EfficientSam3EncoderGraph, Upsample, bilinear
+from sam3rt_export.graphs.efficient_sam3 import EfficientSam3EncoderGraph
 from sam3rt_export.graphs.efficient_vit import LinearAttention
-from sam3rt_export.graphs.rep_vit import merged_mixer
 from sam3rt_export.graphs.tiny_vit import TinyViTArchitecture
 from sam3rt_export.parity_inputs import default_images
 from sam3rt_export.source import ExportSource
@@ -53,41 +51,6 @@ def opened(tensors: dict[str, Tensor], image_size: int = SMALL) -> ExportSource:
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 72), (11, 24), (22, 48), (2, 4), (1, 3)])
-def test_enlarging_is_pytorchs(inputs: int, outputs: int) -> None:
-    matrix = bilinear(inputs, outputs)
-    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(outputs))
-    x = torch.randn(2, 5, inputs, inputs, generator=torch.Generator().manual_seed(0))
-    expected = F.interpolate(x, (outputs, outputs), mode="bilinear", align_corners=False)
-    enlarged = Upsample(inputs, outputs)(x.flatten(2).transpose(1, 2))
-    # PyTorch works out its positions in FP32.
-    assert relative(enlarged, expected.flatten(2).transpose(1, 2)) < 1e-5
-
-
-@torch.no_grad()
-def test_a_mixer_of_three_branches_is_one_convolution() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def norm(prefix: str) -> dict[str, Tensor]:
-        parts = ("weight", "bias", "running_mean", "running_var")
-        values = {f"{prefix}.{p}": torch.randn(6, generator=generator) for p in parts}
-        return values | {f"{prefix}.running_var": values[f"{prefix}.running_var"].abs() + 0.2}
-
-    t = norm("conv.bn") | norm("bn")
-    t["conv.c.weight"] = torch.randn(6, 1, 3, 3, generator=generator)
-    t["conv1.weight"] = torch.randn(6, 1, 1, 1, generator=generator)
-    t["conv1.bias"] = torch.randn(6, generator=generator)
-    x = torch.randn(2, 6, 7, 9, generator=generator)
-
-    def batch_norm(y: Tensor, p: str) -> Tensor:
-        mean, variance = t[f"{p}.running_mean"], t[f"{p}.running_var"]
-        return F.batch_norm(y, mean, variance, t[f"{p}.weight"], t[f"{p}.bias"])
-
-    y = batch_norm(F.conv2d(x, t["conv.c.weight"], padding=1, groups=6), "conv.bn")
-    y = y + F.conv2d(x, t["conv1.weight"], t["conv1.bias"], groups=6) + x
-    assert relative(merged_mixer(t, "")(x), batch_norm(y, "bn")) < 1e-6
 
 
 def test_linear_attention_is_its_definition_and_zero_where_nothing_is_asked() -> None:

@@ -21,7 +21,6 @@ from tests.support.export_helpers import (
     DECODER,
     NO_MEMORY,
     TRUNK,
-    TinySizes,
     as_multiplex,
     copied_graphs,
     leftovers,
@@ -412,57 +411,66 @@ def test_an_unknown_type_of_weights_is_refused(tiny_checkpoint: Path, tmp_path: 
     assert leftovers(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SAM 3 with its weights in FP16, and in files of their own."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # The tiny model has hardly a weight large enough to be halved.
+        monkeypatch.setattr(tracing, "MIN_FP16_VALUES", 64)
+        monkeypatch.setattr(tracing, "EXTERNAL_DATA_BYTES", 1000)
+        export_bundle(tiny_checkpoint, out, ExportOptions(weights="float16"))
+    return out
+
+
+def size_of(bundle: Path, role: str) -> int:
+    return sum(path.stat().st_size for path in bundle.glob(f"{role}.onnx*"))
+
+
 @pytest.mark.slow
 def test_fp16_weights(
-    tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    half_bundle: Path,
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    # The tiny model has hardly a weight large enough to be halved.
-    monkeypatch.setattr(tracing, "MIN_FP16_VALUES", 64)
-    options = ExportOptions(weights="float16")
-    half = export_bundle(tiny_checkpoint, tmp_path / "out", options)
+    half = open_bundle(half_bundle)
     assert half.manifest.weights == "float16"
     # Its record expects the rounded weights, so that it finds what a machine adds to them.
     assert half.manifest.parity.limits == LIMITS["float32"]
     assert half.manifest.export_id != open_bundle(tiny_bundle).manifest.export_id
-    for name in ("encoder.onnx", "decoder.onnx"):
-        onnx.checker.check_model(str(tmp_path / "out" / name))
-        kinds = {t.data_type for t in onnx.load(tmp_path / "out" / name).graph.initializer}
+    for role in ("encoder", "decoder"):
+        kinds = {t.data_type for t in onnx.load(half_bundle / f"{role}.onnx").graph.initializer}
         assert onnx.TensorProto.FLOAT16 in kinds
-        assert (tmp_path / "out" / name).stat().st_size < (tiny_bundle / name).stat().st_size
-    self_check(tmp_path / "out", load_record(half), LIMITS["float32"])
+        assert size_of(half_bundle, role) < size_of(tiny_bundle, role)
+    self_check(half_bundle, load_record(half), LIMITS["float32"])
     unrounded = load_record(open_bundle(tiny_bundle))
-    self_check(tmp_path / "out", unrounded, LIMITS["float16"])
+    self_check(half_bundle, unrounded, LIMITS["float16"])
     with pytest.raises(SelfCheckError):
-        self_check(tmp_path / "out", unrounded, LIMITS["float32"])
+        self_check(half_bundle, unrounded, LIMITS["float32"])
 
     # The export itself holds the rounded weights to the unrounded model, before the record does.
-    instead_of_tracing(tmp_path / "out", {}, monkeypatch)
+    instead_of_tracing(half_bundle, {}, monkeypatch)
     monkeypatch.setitem(exporter.LIMITS, "float16", LIMITS["float32"])
     with pytest.raises(SelfCheckError):
-        export_bundle(tiny_checkpoint, tmp_path / "again", options)
-    assert leftovers(tmp_path) == ["out"]
+        export_bundle(tiny_checkpoint, tmp_path / "again", ExportOptions(weights="float16"))
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.slow
-def test_weights_beside_the_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Of another geometry than the rest, which its own self-check covers on the way.
-    sizes = TinySizes(grid=6, window=3, pretrain=4, depth=3, global_blocks=(0, 2))
-    torch.save(tiny_tensors(sizes), tmp_path / "sam3.pt")
-    monkeypatch.setattr(tracing, "EXTERNAL_DATA_BYTES", 1000)
-    out = tmp_path / "out"
-    manifest = export_bundle(tmp_path / "sam3.pt", out).manifest
-    assert (manifest.image.size, manifest.masks.low_res_size) == ((12, 12), (24, 24))
-    assert leftovers(out) == sorted(["decoder.onnx.data", "encoder.onnx.data", *FILES])
+def test_weights_beside_the_graphs(half_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(half_bundle).manifest
+    assert leftovers(half_bundle) == sorted(["decoder.onnx.data", "encoder.onnx.data", *FILES])
     assert [e.file for e in manifest.encoder.external_data] == ["encoder.onnx.data"]
     assert [e.file for e in manifest.decoder.external_data] == ["decoder.onnx.data"]
     for entry in manifest.files():
-        assert entry == file_entry(out / entry.file)
+        assert entry == file_entry(half_bundle / entry.file)
         if entry.file.endswith(".onnx"):
-            onnx.checker.check_model(str(out / entry.file))
+            onnx.checker.check_model(str(half_bundle / entry.file))
 
-    moved = out.rename(tmp_path / "moved")
-    bundle = open_bundle(moved)
-    assert self_check(moved, load_record(bundle), LIMITS["float32"])
+    moved = Path(shutil.copytree(half_bundle, tmp_path / "moved"))
+    assert self_check(moved, load_record(open_bundle(moved)), LIMITS["float32"])
     data = moved / "decoder.onnx.data"
     content = data.read_bytes()
     for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), None):
@@ -640,8 +648,7 @@ def random_mobile_sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.slow
 def test_mobile_sam_with_random_weights(random_mobile_sam_bundle: Path) -> None:
-    bundle = open_bundle(random_mobile_sam_bundle)
-    manifest = bundle.manifest
+    manifest = open_bundle(random_mobile_sam_bundle).manifest
     assert (manifest.model_type, manifest.weights) == ("mobile_sam", "float32")
     assert manifest.image.size == (1024, 1024)
     assert described(manifest.encoder.outputs) == [
@@ -653,10 +660,6 @@ def test_mobile_sam_with_random_weights(random_mobile_sam_bundle: Path) -> None:
         "single_pred_masks",
         "single_iou_scores",
     ]
-    measured = self_check(random_mobile_sam_bundle, load_record(bundle), LIMITS["float32"])
-    features = [m for m in measured if m.metric == "relative error" and "features" in m.subject]
-    assert len(features) == 1
-    assert max(m.value for m in features) < 1e-4
 
 
 @pytest.mark.slow

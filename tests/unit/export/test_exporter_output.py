@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.export_helpers import leftovers
 from tests.support.helpers import tiny_bundle
@@ -202,6 +203,14 @@ def test_an_output_that_can_be_none_is_refused(
 def test_texts_of_the_manifest_are_of_one_line(argument: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=f"^{argument}: got .* a text of one line"):
         export(tmp_path / "out", ExportOptions(**{argument: text}))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("stub")
+def test_an_image_that_shows_no_mistakes_is_not_compared_on(tmp_path: Path) -> None:
+    black = np.zeros((9, 12, 3), np.uint8)
+    with pytest.raises(InvalidInputError, match=r"^parity_images: got an image of one"):
+        export(tmp_path / "out", ExportOptions(parity_images=[black]))
     assert leftovers(tmp_path) == []
 
 

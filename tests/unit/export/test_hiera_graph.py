@@ -1,4 +1,4 @@
-"""SAM 2's image encoder as a graph: its parts, and the whole of it against transformers."""
+"""SAM 2's image encoder as a graph, against transformers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import pytest
 import torch
 from tests.support.export_helpers import canonical_tensors, relative, sam2_state
 from torch import Tensor
-from torch.nn import functional as F
 
-from sam3rt_export.checkpoint_keys import SAM2_TRUNK
 from sam3rt_export.graphs.hiera import (
     HieraArchitecture,
     HieraGraph,
-    Positions,
     plan_blocks,
-    pool,
-    reorder,
-    rows_of_windows,
-    windows_of_rows,
 )
 from sam3rt_export.references.transformers_sam2 import Sam2Reference, build_sam2_model
 from sam3rt_export.sources.sam2 import PUBLISHED
@@ -42,48 +35,6 @@ def tensors_of(architecture: HieraArchitecture) -> dict[str, Tensor]:
     return canonical_tensors(sam2_state(architecture), "a tiny SAM 2")
 
 
-# --- the parts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("side", "window"), [(8, 2), (8, 4), (8, 8), (8, 1), (6, 3)])
-def test_window_order_and_back(side: int, window: int) -> None:
-    rows = torch.arange(2 * side * side * 3).reshape(2, side * side, 3)
-    windows = windows_of_rows(rows, side, window)
-    first = rows.reshape(2, side, side, 3)[:, :window, :window].reshape(2, window * window, 3)
-    assert torch.equal(windows[:, : window * window], first)
-    assert torch.equal(rows_of_windows(windows, side, window), rows)
-
-
-@pytest.mark.parametrize("old", [1, 2, 4, 8])
-@pytest.mark.parametrize("new", [1, 2, 4, 8])
-def test_any_order_to_any_other(old: int, new: int) -> None:
-    rows = torch.arange(64)[None, :, None]
-    listed = windows_of_rows(rows, 8, old)
-    assert torch.equal(reorder(listed, 8, old, new), windows_of_rows(rows, 8, new))
-
-
-@pytest.mark.parametrize("window", [2, 4, 8])
-def test_pooling_is_the_largest_of_each_cell(window: int) -> None:
-    rows = torch.randn(2, 64, 3, generator=torch.Generator().manual_seed(0))
-    pooled = pool(windows_of_rows(rows, 8, window), window).reshape(2, 16, 3)
-    image = F.max_pool2d(rows.transpose(1, 2).reshape(2, 3, 8, 8), 2)
-    expected = windows_of_rows(image.flatten(2).transpose(1, 2), 4, window // 2)
-    assert torch.equal(pooled, expected)
-
-
-@pytest.mark.parametrize(("grid", "window"), [(3, 4), (7, 8), (14, 8)])
-def test_positions_are_the_references(grid: int, window: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    large = torch.randn(1, 6, grid, grid, generator=generator)
-    small = torch.randn(1, 6, window, window, generator=generator)
-    tensors = {SAM2_TRUNK + "pos_embed": large, SAM2_TRUNK + "pos_embed_window": small}
-    found = Positions(tensors, 32)()
-    expected = F.interpolate(large, size=(32, 32), mode="bicubic")
-    expected = expected + small.tile(1, 1, 32 // window, 32 // window)
-    expected = windows_of_rows(expected.flatten(2).transpose(1, 2), 32, window)
-    assert relative(found, expected) < 1e-6
-
-
 def test_few_blocks_move_tokens() -> None:
     moving = {
         size: sum(b.order != b.inner for stage in plan_blocks(arch) for b in stage)
@@ -92,8 +43,6 @@ def test_few_blocks_move_tokens() -> None:
     # From the second stage's windows to the third's; to rows, for windows that do not tile the map.
     assert moving == dict.fromkeys(("tiny", "small", "base_plus", "large"), 1)
 
-
-# --- the whole ------------------------------------------------------------------------------------
 
 ARCHITECTURES = {
     "windows that tile": hiera(),

@@ -1,4 +1,4 @@
-"""The parts of the decoder graph against plain implementations, and the whole on a tiny model."""
+"""The decoder graph on a tiny model, and its rules against plain implementations."""
 
 from __future__ import annotations
 
@@ -14,34 +14,23 @@ from hypothesis import strategies as st
 from tests.support.export_helpers import (
     DECODER,
     PROMPT,
-    attention_tensors,
-    layer_norm_2d,
-    plain_attention,
     random_mobile_sam,
     relative,
     tiny_tensors,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 from sam3rt_export.graphs.sam_decoder import (
     DecoderArchitecture,
-    FourierPositions,
     MaskPrompt,
     SamDecoderGraph,
-    cell_centres,
     count_children,
 )
-from sam3rt_export.graphs.two_way import ImageToToken, SelfAttention, TokenToImage
 from sam3rt_export.references.mobile_sam import MobileSamReference
 from sam3rt_export.references.transformers_sam3 import TransformersReference, build_tracker_model
 from sam3rt_export.sources.sam3_architecture import read_architecture
 
 modest = settings(deadline=None, max_examples=40)
-
-WIDTH, INNER = 24, 12
-COUNTS = [1, 2, 7]
-HEADS = [1, 3]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -52,74 +41,12 @@ def rows(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator(seed))
 
 
-# --- attentions -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("tokens", COUNTS)
-@pytest.mark.parametrize("objects", [1, 3])
-def test_self_attention(heads: int, tokens: int, objects: int) -> None:
-    tensors = attention_tensors("a.", WIDTH, WIDTH, generator())
-    query_key, value = rows(1, objects, tokens, WIDTH), rows(2, objects, tokens, WIDTH)
-    expected = plain_attention(tensors, "a.", heads, query_key, query_key, value)
-    nothing = torch.zeros(objects, 1, 1, tokens)
-    actual = SelfAttention(tensors, "a.", heads)(query_key, value, nothing, tokens)
-    assert relative(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("tokens", COUNTS)
-@pytest.mark.parametrize(("objects", "maps"), [(1, 1), (3, 3), (3, 1)])
-def test_token_to_image(heads: int, tokens: int, objects: int, maps: int) -> None:
-    tensors = attention_tensors("a.", WIDTH, INNER, generator())
-    query = rows(1, objects, tokens, WIDTH)
-    key, value = rows(2, maps, 20, WIDTH), rows(3, maps, 20, WIDTH)
-    expected = plain_attention(tensors, "a.", heads, query, key, value)
-    actual = TokenToImage(tensors, "a.", heads)(query, key, value, tokens)
-    assert relative(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("tokens", COUNTS)
-@pytest.mark.parametrize(("objects", "maps"), [(1, 1), (3, 3), (3, 1)])
-def test_image_to_token(heads: int, tokens: int, objects: int, maps: int) -> None:
-    tensors = attention_tensors("a.", WIDTH, INNER, generator())
-    query = rows(1, maps, 20, WIDTH)
-    key, value = rows(2, objects, tokens, WIDTH), rows(3, objects, tokens, WIDTH)
-    expected = plain_attention(tensors, "a.", heads, query.expand(objects, -1, -1), key, value)
-    nothing = torch.zeros(objects, 1, tokens, 1)
-    actual = ImageToToken(tensors, "a.", heads)(query, key, value, nothing, tokens)
-    assert relative(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize("bias", ["q_proj", "v_proj", "out_proj"])
-def test_biases_that_matter_are_kept(bias: str) -> None:
-    tensors = attention_tensors("a.", WIDTH, INNER, generator())
-    without = tensors | {f"a.{bias}.bias": torch.zeros_like(tensors[f"a.{bias}.bias"])}
-    x, y = rows(1, 1, 5, WIDTH), rows(2, 1, 9, WIDTH)
-    for kind, call in (
-        (TokenToImage, lambda m: m(x, y, y, 5)),
-        (ImageToToken, lambda m: m(y, x, x, torch.zeros(1, 1, 5, 1), 5)),
-    ):
-        assert relative(call(kind(without, "a.", 3)), call(kind(tensors, "a.", 3))) > 1e-3
-
-
 # --- positions and points -------------------------------------------------------------------------
 
 
 def fourier(unit: Tensor, matrix: Tensor) -> Tensor:
     angle = 2.0 * math.pi * ((2.0 * unit.double() - 1.0) @ matrix.double())
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1).float()
-
-
-def test_fourier_positions() -> None:
-    matrix, unit = rows(1, 2, 8), torch.rand(5, 3, 2, generator=generator(2))
-    assert relative(FourierPositions(matrix)(unit), fourier(unit, matrix)) < 1e-5
-
-
-def test_cell_centres_are_row_by_row_x_first() -> None:
-    expected = [((x + 0.5) / 3, (y + 0.5) / 3) for y in range(3) for x in range(3)]
-    assert relative(cell_centres(3), np.array(expected)) < 1e-6
 
 
 ARCHITECTURE = DecoderArchitecture(image_size=8, grid=4)
@@ -158,45 +85,7 @@ def test_one_point_of_each_label(
     assert torch.isfinite(embedded).all()
 
 
-@torch.no_grad()
-def test_points_of_mixed_labels_and_objects_are_independent(decoder: SamDecoderGraph) -> None:
-    points = 8 * torch.rand(3, 5, 2, generator=generator())
-    labels = torch.tensor([[-1, 0, 1, 2, 3], [3, 2, 1, 0, -1], [1, 1, -1, -1, 0]])
-    together = decoder.embed_points(points, labels)
-    assert together.shape == (3, 5, 32)
-    for p in range(3):
-        for n in range(5):
-            alone = decoder.embed_points(points[p : p + 1, n : n + 1], labels[p : p + 1, n : n + 1])
-            assert relative(together[p, n], alone[0, 0]) < 1e-6
-
-
-@torch.no_grad()
-def test_no_points_embed_to_nothing(decoder: SamDecoderGraph) -> None:
-    embedded = decoder.embed_points(torch.zeros(2, 0, 2), torch.zeros(2, 0, dtype=torch.int64))
-    assert embedded.shape == (2, 0, 32)
-
-
 # --- mask prompts ---------------------------------------------------------------------------------
-
-
-def plain_mask_prompt(tensors: dict[str, Tensor], masks: Tensor) -> Tensor:
-    def get(name: str) -> tuple[Tensor, Tensor]:
-        down = PROMPT + "mask_downscaling."
-        return tensors[f"{down}{name}.weight"], tensors[f"{down}{name}.bias"]
-
-    x = F.conv2d(masks[0][:, None], *get("0"), stride=2)
-    x = F.gelu(layer_norm_2d(x, *get("1"), 1e-6))
-    x = F.conv2d(x, *get("3"), stride=2)
-    x = F.gelu(layer_norm_2d(x, *get("4"), 1e-6))
-    return F.conv2d(x, *get("6")).flatten(2).transpose(1, 2)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@torch.no_grad()
-def test_mask_prompt_equals_the_convolutions(tensors: dict[str, Tensor], count: int) -> None:
-    masks = 10 * rows(1, 1, count, 16, 16)
-    actual = MaskPrompt(tensors, PROMPT, 4)(masks, torch.ones(1))
-    assert relative(actual, plain_mask_prompt(tensors, masks)) < 1e-5
 
 
 @pytest.mark.parametrize(

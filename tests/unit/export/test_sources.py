@@ -355,6 +355,15 @@ def test_a_folder_whose_images_are_normalized_otherwise_is_refused(
         open_source(tmp_path)
 
 
+def test_a_folder_that_was_saved_twice_in_two_forms_is_refused(model: Any, tmp_path: Path) -> None:
+    """transformers would read the file, however old, and not the shards."""
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match=r"holds both model\.safetensors and .*older one"):
+        open_source(tmp_path)
+
+
 def test_a_folder_in_half_precision_is_read_as_fp32(model: Any, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     model.half().save_pretrained(folder)

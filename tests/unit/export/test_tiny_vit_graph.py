@@ -1,4 +1,7 @@
-"""MobileSAM's encoder graph against its authors' code, with random weights."""
+"""The parts of MobileSAM's encoder graph against its authors' code, with random weights.
+
+test_exporter.py exports the whole, which is compared with theirs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from sam3rt_export.graphs.operators import folded_conv
 from sam3rt_export.graphs.tiny_vit import (
     PatchMerging,
     TinyViTArchitecture,
-    TinyViTGraph,
     WindowAttention,
     _offset_indexes,
 )
@@ -71,12 +73,3 @@ def test_window_attention(official: Any, stage: int) -> None:
     attention = WindowAttention(layer.state_dict(), "", arch.heads[stage], window)
     x = torch.randn(3, window * window, layer.qkv.in_features)
     assert relative(attention(x), layer(x)) < 1e-5
-
-
-@torch.no_grad()
-def test_encoder_equals_the_official_one(official: Any) -> None:
-    graph = TinyViTGraph(TinyViTArchitecture(), official.state_dict(), "image_encoder.").eval()
-    pixels = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
-    (features,) = graph(pixels)
-    assert features.shape == (1, 256, 64, 64)
-    assert relative(features, official.image_encoder(pixels)) < 1e-4

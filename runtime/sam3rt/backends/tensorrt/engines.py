@@ -13,7 +13,6 @@ that says "refused" is, for the GPU and the driver where it was found.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...errors import BundleError
 from ..base import UnfitError
 from ..table import ENGINES
 from .driver import Gpu, processor
-from .sidecar import BackendName, EngineSidecar, Role, read_sidecar, sidecar_path
+from .sidecar import BackendName, EngineSidecar, read_sidecar, sidecar_path
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,34 +107,6 @@ def recipe_of(engines: EngineSet, target: EngineTarget) -> Recipe:
     """A set of engines as one way to run its bundle. Whatever it computes in, it needs proof."""
     encoder = engines.encoder.sidecar.engine.sha256
     return Recipe(engines.precision, encoder, subject_of(engines, target))
-
-
-def folder_name(
-    gpu: Gpu | None,
-    targets: Sequence[str],
-    backend: BackendName,
-    tensorrt_version: str,
-    recipe: str,
-) -> str:
-    """The folder of engines built alike, such as ``nvidia-l4-sm89-tensorrt-10.3.0-fp16``.
-
-    Args:
-        gpu: the GPU they were built on; ``None`` for an ahead-of-time build, whose folder is
-            named for its targets: ``any-sm86-sm89-tensorrt-rtx-1.7.1.116-fp16``.
-        targets: compute capabilities of an ahead-of-time build.
-        backend: the TensorRT flavour.
-        tensorrt_version: its version.
-        recipe: the precision recipe.
-    """
-    kind = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    capabilities = targets if gpu is None else (gpu.compute_capability,)
-    architectures = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
-    return f"{kind}-{architectures}-{backend}-{tensorrt_version}-{recipe}"
-
-
-def engine_path(bundle: Path, folder: str, role: Role) -> Path:
-    """Where the engine for one role lies in a bundle."""
-    return bundle / ENGINES / folder / f"{role}.engine"
 
 
 def find_engines(bundle: Bundle) -> tuple[EngineFile, ...]:

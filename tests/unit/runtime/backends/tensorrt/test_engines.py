@@ -12,15 +12,14 @@ import pytest
 from tests.support.helpers import tiny_bundle
 from tests.support.tensorrt_helpers import SIDECAR
 
+from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Gpu
 from sam3rt.backends.tensorrt.engines import (
     RECIPE_ORDER,
     EngineFile,
     EngineTarget,
     candidates,
-    engine_path,
     find_engines,
-    folder_name,
     recipe_of,
     subject_of,
 )
@@ -39,10 +38,8 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def add(bundle: Bundle, role: str, recipe: str = "fp32", **changes: Any) -> EngineFile:
-    folder = folder_name(
-        changes.get("gpu", L4), changes.get("targets", ()), "tensorrt", "10.16.0", recipe
-    )
-    path = engine_path(bundle.path, folder, role)
+    folder = f"{changes.get('gpu', L4)} {changes.get('targets', ())} {recipe}"
+    path = bundle.path / ENGINES / folder / f"{role}.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = f"{role} {recipe}".encode()
     path.write_bytes(content)
@@ -65,19 +62,6 @@ def add_pair(bundle: Bundle, recipe: str, **changes: Any) -> tuple[EngineFile, E
     encoder = add(bundle, "encoder", recipe, **changes)
     decoder = add(bundle, "decoder", recipe, paired_with=encoder.sidecar.engine.sha256, **changes)
     return encoder, decoder
-
-
-def test_folder_names_are_for_people() -> None:
-    gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9")
-    assert (
-        folder_name(gpu, (), "tensorrt", "10.16.0.72", "fp16")
-        == "nvidia-geforce-rtx-4090-sm89-tensorrt-10.16.0.72-fp16"
-    )
-    assert (
-        folder_name(None, ("8.6", "12.0"), "tensorrt-rtx", "1.7.1.116", "bf16")
-        == "any-sm86-sm120-tensorrt-rtx-1.7.1.116-bf16"
-    )
-    assert "/" not in folder_name(Gpu("../A/B", "8.9"), (), "tensorrt", "1", "fp16")
 
 
 def test_sets_come_fastest_first(bundle: Bundle) -> None:
