@@ -35,12 +35,13 @@ std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
 
 /// The elements of an array without its first axis, which must be 1; `rank` axes must remain.
 Array<float> without_batch(Array<float>& array, std::size_t rank) {
-    const Shape shape = array.shape();
+    Shape shape = array.shape();
     if (shape.size() != rank + 1 || shape[0] != 1) {
         throw BackendError("the decoder returned a tensor of " + std::to_string(shape.size()) +
                            " axes, expected " + std::to_string(rank + 1));
     }
-    return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
+    shape.erase(shape.begin());
+    return std::move(array).reshaped(std::move(shape));
 }
 
 /// A mask of NaN would be an empty one.

@@ -50,10 +50,11 @@ constexpr float max_mask_logit = 1e4F;
 // --- errors --------------------------------------------------------------------------------------
 
 /// Base class of everything the library throws on purpose, but for std::system_error where a file
-/// cannot be written and std::bad_alloc where memory runs out.
+/// cannot be written and std::bad_alloc where memory runs out. A message is one line: blanks stand for
+/// the control characters of names that a file brought along.
 class SAM3RT_EXPORT Error : public std::runtime_error {
 public:
-    using std::runtime_error::runtime_error;
+    explicit Error(const std::string& message);
     Error(const Error&) = default;
     ~Error() override;
 };
