@@ -336,3 +336,19 @@ def test_verdicts_travel_both_ways(
     del figures["features 0 cosine"]
     assert found == StoredVerdict(False, verdict.explanation, figures, True)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    # Variables that choose kernels make it another verdict, for both.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ':4096:2 "\u00e4"')
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert load_verdict(recorded, Subject(**fields)) is None
+    assert cpp_build.one(op="load_verdict", **subject).value is None
+    other = save_verdict(recorded, Subject(**fields), verdict)
+    assert other is not None
+    assert other != path
+    assert cpp_build.one(op="load_verdict", **subject).value == read
+    document = json.loads(other.read_text())
+    other.unlink()
+    assert cpp_build.run([saved])[0].error is None
+    assert json.loads(other.read_text()) == document
+    document["key"]["environment"]["NVIDIA_TF32_OVERRIDE"] = "0"
+    other.write_text(json.dumps(document))
+    assert cpp_build.one(op="load_verdict", **subject).value is None

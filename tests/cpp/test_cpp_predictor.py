@@ -54,7 +54,7 @@ def test_what_fails_leaves_everything_as_it_was(cpp_build: Build, tiny_sam3: Pat
     results[2].refusal("ImageError", "images")
     results[3].refusal("ImageError", "images[1]")
     assert "batch (2)" in results[4].refusal("PromptError", "prompts")
-    results[5].refusal("PromptError", "point_labels")
+    results[5].refusal("PromptError", "prompts[1].point_labels")
     results[6].refusal("PromptError", "box")
     results[7].refusal("PromptError", "mask_input")
     # predict uses the last image of the batch.

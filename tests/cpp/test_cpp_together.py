@@ -296,7 +296,8 @@ def test_what_is_refused(machine: Machine, proved: Path, tmp_path: Path) -> None
     fingerprints = [sam3rt.open_bundle(path).manifest.fingerprint for path in (other, proved)]
     assert all(fingerprint[:16] in message for fingerprint in fingerprints)
     results[4].refusal("PromptError", "prompts")
-    results[6].refusal("PromptError", "point_labels")
+    message = results[6].refusal("PromptError", "prompts[1].point_labels")
+    assert message.startswith("prompts[1].point_labels: got None with point_coords given, expected")
     assert "--max-points" in results[8].refusal("BackendError")
     results[10].refusal("CancelledError")
     results[12].refusal("InvalidInputError", "foreground")

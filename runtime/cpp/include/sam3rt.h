@@ -560,7 +560,8 @@ SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predic
 /* One entry of `prompts`, which may be NULL, per image of the batch; `predictions` has room for as
  * many results, those that sam3rt_predictor_predict gives for each image. Where
  * sam3rt_model_joins_images says so, objects of several images share runs of the decoder. Either all
- * are stored or none: what is wrong with one entry or embedding fails the call. */
+ * are stored or none: what is wrong with one entry or embedding fails the call. An error about one
+ * of several entries names it, such as "prompts[1].box". */
 SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(
     const sam3rt_predictor* predictor, const sam3rt_prompts* const* prompts, size_t count,
     const sam3rt_predict_options* options, sam3rt_prediction** predictions, sam3rt_error** error);

@@ -896,7 +896,7 @@ public:
     /// of several images share runs of the decoder; else one image comes after the other. All prompts
     /// and embeddings are checked first: what is wrong with one fails the call.
     /// Throws StateError where no batch is set, PromptError where there is not one entry per image,
-    /// else as Model::decode.
+    /// else as Model::decode; one of several entries is named, such as "prompts[1].box".
     std::vector<Prediction> predict_batch(const std::vector<Prompts>& prompts,
                                           const PredictOptions& options = {}) const;
 
