@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
-from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines
+from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines, shown_symbols
 from tests.support.cpp_machine import (
     BOX,
     CLICK,
@@ -348,8 +348,6 @@ def test_a_library_without_onnxruntime(cpp_builds: Path) -> None:
         ["readelf", "-d", library], capture_output=True, text=True, check=True
     ).stdout
     assert "onnxruntime" not in needed
-    listing = subprocess.run(
-        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    shown = {line.split(" ", 2)[2] for line in listing.splitlines()}
-    assert set((Path(__file__).with_name("symbols.txt")).read_text().splitlines()) <= shown
+    assert set((Path(__file__).with_name("symbols.txt")).read_text().splitlines()) <= shown_symbols(
+        library
+    )
