@@ -30,7 +30,6 @@ from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict, save_verdict
 from sam3rt.bundle import Bundle, open_bundle
-from sam3rt.bundle.default import default_bundle_path
 
 
 @pytest.fixture(scope="module", params=["sam3", "mobile_sam"])
@@ -56,31 +55,6 @@ def same_measurements(found: list[Any], expected: list[Measurement]) -> None:
 
 
 # --- verify and health ----------------------------------------------------------------------------
-
-
-def test_the_bundled_model_passes_with_pythons_figures(cpp_builds: Path, tmp_path: Path) -> None:
-    """At its full size; c_interface.c does it with sanitizers."""
-    path = default_bundle_path()
-    build = Build(cpp_builds / "release", tmp_path)
-    _, verified, healthy = build.run(with_model(path, "verify", "health"))
-    report = verified.value
-    assert report["passed"], report["explanation"]
-    assert report["explanation"] == "all outputs are within the gate's limits"
-    model = sam3rt.load_model(path, backend="onnxruntime", device="cpu", threads=1)
-    record = load_record(model.bundle)
-    limits = model.manifest.parity.limits
-    same_measurements(
-        report["measurements"], list(verify(model.backend, model.manifest, record, limits))
-    )
-    assert 0 < healthy.value.pop("encode_seconds") > healthy.value.pop("decode_seconds") > 0
-    assert healthy.value == {
-        "healthy": True,
-        "problem": "",
-        "backend": model.backend.name,
-        "device": model.device,
-        "precision": model.backend.precision,
-        "fingerprint": model.manifest.fingerprint,
-    }
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -362,3 +336,19 @@ def test_verdicts_travel_both_ways(
     del figures["features 0 cosine"]
     assert found == StoredVerdict(False, verdict.explanation, figures, True)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    # Variables that choose kernels make it another verdict, for both.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ':4096:2 "\u00e4"')
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert load_verdict(recorded, Subject(**fields)) is None
+    assert cpp_build.one(op="load_verdict", **subject).value is None
+    other = save_verdict(recorded, Subject(**fields), verdict)
+    assert other is not None
+    assert other != path
+    assert cpp_build.one(op="load_verdict", **subject).value == read
+    document = json.loads(other.read_text())
+    other.unlink()
+    assert cpp_build.run([saved])[0].error is None
+    assert json.loads(other.read_text()) == document
+    document["key"]["environment"]["NVIDIA_TF32_OVERRIDE"] = "0"
+    other.write_text(json.dumps(document))
+    assert cpp_build.one(op="load_verdict", **subject).value is None

@@ -206,6 +206,31 @@ def test_what_python_cannot_write(cpp_build: Build, raw: bytes, tmp_path: Path) 
     check_refused(cpp_build, texts, tmp_path)
 
 
+def test_names_in_a_file_move_no_cursor(cpp_build: Build, tiny_sam3: Path, tmp_path: Path) -> None:
+    """A message and a line of the log are one line each, whatever somebody called things."""
+    name = "one\ntwo\x1b[2J"
+    bundle = shutil.copytree(tiny_sam3, tmp_path / "named")
+    edit_manifest(bundle, lambda document: document.update(name=name))
+    odd = tmp_path / "odd.json"
+    odd.write_bytes(sign({**read_document(bundle), name: 1}))
+    load = {"op": "load_model", "model": "m", "path": bundle}
+    refused, other, _, loaded, _, lines = cpp_build.run(
+        [
+            {"op": "parse_manifest", "path": odd},
+            {**load, "expected_fingerprint": "0" * 64},
+            {"op": "log", "level": 1},
+            load,
+            {"op": "prepare", "model": "m"},
+            {"op": "log_lines"},
+        ]
+    )
+    assert loaded.error is None
+    texts = [line for _, line in lines.value]
+    for message in (refused.refusal("BundleError"), other.refusal("BundleError"), *texts):
+        assert message.isprintable(), message
+    assert any("of one two [2J loaded" in text for text in texts)
+
+
 # --- graphs ---------------------------------------------------------------------------------------
 
 

@@ -316,9 +316,7 @@ def test_bad_outputs_in_device_memory(machine: Machine, bundle: Path) -> None:
 def test_without_kernels(machine: Machine, bundle: Path) -> None:
     """No NVRTC: what takes kernels is refused, and says so."""
     add_engines(bundle)
-    alone = bundle.parent / "alone"
-    alone.mkdir()
-    (alone / "libcuda.so.1").symlink_to(machine.build.path / "tests" / "stand_in" / "libcuda.so.1")
+    alone = machine.without_nvrtc(bundle.parent / "alone")
     results = machine.run(
         loaded(bundle),
         step("predictor"),
@@ -326,7 +324,7 @@ def test_without_kernels(machine: Machine, bundle: Path) -> None:
         step("encode", image=IMAGE, device="own"),
         as_step(CLICK, output=MEGABYTE, device="own"),
         as_step(CLICK),
-        LD_LIBRARY_PATH=str(alone),
+        **alone,
     )
     assert "NVRTC" in results[3].refusal("BackendError")
     assert "cannot be made on this GPU" in results[4].refusal("BackendError")

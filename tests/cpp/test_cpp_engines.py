@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.support.cpp_driver import Build, Result, Step, prove_engines, with_wrapper
+from tests.support.cpp_machine import Machine
 from tests.support.records import recorded_bundle
 from tests.support.vectors import add_engine, load
 
@@ -419,20 +420,6 @@ def test_wrapper_that_is_none(cpp_build: Build, engines: Engines) -> None:
 
 # --- the driver -----------------------------------------------------------------------------------
 
-_CUDA = """
-#include <string.h>
-int cuInit(unsigned flags) { return (int)flags; }
-int cuDeviceGet(int* device, int number) { *device = number; return number == 0 ? 0 : 101; }
-int cuDeviceGetName(char* name, int size, int device) {
-    strncpy(name, "NVIDIA Stand-in", (size_t)size);
-    return device;
-}
-int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    *value = attribute == 75 ? 8 : 9;
-    return device;
-}
-int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
-"""
 _NVML = """
 #include <string.h>
 int nvmlInit_v2(void) { return 0; }
@@ -444,17 +431,13 @@ int nvmlSystemGetDriverVersion(char* text, unsigned size) {
 """
 
 
-def test_gpu_and_driver(cpp_builds: Path, tmp_path: Path) -> None:
-    """As a verdict's processor names them; over libraries that stand in for the driver's."""
-    build = Build(cpp_builds / "release", tmp_path)
+def test_gpu_and_driver(machine: Machine, tmp_path: Path) -> None:
+    """As a verdict's processor names them; NVML, where there is one, knows the driver's version."""
     steps: list[Step] = [{"op": "query_gpu", "number": number} for number in (0, 1)]
-    libraries = {"LD_LIBRARY_PATH": str(tmp_path)}
-    for name, source, driver in (
-        ("libcuda.so.1", _CUDA, "CUDA 12.4"),
-        ("libnvidia-ml.so.1", _NVML, "550.54.15"),
-    ):
-        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / name]
-        subprocess.run(command, input=source, text=True, check=True)
-        found, missing = build.run(steps, env=libraries)
-        assert found.value == ["NVIDIA Stand-in", "8.9", driver]
+    for driver in ("CUDA 12.4", "550.54.15"):
+        found, missing = machine.run(*steps)
+        assert found.value == [*load("engines")["machine"]["gpu"], driver]
         assert "GPU 1" in missing.refusal("BackendError")
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "libnvidia-ml.so.1"]
+        subprocess.run(command, input=_NVML, text=True, check=True)
+        machine.environment["LD_LIBRARY_PATH"] += f":{tmp_path}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_void_p
+from ctypes import byref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from tests.support.c_library import Library, ModelOptions, Sam3rtError, image, memory_files
+from tests.support.c_library import Library, ModelOptions, image, memory_files
 from tests.support.cpp_driver import Build, Step, as_prompts
 from tests.support.helpers import external_weights, flip, noise, relist
 from tests.support.records import recorded_bundle
@@ -177,20 +177,3 @@ def test_in_c(library: Library, bundle: Path) -> None:
         library.c.sam3rt_model_free(loaded)
     for first, second in zip(*found, strict=True):
         np.testing.assert_array_equal(first, second)
-
-
-def test_refusals_in_c(library: Library, bundle: Path) -> None:
-    contents = {name: path.read_bytes() for name, path in files_of(bundle).items()}
-    for changes, status, subject in (
-        ({"bundle.json": b"{}"}, "BUNDLE_ERROR", "bundle.json"),
-        ({"decoder.data": b""}, "BUNDLE_ERROR", "decoder.data"),
-        ({"encoder.onnx": None}, "INVALID_INPUT", "files"),
-    ):
-        files, _kept = memory_files({**contents, **changes})
-        arguments = (files, ctypes.c_size_t(len(files)), None)
-        with pytest.raises(Sam3rtError) as caught:
-            library.make("model_load_from_memory", *arguments)
-        assert (caught.value.status, caught.value.subject) == (status, subject)
-    with pytest.raises(Sam3rtError) as caught:
-        library.call("model_load_from_memory", None, ctypes.c_size_t(1), None, byref(c_void_p()))
-    assert caught.value.subject == "files"

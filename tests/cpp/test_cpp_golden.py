@@ -57,35 +57,3 @@ def test_features(golden: Golden, results: dict[str, Result]) -> None:
         assert len(found) == len(maps)
         for index, expected in enumerate(maps.values()):
             np.testing.assert_allclose(found[str(index)], expected, atol=FEATURE_LIMIT, rtol=0)
-
-
-def test_batch_of_golden_images(cpp_build: Build, golden: Golden) -> None:
-    """``set_image_batch`` and ``predict_batch`` give what single images do."""
-    calls: dict[str, Call] = {}
-    for call in golden.calls:
-        if not call.options.get("mask_threshold") and not call.arguments.get("return_logits"):
-            calls.setdefault(call.image, call)
-    chosen = [call for call in calls.values() if options_of(call) == options_of(golden.calls[0])]
-    assert len(chosen) >= 2
-    done = cpp_build.run(
-        [
-            {"op": "load_model", "model": "m", "path": golden.bundle},
-            {"op": "predictor", "model": "m", "predictor": "p", **chosen[0].options},
-            {
-                "op": "set_image_batch",
-                "predictor": "p",
-                "images": [golden.images[call.image] for call in chosen],
-            },
-            {
-                "op": "predict_batch",
-                "predictor": "p",
-                "prompts": [as_prompts(call.arguments) for call in chosen],
-                **options_of(chosen[0]),
-            },
-        ]
-    )
-    assert not [result.error for result in done if result.error]
-    for index, call in enumerate(chosen):
-        if call.options == chosen[0].options:
-            parts = (done[-1].arrays[f"{index}.{part}"] for part in ("masks", "iou", "low_res"))
-            check_call(call, golden, *parts)

@@ -54,7 +54,7 @@ def test_what_fails_leaves_everything_as_it_was(cpp_build: Build, tiny_sam3: Pat
     results[2].refusal("ImageError", "images")
     results[3].refusal("ImageError", "images[1]")
     assert "batch (2)" in results[4].refusal("PromptError", "prompts")
-    results[5].refusal("PromptError", "point_labels")
+    results[5].refusal("PromptError", "prompts[1].point_labels")
     results[6].refusal("PromptError", "box")
     results[7].refusal("PromptError", "mask_input")
     # predict uses the last image of the batch.
@@ -234,7 +234,7 @@ def test_results_are_the_only_large_memory_of_a_click(cpp_builds: Path, tmp_path
     count, taken, results = map(int, done.stdout.split())
     assert results > 3 * 3000 * 4000
     assert taken < 1.01 * results
-    assert count <= 50
+    assert count <= 45
 
 
 def test_memory_does_not_grow_with_objects(cpp_builds: Path, tmp_path: Path) -> None:

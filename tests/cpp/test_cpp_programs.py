@@ -144,6 +144,31 @@ def test_segment_writes_what_the_command_does(
     assert {path.name for path in (tmp_path / "cpp").iterdir()} == names
 
 
+def test_only_an_earlier_runs_results_are_replaced(
+    cpp_build: Build, tiny_sam3: Path, tmp_path: Path
+) -> None:
+    """As by the command: nothing of the user's is lost, the image least of all."""
+    output, other = tmp_path / "output", tmp_path / "other"
+    image = tmp_path / "image.png"
+    PIL.Image.fromarray(noise(20, 30)).save(image)
+    segment(cpp_build, image, output, "--point=4,4", bundle=tiny_sam3)
+    (output / "notes.txt").write_text("mine")
+    segment(cpp_build, image, output, "--point=4,4", "--single-mask", bundle=tiny_sam3)
+    names = ["mask_0.png", "notes.txt", "overlay.png", "result.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    other.mkdir()
+    for source, folder in (
+        (image.rename(other / "mask_7.png"), other),
+        (output / "mask_0.png", output),
+    ):
+        content = source.read_bytes()
+        options = ("--bundle", tiny_sam3, "--output", folder)
+        done = cpp_build.program("examples/sam3rt_segment", source, *options)
+        assert done.returncode == 2
+        assert f"{source} is not from an earlier run" in done.stderr
+        assert source.read_bytes() == content
+
+
 def test_overlay_shows_mask_outline_and_prompts(cpp_build: Build, tmp_path: Path) -> None:
     segment(
         cpp_build, CHELSEA, tmp_path, "--point=225,150", "--point=10,280,0", "--box=20,10,400,290"

@@ -269,26 +269,6 @@ def test_embeddings_in_memory(cpp_build: Build, toy_bundle: Path, tmp_path: Path
     assert "content: has 0 bytes" in results[7].refusal("EmbeddingError")
 
 
-def test_embeddings_in_memory_in_c(library: Library, toy: c_void_p, tmp_path: Path) -> None:
-    embedding = library.encode(toy, PICTURE)
-    content = library.taken(library.make("embedding_to_bytes", embedding))
-    path = tmp_path / "saved"
-    library.call("embedding_save", embedding, bytes(path))
-    assert content == path.read_bytes()
-    size = ctypes.c_size_t(len(content))
-    again = library.make("embedding_from_bytes", toy, content, size)
-    assert library.taken(library.make("embedding_to_bytes", again)) == content
-    for found in (embedding, again):
-        library.c.sam3rt_embedding_free(found)
-    with pytest.raises(Sam3rtError) as caught:
-        library.make("embedding_from_bytes", toy, content, ctypes.c_size_t(len(content) - 1))
-    assert caught.value.status == "EMBEDDING_ERROR"
-    with pytest.raises(Sam3rtError) as caught:
-        library.make("embedding_from_bytes", toy, None, size)
-    assert (caught.value.status, caught.value.subject) == ("INVALID_INPUT", "content")
-    assert library.c.sam3rt_buffer_size(None) == 0
-
-
 # --- the decoder alone, and what a model is -------------------------------------------------------
 
 
@@ -336,6 +316,8 @@ def test_decode_alone(library: Library, tmp_path: Path, model_type: str) -> None
 def test_a_model_says_what_it_is(library: Library, toy: c_void_p, toy_bundle: Path) -> None:
     c = library.c
     manifest = sam3rt.open_bundle(toy_bundle).manifest
+    assert c.sam3rt_model_name(toy).decode() == manifest.name
+    assert c.sam3rt_model_device(toy) == b"cpu"
     assert c.sam3rt_model_type(toy).decode() == manifest.model_type
     assert c.sam3rt_model_path(toy) == bytes(toy_bundle)
     text = c.sam3rt_model_manifest_json(toy).decode()
@@ -344,19 +326,11 @@ def test_a_model_says_what_it_is(library: Library, toy: c_void_p, toy_bundle: Pa
     height, width = c_int64(), c_int64()
     c.sam3rt_model_image_size(toy, byref(height), byref(width))
     assert (height.value, width.value) == tuple(manifest.image.size)
+    c.sam3rt_model_mask_size(toy, byref(height), byref(width))
+    assert (height.value, width.value) == tuple(manifest.prompts.mask_size)
+    c.sam3rt_model_mask_size(toy, None, None)
     for name in ("type", "path", "manifest_json"):
         assert getattr(c, f"sam3rt_model_{name}")(None) == b""
-
-
-def test_prepare_loads_both_graphs(library: Library, toy_bundle: Path) -> None:
-    loaded = library.load(toy_bundle)
-    assert library.c.sam3rt_model_encoder_loaded(loaded) == 0
-    library.call("model_prepare", loaded)
-    assert library.c.sam3rt_model_encoder_loaded(loaded) == 1
-    library.c.sam3rt_model_free(loaded)
-    with pytest.raises(Sam3rtError) as caught:
-        library.call("model_prepare", None)
-    assert (caught.value.status, caught.value.subject) == ("INVALID_INPUT", "model")
 
 
 # --- images ---------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
-from tests.support.cpp_driver import ROOT
+from tests.support.cpp_driver import ROOT, shown_symbols
 
 # One name a line, as `nm -DC --defined-only` writes them, sorted. What goes from it, or changes,
 # breaks programs: of the C interface never, of the C++ interface with the second number of the
@@ -15,12 +14,7 @@ LIST = Path(__file__).with_name("symbols.txt")
 
 
 def test_symbols_are_those_that_are_listed(cpp_builds: Path) -> None:
-    library = cpp_builds / "install" / "lib" / "libsam3rt.so"
-    listing = subprocess.run(
-        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    # Constructors and destructors are there several times under one name.
-    shown = {line.split(" ", 2)[2] for line in listing.splitlines()}
+    shown = shown_symbols(cpp_builds / "install" / "lib" / "libsam3rt.so")
     listed = LIST.read_text().splitlines()
     assert listed == sorted(set(listed))
     assert sorted(shown - set(listed)) == [], f"to be added to {LIST.name}"

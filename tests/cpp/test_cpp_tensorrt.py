@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
-from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines
+from tests.support.cpp_driver import Build, Step, as_prompts, prove_engines, shown_symbols
 from tests.support.cpp_machine import (
     BOX,
     CLICK,
@@ -239,9 +239,7 @@ def test_the_example_says_what_computed(machine: Machine, bundle: Path, tmp_path
 def test_without_graphs_and_kernels(machine: Machine, bundle: Path, tiny_model: Any) -> None:
     """Where nothing can be recorded, or there is no NVRTC, calls take longer and do the same."""
     add_engines(bundle)
-    alone = bundle.parent / "alone"
-    alone.mkdir()
-    (alone / "libcuda.so.1").symlink_to(machine.build.path / "tests" / "stand_in" / "libcuda.so.1")
+    alone = machine.without_nvrtc(bundle.parent / "alone")
     predictor = sam3rt.SAM3InteractiveImagePredictor(tiny_model)
     predictor.set_image(IMAGE)
     expected = predictor.predict(**CLICK)
@@ -258,7 +256,7 @@ def test_without_graphs_and_kernels(machine: Machine, bundle: Path, tiny_model: 
     assert_same(results[5], expected)
     assert machine.done()["launches"] == 0
     assert "runs without a CUDA graph" in str(results[6].value)
-    results = machine.run(*calls, LD_LIBRARY_PATH=str(alone))
+    results = machine.run(*calls, **alone)
     assert_same(results[5], expected)
     assert machine.done()["kernels"] == 0 < machine.done()["launches"]
     assert "images and masks are resized on the host" in str(results[6].value)
@@ -350,8 +348,6 @@ def test_a_library_without_onnxruntime(cpp_builds: Path) -> None:
         ["readelf", "-d", library], capture_output=True, text=True, check=True
     ).stdout
     assert "onnxruntime" not in needed
-    listing = subprocess.run(
-        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    shown = {line.split(" ", 2)[2] for line in listing.splitlines()}
-    assert set((Path(__file__).with_name("symbols.txt")).read_text().splitlines()) <= shown
+    assert set((Path(__file__).with_name("symbols.txt")).read_text().splitlines()) <= shown_symbols(
+        library
+    )

@@ -221,9 +221,7 @@ def test_large_pictures(machine: Machine, proved: Path) -> None:
 
 def test_without_kernels(machine: Machine, proved: Path) -> None:
     """Masks are made on the host; the decoder's runs are shared all the same."""
-    alone = proved.parent / "alone"
-    alone.mkdir()
-    (alone / "libcuda.so.1").symlink_to(machine.build.path / "tests" / "stand_in" / "libcuda.so.1")
+    alone = machine.without_nvrtc(proved.parent / "alone")
     prompts = [CLICK] * 5
     results = machine.run(
         loaded(proved),
@@ -231,7 +229,7 @@ def test_without_kernels(machine: Machine, proved: Path) -> None:
         step("predictor"),
         *one_by_one(prompts),
         *asked(prompts),
-        LD_LIBRARY_PATH=str(alone),
+        **alone,
     )
     assert machine.done()["kernels"] == 0
     # Five images, five clicks alone, and two runs together.
@@ -298,7 +296,8 @@ def test_what_is_refused(machine: Machine, proved: Path, tmp_path: Path) -> None
     fingerprints = [sam3rt.open_bundle(path).manifest.fingerprint for path in (other, proved)]
     assert all(fingerprint[:16] in message for fingerprint in fingerprints)
     results[4].refusal("PromptError", "prompts")
-    results[6].refusal("PromptError", "point_labels")
+    message = results[6].refusal("PromptError", "prompts[1].point_labels")
+    assert message.startswith("prompts[1].point_labels: got None with point_coords given, expected")
     assert "--max-points" in results[8].refusal("BackendError")
     results[10].refusal("CancelledError")
     results[12].refusal("InvalidInputError", "foreground")

@@ -132,6 +132,15 @@ class Build:
         return self.run([step])[0]
 
 
+def shown_symbols(library: Path) -> set[str]:
+    """The names that a shared library shows, as `nm -DC --defined-only` writes them."""
+    listing = subprocess.run(
+        ["nm", "-DC", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    # Constructors and destructors are there several times under one name.
+    return {line.split(" ", 2)[2] for line in listing.splitlines()}
+
+
 def with_wrapper(engine: Path) -> Path:
     """Give an engine the wrapper that `sam3rt build` writes beside it."""
     from sam3rt_build.ep_context import write_wrapper  # needs the package onnx

@@ -47,6 +47,13 @@ class Machine:
             assert not any(left[name] for name in names), left
         return results
 
+    def without_nvrtc(self, folder: Path) -> dict[str, str]:
+        """What makes programs find the driver alone, in a folder that is made for it."""
+        folder.mkdir()
+        driver = self.build.path / "tests" / "stand_in" / "libcuda.so.1"
+        (folder / driver.name).symlink_to(driver)
+        return {"LD_LIBRARY_PATH": str(folder)}
+
     def done(self) -> dict[str, int]:
         """What the GPU did in the last process."""
         done: dict[str, int] = json.loads(self.report.read_text())

@@ -13,7 +13,8 @@
  * and so it does with any struct_size that no version of the structure had. The structures
  * without a size, which are passed by value or in arrays, never change.
  *
- * A model and an embedding may be used by many threads at once, a predictor by one at a time.
+ * A model and an embedding may be used by many threads at once, a predictor by one at a time. An
+ * object is freed when no call that was given it runs any more; what was made of it may live on.
  */
 #ifndef SAM3RT_H
 #define SAM3RT_H
@@ -320,16 +321,16 @@ SAM3RT_API sam3rt_status sam3rt_model_load_from_memory(const sam3rt_file* files,
                                                        sam3rt_model** model, sam3rt_error** error);
 SAM3RT_API void sam3rt_model_free(sam3rt_model* model);
 
-/* Loads both graphs. A graph that could not be loaded is tried again here, and
- * only here: every other call fails at once with the same error. */
+/* Loads both graphs. A graph that could not be loaded is tried again here, and only here: every
+ * other call fails at once with the same error. */
 SAM3RT_API sam3rt_status sam3rt_model_prepare(const sam3rt_model* model, sam3rt_error** error);
 
 /* Loads both graphs likewise and runs each once, so that the first request is not the slow one. */
 SAM3RT_API sam3rt_status sam3rt_model_warm_up(const sam3rt_model* model, sam3rt_error** error);
 
 /* Such as "cpu" or "cuda:0"; the bundle's name and fingerprint; "sam3", "efficient_sam3", "sam2" or
- * "mobile_sam"; the folder, as an absolute path, or an empty text for one in memory; and the whole text of bundle.json, which says
- * everything else. They live as long as the model. */
+ * "mobile_sam"; the folder, as an absolute path, or an empty text for one in memory; and the whole
+ * text of bundle.json, which says everything else. They live as long as the model. */
 SAM3RT_API const char* sam3rt_model_device(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_name(const sam3rt_model* model);
 SAM3RT_API const char* sam3rt_model_fingerprint(const sam3rt_model* model);
@@ -559,7 +560,8 @@ SAM3RT_API sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predic
 /* One entry of `prompts`, which may be NULL, per image of the batch; `predictions` has room for as
  * many results, those that sam3rt_predictor_predict gives for each image. Where
  * sam3rt_model_joins_images says so, objects of several images share runs of the decoder. Either all
- * are stored or none: what is wrong with one entry or embedding fails the call. */
+ * are stored or none: what is wrong with one entry or embedding fails the call. An error about one
+ * of several entries names it, such as "prompts[1].box". */
 SAM3RT_API sam3rt_status sam3rt_predictor_predict_batch(
     const sam3rt_predictor* predictor, const sam3rt_prompts* const* prompts, size_t count,
     const sam3rt_predict_options* options, sam3rt_prediction** predictions, sam3rt_error** error);

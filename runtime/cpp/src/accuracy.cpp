@@ -114,7 +114,7 @@ std::string explain(const std::vector<Measurement>& measurements) {
                     " allowed";
         }
     }
-    return text.empty() ? "all outputs are within the gate's limits" : text;
+    return text.empty() ? "all outputs are within the gate's limits" : one_line(std::move(text));
 }
 
 }  // namespace

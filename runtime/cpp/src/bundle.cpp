@@ -21,19 +21,6 @@ constexpr std::uint64_t max_manifest_bytes = std::uint64_t{1} << 20;
 
 [[noreturn]] void refuse(const std::string& message) { throw BundleError(message, manifest_name); }
 
-FileEntry read_file_entry(const JsonValue& value) {
-    value.check_fields({"file", "sha256", "bytes"});
-    FileEntry entry;
-    entry.file = value.field("file").text();
-    entry.sha256 = value.field("sha256").text();
-    const std::int64_t bytes = value.field("bytes").whole_number();
-    if (bytes < 0) {
-        refuse("lists a file with a negative length");
-    }
-    entry.bytes = static_cast<std::uint64_t>(bytes);
-    return entry;
-}
-
 TensorSpec read_tensor(const JsonValue& value) {
     static const std::vector<std::string> types = {"float32", "float16", "int64", "int32", "bool"};
     value.check_fields({"name", "dtype", "shape"});
@@ -323,6 +310,18 @@ bool is_blob(const fs::path& path, const fs::path& folder) {
     return false;
 }
 
+/// A bundle whose files are those that its manifest lists, where that is asked for.
+Bundle checked(Bundle bundle, bool check_files) {
+    for (const FileEntry& entry : bundle.manifest.files()) {
+        if (check_files && bundle.memory == nullptr) {
+            check_file(bundle.path, entry);
+        } else if (check_files) {
+            read_checked(bundle, entry);
+        }
+    }
+    return bundle;
+}
+
 /// The SHA-256 of a manifest's bytes with the digits of its fingerprint zeroed.
 std::string fingerprint_of(Bytes raw, const std::string& current) {
     const auto found = std::search(raw.begin(), raw.end(), current.begin(), current.end());
@@ -394,6 +393,16 @@ bool is_sha256(const std::string& text) {
     return text.size() == 64 && std::all_of(text.begin(), text.end(), [](char c) {
                return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
            });
+}
+
+FileEntry read_file_entry(const JsonValue& value) {
+    value.check_fields({"file", "sha256", "bytes"});
+    const std::int64_t bytes = value.field("bytes").whole_number();
+    if (bytes < 0) {
+        value.field("bytes").refuse("a number of bytes");
+    }
+    return {value.field("file").text(), value.field("sha256").text(),
+            static_cast<std::uint64_t>(bytes)};
 }
 
 Manifest parse_manifest(const Bytes& raw) {
@@ -492,13 +501,8 @@ Bundle open_bundle(const fs::path& folder, bool check_files) {
         throw BundleError("no bundle folder at " + folder.string() +
                           ": the current folder cannot be read");
     }
-    Bundle bundle{absolute, parse_manifest(raw), std::string(raw.begin(), raw.end()), nullptr};
-    if (check_files) {
-        for (const FileEntry& entry : bundle.manifest.files()) {
-            check_file(absolute, entry);
-        }
-    }
-    return bundle;
+    return checked({absolute, parse_manifest(raw), std::string(raw.begin(), raw.end()), nullptr},
+                   check_files);
 }
 
 Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files) {
@@ -508,12 +512,8 @@ Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files) {
         refuse("is larger than " + std::to_string(max_manifest_bytes) + " bytes");
     }
     const Bytes raw(content.bytes().begin(), content.bytes().end());
-    Bundle bundle{{}, parse_manifest(raw), std::string(raw.begin(), raw.end()), memory};
-    if (check_files) {
-        for (const FileEntry& entry : bundle.manifest.files()) {
-            read_checked(bundle, entry);
-        }
-    }
+    Bundle bundle = checked(
+        {{}, parse_manifest(raw), std::string(raw.begin(), raw.end()), memory}, check_files);
     memory->keep_what_is_needed(bundle.manifest);
     return bundle;
 }

@@ -14,6 +14,8 @@
 
 namespace sam3rt {
 
+class JsonValue;
+
 /// The content of a file: read into memory of its own, or lent by the caller.
 class Content {
 public:
@@ -100,6 +102,9 @@ Bundle open_bundle(const std::filesystem::path& folder, bool check_files);
 
 /// The same for a bundle in memory. Throws InvalidInputError as MemoryFiles does, too.
 Bundle open_bundle(const std::vector<BundleFile>& files, bool check_files);
+
+/// A file as documents list it. Throws BundleError, naming the document.
+FileEntry read_file_entry(const JsonValue& value);
 
 /// Parse and validate the content of bundle.json. Throws BundleError.
 Manifest parse_manifest(const Bytes& raw);

@@ -18,7 +18,7 @@ struct sam3rt_error {
 };
 struct sam3rt_model {
     sam3rt::Model value;
-    std::string device;
+    std::string device = value.device();
 };
 struct sam3rt_embedding {
     sam3rt::ImageEmbedding value;
@@ -29,8 +29,8 @@ struct sam3rt_predictor {
 struct sam3rt_prediction {
     sam3rt::Prediction value;
     /// The caller's memory, with the masks or logits in it, or null.
-    const void* masks;
-    const void* logits;
+    const void* masks = nullptr;
+    const void* logits = nullptr;
 };
 struct sam3rt_cancellation {
     sam3rt::Cancellation value;
@@ -121,6 +121,16 @@ T& require(T* pointer, const char* argument) {
         throw InvalidInputError(argument, "NULL", "a pointer");
     }
     return *pointer;
+}
+
+/// Store what a function returns as a new object of the caller's, if there is a place for it.
+template <typename T, typename Function>
+sam3rt_status make(T** made, const char* argument, sam3rt_error** error,
+                   const Function& function) noexcept {
+    return guarded(error, [&] {
+        require(made, argument);
+        *made = new T{function()};
+    });
 }
 
 // Sizes that a structure had before fields were added, by which older callers know it.
@@ -296,11 +306,6 @@ sam3rt::ModelOptions model_options_of(const sam3rt_model_options* options) {
     return chosen;
 }
 
-sam3rt_model* model_of(sam3rt::Model loaded) {
-    std::string device = loaded.device();
-    return new sam3rt_model{std::move(loaded), std::move(device)};
-}
-
 sam3rt::PredictOptions predict_options_of(const sam3rt_predict_options* options) {
     const sam3rt_predict_options known = known_fields(options, "options");
     if (known.foreground < 0 || known.foreground > 255) {
@@ -361,16 +366,14 @@ sam3rt_status sam3rt_set_log_callback(sam3rt_log_callback callback, void* contex
 
 sam3rt_status sam3rt_cancellation_new(double seconds, sam3rt_cancellation** cancellation,
                                       sam3rt_error** error) {
-    return guarded(error, [&] {
+    return make(cancellation, "cancellation", error, [&] {
         if (!(seconds >= 0 && seconds <= 1e9)) {
             throw InvalidInputError("seconds", std::to_string(seconds), "0 to 1e9");
         }
-        require(cancellation, "cancellation");
         const std::chrono::duration<double> wait(seconds);
-        *cancellation = new sam3rt_cancellation{
-            seconds == 0 ? sam3rt::Cancellation()
-                         : sam3rt::Cancellation(
-                               std::chrono::duration_cast<std::chrono::nanoseconds>(wait))};
+        return seconds == 0 ? sam3rt::Cancellation()
+                            : sam3rt::Cancellation(
+                                  std::chrono::duration_cast<std::chrono::nanoseconds>(wait));
     });
 }
 void sam3rt_cancellation_cancel(const sam3rt_cancellation* cancellation) {
@@ -397,25 +400,21 @@ sam3rt_status sam3rt_set_shared_threads(int32_t threads, sam3rt_error** error) {
 
 sam3rt_status sam3rt_model_load(const char* bundle, const sam3rt_model_options* options,
                                 sam3rt_model** model, sam3rt_error** error) {
-    return guarded(error, [&] {
-        const sam3rt::ModelOptions chosen = model_options_of(options);
-        require(model, "model");
-        *model = model_of(sam3rt::Model::load(&require(bundle, "bundle"), chosen));
+    return make(model, "model", error, [&] {
+        return sam3rt::Model::load(&require(bundle, "bundle"), model_options_of(options));
     });
 }
 
 sam3rt_status sam3rt_model_load_from_memory(const sam3rt_file* files, size_t count,
                                             const sam3rt_model_options* options,
                                             sam3rt_model** model, sam3rt_error** error) {
-    return guarded(error, [&] {
-        const sam3rt::ModelOptions chosen = model_options_of(options);
-        require(model, "model");
+    return make(model, "model", error, [&] {
         std::vector<sam3rt::BundleFile> given;
         for (std::size_t i = 0; i < count; ++i) {
             const sam3rt_file& file = (&require(files, "files"))[i];
             given.push_back({&require(file.name, "files"), file.content, file.size, nullptr});
         }
-        *model = model_of(sam3rt::Model::load_from_memory(given, chosen));
+        return sam3rt::Model::load_from_memory(given, model_options_of(options));
     });
 }
 void sam3rt_model_free(sam3rt_model* model) { delete model; }
@@ -469,10 +468,9 @@ sam3rt_status sam3rt_model_encode(const sam3rt_model* model, const sam3rt_image*
 sam3rt_status sam3rt_model_encode_cancellable(const sam3rt_model* model, const sam3rt_image* image,
                                               const sam3rt_cancellation* cancellation,
                                               sam3rt_embedding** embedding, sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(embedding, "embedding");
-        *embedding = new sam3rt_embedding{require(model, "model").value.encode(
-            image_of(image, "image"), cancellation_of(cancellation))};
+    return make(embedding, "embedding", error, [&] {
+        return require(model, "model")
+            .value.encode(image_of(image, "image"), cancellation_of(cancellation));
     });
 }
 
@@ -480,8 +478,7 @@ sam3rt_status sam3rt_model_decode(const sam3rt_model* model, const sam3rt_embedd
                                   const sam3rt_prompts* prompts, int32_t single_mask,
                                   const sam3rt_cancellation* cancellation,
                                   sam3rt_prediction** prediction, sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(prediction, "prediction");
+    return make(prediction, "prediction", error, [&] {
         sam3rt::DecodedMasks decoded = require(model, "model").value.decode(
             require(embedding, "embedding").value, prompts_of(prompts), single_mask == 0,
             cancellation_of(cancellation));
@@ -490,17 +487,15 @@ sam3rt_status sam3rt_model_decode(const sam3rt_model* model, const sam3rt_embedd
         found.low_res_masks = std::move(decoded.low_res_masks);
         found.object_score_logits = std::move(decoded.object_score_logits);
         found.warning = std::move(decoded.warning);
-        *prediction = new sam3rt_prediction{std::move(found), nullptr, nullptr};
+        return found;
     });
 }
 
 sam3rt_status sam3rt_model_verify(const sam3rt_model* model,
                                   const sam3rt_cancellation* cancellation, sam3rt_report** report,
                                   sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(report, "report");
-        *report = new sam3rt_report{
-            require(model, "model").value.verify(cancellation_of(cancellation))};
+    return make(report, "report", error, [&] {
+        return require(model, "model").value.verify(cancellation_of(cancellation));
     });
 }
 
@@ -539,10 +534,8 @@ void sam3rt_report_free(sam3rt_report* report) { delete report; }
 sam3rt_status sam3rt_model_health(const sam3rt_model* model,
                                   const sam3rt_cancellation* cancellation, sam3rt_health** health,
                                   sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(health, "health");
-        *health = new sam3rt_health{
-            require(model, "model").value.health(cancellation_of(cancellation))};
+    return make(health, "health", error, [&] {
+        return require(model, "model").value.health(cancellation_of(cancellation));
     });
 }
 
@@ -574,10 +567,8 @@ void sam3rt_health_free(sam3rt_health* health) { delete health; }
 
 sam3rt_status sam3rt_embedding_load(const sam3rt_model* model, const char* path,
                                     sam3rt_embedding** embedding, sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(embedding, "embedding");
-        *embedding = new sam3rt_embedding{
-            require(model, "model").value.load_embedding(&require(path, "path"))};
+    return make(embedding, "embedding", error, [&] {
+        return require(model, "model").value.load_embedding(&require(path, "path"));
     });
 }
 
@@ -589,19 +580,15 @@ sam3rt_status sam3rt_embedding_save(const sam3rt_embedding* embedding, const cha
 
 sam3rt_status sam3rt_embedding_to_bytes(const sam3rt_embedding* embedding, sam3rt_buffer** buffer,
                                         sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(buffer, "buffer");
-        *buffer = new sam3rt_buffer{require(embedding, "embedding").value.to_bytes()};
-    });
+    return make(buffer, "buffer", error,
+                [&] { return require(embedding, "embedding").value.to_bytes(); });
 }
 
 sam3rt_status sam3rt_embedding_from_bytes(const sam3rt_model* model, const void* content,
                                           size_t size, sam3rt_embedding** embedding,
                                           sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(embedding, "embedding");
-        *embedding = new sam3rt_embedding{
-            require(model, "model").value.embedding_from_bytes(content, size)};
+    return make(embedding, "embedding", error, [&] {
+        return require(model, "model").value.embedding_from_bytes(content, size);
     });
 }
 
@@ -625,10 +612,9 @@ void sam3rt_embedding_free(sam3rt_embedding* embedding) { delete embedding; }
 
 sam3rt_status sam3rt_embedding_maps(const sam3rt_embedding* embedding, sam3rt_maps** maps,
                                     sam3rt_error** error) {
-    return guarded(error, [&] {
+    return make(maps, "maps", error, [&] {
         const sam3rt::ImageEmbedding& value = require(embedding, "embedding").value;
-        require(maps, "maps");
-        *maps = new sam3rt_maps{value.names(), value.maps()};
+        return sam3rt_maps{value.names(), value.maps()};
     });
 }
 size_t sam3rt_maps_count(const sam3rt_maps* maps) {
@@ -647,7 +633,7 @@ void sam3rt_maps_free(sam3rt_maps* maps) { delete maps; }
 sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
                                    const sam3rt_predictor_options* options,
                                    sam3rt_predictor** predictor, sam3rt_error** error) {
-    return guarded(error, [&] {
+    return make(predictor, "predictor", error, [&] {
         const sam3rt_predictor_options known = known_fields(options, "options");
         sam3rt::PredictorOptions chosen;
         chosen.mask_threshold = known.mask_threshold;
@@ -655,8 +641,7 @@ sam3rt_status sam3rt_predictor_new(const sam3rt_model* model,
             chosen.max_hole_area = known.max_hole_area;
         }
         chosen.max_sprinkle_area = known.max_sprinkle_area;
-        require(predictor, "predictor");
-        *predictor = new sam3rt_predictor{sam3rt::Predictor(require(model, "model").value, chosen)};
+        return sam3rt::Predictor(require(model, "model").value, chosen);
     });
 }
 void sam3rt_predictor_free(sam3rt_predictor* predictor) { delete predictor; }
@@ -713,14 +698,12 @@ sam3rt_status sam3rt_predictor_predict(const sam3rt_predictor* predictor,
                                        const sam3rt_prompts* prompts,
                                        const sam3rt_predict_options* options,
                                        sam3rt_prediction** prediction, sam3rt_error** error) {
-    return guarded(error, [&] {
-        require(prediction, "prediction");
+    return make(prediction, "prediction", error, [&] {
         const sam3rt::Predictor& value = require(predictor, "predictor").value;
         const sam3rt::PredictOptions chosen = predict_options_of(options);
-        *prediction =
-            new sam3rt_prediction{value.predict(prompts_of(prompts), chosen),
-                                  chosen.return_logits ? nullptr : chosen.output,
-                                  chosen.return_logits ? chosen.output : nullptr};
+        return sam3rt_prediction{value.predict(prompts_of(prompts), chosen),
+                                 chosen.return_logits ? nullptr : chosen.output,
+                                 chosen.return_logits ? chosen.output : nullptr};
     });
 }
 
@@ -740,7 +723,7 @@ sam3rt_status sam3rt_predictor_predict_batch(const sam3rt_predictor* predictor,
         for (sam3rt::Prediction& result :
              value.predict_batch(entries, predict_options_of(options))) {
             results.push_back(
-                std::make_unique<sam3rt_prediction>(sam3rt_prediction{std::move(result), nullptr, nullptr}));
+                std::unique_ptr<sam3rt_prediction>(new sam3rt_prediction{std::move(result)}));
         }
         for (std::size_t i = 0; i < results.size(); ++i) {
             predictions[i] = results[i].release();

@@ -47,4 +47,28 @@ private:
     bool ended_ = false;
 };
 
+/// Wait until `ready`, which is asked with the mutex held and again whenever something changed. Other
+/// threads wait too: it may be over when this returns. Throws CancelledError where the call ends
+/// before; if it had been woken, another thread is.
+template <typename Ready>
+void wait_until(std::mutex& mutex, std::condition_variable& changed,
+                const Cancellation* cancellation, const Ready& ready) {
+    const OnCancel wake(cancellation, [&mutex, &changed] {
+        {
+            // So that this cannot come between a waiter's look and its sleep.
+            const std::lock_guard<std::mutex> lock(mutex);
+        }
+        changed.notify_all();
+    });
+    {
+        // Released before `wake` ends, which waits for the function above.
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return ready() || is_cancelled(cancellation); });
+    }
+    if (is_cancelled(cancellation)) {
+        changed.notify_one();
+        check_cancelled(cancellation);
+    }
+}
+
 }  // namespace sam3rt

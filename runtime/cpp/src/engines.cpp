@@ -36,7 +36,6 @@ struct Engine {
     std::string features_dtype;
     std::string state;
 
-    fs::path path() const { return folder / file.file; }
     fs::path wrapper() const { return folder / (role + "_ctx.onnx"); }
 };
 
@@ -74,13 +73,9 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
     static const std::vector<std::string> backends = {"tensorrt", "tensorrt-rtx"};
     static const std::vector<std::string> types = {"float32", "float16"};
     static const std::vector<std::string> states = {"proven", "unproven", "refused"};
-    const JsonValue file = root.field("engine");
-    file.check_fields({"file", "sha256", "bytes"});
-    const std::int64_t bytes = file.field("bytes").whole_number();
     Engine engine;
     engine.folder = folder;
-    engine.file = {file.field("file").text(), file.field("sha256").text(),
-                   static_cast<std::uint64_t>(bytes)};
+    engine.file = read_file_entry(root.field("engine"));
     engine.role = root.field("role").text();
     engine.backend = backends[root.field("backend").one_of(backends)];
     engine.fingerprint = root.field("bundle_fingerprint").text();
@@ -99,7 +94,7 @@ Engine read_sidecar(const fs::path& folder, const std::string& role) {
         engine.targets.push_back(capability.text());
     }
     engine.state = states[root.field("state").one_of(states)];
-    if (engine.role != role || engine.file.file != engine_name || bytes < 1 ||
+    if (engine.role != role || engine.file.file != engine_name || engine.file.bytes == 0 ||
         !is_sha256(engine.file.sha256) || !is_sha256(engine.fingerprint) ||
         !is_safe_name(engine.recipe) || !is_safe_name(engine.tensorrt_version)) {
         throw BundleError("does not describe " + engine_name, name);
@@ -341,7 +336,7 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        EngineSet engines{pair.encoder.wrapper(),
+        const EngineSet engines{pair.encoder.wrapper(),
                                 pair.decoder.wrapper(),
                                 pair.encoder.features_dtype,
                                 pair.precision(),

@@ -16,12 +16,20 @@ EmbeddingError::~EmbeddingError() = default;
 BackendError::~BackendError() = default;
 CancelledError::~CancelledError() = default;
 
+Error::Error(const std::string& message) : std::runtime_error(one_line(message)) {}
+
 InvalidInputError::InvalidInputError(std::string argument, const std::string& got,
                                      const std::string& expected)
     : Error(argument + ": got " + got + ", expected " + expected), argument_(std::move(argument)) {}
 
 BundleError::BundleError(const std::string& message, std::string file)
     : Error(file.empty() ? message : file + ": " + message), file_(std::move(file)) {}
+
+std::string one_line(std::string text) {
+    std::replace_if(
+        text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c == 0x7f; }, ' ');
+    return text;
+}
 
 bool is_finite(const Array<float>& values) {
     return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });

@@ -20,8 +20,11 @@ namespace {
 /// A file descriptor that is closed with its scope.
 class Descriptor {
 public:
+    /// Errors name `path`, which may be another one than what is opened.
     Descriptor(const std::filesystem::path& path, int flags)
-        : path_(path), descriptor_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+        : Descriptor(path, path, flags) {}
+    Descriptor(const std::filesystem::path& path, const std::filesystem::path& opened, int flags)
+        : path_(path), descriptor_(::open(opened.c_str(), flags | O_CLOEXEC, 0666)) {
         if (descriptor_ < 0) {
             fail(errno, path_);
         }
@@ -139,11 +142,13 @@ void write_atomically(const std::filesystem::path& path,
                       const std::function<void(const Write&)>& content) {
     const std::filesystem::path temporary = temporary_name(path);
     // Anything but a new file of our own would be written through or shared.
-    Descriptor file(temporary, O_WRONLY | O_CREAT | O_EXCL);
+    Descriptor file(path, temporary, O_WRONLY | O_CREAT | O_EXCL);
     try {
         content([&file](const void* data, std::size_t size) { file.write(data, size); });
         file.flush_and_close();
-        std::filesystem::rename(temporary, path);
+        if (::rename(temporary.c_str(), path.c_str()) != 0) {
+            fail(errno, path);
+        }
     } catch (...) {
         ::unlink(temporary.c_str());
         throw;

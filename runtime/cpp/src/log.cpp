@@ -3,6 +3,8 @@
 #include <memory>
 #include <mutex>
 
+#include "errors.hpp"
+
 namespace sam3rt {
 namespace {
 
@@ -41,7 +43,7 @@ void log(LogLevel level, const std::string& line) noexcept {
         return;
     }
     try {
-        found->callback(level, line);
+        found->callback(level, one_line(line));
     } catch (...) {
         // A log must not make a call fail.
     }

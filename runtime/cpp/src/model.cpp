@@ -35,12 +35,13 @@ std::vector<std::string> names_of(const std::vector<TensorSpec>& specs) {
 
 /// The elements of an array without its first axis, which must be 1; `rank` axes must remain.
 Array<float> without_batch(Array<float>& array, std::size_t rank) {
-    const Shape shape = array.shape();
+    Shape shape = array.shape();
     if (shape.size() != rank + 1 || shape[0] != 1) {
         throw BackendError("the decoder returned a tensor of " + std::to_string(shape.size()) +
                            " axes, expected " + std::to_string(rank + 1));
     }
-    return std::move(array).reshaped(Shape(shape.begin() + 1, shape.end()));
+    shape.erase(shape.begin());
+    return std::move(array).reshaped(std::move(shape));
 }
 
 /// A mask of NaN would be an empty one.
@@ -73,6 +74,16 @@ PackedPrompts pack_for(const Manifest& about, const ImageEmbedding& embedding,
                              about.fingerprint.substr(0, 16) + "...; encode the image again");
     }
     return packed;
+}
+
+/// The same error about the prompts of one image of several, such as "prompts[1].box".
+PromptError about_entry(const PromptError& error, std::size_t index) {
+    static const std::string expected = ", expected ";
+    const std::string text = error.what();
+    const std::size_t start = error.argument().size() + std::string(": got ").size();
+    const std::size_t end = text.find(expected, start);
+    return {"prompts[" + std::to_string(index) + "]." + error.argument(),
+            text.substr(start, end - start), text.substr(end + expected.size())};
 }
 
 /// What the decoder says of no objects, for which it is not run.
@@ -181,7 +192,14 @@ std::vector<DecodedMasks> decode_all(const Model& model, const std::vector<Quest
     packed.reserve(questions.size());
     std::vector<DecoderCall> calls;
     for (const Question& question : questions) {
-        packed.push_back(pack_for(about, question.embedding, question.prompts));
+        try {
+            packed.push_back(pack_for(about, question.embedding, question.prompts));
+        } catch (const PromptError& error) {
+            if (questions.size() > 1) {
+                throw about_entry(error, packed.size());
+            }
+            throw;
+        }
         if (packed.back().points.shape()[0] != 0) {
             calls.push_back(
                 {*question.embedding.data().features, packed.back(), question.masks});

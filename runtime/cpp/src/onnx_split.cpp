@@ -50,27 +50,6 @@ bool overlaps(const std::vector<std::string>& names, const Names& set) {
                        [&set](const std::string& name) { return set.count(name) != 0; });
 }
 
-void append(Bytes& bytes, const ByteView& more) {
-    bytes.insert(bytes.end(), more.begin(), more.end());
-}
-
-/// A field that holds bytes: its tag, their length, and they.
-void append_field(Bytes& bytes, std::uint32_t number, const ByteView& value) {
-    const auto varint = [&bytes](std::uint64_t rest) {
-        for (; rest >= 0x80U; rest >>= 7U) {
-            bytes.push_back(static_cast<std::uint8_t>((rest & 0x7fU) | 0x80U));
-        }
-        bytes.push_back(static_cast<std::uint8_t>(rest));
-    };
-    varint(std::uint64_t{number} << 3U | 2U);
-    varint(value.size());
-    append(bytes, value);
-}
-
-ByteView bytes_of(const std::string& text) {
-    return {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
-}
-
 /// One graph, and where its nodes may run.
 class Splitter {
 public:
@@ -201,7 +180,7 @@ private:
                 kept.insert(*node);
             }
         }
-        Bytes body;
+        onnx::Writer body;
         for (const Part& entry : parts_) {
             bool stays = !entry.is(value_info_field);
             if (entry.is(node_field)) {
@@ -214,37 +193,32 @@ private:
                 stays = !is_first;
             }
             if (stays) {
-                append(body, view(entry.field.tag, entry.field.end));
+                body.fields(view(entry.field.tag, entry.field.end));
             }
         }
         for (const std::string& name : cut) {
-            append_field(body, is_first ? output_field : input_field, described(name));
+            body.bytes(is_first ? output_field : input_field, described(name));
         }
-        Bytes whole;
-        append(whole, view(0, graph_.tag));
-        append_field(whole, graph_.known->number, body);
-        append(whole, view(graph_.end, content_.size()));
-        return whole;
+        return onnx::Writer()
+            .fields(view(0, graph_.tag))
+            .bytes(graph_.known->number, body.message())
+            .fields(view(graph_.end, content_.size()))
+            .message();
     }
 
     /// A value as ValueInfoProto: the file's own, or of float32 and any shape.
     Bytes described(const std::string& name) const {
-        Bytes info;
-        const Part* found = nullptr;
-        for (const Part& part : parts_) {
-            if (part.is(value_info_field) && part.name == name) {
-                found = &part;
-            }
-        }
-        if (found != nullptr) {
-            append(info, view(found->field.start, found->field.end));
-            return info;
+        const auto found =
+            std::find_if(parts_.rbegin(), parts_.rend(), [&name](const Part& part) {
+                return part.is(value_info_field) && part.name == name;
+            });
+        if (found != parts_.rend()) {
+            const ByteView own = view(found->field.start, found->field.end);
+            return Bytes(own.begin(), own.end());
         }
         // TypeProto of a tensor, whose type of elements is 1.
         static const Bytes float32 = {0x0a, 2, 8, 1};
-        append_field(info, 1, bytes_of(name));
-        append_field(info, 2, float32);
-        return info;
+        return onnx::Writer().text(1, name).bytes(2, float32).message();
     }
 
     ByteView view(std::size_t start, std::size_t end) const {

@@ -184,4 +184,32 @@ std::uint64_t Reader::varint(std::size_t& at, std::size_t end) const {
     refuse_malformed("has a number of more than ten bytes before byte " + std::to_string(at));
 }
 
+Writer& Writer::number(std::uint32_t field, std::uint64_t value) {
+    varint(std::uint64_t{field} << 3U | varint_kind);
+    varint(value);
+    return *this;
+}
+
+Writer& Writer::bytes(std::uint32_t field, ByteView value) {
+    varint(std::uint64_t{field} << 3U | bytes_kind);
+    varint(value.size());
+    return fields(value);
+}
+
+Writer& Writer::text(std::uint32_t field, const std::string& value) {
+    return bytes(field, {reinterpret_cast<const std::uint8_t*>(value.data()), value.size()});
+}
+
+Writer& Writer::fields(ByteView whole) {
+    message_.insert(message_.end(), whole.begin(), whole.end());
+    return *this;
+}
+
+void Writer::varint(std::uint64_t value) {
+    for (; value >= 0x80U; value >>= 7U) {
+        message_.push_back(static_cast<std::uint8_t>((value & 0x7fU) | 0x80U));
+    }
+    message_.push_back(static_cast<std::uint8_t>(value));
+}
+
 }  // namespace sam3rt::onnx

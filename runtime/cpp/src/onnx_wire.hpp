@@ -69,4 +69,21 @@ private:
     std::string file_;
 };
 
+/// Writes a message, field by field.
+class Writer {
+public:
+    Writer& number(std::uint32_t field, std::uint64_t value);
+    Writer& bytes(std::uint32_t field, ByteView value);
+    Writer& text(std::uint32_t field, const std::string& value);
+    /// Whole fields of another message.
+    Writer& fields(ByteView whole);
+
+    const Bytes& message() const { return message_; }
+
+private:
+    void varint(std::uint64_t value);
+
+    Bytes message_;
+};
+
 }  // namespace sam3rt::onnx

@@ -9,49 +9,25 @@
 #include <vector>
 
 #include "log.hpp"
+#include "onnx_wire.hpp"
 #include "sam3rt/sam3rt.hpp"
 
 namespace sam3rt {
 namespace {
 
-/// Writes the few kinds of protocol buffer fields that a small ONNX file needs.
-class Message {
-public:
-    Message& number(unsigned field, std::uint64_t value) {
-        varint(field << 3U);
-        varint(value);
-        return *this;
-    }
-    Message& text(unsigned field, const std::string& value) {
-        varint(field << 3U | 2U);
-        varint(value.size());
-        bytes_ += value;
-        return *this;
-    }
-    Message& message(unsigned field, const Message& value) { return text(field, value.bytes_); }
-    const std::string& bytes() const { return bytes_; }
-
-private:
-    void varint(std::uint64_t value) {
-        for (; value >= 0x80U; value >>= 7U) {
-            bytes_ += static_cast<char>((value & 0x7fU) | 0x80U);
-        }
-        bytes_ += static_cast<char>(value);
-    }
-
-    std::string bytes_;
-};
-
 /// An ONNX model with one Identity node; field numbers are those of onnx.proto.
-std::string identity_model(ONNXTensorElementDataType type) {
-    const auto value = [type](const std::string& name) {
-        const Message tensor = Message().number(1, static_cast<std::uint64_t>(type));
-        return Message().text(1, name).message(2, Message().message(1, tensor));
+Bytes identity_model(ONNXTensorElementDataType type) {
+    using onnx::Writer;
+    const Bytes tensor = Writer().number(1, static_cast<std::uint64_t>(type)).message();
+    const Bytes value_type = Writer().bytes(1, tensor).message();
+    const auto value = [&value_type](const std::string& name) {
+        return Writer().text(1, name).bytes(2, value_type).message();
     };
-    const Message node = Message().text(1, "x").text(2, "y").text(4, "Identity");
-    const Message graph =
-        Message().message(1, node).text(2, "copy").message(11, value("x")).message(12, value("y"));
-    return Message().number(1, 8).message(7, graph).message(8, Message().number(2, 13)).bytes();
+    const Bytes node = Writer().text(1, "x").text(2, "y").text(4, "Identity").message();
+    const Bytes graph =
+        Writer().bytes(1, node).text(2, "copy").bytes(11, value("x")).bytes(12, value("y")).message();
+    const Bytes opset = Writer().number(2, 13).message();
+    return Writer().number(1, 8).bytes(7, graph).bytes(8, opset).message();
 }
 
 LogLevel level_of(OrtLoggingLevel severity) {
@@ -130,7 +106,7 @@ Environment* environment_of(OrtEnv* environment, bool is_ours) {
     try {
         Ort::SessionOptions options;
         options.DisablePerSessionThreads();
-        const std::string model = identity_model(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+        const Bytes model = identity_model(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
         const Ort::Session session(result->value, model.data(), model.size(), options);
     } catch (const Ort::Exception&) {
         result->has_threads = false;
@@ -144,7 +120,7 @@ Ort::Session identity_session(const Device& device, ONNXTensorElementDataType ty
     if (device.provider == Provider::tensorrt) {
         simple.provider = Provider::cuda;
     }
-    const std::string model = identity_model(type);
+    const Bytes model = identity_model(type);
     ModelOptions options;
     // It has nothing to compute.
     options.threads = 1;

@@ -150,39 +150,41 @@ Prediction finish(const Model& model, const ImageEmbedding& embedding, DecodedMa
         embedding.data().geometry, about.image, about.masks, {low_res[2], low_res[3]});
     const MaskSource source{decoded.low_res_masks, *resampling, made.cleaning,
                             options.cancellation, made.masks ? &*made.masks : nullptr};
-    Prediction prediction;
-    prediction.shape = full_shape(decoded.low_res_masks, *resampling);
+    Array<std::uint8_t> masks;
+    Array<float> logits;
+    std::vector<std::string> rle;
+    Shape shape = full_shape(decoded.low_res_masks, *resampling);
     if (options.return_logits) {
-        finish_logits(source, memory_for(options, prediction.shape, prediction.logits));
+        finish_logits(source, memory_for(options, shape, logits));
     } else if (options.output_on_device) {
         // They are there.
     } else if (options.form == MaskForm::rle) {
-        prediction.rle = finish_rle(source);
+        rle = finish_rle(source);
     } else if (options.form == MaskForm::bits) {
-        prediction.shape[3] = (prediction.shape[3] + 7) / 8;
-        finish_bits(source, memory_for(options, prediction.shape, prediction.masks));
+        shape[3] = (shape[3] + 7) / 8;
+        finish_bits(source, memory_for(options, shape, masks));
     } else if (made.masks && options.output == nullptr) {
-        prediction.masks = with_foreground(std::move(*made.masks), options.foreground);
+        masks = with_foreground(std::move(*made.masks), options.foreground);
     } else {
-        finish_masks(source, options.foreground,
-                     memory_for(options, prediction.shape, prediction.masks));
+        finish_masks(source, options.foreground, memory_for(options, shape, masks));
     }
-    if (prediction.shape[0] == 1) {
-        prediction.shape.erase(prediction.shape.begin());
+    if (shape[0] == 1) {
+        shape.erase(shape.begin());
     }
-    prediction.masks = without_single_object(std::move(prediction.masks));
-    prediction.logits = without_single_object(std::move(prediction.logits));
     if (about.masks.low_res_limit) {
         const float limit = *about.masks.low_res_limit;
-        float* logits = decoded.low_res_masks.data();
-        std::transform(logits, logits + decoded.low_res_masks.size(), logits,
+        float* low = decoded.low_res_masks.data();
+        std::transform(low, low + decoded.low_res_masks.size(), low,
                        [limit](float logit) { return std::clamp(logit, -limit, limit); });
     }
-    prediction.low_res_masks = without_single_object(std::move(decoded.low_res_masks));
-    prediction.iou_predictions = without_single_object(std::move(decoded.iou_predictions));
-    prediction.object_score_logits = std::move(decoded.object_score_logits);
-    prediction.warning = std::move(decoded.warning);
-    return prediction;
+    return {without_single_object(std::move(masks)),
+            without_single_object(std::move(logits)),
+            std::move(rle),
+            std::move(shape),
+            without_single_object(std::move(decoded.iou_predictions)),
+            without_single_object(std::move(decoded.low_res_masks)),
+            std::move(decoded.object_score_logits),
+            std::move(decoded.warning)};
 }
 
 /// Predict on `count` images, with an entry of `prompts` for each.

@@ -37,10 +37,10 @@ struct Boxes {
     const float* corners;
 };
 
-void require_finite(const Array<float>& array, const std::string& argument,
-                    const std::string& expected) {
+void require_finite(const Array<float>& array, const char* argument, const char* expected) {
     if (!is_finite(array)) {
-        throw PromptError(argument, "NaN or infinite values", "finite numbers, " + expected);
+        throw PromptError(argument, "NaN or infinite values",
+                          std::string("finite numbers, ") + expected);
     }
 }
 
@@ -103,7 +103,7 @@ std::optional<Points> read_points(const Prompts& prompts) {
     if (!prompts.point_labels) {
         throw PromptError("point_labels", "None with point_coords given", "one label per point");
     }
-    const std::string expected = "[N, 2] or [B, N, 2]";
+    const char* const expected = "[N, 2] or [B, N, 2]";
     const Shape& shape = prompts.point_coords->shape();
     require_finite(*prompts.point_coords, "point_coords", expected);
     const bool batched = shape.size() == 3;
@@ -173,7 +173,7 @@ std::optional<Array<float>> read_masks(const std::optional<Array<float>>& mask,
     const std::string size =
         std::to_string(spec.mask_size.height) + ", " + std::to_string(spec.mask_size.width) + "]";
     const std::string expected = "[1, " + size + " or [B, 1, " + size + " low-resolution logits";
-    require_finite(*mask, "mask_input", expected);
+    require_finite(*mask, "mask_input", expected.c_str());
     const Shape& shape = mask->shape();
     const Shape wanted = {1, spec.mask_size.height, spec.mask_size.width};
     if ((shape.size() != 3 && shape.size() != 4) ||
@@ -185,7 +185,7 @@ std::optional<Array<float>> read_masks(const std::optional<Array<float>>& mask,
     // Much larger ones overflow within the decoder, which then returns NaN.
     if (!std::all_of(mask->begin(), mask->end(),
                      [](float logit) { return std::abs(logit) <= max_mask_logit; })) {
-        throw PromptError("mask_input", "logits beyond " + std::to_string(max_mask_logit),
+        throw PromptError("mask_input", "logits beyond " + number_text(max_mask_logit),
                           "low-resolution logits of an earlier call");
     }
     return Array<float>({count, wanted[1], wanted[2]}, mask->data(), mask->size());
@@ -283,7 +283,7 @@ public:
     }
 
     /// What to say, calling such a point `what`; empty where none is far outside.
-    std::string warning(const std::string& what) const {
+    std::string warning(const char* what) const {
         if (!found_) {
             return "";
         }
@@ -291,7 +291,7 @@ public:
         std::snprintf(place.data(), place.size(), "(%.6g, %.6g)", static_cast<double>(x_),
                       static_cast<double>(y_));
         const Size& size = geometry_.original_size;
-        return what + " at " + place.data() + " pixels, far outside the image of " +
+        return std::string(what) + " at " + place.data() + " pixels, far outside the image of " +
                std::to_string(size.width) + " x " + std::to_string(size.height) +
                ": the masks mean nothing";
     }

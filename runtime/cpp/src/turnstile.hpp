@@ -16,6 +16,15 @@ public:
 private:
     friend class Turn;
 
+    bool take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (free_ == 0) {
+            return false;
+        }
+        --free_;
+        return true;
+    }
+
     std::mutex mutex_;
     std::condition_variable left_;
     int free_;
@@ -27,31 +36,10 @@ public:
     /// Throws CancelledError where the call ends before its turn comes.
     explicit Turn(Turnstile& turnstile, const Cancellation* cancellation = nullptr)
         : turnstile_(turnstile) {
-        {
-            const std::lock_guard<std::mutex> lock(turnstile_.mutex_);
-            if (turnstile_.free_ > 0) {
-                --turnstile_.free_;
-                return;
-            }
+        while (!turnstile_.take()) {
+            wait_until(turnstile_.mutex_, turnstile_.left_, cancellation,
+                       [this] { return turnstile_.free_ > 0; });
         }
-        const OnCancel wake(cancellation, [this] {
-            {
-                // So that this cannot come between a waiter's look and its sleep.
-                const std::lock_guard<std::mutex> lock(turnstile_.mutex_);
-            }
-            turnstile_.left_.notify_all();
-        });
-        // Released before `wake` ends, which waits for the function above.
-        std::unique_lock<std::mutex> lock(turnstile_.mutex_);
-        turnstile_.left_.wait(
-            lock, [&] { return turnstile_.free_ > 0 || is_cancelled(cancellation); });
-        if (is_cancelled(cancellation)) {
-            lock.unlock();
-            // If a free place woke this thread, it is another's.
-            turnstile_.left_.notify_one();
-            check_cancelled(cancellation);
-        }
-        --turnstile_.free_;
     }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;

@@ -2,12 +2,17 @@
 
 #include <pwd.h>
 #include <unistd.h>
+#ifdef __APPLE__
+#include <crt_externs.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <map>
 #include <mutex>
+#include <regex>
 #include <system_error>
 #include <vector>
 
@@ -26,31 +31,68 @@ namespace {
 const std::string format_name = "sam3rt-verdict-2";
 constexpr std::uint64_t max_verdict_bytes = std::uint64_t{1} << 20;
 
-/// The texts of a verdict's key. Its limits stand beside them.
-std::map<std::string, std::string> key_of(const VerdictSubject& subject) {
+using Texts = std::map<std::string, std::string>;
+
+/// Variables of the environment by which the libraries that compute take other kernels, or sum up in
+/// other types.
+Texts kernel_choices() {
+    static const std::regex form(
+        "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|"
+        "ORT_(?!DISABLE_TELEMETRY$).*|NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*");
+#ifdef __APPLE__
+    char** entry = *_NSGetEnviron();
+#else
+    char** entry = environ;
+#endif
+    Texts chosen;
+    for (; entry != nullptr && *entry != nullptr; ++entry) {
+        const std::string text = *entry;
+        const std::size_t equals = text.find('=');
+        const std::string name = text.substr(0, equals);
+        if (equals != std::string::npos && std::regex_match(name, form)) {
+            chosen[name] = text.substr(equals + 1);
+        }
+    }
+    return chosen;
+}
+
+/// The texts of a verdict's key. Its limits stand beside them, and such variables if there are any.
+Texts key_of(const VerdictSubject& subject) {
     return {{"backend", subject.backend},         {"files", subject.files},
             {"fingerprint", subject.fingerprint}, {"precision", subject.precision},
             {"processor", subject.processor},     {"sam3rt", version()},
             {"version", subject.version}};
 }
 
-/// A verdict's key as Python's json.dumps writes it, sorted. A verdict by other limits is another.
-std::string key_text(const VerdictSubject& subject) {
-    std::string limits;
-    for (const NamedLimit& limit : named_limits) {
-        limits += (limits.empty() ? "" : ", ") + json_text(limit.name) + ": " +
-                  json_number(loosest_limits.*limit.value);
-    }
-    std::map<std::string, std::string> fields;
-    for (const auto& [name, value] : key_of(subject)) {
-        fields[name] = json_text(value);
-    }
-    fields["limits"] = "{" + limits + "}";
+/// As Python's json.dumps writes an object, sorted; its values are JSON.
+std::string object_text(const Texts& fields) {
     std::string text;
     for (const auto& [name, value] : fields) {
-        text += (text.empty() ? "{" : ", ") + json_text(name) + ": " + value;
+        text += (text.empty() ? "" : ", ") + json_text(name) + ": " + value;
     }
-    return text + "}";
+    return "{" + text + "}";
+}
+
+Texts as_json(Texts texts) {
+    for (auto& [name, value] : texts) {
+        value = json_text(value);
+    }
+    return texts;
+}
+
+/// A verdict's key as JSON. A verdict by other limits is another.
+std::string key_text(const VerdictSubject& subject) {
+    Texts limits;
+    for (const NamedLimit& limit : named_limits) {
+        limits[limit.name] = json_number(loosest_limits.*limit.value);
+    }
+    Texts fields = as_json(key_of(subject));
+    fields["limits"] = object_text(limits);
+    const Texts chosen = kernel_choices();
+    if (!chosen.empty()) {
+        fields["environment"] = object_text(as_json(chosen));
+    }
+    return object_text(fields);
 }
 
 /// The name of a verdict's file, with a hash of its key.
@@ -60,12 +102,22 @@ std::string file_name(const VerdictSubject& subject) {
            sha256_hex(key.data(), key.size()).substr(0, 16) + ".json";
 }
 
+bool has_texts(const JsonValue& object, const Texts& texts) {
+    return std::all_of(texts.begin(), texts.end(), [&object](const auto& entry) {
+        return object.field(entry.first).text() == entry.second;
+    });
+}
+
 bool is_about(const JsonValue& key, const VerdictSubject& subject) {
-    const std::map<std::string, std::string> expected = key_of(subject);
-    for (const auto& [name, value] : expected) {
-        if (key.field(name).text() != value) {
-            return false;
-        }
+    const Texts expected = key_of(subject);
+    const Texts chosen = kernel_choices();
+    const std::size_t more = chosen.empty() ? 1 : 2;
+    if (!has_texts(key, expected) || key.fields().size() != expected.size() + more) {
+        return false;
+    }
+    if (!chosen.empty() && (!has_texts(key.field("environment"), chosen) ||
+                            key.field("environment").fields().size() != chosen.size())) {
+        return false;
     }
     const JsonValue limits = key.field("limits");
     for (const NamedLimit& limit : named_limits) {
@@ -73,8 +125,7 @@ bool is_about(const JsonValue& key, const VerdictSubject& subject) {
             return false;
         }
     }
-    return key.fields().size() == expected.size() + 1 &&
-           limits.fields().size() == named_limits.size();
+    return limits.fields().size() == named_limits.size();
 }
 
 /// Parse a verdict's file. Throws BundleError where it is damaged or about something else.
@@ -95,17 +146,16 @@ Verdict parse(const Bytes& content, const std::string& name, const VerdictSubjec
 }
 
 std::string text_of(const VerdictSubject& subject, const Verdict& verdict) {
-    std::string figures;
+    Texts figures;
     for (const auto& [name, value] : verdict.figures) {
         // JSON has no NaN; null is read back as one.
-        figures += (figures.empty() ? "" : ", ") + json_text(name) + ": " +
-                   (std::isfinite(value) ? json_number(value) : "null");
+        figures[name] = std::isfinite(value) ? json_number(value) : "null";
     }
     const auto boolean = [](bool value) { return value ? "true" : "false"; };
     return "{\n  \"format\": " + json_text(format_name) + ",\n  \"key\": " + key_text(subject) +
            ",\n  \"passed\": " + boolean(verdict.passed) + ",\n  \"explanation\": " +
-           json_text(verdict.explanation) + ",\n  \"figures\": {" + figures +
-           "},\n  \"encoder_failed\": " + boolean(verdict.encoder_failed) + "\n}\n";
+           json_text(verdict.explanation) + ",\n  \"figures\": " + object_text(figures) +
+           ",\n  \"encoder_failed\": " + boolean(verdict.encoder_failed) + "\n}\n";
 }
 
 /// For a cache folder that cannot be written: this process need not repeat what it has found.

@@ -11,7 +11,8 @@
 
 namespace sam3rt {
 
-/// What a verdict is about: the fields of Subject in sam3rt.accuracy.verdicts, and the bundle.
+/// What a verdict is about: the fields of Subject in sam3rt.accuracy.verdicts, and the bundle. The
+/// variables of the environment that choose kernels come to it by themselves.
 struct VerdictSubject {
     std::string fingerprint;
     std::string backend;

@@ -44,6 +44,17 @@ static void refuse(sam3rt_status status, sam3rt_error** error, sam3rt_status wan
     *error = NULL;
 }
 
+static unsigned char* read_bytes(const char* path, size_t bytes) {
+    unsigned char* content = malloc(bytes);
+    FILE* file = fopen(path, "rb");
+    if (content == NULL || file == NULL || fread(content, 1, bytes, file) != bytes) {
+        printf("cannot read %s\n", path);
+        exit(2);
+    }
+    fclose(file);
+    return content;
+}
+
 static void write_file(const char* folder, const char* name, const void* values, size_t bytes) {
     char path[4096];
     FILE* file;
@@ -152,6 +163,8 @@ static void check_options(const char* bundle) {
            "a missing bundle");
     refuse(sam3rt_model_load_from_memory(NULL, 0, NULL, &model, &error), &error,
            SAM3RT_BUNDLE_ERROR, "bundle.json", "no files");
+    refuse(sam3rt_model_load_from_memory(NULL, 1, NULL, &model, &error), &error,
+           SAM3RT_INVALID_INPUT, "files", "files at NULL");
     refuse(sam3rt_set_shared_threads(0, &error), &error, SAM3RT_INVALID_INPUT, "threads",
            "a pool without threads");
     refuse(sam3rt_set_shared_threads(2, &error), &error, SAM3RT_STATE_ERROR, "",
@@ -240,6 +253,9 @@ static void check_batch(sam3rt_predictor* predictor, const sam3rt_image* image,
     write_prediction(folder, "batch1", predictions[1]);
     sam3rt_prediction_free(predictions[0]);
     sam3rt_prediction_free(predictions[1]);
+    sam3rt_predictor_reset(predictor);
+    refuse(sam3rt_predictor_predict_batch(predictor, both, 2, NULL, predictions, &error), &error,
+           SAM3RT_STATE_ERROR, "", "a batch that was forgotten");
 }
 
 /* Embeddings in place of images, one of them twice. */
@@ -338,6 +354,30 @@ static void check_embedding(const sam3rt_model* model, const sam3rt_embedding* e
     sam3rt_maps_free(NULL);
 }
 
+/* The bytes of an embedding are those of its file, and give it again. */
+static void check_bytes(const sam3rt_model* model, const sam3rt_embedding* embedding,
+                        const char* path) {
+    sam3rt_error* error = NULL;
+    sam3rt_buffer* bytes = NULL;
+    sam3rt_embedding* again = NULL;
+    size_t size;
+    unsigned char* saved;
+    succeed(sam3rt_embedding_to_bytes(embedding, &bytes, &error), &error, "bytes");
+    size = sam3rt_buffer_size(bytes);
+    saved = read_bytes(path, size);
+    expect(memcmp(saved, sam3rt_buffer_data(bytes), size) == 0, "bytes of the file");
+    sam3rt_buffer_free(bytes);
+    refuse(sam3rt_embedding_from_bytes(model, saved, size - 1, &again, &error), &error,
+           SAM3RT_EMBEDDING_ERROR, "", "bytes that are cut");
+    refuse(sam3rt_embedding_from_bytes(model, NULL, size, &again, &error), &error,
+           SAM3RT_INVALID_INPUT, "content", "bytes at NULL");
+    succeed(sam3rt_embedding_from_bytes(model, saved, size, &again, &error), &error, "from bytes");
+    free(saved);
+    expect(sam3rt_embedding_nbytes(again) == sam3rt_embedding_nbytes(embedding), "the same maps");
+    sam3rt_embedding_free(again);
+    expect(sam3rt_buffer_size(NULL) == 0 && sam3rt_buffer_data(NULL) == NULL, "no bytes of NULL");
+}
+
 /* The bundle's own record passes, and says what was compared. */
 static void check_accuracy(const sam3rt_model* model) {
     sam3rt_error* error = NULL;
@@ -390,17 +430,6 @@ static void check_accuracy(const sam3rt_model* model) {
     sam3rt_health_free(NULL);
 }
 
-static unsigned char* read_pixels(const char* path, size_t bytes) {
-    unsigned char* pixels = malloc(bytes);
-    FILE* file = fopen(path, "rb");
-    if (pixels == NULL || file == NULL || fread(pixels, 1, bytes, file) != bytes) {
-        printf("cannot read %s\n", path);
-        exit(2);
-    }
-    fclose(file);
-    return pixels;
-}
-
 int main(int count, char** arguments) {
     sam3rt_error* error = NULL;
     sam3rt_model* model = NULL;
@@ -422,7 +451,7 @@ int main(int count, char** arguments) {
     image.struct_size = sizeof image;
     image.height = atol(arguments[3]);
     image.width = atol(arguments[4]);
-    image.pixels = read_pixels(arguments[2], (size_t)(image.height * image.width * 3));
+    image.pixels = read_bytes(arguments[2], (size_t)(image.height * image.width * 3));
 
     expect(sam3rt_abi_version() == SAM3RT_ABI_VERSION, "version of the interface");
     expect(strlen(sam3rt_version()) >= 5, "version of the library");
@@ -446,10 +475,12 @@ int main(int count, char** arguments) {
     sam3rt_embedding_image_size(embedding, &height, &width);
     expect(height == image.height && width == image.width, "size of the image");
     check_embedding(model, embedding);
+    succeed(sam3rt_model_prepare(model, &error), &error, "prepare");
     check_embedding_batch(model, embedding, &prompts);
     check_accuracy(model);
     snprintf(path, sizeof path, "%s/image.embedding", arguments[5]);
     succeed(sam3rt_embedding_save(embedding, path, &error), &error, "save");
+    check_bytes(model, embedding, path);
     refuse(sam3rt_embedding_save(embedding, "/nowhere/image.embedding", &error), &error,
            SAM3RT_IO_ERROR, "", "save to nowhere");
     succeed(sam3rt_embedding_load(model, path, &loaded, &error), &error, "load an embedding");

@@ -51,18 +51,27 @@ using testing::CallersMemory;
 using testing::read_npy;
 using testing::write_npy;
 
+/// The limit for files of the tests themselves.
+constexpr std::uint64_t whole_file = std::uint64_t{1} << 40U;
+
+std::string text(const json& step, const std::string& name) {
+    return step.at(name).get<std::string>();
+}
+
 /// What later steps may refer to by name.
 struct Session {
+    const Model& model(const json& step) const { return models.at(text(step, "model")); }
+    const ImageEmbedding& embedding(const json& step) const {
+        return embeddings.at(text(step, "embedding"));
+    }
+    Predictor& predictor(const json& step) { return predictors.at(text(step, "predictor")); }
+
     std::map<std::string, Model> models;
     std::map<std::string, ImageEmbedding> embeddings;
     std::map<std::string, Predictor> predictors;
     /// The files of a bundle that was loaded from memory.
     std::map<std::string, std::weak_ptr<const Bytes>> lent;
 };
-
-std::string text(const json& step, const std::string& name) {
-    return step.at(name).get<std::string>();
-}
 
 /// Where a step's result of a given name goes.
 std::string result_path(const json& step, const std::string& name) {
@@ -237,8 +246,8 @@ json predict(Session& session, const json& step) {
         options.output = room->address() + shift;
         options.stream = stream_to_name(step, *room);
     }
-    Prediction prediction = session.predictors.at(text(step, "predictor"))
-                                .predict(prompts_of(step.value("prompts", json::object())), options);
+    Prediction prediction = session.predictor(step).predict(
+        prompts_of(step.value("prompts", json::object())), options);
     if (room != nullptr) {
         memory = room->content();
         options.output = memory.data() + shift;
@@ -328,7 +337,7 @@ json load_from_memory(Session& session, const json& step) {
         BundleFile file{entry.at(0), nullptr, 1, nullptr};
         if (!entry.at(1).is_null()) {
             const auto content = std::make_shared<const Bytes>(
-                read_file(entry.at(1).get<std::string>(), std::uint64_t{1} << 40U));
+                read_file(entry.at(1).get<std::string>(), whole_file));
             session.lent[file.name] = content;
             file = {file.name, content->data(), content->size(), content};
         }
@@ -357,7 +366,7 @@ json add_embedding(Session& session, const json& step, const ImageEmbedding& emb
 }
 
 json maps(Session& session, const json& step) {
-    const std::vector<Array<float>> found = session.embeddings.at(text(step, "embedding")).maps();
+    const std::vector<Array<float>> found = session.embedding(step).maps();
     for (std::size_t i = 0; i < found.size(); ++i) {
         write_npy(result_path(step, std::to_string(i)), found[i]);
     }
@@ -367,9 +376,8 @@ json maps(Session& session, const json& step) {
 json decode(Session& session, const json& step) {
     const Ending ending(step);
     const DecodedMasks decoded =
-        session.models.at(text(step, "model"))
-            .decode(session.embeddings.at(text(step, "embedding")), prompts_of(step["prompts"]),
-                    step.value("multimask_output", true), ending.get());
+        session.model(step).decode(session.embedding(step), prompts_of(step["prompts"]),
+                                   step.value("multimask_output", true), ending.get());
     write_npy(result_path(step, "low_res"), decoded.low_res_masks);
     write_npy(result_path(step, "iou"), decoded.iou_predictions);
     if (decoded.object_score_logits) {
@@ -378,7 +386,7 @@ json decode(Session& session, const json& step) {
     return decoded.warning;
 }
 
-json new_predictor(Session& session, const json& step) {
+void new_predictor(Session& session, const json& step) {
     PredictorOptions options;
     // JSON has no NaN.
     const auto number = [](const json& value) {
@@ -394,11 +402,10 @@ json new_predictor(Session& session, const json& step) {
         options.max_sprinkle_area = number(step["max_sprinkle_area"]);
     }
     session.predictors.insert_or_assign(text(step, "predictor"),
-                                        Predictor(session.models.at(text(step, "model")), options));
-    return nullptr;
+                                        Predictor(session.model(step), options));
 }
 
-json set_image_batch(Session& session, const json& step) {
+void set_image_batch(Session& session, const json& step) {
     std::vector<Image> images;
     std::vector<ImageView> views;
     for (const json& path : step.at("images")) {
@@ -411,17 +418,15 @@ json set_image_batch(Session& session, const json& step) {
         images.emplace_back(image);
         views.push_back(images.back().view);
     }
-    session.predictors.at(text(step, "predictor")).set_image_batch(views);
-    return nullptr;
+    session.predictor(step).set_image_batch(views);
 }
 
-json set_embedding_batch(Session& session, const json& step) {
+void set_embedding_batch(Session& session, const json& step) {
     std::vector<ImageEmbedding> embeddings;
     for (const json& name : step.at("embeddings")) {
         embeddings.push_back(session.embeddings.at(name));
     }
-    session.predictors.at(text(step, "predictor")).set_embedding_batch(std::move(embeddings));
-    return nullptr;
+    session.predictor(step).set_embedding_batch(std::move(embeddings));
 }
 
 json predict_batch(Session& session, const json& step) {
@@ -433,8 +438,7 @@ json predict_batch(Session& session, const json& step) {
     PredictOptions options = predict_options_of(step);
     options.cancellation = ending.get();
     const std::vector<Prediction> predictions =
-        session.predictors.at(text(step, "predictor"))
-            .predict_batch(prompts, options);
+        session.predictor(step).predict_batch(prompts, options);
     for (std::size_t i = 0; i < predictions.size(); ++i) {
         write_prediction(step, std::to_string(i) + ".", predictions[i]);
     }
@@ -461,14 +465,14 @@ json pack_prompts(const json& step) {
 
 json preprocess_image(Session& session, const json& step) {
     const Image image(step);
-    const ImageSpec& spec = session.models.at(text(step, "model")).manifest().image;
+    const ImageSpec& spec = session.model(step).manifest().image;
     check_image(image.view, "image");
     const ImageGeometry geometry = geometry_of(spec, {image.view.height, image.view.width});
     write_npy(result_path(step, "pixels"), preprocess(spec, image.view, geometry));
     return as_json(geometry.input_size);
 }
 
-json resize(const json& step) {
+void resize(const json& step) {
     const Image image(step);
     const Size target = size_of(step.at("target"));
     const Shape shape = {target.height, target.width, 3};
@@ -479,10 +483,9 @@ json resize(const json& step) {
         write_npy(result_path(step, "pixels"),
                   Array<float>(shape, resize_unrounded(image.view, target)));
     }
-    return nullptr;
 }
 
-json finish(const json& step) {
+void finish(const json& step) {
     ImageSpec image;
     image.size = size_of(step.at("padded"));
     MaskSpec masks;
@@ -503,7 +506,6 @@ json finish(const json& step) {
         finish_masks(source, 1, finished.data());
         write_npy(result_path(step, "masks"), finished);
     }
-    return nullptr;
 }
 
 json components(const json& step) {
@@ -517,14 +519,13 @@ json components(const json& step) {
     return !small.empty();
 }
 
-json write_embedding_file(const json& step) {
+void write_embedding_file(const json& step) {
     std::vector<Array<float>> arrays;
     for (const json& path : step.at("maps")) {
         arrays.push_back(read_npy<float>(path.get<std::string>()));
     }
     write_embedding(text(step, "path"), step.at("names").get<std::vector<std::string>>(), arrays,
                     geometry_from(step), text(step, "fingerprint"));
-    return nullptr;
 }
 
 json read_embedding_file(const json& step) {
@@ -548,7 +549,7 @@ json read_embedding_file(const json& step) {
 }
 
 json hash(const json& step) {
-    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const Bytes content = read_file(text(step, "path"), whole_file);
     Sha256 digest;
     const std::size_t piece = step.at("piece");
     for (std::size_t at = 0; at < content.size(); at += piece) {
@@ -640,7 +641,7 @@ json judge_changed(const json& step) {
 }
 
 json health(Session& session, const json& step) {
-    const Health found = session.models.at(text(step, "model")).health();
+    const Health found = session.model(step).health();
     return {{"healthy", found.healthy},
             {"problem", found.problem},
             {"backend", found.backend},
@@ -652,7 +653,7 @@ json health(Session& session, const json& step) {
 }
 
 json read_archive(const json& step) {
-    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const Bytes content = read_file(text(step, "path"), whole_file);
     json names = json::array();
     for (const auto& [name, array] : read_npz(content, "a.npz")) {
         if (const auto* found = std::get_if<std::string>(&array)) {
@@ -673,7 +674,7 @@ json read_archive(const json& step) {
 }
 
 json unpack(const json& step) {
-    const Bytes packed = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const Bytes packed = read_file(text(step, "path"), whole_file);
     const std::optional<Bytes> found = inflate(packed.data(), packed.size(), step.at("size"));
     if (found) {
         write_npy(result_path(step, "bytes"),
@@ -687,14 +688,13 @@ VerdictSubject subject_of(const json& step) {
             text(step, "processor"),   text(step, "precision"), text(step, "files")};
 }
 
-json remember(const json& step) {
+void remember(const json& step) {
     Verdict verdict{step.at("passed"), text(step, "explanation"), {}, step.at("encoder_failed")};
     for (const auto& [name, value] : step.at("figures").items()) {
         verdict.figures[name] =
             value.is_string() ? std::stod(value.get<std::string>()) : value.get<double>();
     }
     save_verdict(subject_of(step), verdict);
-    return nullptr;
 }
 
 json recall(const json& step) {
@@ -735,13 +735,12 @@ json gpu(const json& step) {
     return {machine.gpu.name, machine.gpu.compute_capability, machine.driver_version};
 }
 
-json onnx_locations(const json& step) {
+void onnx_locations(const json& step) {
     std::vector<FileEntry> beside;
     for (const json& entry : step.at("beside")) {
         beside.push_back({entry.at(0), "", entry.at(1)});
     }
-    check_onnx(read_file(text(step, "path"), std::uint64_t{1} << 40U), "m.onnx", beside);
-    return nullptr;
+    check_onnx(read_file(text(step, "path"), whole_file), "m.onnx", beside);
 }
 
 /// Where an image of a size lies in the encoder's input, and whether it may have that size.
@@ -796,9 +795,9 @@ json memory() {
 }
 
 /// Encode one image in several threads at once; the embeddings are dropped.
-json encode_at_once(Session& session, const json& step) {
+void encode_at_once(Session& session, const json& step) {
     const Image image(step);
-    const Model& model = session.models.at(text(step, "model"));
+    const Model& model = session.model(step);
     std::vector<std::thread> threads;
     for (int i = 0; i < step.at("threads").get<int>(); ++i) {
         threads.emplace_back([&] { model.encode(image.view); });
@@ -806,7 +805,6 @@ json encode_at_once(Session& session, const json& step) {
     for (std::thread& thread : threads) {
         thread.join();
     }
-    return nullptr;
 }
 
 /// How many threads this process has.
@@ -843,7 +841,7 @@ json rest_after_decode(Session& session, const json& step) {
 #if SAM3RT_ONNXRUNTIME
 /// The parts of a graph as arrays of bytes, and what they are between and of.
 json split(const json& step) {
-    const Bytes content = read_file(text(step, "path"), std::uint64_t{1} << 40U);
+    const Bytes content = read_file(text(step, "path"), whole_file);
     const std::optional<GraphParts> parts =
         split_onnx(content, step.at("inputs").get<std::vector<std::string>>());
     if (!parts) {
@@ -900,12 +898,11 @@ CountingAllocator& host_allocator() {
 }
 
 /// Let the library use an environment that counts the lines of its log, and has an allocator.
-json set_environment() {
+void set_environment() {
     static auto* const environment =
         new Ort::Env(ORT_LOGGING_LEVEL_INFO, "host", count_line, nullptr);
     Ort::ThrowOnError(Ort::GetApi().RegisterAllocator(*environment, &host_allocator()));
     set_ort_environment(*environment);
-    return nullptr;
 }
 #endif
 
@@ -913,10 +910,10 @@ std::mutex lines_mutex;
 json lines = json::array();
 
 /// Collect the log from a level on, or with none, no more.
-json collect_log(const json& step) {
+void collect_log(const json& step) {
     if (step.at("level").is_null()) {
         set_log_callback(nullptr);
-        return nullptr;
+        return;
     }
     set_log_callback(
         [fails = step.value("fails", false)](LogLevel level, const std::string& line) {
@@ -927,7 +924,6 @@ json collect_log(const json& step) {
             }
         },
         static_cast<LogLevel>(step.at("level").get<int>()));
-    return nullptr;
 }
 
 /// The lines since the last such step.
@@ -938,158 +934,129 @@ json log_lines() {
 
 using Step = std::function<json(Session&, const json&)>;
 
+/// What a function of a session and a step, of a step, or of nothing does; its result, if it has one.
+template <typename Function>
+Step does(const Function& function) {
+    return [function](Session& session, const json& given) -> json {
+        const auto call = [&] {
+            if constexpr (std::is_invocable_v<Function, Session&, const json&>) {
+                return function(session, given);
+            } else if constexpr (std::is_invocable_v<Function, const json&>) {
+                return function(given);
+            } else {
+                return function();
+            }
+        };
+        if constexpr (std::is_void_v<decltype(call())>) {
+            call();
+            return nullptr;
+        } else {
+            return call();
+        }
+    };
+}
+
 const std::map<std::string, Step>& steps() {
     static const std::map<std::string, Step> table = {
-        {"version", [](Session&, const json&) { return json(version()); }},
-        {"hash", [](Session&, const json& s) { return hash(s); }},
-        {"parse_manifest",
-         [](Session&, const json& s) {
-             return describe(parse_manifest(read_file(text(s, "path"), std::uint64_t{1} << 40U)));
-         }},
-        {"open_bundle",
-         [](Session&, const json& s) {
+        {"hash", does(hash)},
+        {"parse_manifest", does([](const json& s) {
+             return describe(parse_manifest(read_file(text(s, "path"), whole_file)));
+         })},
+        {"open_bundle", does([](const json& s) {
              return describe(open_bundle(text(s, "path"), s.value("check_files", true)).manifest);
-         }},
-        {"load_model", load_model},
-        {"load_from_memory", load_from_memory},
-        {"lent", [](Session& all, const json&) { return lent(all); }},
-        {"set_shared_threads",
-         [](Session&, const json& s) {
-             set_shared_threads(s.at("threads"));
-             return json();
-         }},
-        {"prepare",
-         [](Session& all, const json& s) {
-             all.models.at(text(s, "model")).prepare();
-             return json();
-         }},
-        {"warm_up",
-         [](Session& all, const json& s) {
-             all.models.at(text(s, "model")).warm_up();
-             return json();
-         }},
+         })},
+        {"load_model", does(load_model)},
+        {"load_from_memory", does(load_from_memory)},
+        {"lent", does([](Session& all, const json&) { return lent(all); })},
+        {"set_shared_threads", does([](const json& s) { set_shared_threads(s.at("threads")); })},
+        {"prepare", does([](Session& all, const json& s) { all.model(s).prepare(); })},
         {"encoder_loaded",
-         [](Session& all, const json& s) {
-             return json(all.models.at(text(s, "model")).encoder_loaded());
-         }},
-        {"encode",
-         [](Session& all, const json& s) {
+         does([](Session& all, const json& s) { return all.model(s).encoder_loaded(); })},
+        {"encode", does([](Session& all, const json& s) {
              const Image image(s);
              const Ending ending(s);
-             return add_embedding(
-                 all, s, all.models.at(text(s, "model")).encode(image.view, ending.get()));
-         }},
-        {"encode_view",
-         [](Session& all, const json& s) {
+             return add_embedding(all, s, all.model(s).encode(image.view, ending.get()));
+         })},
+        {"encode_view", does([](Session& all, const json& s) {
              const std::array<std::uint8_t, 3> pixel{};
              const ImageView view{s.value("null", false) ? nullptr : pixel.data(), s.at("height"),
                                   s.at("width"), s.value("row_stride", std::ptrdiff_t{0})};
-             return add_embedding(all, s, all.models.at(text(s, "model")).encode(view));
-         }},
+             return add_embedding(all, s, all.model(s).encode(view));
+         })},
         {"save_embedding",
-         [](Session& all, const json& s) {
-             all.embeddings.at(text(s, "embedding")).save(text(s, "path"));
-             return json();
-         }},
-        {"load_embedding",
-         [](Session& all, const json& s) {
-             return add_embedding(all, s,
-                                  all.models.at(text(s, "model")).load_embedding(text(s, "path")));
-         }},
-        {"embedding_to_bytes",
-         [](Session& all, const json& s) {
-             const std::vector<std::uint8_t> content =
-                 all.embeddings.at(text(s, "embedding")).to_bytes();
+         does([](Session& all, const json& s) { all.embedding(s).save(text(s, "path")); })},
+        {"load_embedding", does([](Session& all, const json& s) {
+             return add_embedding(all, s, all.model(s).load_embedding(text(s, "path")));
+         })},
+        {"embedding_to_bytes", does([](Session& all, const json& s) {
+             const std::vector<std::uint8_t> content = all.embedding(s).to_bytes();
              std::ofstream(text(s, "path"), std::ios::binary)
                  .write(reinterpret_cast<const char*>(content.data()),
                         static_cast<std::streamsize>(content.size()));
-             return json(content.size());
-         }},
-        {"embedding_from_bytes",
-         [](Session& all, const json& s) {
-             const Bytes content = read_file(text(s, "path"), std::uint64_t{1} << 40U);
-             return add_embedding(all, s,
-                                  all.models.at(text(s, "model"))
-                                      .embedding_from_bytes(content.data(), content.size()));
-         }},
-        {"log", [](Session&, const json& s) { return collect_log(s); }},
-        {"log_lines", [](Session&, const json&) { return log_lines(); }},
-        {"maps", maps},
-        {"decode", decode},
-        {"predictor", new_predictor},
-        {"set_image",
-         [](Session& all, const json& s) {
+         })},
+        {"embedding_from_bytes", does([](Session& all, const json& s) {
+             const Bytes content = read_file(text(s, "path"), whole_file);
+             return add_embedding(
+                 all, s, all.model(s).embedding_from_bytes(content.data(), content.size()));
+         })},
+        {"log", does(collect_log)},
+        {"log_lines", does(log_lines)},
+        {"maps", does(maps)},
+        {"decode", does(decode)},
+        {"predictor", does(new_predictor)},
+        {"set_image", does([](Session& all, const json& s) {
              const Image image(s);
-             all.predictors.at(text(s, "predictor")).set_image(image.view);
-             return json();
-         }},
-        {"set_embedding",
-         [](Session& all, const json& s) {
-             all.predictors.at(text(s, "predictor"))
-                 .set_embedding(all.embeddings.at(text(s, "embedding")));
-             return json();
-         }},
-        {"set_image_batch", set_image_batch},
-        {"set_embedding_batch", set_embedding_batch},
-        {"predict", predict},
-        {"predict_batch", predict_batch},
-        {"reset",
-         [](Session& all, const json& s) {
-             all.predictors.at(text(s, "predictor")).reset();
-             return json();
-         }},
-        {"pack", [](Session&, const json& s) { return pack_prompts(s); }},
-        {"preprocess", preprocess_image},
-        {"resize", [](Session&, const json& s) { return resize(s); }},
-        {"finish", [](Session&, const json& s) { return finish(s); }},
-        {"components", [](Session&, const json& s) { return components(s); }},
-        {"write_embedding", [](Session&, const json& s) { return write_embedding_file(s); }},
-        {"read_embedding", [](Session&, const json& s) { return read_embedding_file(s); }},
-        {"onnx_locations", [](Session&, const json& s) { return onnx_locations(s); }},
-        {"image_geometry", [](Session&, const json& s) { return image_geometry(s); }},
-        {"memory", [](Session&, const json&) { return memory(); }},
-        {"encode_at_once", encode_at_once},
-        {"threads", [](Session&, const json&) { return count_threads(); }},
-        {"affinities", [](Session&, const json&) { return affinities(); }},
-        {"rest_after_decode", rest_after_decode},
+             all.predictor(s).set_image(image.view);
+         })},
+        {"set_embedding", does([](Session& all, const json& s) {
+             all.predictor(s).set_embedding(all.embedding(s));
+         })},
+        {"set_image_batch", does(set_image_batch)},
+        {"set_embedding_batch", does(set_embedding_batch)},
+        {"predict", does(predict)},
+        {"predict_batch", does(predict_batch)},
+        {"pack", does(pack_prompts)},
+        {"preprocess", does(preprocess_image)},
+        {"resize", does(resize)},
+        {"finish", does(finish)},
+        {"components", does(components)},
+        {"write_embedding", does(write_embedding_file)},
+        {"read_embedding", does(read_embedding_file)},
+        {"onnx_locations", does(onnx_locations)},
+        {"image_geometry", does(image_geometry)},
+        {"memory", does(memory)},
+        {"encode_at_once", does(encode_at_once)},
+        {"threads", does(count_threads)},
+        {"affinities", does(affinities)},
+        {"rest_after_decode", does(rest_after_decode)},
 #if SAM3RT_ONNXRUNTIME
-        {"split_onnx", [](Session&, const json& s) { return split(s); }},
-        {"copy_through_identity", [](Session&, const json& s) { return copy_through_identity(s); }},
-        {"set_environment", [](Session&, const json&) { return set_environment(); }},
-        {"host_allocations",
-         [](Session&, const json&) { return json(host_allocator().count.load()); }},
-        {"host_lines", [](Session&, const json&) { return json(host_lines); }},
+        {"split_onnx", does(split)},
+        {"copy_through_identity", does(copy_through_identity)},
+        {"set_environment", does(set_environment)},
+        {"host_allocations", does([] { return host_allocator().count.load(); })},
+        {"host_lines", does([] { return host_lines; })},
 #endif
-        {"moved_from", [](Session&, const json&) { return moved_from(); }},
-        {"copy_file",
-         [](Session&, const json& s) {
+        {"moved_from", does(moved_from)},
+        {"copy_file", does([](const json& s) {
              std::filesystem::copy_file(text(s, "from"), text(s, "to"),
                                         std::filesystem::copy_options::overwrite_existing);
-             return json();
-         }},
-        {"chdir",
-         [](Session&, const json& s) {
-             std::filesystem::current_path(text(s, "path"));
-             return json();
-         }},
-        {"query_gpu", [](Session&, const json& s) { return gpu(s); }},
-        {"choose_engines", [](Session&, const json& s) { return choose(s); }},
-        {"verify",
-         [](Session& all, const json& s) {
+         })},
+        {"chdir", does([](const json& s) { std::filesystem::current_path(text(s, "path")); })},
+        {"query_gpu", does(gpu)},
+        {"choose_engines", does(choose)},
+        {"verify", does([](Session& all, const json& s) {
              const Ending ending(s);
-             return as_json(all.models.at(text(s, "model")).verify(ending.get()));
-         }},
-        {"health", health},
-        {"judge", [](Session&, const json& s) { return judge_changed(s); }},
-        {"load_record",
-         [](Session&, const json& s) {
-             const ParityRecord record = load_record(open_bundle(text(s, "path"), false));
-             return json{record.images().size(), record.cases().size()};
-         }},
-        {"read_npz", [](Session&, const json& s) { return read_archive(s); }},
-        {"inflate", [](Session&, const json& s) { return unpack(s); }},
-        {"save_verdict", [](Session&, const json& s) { return remember(s); }},
-        {"load_verdict", [](Session&, const json& s) { return recall(s); }},
+             return as_json(all.model(s).verify(ending.get()));
+         })},
+        {"health", does(health)},
+        {"judge", does(judge_changed)},
+        {"load_record", does([](const json& s) {
+             load_record(open_bundle(text(s, "path"), false));
+         })},
+        {"read_npz", does(read_archive)},
+        {"inflate", does(unpack)},
+        {"save_verdict", does(remember)},
+        {"load_verdict", does(recall)},
     };
     return table;
 }

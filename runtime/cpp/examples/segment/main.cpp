@@ -40,6 +40,7 @@ sam3rt::Prompts prompts_of(const Arguments& arguments) {
 }
 
 void segment(const Arguments& arguments) {
+    const std::vector<std::filesystem::path> earlier = earlier_results(arguments);
     const Picture image = read_image(arguments.image);
     sam3rt::ModelOptions model_options;
     model_options.device = arguments.device;
@@ -69,7 +70,7 @@ void segment(const Arguments& arguments) {
     }
 
     const std::vector<Found> found = sorted(prediction);
-    write_results(arguments, image, model, found, seconds);
+    write_results(arguments, earlier, image, model, found, seconds);
     std::cout << table(found, arguments, seconds);
 }
 

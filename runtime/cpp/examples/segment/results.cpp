@@ -4,8 +4,11 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <regex>
+#include <set>
 
 #include "overlay.hpp"
 
@@ -66,6 +69,22 @@ std::string backend_of(const std::string& device) {
 
 std::string mask_name(std::size_t index) { return "mask_" + std::to_string(index) + ".png"; }
 
+/// The names that an earlier run's result.json accounts for, itself included.
+std::set<std::string> listed(const std::filesystem::path& path) {
+    std::set<std::string> names = {"overlay.png", "result.json"};
+    try {
+        std::ifstream file(path, std::ios::binary);
+        const Json document = Json::parse(file);
+        document.at("model").at("fingerprint").get<std::string>();
+        for (const Json& entry : document.at("masks")) {
+            names.insert(entry.at("file").get<std::string>());
+        }
+    } catch (const Json::exception&) {
+        return {};
+    }
+    return names;
+}
+
 template <typename... Values>
 std::string formatted(const char* form, Values... values) {
     std::array<char, 256> line{};
@@ -96,10 +115,38 @@ std::vector<Found> sorted(const sam3rt::Prediction& prediction) {
     return found;
 }
 
-void write_results(const Arguments& arguments, const Picture& image, const sam3rt::Model& model,
-                   const std::vector<Found>& found, const Seconds& seconds) {
+std::vector<std::filesystem::path> earlier_results(const Arguments& arguments) {
+    static const std::regex form(R"(result\.json|overlay\.png|mask_\d+\.png)");
+    std::vector<std::filesystem::path> earlier;
+    if (!std::filesystem::is_directory(arguments.output)) {
+        return earlier;
+    }
+    const std::set<std::string> ours = listed(arguments.output / "result.json");
+    for (const auto& entry : std::filesystem::directory_iterator(arguments.output)) {
+        const std::string name = entry.path().filename().string();
+        if (!std::regex_match(name, form)) {
+            continue;
+        }
+        std::error_code no_image;
+        if (ours.count(name) == 0 ||
+            std::filesystem::equivalent(entry.path(), arguments.image, no_image)) {
+            throw UsageError("argument --output: " + entry.path().string() +
+                             " is not from an earlier run, expected a folder without it");
+        }
+        earlier.push_back(entry.path());
+    }
+    return earlier;
+}
+
+void write_results(const Arguments& arguments,
+                   const std::vector<std::filesystem::path>& earlier, const Picture& image,
+                   const sam3rt::Model& model, const std::vector<Found>& found,
+                   const Seconds& seconds) {
     const std::filesystem::path& folder = arguments.output;
     std::filesystem::create_directories(folder);
+    for (const std::filesystem::path& path : earlier) {
+        std::filesystem::remove(path);
+    }
     Json entries = Json::array();
     std::vector<std::vector<std::uint8_t>> best;
     for (std::size_t i = 0; i < found.size(); ++i) {

@@ -27,9 +27,16 @@ struct Seconds {
 /// All masks of a prediction: object by object, the best predicted IoU first.
 std::vector<Found> sorted(const sam3rt::Prediction& prediction);
 
-/// Write mask_N.png, overlay.png and result.json. Throws std::system_error.
-void write_results(const Arguments& arguments, const Picture& image, const sam3rt::Model& model,
-                   const std::vector<Found>& found, const Seconds& seconds);
+/// An earlier run's files in the output folder, which may be replaced. Throws UsageError where a file
+/// of such a name is none of them, or is the image.
+std::vector<std::filesystem::path> earlier_results(const Arguments& arguments);
+
+/// Write mask_N.png, overlay.png and result.json in place of an earlier run's files.
+/// Throws std::system_error.
+void write_results(const Arguments& arguments,
+                   const std::vector<std::filesystem::path>& earlier, const Picture& image,
+                   const sam3rt::Model& model, const std::vector<Found>& found,
+                   const Seconds& seconds);
 
 /// A table of what was found, for people.
 std::string table(const std::vector<Found>& found, const Arguments& arguments,

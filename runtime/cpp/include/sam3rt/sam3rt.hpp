@@ -50,10 +50,11 @@ constexpr float max_mask_logit = 1e4F;
 // --- errors --------------------------------------------------------------------------------------
 
 /// Base class of everything the library throws on purpose, but for std::system_error where a file
-/// cannot be written and std::bad_alloc where memory runs out.
+/// cannot be written and std::bad_alloc where memory runs out. A message is one line: blanks stand for
+/// the control characters of names that a file brought along.
 class SAM3RT_EXPORT Error : public std::runtime_error {
 public:
-    using std::runtime_error::runtime_error;
+    explicit Error(const std::string& message);
     Error(const Error&) = default;
     ~Error() override;
 };
@@ -895,7 +896,7 @@ public:
     /// of several images share runs of the decoder; else one image comes after the other. All prompts
     /// and embeddings are checked first: what is wrong with one fails the call.
     /// Throws StateError where no batch is set, PromptError where there is not one entry per image,
-    /// else as Model::decode.
+    /// else as Model::decode; one of several entries is named, such as "prompts[1].box".
     std::vector<Prediction> predict_batch(const std::vector<Prompts>& prompts,
                                           const PredictOptions& options = {}) const;
 

@@ -30,20 +30,8 @@ std::unique_ptr<DecoderLane> DecoderLanes::take(const DeviceFeatures* features,
         if (std::unique_ptr<DecoderLane> lane = take_if_free(features)) {
             return lane;
         }
-        const OnCancel wake(cancellation, [this] {
-            {
-                // So that this cannot come between a waiter's look and its sleep.
-                const std::lock_guard<std::mutex> lock(mutex_);
-            }
-            changed_.notify_all();
-        });
-        {
-            // Released before `wake` ends, which waits for the function above.
-            std::unique_lock<std::mutex> lock(mutex_);
-            changed_.wait(
-                lock, [&] { return !free_.empty() || may_grow() || is_cancelled(cancellation); });
-        }
-        check_cancelled(cancellation);
+        wait_until(mutex_, changed_, cancellation,
+                   [this] { return !free_.empty() || may_grow(); });
     }
 }
 

@@ -197,7 +197,7 @@ extern "C" int LLVMFuzzerInitialize(int* /*count*/, char*** /*arguments*/) {
     options.struct_size = sizeof options;
     options.device = "cpu";
     options.threads = 1;
-    const std::vector<std::uint8_t> pixels(3 * 10 * 14, 90);
+    const std::vector<std::uint8_t> pixels(std::size_t{3} * 10 * 14, 90);
     sam3rt_image image{};
     image.struct_size = sizeof image;
     image.pixels = pixels.data();
