@@ -34,10 +34,11 @@ _LOG = logging.getLogger(__name__)
 
 _FORMAT = "sam3rt-verdict-2"
 _MAX_BYTES = 1 << 20
-# Variables by which the libraries that compute take other kernels, or sum up in other types.
+# Variables by which the libraries that compute take other kernels, or sum up in other types, as C++
+# knows them.
 _CHOICES = re.compile(
-    "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|OV_CPU_.*|"
-    "ORT_(?!DISABLE_TELEMETRY$).*|NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*"
+    "(ONEDNN|DNNL)_(MAX_CPU_ISA|CPU_ISA_HINTS|DEFAULT_FPMATH_MODE)|ORT_(?!DISABLE_TELEMETRY$).*|"
+    "NVIDIA_TF32_OVERRIDE|(CUBLAS|CUDNN)_.*"
 )
 # For a cache folder that cannot be written: this process need not repeat what it has found.
 _unwritten: dict[str, StoredVerdict] = {}
@@ -158,10 +159,8 @@ def _key(bundle: Bundle, subject: Subject) -> dict[str, Any]:
         **dataclasses.asdict(subject),
         "limits": msgspec.structs.asdict(GATE_LIMITS),
     }
-    chosen = sorted(
-        f"{name}={value}" for name, value in os.environ.items() if _CHOICES.fullmatch(name)
-    )
-    return key | {"environment": "\n".join(chosen)} if chosen else key
+    chosen = {name: value for name, value in os.environ.items() if _CHOICES.fullmatch(name)}
+    return key | {"environment": chosen} if chosen else key
 
 
 def _file_name(key: dict[str, Any]) -> str:
