@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sam3rt.backends.base import OBJECTS_AT_ONCE
 from sam3rt.embedding import ImageEmbedding
 from sam3rt.embedding_cache import CacheFullError, EmbeddingCache
-from sam3rt.errors import PromptError
+from sam3rt.errors import InvalidInputError, PromptError
 from sam3rt.machine import usable_cores
 from sam3rt.masks import MaskOptions, clamp
 from sam3rt.model import SegmentationModel
@@ -114,6 +114,10 @@ class Service:
         uploads: the queue of images.
         clicks: the queue of requests for masks.
         on_run: told how many objects were decoded together, each time.
+
+    Raises:
+        InvalidInputError: ``cache_bytes`` holds not even one embedding.
+        OSError: the folder cannot be made.
     """
 
     def __init__(
@@ -129,6 +133,11 @@ class Service:
     ) -> None:
         self.model = model
         self.limits = limits or Limits()
+        shapes = [spec.shape[1:] for spec in model.manifest.encoder.outputs]
+        embedding = 4 * sum(math.prod(map(int, shape)) for shape in shapes)
+        if cache_bytes < embedding:
+            expected = f"{embedding} at least, for one image (--cache-mb {-(-embedding >> 20)})"
+            raise InvalidInputError("cache_bytes", str(cache_bytes), expected)
         self.cache = EmbeddingCache(model, cache_bytes, cache_folder, max_folder_bytes)
         self.on_run: Callable[[int], None] = lambda objects: None
         self._sessions = Sessions(self.limits.session_bytes)

@@ -103,7 +103,8 @@ def create_app(
 
     app = Starlette(
         routes=[*own, *routes],
-        exception_handlers=dict.fromkeys(_EXPECTED, api.on_error),
+        # Those that nobody expects are logged with their traceback as well.
+        exception_handlers=dict.fromkeys((*_EXPECTED, Exception), api.on_error),
         middleware=[Middleware(Watched, metrics=api.metrics)],
         lifespan=lifespan,
     )

@@ -22,6 +22,7 @@ from tests.support.tensorrt_helpers import make_rig
 from sam3rt import (
     BackendError,
     ImageError,
+    InvalidInputError,
     PromptError,
     SAM3InteractiveImagePredictor,
     SegmentationModel,
@@ -197,6 +198,17 @@ def test_a_failure_of_the_encoder_is_told_and_over(
     with pytest.raises(BackendError, match="no memory"):
         service.add_image(FILE).result(5)
     assert service.add_image(FILE).result(5).is_new
+
+
+def test_a_cache_that_holds_no_image_is_refused_at_once(
+    toy: SegmentationModel, default_model: SegmentationModel, serve: Callable[..., Service]
+) -> None:
+    size = toy.encode(IMAGE).nbytes
+    assert serve(cache_bytes=size).add_image(FILE).result(5).is_new
+    with pytest.raises(InvalidInputError, match=rf"cache_bytes: got {size - 1}, expected {size} "):
+        Service(toy, cache_bytes=size - 1)
+    with pytest.raises(InvalidInputError, match=r"--cache-mb 4\)"):
+        Service(default_model, cache_bytes=1 << 20)
 
 
 # --- masks ----------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def serve(toy: SegmentationModel) -> Iterator[Callable[..., TestClient]]:
     def make(model: SegmentationModel = toy, **options: Any) -> TestClient:
         limits = {name: options.pop(name) for name in list(options) if hasattr(Limits, name)}
         service = Service(model, Limits(**limits), cache_folder=options.pop("cache_folder", None))
-        made.append(TestClient(create_app(service, **options)))
+        app = create_app(service, **options)
+        made.append(TestClient(app, raise_server_exceptions=False))
         return made[-1].__enter__()
 
     yield make
@@ -308,19 +309,20 @@ def test_the_deadline_and_a_full_queue(
 def test_a_failing_model_is_an_error_of_one_request(
     toy: SegmentationModel, serve: Callable[..., TestClient]
 ) -> None:
-    broken = [False]
+    def no_number(outputs: dict[str, NDArray[np.float32]]) -> None:
+        outputs["iou_scores"][:] = np.nan
 
-    def spoil(outputs: dict[str, NDArray[np.float32]]) -> None:
-        if broken[0]:
-            outputs["iou_scores"][:] = np.nan
+    def no_memory(outputs: dict[str, NDArray[np.float32]]) -> None:
+        raise MemoryError("9 TiB")
 
-    client = serve(wrapped(toy, on_decode=spoil))
+    fails: list[Callable[..., None]] = []
+    client = serve(wrapped(toy, on_decode=lambda outputs: fails.pop()(outputs) if fails else None))
     client.put("/v1/images/cat", content=FILE, headers=PNG)
-    broken[0] = True
-    answer = client.post("/v1/images/cat/masks", json=QUESTION)
-    assert (answer.status_code, answer.json()["kind"]) == (500, "BackendError")
-    broken[0] = False
-    assert client.post("/v1/images/cat/masks", json=QUESTION).status_code == 200
+    for fail, kind in ((no_number, "BackendError"), (no_memory, "MemoryError")):
+        fails.append(fail)
+        answer = client.post("/v1/images/cat/masks", json=QUESTION)
+        assert (answer.status_code, answer.json()["kind"]) == (500, kind)
+        assert client.post("/v1/images/cat/masks", json=QUESTION).status_code == 200
 
 
 def test_the_key_is_asked_for(serve: Callable[..., TestClient]) -> None:
