@@ -138,9 +138,9 @@ def _is_entry(line: dict[str, Any]) -> bool:
     return isinstance(image, str) and has_names
 
 
-def _is_of_another(entry: Entry, own: Container[Path]) -> bool:
+def _is_of_another(entry: Entry, own: Container[str]) -> bool:
     path = Path(entry["image"])
-    return "annotations" in entry and path.is_file() and path.resolve() not in own
+    return "annotations" in entry and path.is_file() and os.path.realpath(path) not in own
 
 
 class _Progress:
@@ -317,7 +317,7 @@ class _Writer:
         """Write what belongs to all images: those done, and others' that are still there."""
         self._journal.compact()
         if self._format == "coco":
-            own = {job.image.resolve() for job in jobs}
+            own = {os.path.realpath(job.image) for job in jobs}
             others = [e for e in self._journal.entries.values() if _is_of_another(e, own)]
             entries = sorted([*done, *others], key=lambda entry: str(entry["image"]))
             write_text(self._output / ANNOTATIONS, as_json(coco_document(entries, self._names)))

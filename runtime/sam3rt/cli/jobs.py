@@ -31,6 +31,7 @@ from msgspec import Struct
 
 from ..errors import InvalidInputError
 from .options import problem_of
+from .output import RESULT, results_listed_in
 
 STDIN = "-"
 DEFAULT_NAME = "object"
@@ -146,7 +147,7 @@ def find_images(arguments: Sequence[str], output: Path) -> Images:
 
 
 def _images_below(folder: Path, output: Path, images: Images) -> Iterator[Path]:
-    """A folder's images, but for hidden ones and our results; ``images`` learns what else is there.
+    """A folder's images, but for hidden ones and results; ``images`` learns what else is there.
 
     Links to folders are not followed: they may lead round in circles, or to the whole disk.
     """
@@ -159,22 +160,25 @@ def _images_below(folder: Path, output: Path, images: Images) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in folders if (here / name).resolve() != output]
         images.passed_over.update("links to folders" for n in folders if (here / n).is_symlink())
-        for path in (here / name for name in files if not name.startswith(".")):
-            suffix = path.suffix.lower()
-            if suffix not in _SUFFIXES:
+        ours = results_listed_in(here / RESULT) if RESULT in files else ()
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if name.startswith(".") or name in ours:
+                continue
+            if suffix in _SUFFIXES:  # also a link that leads nowhere, which fails
+                yield here / name
+            else:
                 images.passed_over[suffix or "without a suffix"] += 1
-            elif path.exists() and not path.is_file():
-                images.passed_over["pipes and devices"] += 1
-            else:  # also a link that leads nowhere, which fails
-                yield path
 
 
 def _is_meant(path: Path, base: Path, output: Path) -> bool:
-    """Whether what fits a pattern is a file, neither hidden nor one of our results."""
-    if any(part.startswith(".") for part in path.relative_to(base).parts) or not path.is_file():
+    """Whether what fits a pattern is no folder, neither hidden nor one of our results."""
+    if any(part.startswith(".") for part in path.relative_to(base).parts) or path.is_dir():
         return False
     inside = output.is_relative_to(base.resolve()) and output != base.resolve()
-    return not (inside and path.resolve().is_relative_to(output))
+    if inside and path.parent.resolve().is_relative_to(output):
+        return False
+    return path.name not in results_listed_in(path.parent / RESULT)
 
 
 class _Line(Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,7 +189,7 @@ class _Line(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = DEFAULT_NAME
 
 
-def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]:
+def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], list[str]]:
     """The jobs of a ``prompts.jsonl``, one an image, in the order of their first lines.
 
     Args:
@@ -193,8 +197,8 @@ def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]
         images: those that were named; where there are any, others are passed over.
 
     Returns:
-        The jobs, a sentence for each image that is not there, and how many of the named images
-        have no line.
+        The jobs, a sentence for each image that is not there, and sentences about images that are
+        named or have a line, but not both.
 
     Raises:
         InvalidInputError: a line is malformed, or the file cannot be read.
@@ -203,29 +207,38 @@ def read_prompts(path: Path, images: Images) -> tuple[list[Job], list[str], int]
         text = sys.stdin.read() if str(path) == STDIN else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("--prompts", f"{path}: {error}", "a text file") from error
-    lines: dict[str, list[_Line]] = {}
-    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other line ends
-        if line.strip():
-            parsed = _parse_line(line, f"{path}, line {number}")
-            lines.setdefault(parsed.image, []).append(parsed)
+    lines = [
+        _parse_line(line, f"{path}, line {number}")
+        for number, line in enumerate(text.split("\n"), 1)  # JSON may hold other line ends
+        if line.strip()
+    ]
     if not lines:
         raise InvalidInputError("--prompts", f"{path}, without a line", "one line an object")
     # Last, names as results.jsonl and annotations.json have them.
     folders = [*(images.folders or [Path() if str(path) == STDIN else path.parent]), Path()]
-    resolved = {file.resolve(): (file, name) for file, name in images.files.items()}
-    jobs, missing = [], []
-    for image, objects in lines.items():
-        found = next((f / image for f in folders if (f / image).is_file()), None)
+    where = ", ".join(dict.fromkeys(map(str, folders)))
+    # By what links lead to. Path.resolve would raise where they lead round in circles.
+    named = {os.path.realpath(file): (file, name) for file, name in images.files.items()}
+    asked: dict[str, tuple[tuple[Path, str], list[_Line]]] = {}
+    missing, not_named = [], set()
+    for line in lines:
+        found = next((f / line.image for f in folders if (f / line.image).is_file()), None)
         if found is None:
-            where = ", ".join(dict.fromkeys(map(str, folders)))
-            missing.append(f"{image}: not found in {where}")
-            continue
-        if resolved and found.resolve() not in resolved:
-            continue
-        file, name = resolved.pop(found.resolve(), (found, _name_of(image)))
-        calls = tuple(_call(line) for line in objects)
-        jobs.append(Job(file, name, calls, tuple(line.name for line in objects)))
-    return jobs, missing, len(resolved)
+            missing.append(f"{line.image}: not found in {where}")
+        elif named and os.path.realpath(found) not in named:
+            not_named.add(line.image)
+        else:
+            real = os.path.realpath(found)
+            job = named.get(real, (found, _name_of(line.image)))
+            asked.setdefault(real, (job, []))[1].append(line)
+    jobs = [
+        Job(file, name, tuple(map(_call, objects)), tuple(line.name for line in objects))
+        for (file, name), objects in asked.values()
+    ]
+    without = f"images without a line in {path}: {len(named.keys() - asked)}"
+    others = f"images with a line in {path} that are not among those given: {len(not_named)}"
+    notes = [without] * (named.keys() > asked.keys()) + [others] * bool(not_named)
+    return jobs, list(dict.fromkeys(missing)), notes
 
 
 def _name_of(image: str) -> str:

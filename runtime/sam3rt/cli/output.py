@@ -66,7 +66,7 @@ def _earlier_results(target: Path, source: Path) -> set[str]:
         for path in target.iterdir()
         if path.name in (RESULT, OVERLAY) or _MASK.fullmatch(path.name)
     }
-    ours = _listed(target / RESULT)
+    ours = results_listed_in(target / RESULT)
     for name in sorted(present):
         if source.exists() and (target / name).exists() and source.samefile(target / name):
             raise InvalidInputError(
@@ -81,7 +81,7 @@ def _earlier_results(target: Path, source: Path) -> set[str]:
     return present
 
 
-def _listed(path: Path) -> set[str]:
+def results_listed_in(path: Path) -> set[str]:
     """The names that an earlier run's result.json accounts for, itself included."""
     try:
         document = json.loads(path.read_bytes())

@@ -217,14 +217,13 @@ def run(options: argparse.Namespace) -> int:
 def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Namespace) -> int:
     missing = list(images.problems)
     if options.prompts is not None:
-        jobs, gone, unnamed = read_prompts(options.prompts, images)
+        jobs, gone, notes = read_prompts(options.prompts, images)
         missing += gone
-        said = f"images without a line in {options.prompts}: {unnamed}" if unnamed else ""
     else:
         jobs = [Job(path, name, calls) for path, name in images.files.items()]
-        said = f"passed over: {images.others()}" if images.passed_over else ""
-    if said and not options.quiet:
-        print(printable(said), file=sys.stderr)
+        notes = [f"passed over: {images.others()}"] * bool(images.passed_over)
+    for note in notes if not options.quiet else ():
+        print(printable(note), file=sys.stderr)
     if not jobs and not missing:
         raise InvalidInputError("image", "none", "image files, folders or patterns")
     if options.format != "coco":  # all of it is one file

@@ -182,11 +182,13 @@ def test_labelme_is_a_document_beside_each_image_if_wanted(
         (["imgs/*.png"], {"a", "b"}),
         (["imgs/**/*.[pP][nN][gG]"], {"a", "b", "deep/c"}),
         (["imgs/deep", "imgs/a.png"], {"c", "a"}),
+        (["imgs/**/*"], {"a", "b", "deep/c"}),
     ],
 )
 def test_files_folders_and_patterns(
     arguments: list[str], expected: set[str], imgs: Path, segment: Any
 ) -> None:
+    assert segment("imgs/a.png", *CLICK, "-o", "imgs/masks") == 0
     assert segment(*arguments, *CLICK, "--format", "labelme", "-o", "out") == 0
     assert {name[:-5] for name in files("out") if name.endswith(".json")} == expected
 
@@ -195,11 +197,10 @@ def test_what_is_passed_over_is_said(imgs: Path, segment: Any, capsys: Any) -> N
     for name in ("a.HEIC", "b.heic", "notes.txt", "README"):
         (imgs / name).write_text("mine")
     (imgs / "deep" / "round").symlink_to("..")
-    os.mkfifo(imgs / "pipe.png")
     (imgs / ".git").mkdir()
     (imgs / ".git" / "x.py").write_text("")
     assert segment("imgs", *CLICK, "-o", "imgs/out") == 0
-    said = ".heic (2), .txt (1), links to folders (1), pipes and devices (1), without a suffix (1)"
+    said = ".heic (2), .txt (1), links to folders (1), without a suffix (1)"
     assert capsys.readouterr().err == f"passed over: {said}\n"
     Path("none").mkdir()
     Path("none", "c.heic").write_text("mine")
@@ -207,9 +208,11 @@ def test_what_is_passed_over_is_said(imgs: Path, segment: Any, capsys: Any) -> N
     assert "got none, with nothing but .heic (1), expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("images", ["imgs", "imgs/*"])
 def test_what_cannot_be_read_fails(
-    imgs: Path, segment: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    images: str, imgs: Path, segment: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    os.mkfifo(imgs / "pipe.png")
     (imgs / "lost.png").symlink_to("nowhere.png")
     (imgs / "round.png").symlink_to("round.png")
     scandir = os.scandir
@@ -220,19 +223,23 @@ def test_what_cannot_be_read_fails(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    assert segment("imgs", *CLICK, "--format", "labelme", "-o", "out") == 1
+    assert segment(images, *CLICK, "--format", "coco", "-o", "imgs/out") == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("2 images segmented")
     assert [line.removeprefix("sam3rt segment: failed: ") for line in printed.err.splitlines()] == [
-        "imgs/deep: Permission denied",
+        *["imgs/deep: Permission denied"] * (images == "imgs"),
         "imgs/lost.png: No such file or directory",
         "imgs/round.png: Too many levels of symbolic links",
+        "imgs/pipe.png: got a pipe, expected a file",
     ]
+    prompts = write_prompts("p.jsonl", {"image": "a.png", "points": [[9, 9]]})
+    assert segment(images, "--prompts", prompts, "--format", "coco", "-o", "imgs/out") <= 1
+    assert "done before" in capsys.readouterr().out
 
 
 def test_results_within_the_images_are_no_images(imgs: Path, segment: Any, capsys: Any) -> None:
-    for said in ("3 images segmented", "0 images segmented"):
-        assert segment("imgs", *CLICK, "-o", "imgs/out") == 0
+    for said, output in (("3 images", "out"), ("0 images", "out"), ("3 images", "other")):
+        assert segment("imgs", *CLICK, "-o", f"imgs/{output}") == 0
         assert capsys.readouterr().out.startswith(said)
 
 
@@ -295,6 +302,22 @@ def test_prompts_name_images_beside_themselves_and_may_come_by_a_pipe(
     again = write_prompts("again.jsonl", {**line, "image": "imgs/deep/c.PNG"})
     assert segment("imgs", "--prompts", again, "--format", "labelme", "-o", "out") == 0
     assert files("out") == ["deep/c.json", "results.jsonl"]
+    # One image by three names is one, whose objects stay in order.
+    same = ["imgs/b.png", "a.png", "./b.png", "deep/../b.png"]
+    points = [[[9, 9]], [[5, 5]], [[20, 20]], [[30, 3]]]
+    lines = [{"image": name, "points": p} for name, p in zip(same, points, strict=True)]
+    for number, named in enumerate(([], ["imgs"])):
+        prompts = write_prompts("imgs/p.jsonl", *lines)
+        assert segment(*named, "--prompts", prompts, "-o", f"same{number}") == 0
+        (result,) = Path(f"same{number}").glob("**/b/result.json")
+        asked = json.loads(result.read_text())["prompts"]
+        assert [call["point_coords"] for call in asked] == [points[0], points[2], points[3]]
+    Path("imgs/photo").write_bytes(Path("imgs/b.png").read_bytes())
+    prompts = write_prompts("imgs/p.jsonl", *lines, {**line, "image": "photo"})
+    capsys.readouterr()
+    assert segment("imgs", "--prompts", prompts, "-o", "some") == 0
+    said = "images with a line in imgs/p.jsonl that are not among those given: 1"
+    assert said in capsys.readouterr().err.splitlines()
     piped = io.StringIO(json.dumps({**line, "image": "imgs/b.png"}))
     monkeypatch.setattr(sys, "stdin", piped)
     assert segment("--prompts", "-", "--format", "labelme", "-o", "piped") == 0
