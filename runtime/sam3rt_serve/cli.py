@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import logging
 import os
@@ -88,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        _LOG.warning("there is no API key: whoever reaches %s can use it", address_of(listener))
     # Prompts far outside an image are the callers' affair.
     warnings.filterwarnings("ignore", category=PromptWarning)
     model = load_from_options(options)

@@ -336,8 +336,17 @@ def test_an_address_that_cannot_be_had_shows_at_once(
     assert capsys.readouterr().err == f"sam3rt serve: {said.format(taken=port)}\n"
 
 
-def test_nobody_is_let_in_before_the_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("host", "key", "warns"),
+    [("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)],
+)
+def test_nobody_is_let_in_before_the_model_is_loaded_nor_anybody_unsaid(
+    host: str,
+    key: str | None,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     port = free_port()
 
@@ -348,9 +357,13 @@ def test_nobody_is_let_in_before_the_model_is_loaded(
 
     monkeypatch.setattr(cli, "load_from_options", load)
     monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: None)
+    monkeypatch.delenv("SAM3RT_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("SAM3RT_API_KEY", key)
     with warnings.catch_warnings():
-        assert main(["serve", "--port", str(port)]) == 1
+        assert main(["serve", "--host", host, "--port", str(port)]) == 1
     assert capsys.readouterr().err == "sam3rt serve: no model\n"
+    assert ("no API key" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(
@@ -447,7 +460,7 @@ def test_misbehaving_callers_disturb_nobody(toy: SegmentationModel, tmp_path: Pa
 
         def many_ids() -> None:
             with Client(server.url) as client:
-                for number in range(2000):
+                for number in range(500):
                     with contextlib.suppress(ServerError):
                         client.segment(f"id-{number}", [POINT], session=f"s-{number}")
                     if number % 5 == 0:
