@@ -140,9 +140,7 @@ def find_images(arguments: Sequence[str], output: Path) -> Images:
             )
         images.folders.append(base)
         images.files |= {p: p.relative_to(base).with_suffix("").as_posix() for p in sorted(found)}
-    images.single = (
-        len(arguments) == 1 and len(images.files) == 1 and Path(arguments[0]) in (images.files)
-    )
+    images.single = len(arguments) == 1 and [Path(arguments[0])] == list(images.files)
     return images
 
 
@@ -175,8 +173,7 @@ def _is_meant(path: Path, base: Path, output: Path) -> bool:
     """Whether what fits a pattern is no folder, neither hidden nor one of our results."""
     if any(part.startswith(".") for part in path.relative_to(base).parts) or path.is_dir():
         return False
-    inside = output.is_relative_to(base.resolve()) and output != base.resolve()
-    if inside and path.parent.resolve().is_relative_to(output):
+    if base.resolve() in output.parents and path.parent.resolve().is_relative_to(output):
         return False
     return path.name not in results_listed_in(path.parent / RESULT)
 
