@@ -214,20 +214,6 @@ def test_a_cache_that_holds_no_image_is_refused_at_once(
 # --- masks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("multimask", [True, False])
-def test_masks_are_those_of_predict(
-    multimask: bool, serve: Callable[..., Service], predictor: SAM3InteractiveImagePredictor
-) -> None:
-    service = serve()
-    image_id = service.add_image(FILE).result(5).image_id
-    objects = clicks(12, 24, 31)
-    found = service.segment(image_id, objects, multimask).result(5)
-    for one, result in zip(objects, found, strict=True):
-        check_equal(result, predicted(predictor, one, multimask))
-        assert not result.is_refined
-    assert 0.1 < np.mean([result.masks.mean() for result in found]) < 0.9
-
-
 def test_requests_that_wait_together_share_runs(
     serve: Callable[..., Service], predictor: SAM3InteractiveImagePredictor
 ) -> None:

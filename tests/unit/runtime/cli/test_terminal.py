@@ -110,18 +110,12 @@ def test_an_interrupt_while_libraries_load_is_quiet(tmp_path: Path) -> None:
     assert (process.returncode, error) == (130, b"")
 
 
-def test_importing_the_package_loads_no_library() -> None:
-    code = "import sam3rt, sam3rt.cli, sys; print('numpy' in sys.modules, 'PIL' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert done.stdout == b"False False\n"
-
-
-def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, tiny_sam3: Path) -> None:
     output = tmp_path / "masken_für_\u2603"
     image = tmp_path / "photo.png"
     PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
     done = run(
-        *("segment", str(image), "--point", "5,5", "--device", "cpu"),
+        *("segment", str(image), "--point", "5,5", "--device", "cpu", "--bundle", str(tiny_sam3)),
         *("--backend", "onnxruntime", "--output", str(output)),
         PYTHONIOENCODING="ascii",
     )
@@ -200,14 +194,14 @@ def test_any_failure_is_one_line(
     assert capfd.readouterr().err == f"sam3rt info: {said}\n"
 
 
-def test_a_command_loads_nothing_that_others_need(tmp_path: Path) -> None:
+def test_a_command_loads_nothing_that_others_need(tmp_path: Path, tiny_sam3: Path) -> None:
     image = tmp_path / "photo.png"
     PIL.Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(image)
     code = "import atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
     for how, foreign in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
         done = run(
             *("segment", str(image), "--point", "5,5", "--device", "cpu"),
-            *("--backend", how, "--output", str(tmp_path / how)),
+            *("--bundle", str(tiny_sam3), "--backend", how, "--output", str(tmp_path / how)),
             code=code,
         )
         assert done.returncode == 0
