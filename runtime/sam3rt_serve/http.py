@@ -22,7 +22,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message
 
@@ -250,7 +250,7 @@ class _Api:
         return Response(self.metrics.text(), media_type="text/plain; version=1.0.0")
 
     async def get_openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(self._has_key))
+        return json_response(openapi(self._has_key))
 
     # --- what they share --------------------------------------------------------------------------
 

@@ -38,31 +38,31 @@ class Limits:
     session_bytes: int = 64 << 20
 
 
+# Options by the limits that they set, and the bits that separate their units.
+_OPTIONS = (
+    ("--max-image-mb", "image_bytes", 20, "largest image file"),
+    ("--max-pixels", "pixels", 0, "largest image"),
+    ("--max-objects", "objects", 0, "objects in a request"),
+    ("--max-points", "points", 0, "points of an object"),
+    ("--max-waiting-images", "waiting_images", 0, "images that may wait for the encoder"),
+    ("--max-waiting-clicks", "waiting_clicks", 0, "requests for masks that may wait"),
+    ("--deadline", "seconds", 0, "seconds that a request has"),
+)
+
+
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
     """Declare what one request may ask for, and how many may wait."""
-    for name, default, what in (
-        ("--max-image-mb", Limits.image_bytes >> 20, "largest image file"),
-        ("--max-pixels", Limits.pixels, "largest image"),
-        ("--max-objects", Limits.objects, "objects in a request"),
-        ("--max-points", Limits.points, "points of an object"),
-        ("--max-waiting-images", Limits.waiting_images, "images that may wait for the encoder"),
-        ("--max-waiting-clicks", Limits.waiting_clicks, "requests for masks that may wait"),
-        ("--deadline", int(Limits.seconds), "seconds that a request has"),
-    ):
-        add_number(parser, name, default, what)
+    for option, limit, bits, what in _OPTIONS:
+        add_number(parser, option, int(getattr(Limits, limit)) >> bits, what)
 
 
 def limits_from_options(options: argparse.Namespace) -> Limits:
     """What :func:`add_limit_options` declared."""
-    return Limits(
-        image_bytes=options.max_image_mb << 20,
-        pixels=options.max_pixels,
-        objects=options.max_objects,
-        points=options.max_points,
-        waiting_images=options.max_waiting_images,
-        waiting_clicks=options.max_waiting_clicks,
-        seconds=float(options.deadline),
-    )
+    given = {
+        limit: getattr(options, option[2:].replace("-", "_")) << bits
+        for option, limit, bits, _ in _OPTIONS
+    }
+    return Limits(**given)
 
 
 def add_number(parser: argparse.ArgumentParser, name: str, default: int, what: str) -> None:

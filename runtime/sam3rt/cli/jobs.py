@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -181,7 +181,7 @@ def _is_meant(path: Path, base: Path, output: Path) -> bool:
 class _Line(Struct, frozen=True, forbid_unknown_fields=True):
     image: str
     points: tuple[tuple[float, float], ...] = ()
-    labels: tuple[int, ...] | None = None
+    labels: tuple[Literal[0, 1], ...] | None = None
     box: tuple[float, float, float, float] | None = None
     name: str = DEFAULT_NAME
 
@@ -270,8 +270,6 @@ def _parse_line(text: str, where: str) -> _Line:
             f"{where}: {len(line.labels)} labels for {len(line.points)} points",
             "one label a point",
         )
-    if set(line.labels or ()) - {0, 1}:
-        raise InvalidInputError("--prompts", f"{where}: labels {line.labels}", "0 and 1")
     # In classes.txt a name is a line.
     if line.name.splitlines() != [line.name] or re.search("[\ud800-\udfff]", line.name):
         raise InvalidInputError("--prompts", f"{where}: the name {line.name!r}", "one line of text")

@@ -277,7 +277,8 @@ def _run_single(job: Job, options: argparse.Namespace) -> int:
         entries = write_pictures(folder, result, not options.no_overlay)
         clock.stop("write")
         document = worker.document(job, result, entries, None if options.no_overlay else OVERLAY)
-        document["seconds"] = clock.seconds
+        total = round(sum(clock.seconds.values()), 4)
+        document["seconds"] = {**clock.seconds, "total": total}
         write_text(folder / RESULT, as_json(document, 2))
     if options.json:
         print(as_json(document, 2), end="")
@@ -290,19 +291,17 @@ class _Clock:
     """What each step of a run took, as the user waits for it.
 
     Attributes:
-        seconds: by the step's name, with their sum as ``"total"``.
+        seconds: by the step's name.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
+        self._last = time.perf_counter()
 
     def stop(self, name: str) -> None:
         """End a step, and begin the next."""
         now = time.perf_counter()
-        self.seconds.pop("total", None)
         self.seconds[name] = round(now - self._last, 4)
-        self.seconds["total"] = round(now - self._start, 4)
         self._last = now
 
 

@@ -334,7 +334,7 @@ def test_prompts_name_images_beside_themselves_and_may_come_by_a_pipe(
         ({"image": "a.png"}, 'no prompt, expected "points" or "box"'),
         ({"image": "a.png", "points": [1, 1]}, "points"),
         ({"image": "a.png", "points": [[1, 1]], "labels": [1, 0]}, "2 labels for 1 points"),
-        ({"image": "a.png", "points": [[1, 1]], "labels": [2]}, "labels (2,)"),
+        ({"image": "a.png", "points": [[1, 1]], "labels": [2]}, "2 - at `$.labels[0]`"),
         ({"image": "a.png", "box": [1, 1, 2]}, "box"),
         ({"image": "a.png", "points": [[1, 1]], "name": "two\nlines"}, r"the name 'two\nlines'"),
         ({"image": "a.png", "points": [[1, 1]], "name": "\u2028"}, "one line of text"),
