@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Journal:
         form: their format, which cannot change.
 
     Attributes:
-        entries: what is known of each image, by its path.
+        entries: what is known of each image, by its path, once :meth:`compact` has read it.
 
     Raises:
         InvalidInputError: the folder holds results of another format, or files that are not ours
@@ -77,7 +77,6 @@ class Journal:
                 )
         self.entries: dict[str, Entry] = {}
         self._head = head
-        self.compact()  # a run that was killed may have left half a line
 
     def compact(self) -> None:
         """Write the file anew, with one line for each image, also those that others added."""
@@ -166,7 +165,10 @@ class _Progress:
 
 
 def run_many(
-    jobs: Sequence[Job], missing: Sequence[str], worker: Worker, options: argparse.Namespace
+    jobs: Sequence[Job],
+    missing: Sequence[str],
+    load: Callable[[argparse.Namespace], Worker],
+    options: argparse.Namespace,
 ) -> int:
     """Segment images, and write what the format asks for.
 
@@ -175,14 +177,16 @@ def run_many(
     Args:
         jobs: the images.
         missing: sentences about images that are not there.
-        worker: does the work.
+        load: makes what does the work, once it is known that the folder takes results.
         options: ``output``, ``format``, ``no_overlay``, ``quiet`` and ``json``.
 
     Returns:
         The exit status: 0, or 1 where an image failed.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
     journal = Journal(options.output, options.format)
+    worker = load(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    journal.compact()  # a run that was killed may have left half a line
     names = list(dict.fromkeys(name for job in jobs for name in job.names))
     writer = _Writer(options, worker, journal, names)
     failures = list(missing)

@@ -231,7 +231,7 @@ def _run_many(images: Images, calls: tuple[Prompt, ...], options: argparse.Names
     output = options.output.resolve()
     if options.format == "png" and output in (folder.resolve() for folder in images.folders):
         raise InvalidInputError("--output", "the images' own folder", "another, for --format png")
-    return run_many(jobs, missing, _worker(options), options)
+    return run_many(jobs, missing, _worker, options)
 
 
 def _attribute(name: str) -> str:

@@ -528,14 +528,21 @@ def test_lines_that_are_not_ours_are_passed_over(line: str, imgs: Path, segment:
 
 @pytest.mark.parametrize("name", ["results.jsonl", "annotations.json"])
 def test_files_of_the_user_s_are_not_overwritten(
-    name: str, imgs: Path, segment: Any, capsys: Any
+    name: str, imgs: Path, segment: Any, capsys: Any, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("sam3rt.cli.segment.load_from_options", _never)
     Path("out").mkdir()
     Path("out", name).write_text("mine")
     assert segment("imgs", *CLICK, "--format", "coco", "-o", "out") == 1
     assert name in capsys.readouterr().err
     assert files("out") == [name]
     assert Path("out", name).read_text() == "mine"
+
+
+def test_a_model_that_is_not_there_leaves_nothing(imgs: Path, segment: Any, capsys: Any) -> None:
+    assert main(["segment", "imgs", *CLICK, "--bundle", "gone", "-o", "out"]) == 1
+    assert "no bundle folder at gone" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_another_format_asks_for_another_folder(imgs: Path, segment: Any, capsys: Any) -> None:
