@@ -279,7 +279,7 @@ class _Writer:
         parts = [
             *(job.name, job.names, classes, self._overlay and self._format == "png"),
             *(status.st_size, status.st_mtime_ns, self._worker.settings()),
-            job.plain_calls(),
+            job.calls,
         ]
         return hashlib.sha256(as_json(parts).encode()).hexdigest()
 

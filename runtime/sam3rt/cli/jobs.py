@@ -26,7 +26,6 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from ..errors import InvalidInputError
@@ -65,15 +64,6 @@ class Job:
     def name_of(self, number: int) -> str:
         """What an object is."""
         return self.names[min(number, len(self.names) - 1)]
-
-    def plain_calls(self) -> list[dict[str, Any]]:
-        """The calls as JSON has them."""
-        return [{name: _plain(value) for name, value in call.items()} for call in self.calls]
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, and lists of arrays, as lists."""
-    return [_plain(v) for v in value] if isinstance(value, list) else np.asarray(value).tolist()
 
 
 @dataclass
@@ -279,10 +269,10 @@ def _parse_line(text: str, where: str) -> _Line:
 def _call(line: _Line) -> Prompt:
     call: Prompt = {}
     if line.points:
-        call["point_coords"] = np.array(line.points, np.float32)
-        call["point_labels"] = np.array(line.labels or [1] * len(line.points))
+        call["point_coords"] = line.points
+        call["point_labels"] = line.labels or [1] * len(line.points)
     if line.box is not None:
-        call["box"] = np.array(line.box, np.float32)
+        call["box"] = line.box
     return call
 
 

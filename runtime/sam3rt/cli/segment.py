@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from .. import geometry
 from ..errors import InvalidInputError, PromptError
 from .folder import run_many
@@ -336,12 +334,12 @@ def _calls(options: argparse.Namespace) -> tuple[Prompt, ...]:
         )
     call: Prompt = {}
     if clicks:
-        coords = [np.array([p[:2] for p in some], np.float32) for some in clicks]
-        labels = [np.array([p[2] for p in some]) for some in clicks]
+        coords = [[p[:2] for p in some] for some in clicks]
+        labels = [[p[2] for p in some] for some in clicks]
         call["point_coords"] = coords if len(clicks) > 1 else coords[0]
         call["point_labels"] = labels if len(clicks) > 1 else labels[0]
     if boxes:
-        call["box"] = np.array(boxes if len(boxes) > 1 else boxes[0], np.float32)
+        call["box"] = boxes if len(boxes) > 1 else boxes[0]
     return (call,) if call else ()
 
 

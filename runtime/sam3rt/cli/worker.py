@@ -118,12 +118,11 @@ class Worker:
     ) -> dict[str, Any]:
         """The content of ``result.json``, but for times."""
         height, width = result.size
-        calls = job.plain_calls()
         return {
             "image": str(job.image),
             "height": height,
             "width": width,
-            "prompts": calls[0] if len(calls) == 1 else calls,
+            "prompts": job.calls[0] if len(job.calls) == 1 else job.calls,
             "masks": entries,
             "overlay": overlay,
             "model": {
