@@ -307,12 +307,14 @@ def _full_disk(*arguments: object, **options: object) -> None:
 def test_prompts_that_are_hardly_meant_are_refused_before_the_image_is_encoded(
     prompts: list[str],
     message: str,
+    tiny_sam3: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SegmentationModel, "encode", _never)
-    assert main(["segment", CHELSEA, *prompts, "--output", str(tmp_path / "o")]) == 1
+    given = [*prompts, "--bundle", str(tiny_sam3), "--output", str(tmp_path / "o")]
+    assert main(["segment", CHELSEA, *given]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
