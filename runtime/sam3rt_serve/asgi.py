@@ -56,7 +56,13 @@ class Watched:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        app = self._app
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # A proxy may have believed the length, and taken the rest for another request.
+            answer = ErrorAnswer("a body of a length and of chunks", "ContradictionError")
+            app = json_response(answer, 400, {"connection": "close"})
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if re.fullmatch(NAME, given) else uuid.uuid4().hex
         status = 500
 
@@ -68,7 +74,7 @@ class Watched:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched_send)
+            await app(scope, receive, watched_send)
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")

@@ -267,6 +267,17 @@ def test_a_body_that_goes_on_after_its_refusal(toy: SegmentationModel) -> None:
             trickle(connection, b"x" * 200)
 
 
+def test_no_request_hides_in_another(toy: SegmentationModel) -> None:
+    body = b"0\r\n\r\nGET /v1/model HTTP/1.1\r\nhost: x\r\n\r\n"
+    length = b"content-length: %d\r\ntransfer-encoding: chunked\r\n\r\n" % len(body)
+    with running(Service(toy)) as url:
+        for head in (HEAD, b"GET /livez HTTP/1.1\r\nhost: x\r\n"):
+            with connected(url, head + length + body) as connection:
+                answer = b"".join(iter(lambda c=connection: c.recv(1 << 16), b""))
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_an_answer_may_take_longer_than_a_header(toy: SegmentationModel) -> None:
     service = Service(wrapped(toy, on_decode=lambda outputs: time.sleep(0.6)))
     with running(service) as url, Client(url) as client:
