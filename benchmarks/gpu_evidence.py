@@ -56,7 +56,7 @@ class Section:
     needs_model: bool = True
 
 
-MODEL = Section("model", "model:make", 240, needs_model=False)
+MODEL = Section("model", "models:make", 240, needs_model=False)
 # Of the bundled model; at small size of the other one, which is smaller.
 LANES = Section("lanes", "device:lanes", 60, needs_model=False)
 # What was never measured, or was changed since, comes first, as time may run out. While the model
@@ -77,7 +77,6 @@ SECTIONS = (
     Section("onnxruntime-bf16", "models:onnxruntime", 75, ("bf16",)),
     LANES,
     Section("cuda", "device:cuda_layer", 40, needs_model=False),
-    Section("shapes", "machine:shapes", 40, needs_model=False),
 )
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.gpu_sections.models import used
-from benchmarks.gpu_sections.record import Record, Settings
-from benchmarks.gpu_sections.timing import times
+from benchmarks.gpu_sections.record import Record, Settings, times
 from tests.support import gpu_checks
 from tests.support.torch_lanes import StandInBackend
 

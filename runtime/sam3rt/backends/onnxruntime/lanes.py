@@ -24,11 +24,10 @@ import onnxruntime as ort
 from ...bundle import Bundle, GraphSpec
 from ...errors import BackendError
 from ..options import GpuOptions
-from ..tensorrt.backend import LaneBackend
+from ..tensorrt.backend import LaneBackend, allow_imaging
 from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device
 from ..tensorrt.network import NamedAxes, Network
-from ..tensorrt.offer import allow_imaging
 from ..tensorrt.trt import Tensor
 from .sessions import ORT_TYPES, cuda_options, open_session
 from .typed import Graphs

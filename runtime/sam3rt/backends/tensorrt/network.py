@@ -22,7 +22,7 @@ from ...bundle.contract import (
 from ...errors import BackendError
 from .imaging import MASK_JOB
 from .memory import Block, Layout
-from .shapes import Limits, ShapeClass
+from .runs import Limits, ShapeClass
 from .trt import KernelCache, Tensor
 
 # Not the decoder's: what masks to make travels in the same block as the prompts.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.support.helpers import examples
 
 from sam3rt.backends.tensorrt.memory import Layout, aligned
-from sam3rt.backends.tensorrt.shapes import Limits, ShapeClass, classify, usual_classes
+from sam3rt.backends.tensorrt.runs import Limits, ShapeClass, classify, usual_classes
 
 limits = st.builds(Limits, st.integers(1, 70), st.integers(1, 130))
 

@@ -1,4 +1,4 @@
-"""Tests of `sam3rt.backends.tensorrt.together`: objects of several images in one run."""
+"""Tests of `sam3rt.backends.tensorrt.runs`: objects of several images in one run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from tests.support.helpers import examples, noise, one_image_form
 from tests.support.tensorrt_helpers import MAX_OBJECTS, Rig, make_rig
 
 from sam3rt import Prompts, SAM3InteractiveImagePredictor, SegmentationModel
-from sam3rt.backends.tensorrt.masking import Picture
+from sam3rt.backends.tensorrt.backend import allow_imaging
+from sam3rt.backends.tensorrt.imaging import Picture
 from sam3rt.backends.tensorrt.memory import Block
-from sam3rt.backends.tensorrt.offer import allow_imaging
-from sam3rt.backends.tensorrt.shapes import Limits, classify
-from sam3rt.backends.tensorrt.together import Part, share_runs
+from sam3rt.backends.tensorrt.runs import Limits, Part, classify, share_runs
 from sam3rt.geometry import ImageGeometry
 from sam3rt.masks import MaskOptions
 from sam3rt.prompts import PackedPrompts
@@ -140,7 +139,7 @@ def test_an_image_with_large_masks_shares_a_run_with_small_ones(
     clicks = [Prompts([[4.0, 4.0]], [1])] * 5
     embeddings = [model.encode(noise(*size)) for size in SIZES]
     for most, expected in ((3 * 300 * 451 * 3 // 2, 2), (3 * 300 * 451, 3), (1, 5)):
-        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", most)
+        monkeypatch.setattr("sam3rt.backends.tensorrt.runs._MOST_MASKS", most)
         rig.cuda.log.clear()
         model.segment_batch(embeddings, clicks, True, OPTIONS)
         assert runs(rig) == expected
@@ -186,7 +185,7 @@ def test_every_object_is_in_one_run_that_fits(
     seen = [0] * len(calls)
     limits = Limits(at_once, LIMITS.points)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", MOST_MASKS)
+        patch.setattr("sam3rt.backends.tensorrt.runs._MOST_MASKS", MOST_MASKS)
         runs = list(share_runs(images, limits, joins=joins))
     for run in runs:
         assert sum(part.objects for part in run) <= at_once
