@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -159,8 +159,9 @@ class SessionEngine:
             )
             for argument in arguments
         }
-        # With CUDA graphs, ONNX Runtime allows one run at a time.
-        self._turn = threading.Lock()
+        # With CUDA graphs, ONNX Runtime allows one run at a time, and keeps what a thread has
+        # recorded for that thread, with handles of their own memory, to the session's end.
+        self._thread = ThreadPoolExecutor(1, "sam3rt-onnxruntime")
         recorded = range(1, _MOST_GRAPHS + 1) if records else ()
         self._numbers = itertools.chain(recorded, itertools.repeat(_NOT_RECORDED))
 
@@ -169,16 +170,25 @@ class SessionEngine:
         return SessionContext(self, next(self._numbers))
 
     def run(self, binding: Any, number: int) -> None:
-        """Run to the end.
+        """Run to the end. Calls from several threads take turns.
 
         Args:
             binding: where inputs and outputs lie.
             number: of the CUDA graph that is recorded at first and replayed later. A number
                 belongs to one binding: ONNX Runtime does not check that.
         """
+        call = self._thread.submit(self._run, binding, number)
+        try:
+            call.result()
+        except BaseException:
+            # Whoever is interrupted must not use the buffers before the run's end.
+            wait([call])
+            raise
+
+    def _run(self, binding: Any, number: int) -> None:
         options = ort.RunOptions()
-        with self._turn:
-            options.add_run_config_entry("gpu_graph_id", str(number))
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        with self.cuda.active():
             self.session.run_with_iobinding(binding, options)
 
 

@@ -8,7 +8,9 @@ import logging
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from sam3rt import BackendError, GpuOptions, Prompts, SegmentationModel, load_mo
 from sam3rt.accuracy.verdicts import Subject
 from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
-from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes, SessionEngine
 from sam3rt.backends.onnxruntime.recipes import offer
 from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
 from sam3rt.backends.options import BackendOptions
@@ -117,6 +119,32 @@ def test_typed_graphs_take_several_images(provider: FakeProvider, built: Path) -
     for embedding, (decoded, _) in zip(embeddings, found, strict=True):
         alone = model.decode(embedding, CLICK).low_res_masks
         np.testing.assert_allclose(decoded.low_res_masks, alone, rtol=0, atol=0.02)
+
+
+def test_an_interrupted_call_waits_for_its_run(
+    provider: FakeProvider, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on in a thread of its own, and writes to the lane's buffers until its end."""
+    model = load(tiny_copy, precision="fp32", gpu=GpuOptions(lanes=1))
+    embedding = model.encode(noise(9, 12))
+    ended = threading.Event()
+    run = SessionEngine._run
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)
+        run(*given)
+        ended.set()
+
+    def interrupted(future: Future[None], timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SessionEngine, "_run", slowly)
+        broken.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.decode(embedding, CLICK)
+    assert ended.is_set()
+    model.decode(embedding, CLICK)
 
 
 def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Path) -> None:
