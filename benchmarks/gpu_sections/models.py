@@ -92,6 +92,7 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
     record.put("device memory, MB", (used() - before) / 1e6)
     record.attempt("check_threads", gpu_checks.check_threads, model)
     record.attempt("check_slow_consumer", gpu_checks.check_slow_consumer, model, torch)
+    record.attempt("calls in new threads", gpu_checks.check_leaks, model, used, in_new_threads=True)
     record.attempt("close", model.close)
     if settings.seconds_left > 15:
         model = SegmentationModel(bundle, open_backend(False))
