@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support.fake_cuda import FakeCuda
+from tests.support.helpers import examples
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -30,7 +33,7 @@ from sam3rt import (
 from sam3rt.backends.tensorrt.backend import allow_imaging
 from sam3rt.backends.tensorrt.buffers import GrowingBuffer
 from sam3rt.backends.tensorrt.lane import Replay
-from sam3rt.backends.tensorrt.memory import Memory
+from sam3rt.backends.tensorrt.memory import Layout, Memory, aligned
 
 PROMPTS = Prompts([[225, 150]], [1])
 
@@ -59,6 +62,23 @@ class Recordable:
 def many(objects: int) -> Prompts:
     rng = np.random.default_rng(objects)
     return Prompts(rng.uniform(0, 300, (objects, 3, 2)), np.ones((objects, 3)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["f2", "f4", "i8", "u1"]))))
+@examples(60)
+def test_tensors_lie_apart_and_aligned(tensors: list[tuple[int, str]]) -> None:
+    layout = Layout((str(i), (n,), np.dtype(t)) for i, (n, t) in enumerate(tensors))
+    end = 0
+    for slot in layout.slots.values():
+        assert slot.offset >= end
+        assert slot.offset % 256 == 0
+        end = slot.offset + slot.nbytes
+    assert layout.nbytes == end
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 256), (256, 256), (257, 512)])
+def test_aligned(nbytes: int, expected: int) -> None:
+    assert aligned(nbytes) == expected
 
 
 def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() -> None:
