@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TypeVar, cast
 
@@ -146,18 +146,21 @@ class LanePool:
     def close(self) -> None:
         """Wait for the calls that are under way, and let go of all lanes and engines.
 
-        Embeddings keep their memory until they die.
+        Embeddings keep their memory until they die. That the GPU is lost is no error here.
         """
-        # TensorRT gives its own memory back on the thread's current GPU.
-        with self.cuda.active(), self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-            while len(self._free) < self._count:
-                self._changed.wait()
-            self._free.clear()
-            self._count = 0
-            # It holds the engines.
-            self.__dict__.pop("_make", None)
+        with ExitStack() as stack:
+            # TensorRT gives its own memory back on the thread's current GPU.
+            with suppress(BackendError):
+                stack.enter_context(self.cuda.active())
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
+                while len(self._free) < self._count:
+                    self._changed.wait()
+                self._free.clear()
+                self._count = 0
+                # It holds the engines.
+                self.__dict__.pop("_make", None)
 
     def _take(self, encode: bool, holding: Block | None) -> Lane:
         while True:

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -667,8 +668,17 @@ def test_a_gpu_that_is_lost_says_so(
         health = model.health()
         assert not health.healthy
         assert "DeviceLostError: cuda:0 cannot be used in this process any more" in health.problem
-    for stream in rig.cuda._streams.values():
-        stream.pending.clear()
+
+        def gone() -> None:
+            raise rig.cuda.lost_error()
+
+        for stream in rig.cuda._streams.values():
+            stream.pending.clear()
+        broken.setattr(rig.cuda, "active", gone)
+        engine = weakref.ref(model.backend._pool._free[0]._network.encoder)
+        model.close()
+        gc.collect()
+        assert engine() is None
 
 
 def test_embeddings_of_another_model_are_refused(
