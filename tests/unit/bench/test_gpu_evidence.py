@@ -163,7 +163,6 @@ def test_every_section_runs_on_the_cpu(
     for recipe in ("fp16", "fp16-activations", "tf32", "fp32"):
         assert found[f"onnxruntime-{recipe}"]["figures"]["gate"]["passed"], recipe
     assert found["numerics"]["figures"]["fp16, FP32 sums"]["passes the gate"]
-    assert found["cuda"]["figures"]["lost"] == "no"
     for call in ("encode", "one click"):
         first, *others = found["kernel-table"]["figures"][call]
         assert first["what"] == "all"
@@ -171,5 +170,3 @@ def test_every_section_runs_on_the_cpu(
     followed = found["memory-bf16"]["figures"]
     assert len(followed) == 5
     assert all("shrunk, MB" in row for name, row in followed.items() if "nothing" not in name)
-    for figures in (found["lanes"]["figures"], found["kernels"]["figures"]):
-        assert not [value for value in figures.values() if "failed" in str(value)], figures
