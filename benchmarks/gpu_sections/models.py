@@ -22,7 +22,7 @@ from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
 from sam3rt.backends.base import Backend
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
-from sam3rt.backends.onnxruntime.lanes import open_lanes
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed, typed_folder
 from sam3rt.backends.tensorrt.backend import LaneBackend
 from sam3rt.geometry import preprocess
@@ -82,7 +82,9 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
             return OnnxRuntimeBackend(bundle, graphs)
         _, device = settings.gpu()
         most = _BATCHES[-1]
-        return open_lanes(bundle, graphs, device, GpuOptions(), max_images=most, records=records)
+        return OnnxRuntimeLanes(
+            bundle, graphs, device, GpuOptions(), max_images=most, records=records
+        )
 
     before = 0 if settings.device == "cpu" else used()
     model = SegmentationModel(bundle, open_backend(True))
@@ -127,7 +129,7 @@ def kernel_table(record: Record, settings: Settings, precision: str) -> None:
         backend = StandInBackend(bundle, cuda, device)
     else:
         graphs = graphs_in(settings, precision)
-        backend = open_lanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
+        backend = OnnxRuntimeLanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
     model = SegmentationModel(bundle, backend)
     image = gpu_checks.picture(*((90, 120) if settings.small else (1080, 1920)))
     embedding = model.encode(image)

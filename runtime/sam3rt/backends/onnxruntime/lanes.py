@@ -48,22 +48,21 @@ class OnnxRuntimeLanes(LaneBackend):
     Args:
         bundle: the bundle.
         graphs: what is run.
-        cuda: the GPU.
-        device: what the driver says of it.
+        device: what the driver says of the GPU.
         gpu: how to use it.
         max_images: images in one run of the encoder, at most.
         records: whether runs are recorded as CUDA graphs, where ONNX Runtime can.
 
     Raises:
-        BackendError: ONNX Runtime cannot load a graph, or there is not enough device memory.
-        BundleError: a file is missing or was changed.
+        BackendError: cuda-python is missing, ONNX Runtime cannot load a graph, or there is not
+            enough device memory.
+        BundleError: a file is missing or was changed, or the parity record is damaged.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         graphs: Graphs,
-        cuda: Cuda,
         device: Device,
         gpu: GpuOptions,
         *,
@@ -71,7 +70,7 @@ class OnnxRuntimeLanes(LaneBackend):
         records: bool = True,
     ) -> None:
         self._driver = device.driver_version
-        manifest = graphs.bundle.manifest
+        cuda, manifest = Cuda(device.index, blocking=gpu.blocking), graphs.bundle.manifest
         with cuda.active():
             encoder, decoder = (
                 _open(graphs, graph, cuda, max_images, records)
@@ -79,32 +78,11 @@ class OnnxRuntimeLanes(LaneBackend):
             )
             network = Network(bundle, encoder, decoder)
         super().__init__(bundle, "onnxruntime", graphs.precision, network, cuda, device, gpu)
+        allow_imaging(self)
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime and the driver."""
         return {"onnxruntime": ort.__version__, "driver": self._driver}
-
-
-def open_lanes(
-    bundle: Bundle, graphs: Graphs, device: Device, gpu: GpuOptions, **options: Any
-) -> OnnxRuntimeLanes:
-    """Load graphs onto a GPU, and compare what stands around the network with the host's.
-
-    Args:
-        bundle: the bundle.
-        graphs: what to run.
-        device: what the driver says of the GPU.
-        gpu: how to use it.
-        options: see :class:`OnnxRuntimeLanes`.
-
-    Raises:
-        BackendError, BundleError: see :class:`OnnxRuntimeLanes`; also where cuda-python is missing,
-            and where the parity record is damaged.
-    """
-    cuda = Cuda(device.index, blocking=gpu.blocking)
-    backend = OnnxRuntimeLanes(bundle, graphs, cuda, device, gpu, **options)
-    allow_imaging(backend)
-    return backend
 
 
 def _open(

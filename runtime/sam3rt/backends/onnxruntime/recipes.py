@@ -67,9 +67,10 @@ def offer(bundle: Bundle, options: BackendOptions) -> Offer:
             return OnnxRuntimeBackend(
                 bundle, recipes[recipe], threads=options.threads, map_weights=options.map_weights
             )
-        from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
+        # With all of the TensorRT backend, which a CPU needs not.
+        from .lanes import OnnxRuntimeLanes
 
-        return open_lanes(bundle, recipes[recipe], gpu, options.gpu)
+        return OnnxRuntimeLanes(bundle, recipes[recipe], gpu, options.gpu)
 
     return Offer(tuple(recipes), open_recipe)
 

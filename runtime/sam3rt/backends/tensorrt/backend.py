@@ -83,7 +83,7 @@ class LaneBackend(Backend):
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
-        self.joins_images = network.takes_images and network.limits.objects > 1
+        self.joins_images = network.joins_images
         self.imaging = imaging
         self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(

@@ -107,8 +107,6 @@ class DecoderRun(NamedTuple):
     """The decoder for one shape class on one lane.
 
     Attributes:
-        shape: the class.
-        inputs: layout of the prompt block.
         prompt: the prompt block's tensors in the lane's pinned memory.
         masks: layout of the mask prompt block.
         outputs: layout of the output block.
@@ -116,8 +114,6 @@ class DecoderRun(NamedTuple):
         replay: uploads the prompt, runs the decoder and makes masks as the prompt block says.
     """
 
-    shape: ShapeClass
-    inputs: Layout
     prompt: dict[str, NDArray[Any]]
     masks: Layout
     outputs: Layout
@@ -359,4 +355,4 @@ class Lane:
                 imaging.queue(MASKING, job, stream)
 
         replay = Replay(work, context, self._memory, stream, workspace.generation)
-        return DecoderRun(shape, inputs, prompt, masks, outputs, maps, replay)
+        return DecoderRun(prompt, masks, outputs, maps, replay)
