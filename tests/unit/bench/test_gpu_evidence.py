@@ -144,14 +144,11 @@ def test_figures_are_what_json_has() -> None:
 
 @pytest.mark.slow
 def test_every_section_runs_on_the_cpu(
-    tiny_sam3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-    from tests.support.export_helpers import tiny_tensors
-
     work = tmp_path / "work"
-    shutil.copytree(tiny_sam3, work / "bundle")
-    torch.save(tiny_tensors(), work / "checkpoint.pt")
+    shutil.copytree(tiny_export / "sam3_tiny", work / "bundle")
+    shutil.copy(tiny_export / "sam3_tiny.pt", work / "checkpoint.pt")
     command = ["x", "--output", str(tmp_path / "out"), "--device", "cpu", "--small"]
     monkeypatch.setattr(sys, "argv", [*command, "--work", str(work), "--seconds", "900"])
     gpu_evidence.main()
