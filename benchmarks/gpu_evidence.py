@@ -1,4 +1,4 @@
-"""What a GPU shows, by one command: results are written as they come.
+"""What a GPU shows, by one command: results are written as they come. tests/gpu says what is right.
 
     python -m benchmarks.gpu_evidence --output FOLDER [--only SECTION ...] [--seconds 460]
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -56,9 +55,7 @@ class Section:
     needs_model: bool = True
 
 
-MODEL = Section("model", "model:make", 240, needs_model=False)
-# Of the bundled model; at small size of the other one, which is smaller.
-LANES = Section("lanes", "device:lanes", 60, needs_model=False)
+MODEL = Section("model", "models:make", 240, needs_model=False)
 # What was never measured, or was changed since, comes first, as time may run out. While the model
 # is being made, those that do not need it run, whatever their place.
 SECTIONS = (
@@ -71,13 +68,9 @@ SECTIONS = (
     Section("numerics", "numerics:numerics", 75),
     Section("onnxruntime-fp16", "models:onnxruntime", 75, ("fp16",)),
     Section("onnxruntime-tf32", "models:onnxruntime", 50, ("tf32",)),
-    Section("kernels", "device:kernels", 40),
     Section("tensorrt", "models:tensorrt", 120),
     Section("onnxruntime-fp32", "models:onnxruntime", 50, ("fp32",)),
     Section("onnxruntime-bf16", "models:onnxruntime", 75, ("bf16",)),
-    LANES,
-    Section("cuda", "device:cuda_layer", 40, needs_model=False),
-    Section("shapes", "machine:shapes", 40, needs_model=False),
 )
 
 
@@ -224,8 +217,6 @@ def run(options: argparse.Namespace, work: Path) -> None:
     """Run the sections that were chosen, as long as there is time."""
     end = time.monotonic() + options.seconds
     chosen = [s for s in SECTIONS if not options.only or s.name in options.only]
-    if options.small:
-        chosen = [dataclasses.replace(s, needs_model=s.needs_model or s is LANES) for s in chosen]
     evidence = Evidence(options.output)
     model: Run | None = None
     needing = [s for s in chosen if s.needs_model]

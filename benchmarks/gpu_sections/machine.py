@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from benchmarks.gpu_sections.record import Record, Settings
-from benchmarks.gpu_sections.timing import device_times
+from benchmarks.gpu_sections.record import Record, Settings, device_times
 from benchmarks.report import conditions
 
 _PACKAGES = (
@@ -73,33 +70,3 @@ def ceilings(record: Record, settings: Settings) -> None:
     target = torch.empty_like(source)
     found = device_times(lambda: target.copy_(source), device, 10)
     record.put("copy", found | {"GB/s, both ways": 2e-6 * count / found["median_ms"]})
-
-
-def shapes(record: Record, settings: Settings) -> None:
-    """The linear layers and attentions of the published encoder, as PyTorch runs them."""
-    device = settings.device
-    width, heads, hidden, grid, window = 1024, 16, 4736, 72, 24
-    if settings.small:
-        width, heads, hidden, grid, window = 64, 2, 96, 8, 4
-    tokens = grid * grid
-    rows: list[dict[str, Any]] = []
-    for name in ("fp16", "bf16"):
-        dtype = _TYPES[name]
-        for k, n in ((width, width), (width, 3 * width), (width, hidden), (hidden, width)):
-            a = torch.randn(tokens, k, device=device).to(dtype)
-            b = torch.randn(k, n, device=device).to(dtype)
-            found = device_times(lambda a=a, b=b: a @ b, device)
-            rate = 2e-9 * tokens * k * n / found["median_ms"]
-            rows.append({"what": f"{name} {tokens} x {k} x {n}", **found, "TFLOP/s": rate})
-            record.put("shapes", rows)
-        for groups, length in ((tokens // window**2, window**2), (1, tokens)):
-            q, k_, v = (
-                torch.randn(groups, heads, length, width // heads, device=device).to(dtype)
-                for _ in "qkv"
-            )
-            found = device_times(
-                lambda q=q, k=k_, v=v: F.scaled_dot_product_attention(q, k, v), device
-            )
-            rate = 4e-9 * groups * length**2 * width / found["median_ms"]
-            rows.append({"what": f"{name} attention {groups} x {length}", **found, "TFLOP/s": rate})
-            record.put("shapes", rows)

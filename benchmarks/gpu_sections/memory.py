@@ -27,7 +27,7 @@ from benchmarks.report import resident_mb
 from tests.support import gpu_checks
 
 from sam3rt import GpuOptions, SegmentationModel, open_bundle
-from sam3rt.backends.onnxruntime.lanes import open_lanes
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 from sam3rt.backends.onnxruntime.sessions import cuda_options, open_session
 
 # Calls after which memory is read.
@@ -62,7 +62,7 @@ def memory(record: Record, settings: Settings, precision: str) -> None:
     bundle = open_bundle(settings.bundle, check_files=False)
     for records in (False, True):
         model = SegmentationModel(
-            bundle, open_lanes(bundle, graphs, device, GpuOptions(), records=records)
+            bundle, OnnxRuntimeLanes(bundle, graphs, device, GpuOptions(), records=records)
         )
         name = "in lanes, recorded" if records else "in lanes"
         record.attempt(name, gpu_checks.check_leaks, model, in_use)

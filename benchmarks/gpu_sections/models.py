@@ -1,16 +1,18 @@
-"""Accuracy and times of whole models: ONNX Runtime by recipe, PyTorch, TensorRT."""
+"""SAM 3 of the published size with seeded weights, and what it takes in each way to run it."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu_sections.record import Record, Settings
-from benchmarks.gpu_sections.timing import device_times, times
+from benchmarks.gpu_sections.record import Record, Settings, device_times, times
+from tests.golden.sam3 import synthetic
 from tests.support import gpu_checks
 from tests.support.torch_lanes import StandInBackend
 
@@ -20,7 +22,7 @@ from sam3rt.accuracy.record import load_record
 from sam3rt.accuracy.run import verify
 from sam3rt.backends.base import Backend
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
-from sam3rt.backends.onnxruntime.lanes import open_lanes
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 from sam3rt.backends.onnxruntime.typed import TYPED_ORDER, Graphs, find_typed, typed_folder
 from sam3rt.backends.tensorrt.backend import LaneBackend
 from sam3rt.geometry import preprocess
@@ -28,10 +30,46 @@ from sam3rt.masks import MaskOptions
 from sam3rt_bench.pytorch_backend import PyTorchBackend
 from sam3rt_bench.timing import Effort, alternate, timed
 from sam3rt_build.ort_graphs import build_typed_graphs
+from sam3rt_export import export_bundle
 
 _BATCHES = (1, 2, 4)
 # Calls that a profile is the mean of, and the kernels that are shown of it.
 _PROFILED, _KERNELS = 5, 30
+
+
+def make(record: Record, settings: Settings) -> None:
+    """Make checkpoint and bundle, unless they are there, and the typed graphs that come first."""
+    begun = time.monotonic()
+    if not settings.checkpoint.is_file():
+        if settings.small:
+            from tests.support.export_helpers import tiny_tensors
+
+            tensors = dict(tiny_tensors())
+        else:
+            tensors = {
+                name: torch.from_numpy(np.asarray(array))
+                for name, array in synthetic.full_size_checkpoint()
+            }
+        torch.save(tensors, settings.checkpoint)
+        record.put("parameters", sum(tensor.numel() for tensor in tensors.values()))
+        del tensors
+        record.put("checkpoint, seconds", time.monotonic() - begun)
+    if not settings.bundle.is_dir():
+        begun = time.monotonic()
+        stages: list[str] = []
+
+        def say(line: str) -> None:
+            stages.append(line)
+            record.put("export", stages)
+
+        export_bundle(settings.checkpoint, settings.bundle, progress=say)
+        record.put("export, seconds", time.monotonic() - begun)
+    begun = time.monotonic()
+    shutil.rmtree(settings.bundle / "engines", ignore_errors=True)
+    lines: list[str] = []
+    build_typed_graphs(open_bundle(settings.bundle), TYPED_ORDER[:1], lines.append)
+    record.put("typed graphs", lines)
+    record.put("typed graphs, seconds", time.monotonic() - begun)
 
 
 def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
@@ -44,7 +82,9 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
             return OnnxRuntimeBackend(bundle, graphs)
         _, device = settings.gpu()
         most = _BATCHES[-1]
-        return open_lanes(bundle, graphs, device, GpuOptions(), max_images=most, records=records)
+        return OnnxRuntimeLanes(
+            bundle, graphs, device, GpuOptions(), max_images=most, records=records
+        )
 
     before = 0 if settings.device == "cpu" else used()
     model = SegmentationModel(bundle, open_backend(True))
@@ -54,6 +94,7 @@ def onnxruntime(record: Record, settings: Settings, precision: str) -> None:
     record.put("device memory, MB", (used() - before) / 1e6)
     record.attempt("check_threads", gpu_checks.check_threads, model)
     record.attempt("check_slow_consumer", gpu_checks.check_slow_consumer, model, torch)
+    record.attempt("calls in new threads", gpu_checks.check_leaks, model, used, in_new_threads=True)
     record.attempt("close", model.close)
     if settings.seconds_left > 15:
         model = SegmentationModel(bundle, open_backend(False))
@@ -88,7 +129,7 @@ def kernel_table(record: Record, settings: Settings, precision: str) -> None:
         backend = StandInBackend(bundle, cuda, device)
     else:
         graphs = graphs_in(settings, precision)
-        backend = open_lanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
+        backend = OnnxRuntimeLanes(bundle, graphs, device, GpuOptions(lanes=1), records=False)
     model = SegmentationModel(bundle, backend)
     image = gpu_checks.picture(*((90, 120) if settings.small else (1080, 1920)))
     embedding = model.encode(image)

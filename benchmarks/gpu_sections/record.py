@@ -1,18 +1,22 @@
-"""What the sections of the evidence share: their settings, and a file of figures as they come."""
+"""What the sections of the evidence share: settings, a file of figures as they come, and times."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import Device, Gpu, probe
 from sam3rt.bundle.files import atomic_write
+from sam3rt_bench.document import Times
+from sam3rt_bench.timing import Effort, alternate, summarize
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,36 @@ def plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{float(value):.5g}") if np.isfinite(value) else str(float(value))
     return str(value)
+
+
+def times(call: Callable[[], Any], seconds: float, *, most: int = 200) -> dict[str, float]:
+    """Median, 95th percentile and count of a call that waits for its own end, in milliseconds.
+
+    Args:
+        call: what is timed, after two calls that are not.
+        seconds: after which no further call is made, once there are three.
+        most: calls at most.
+    """
+    return _in_short(alternate({"call": call}, Effort(most, seconds, 2))["call"])
+
+
+def device_times(call: Callable[[], Any], device: str, count: int = 20) -> dict[str, float]:
+    """The same of work that a call queues, by the GPU's own clock; on the CPU by the host's."""
+    if device == "cpu":
+        return times(call, 0.2, most=count)
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    seconds = []
+    for _ in range(count):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return _in_short(summarize(seconds))
+
+
+def _in_short(found: Times) -> dict[str, float]:
+    return {"median_ms": found.median_ms, "p95_ms": found.p95_ms, "count": found.count}

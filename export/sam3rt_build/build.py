@@ -17,7 +17,6 @@ from sam3rt.accuracy.select import select
 from sam3rt.accuracy.verdicts import StoredVerdict, Subject, load_verdict
 from sam3rt.backends.table import entry
 from sam3rt.backends.tensorrt.driver import Device, probe
-from sam3rt.backends.tensorrt.engine_backend import TensorRtBackend, open_platform
 from sam3rt.backends.tensorrt.engines import (
     EngineFile,
     EngineSet,
@@ -25,6 +24,7 @@ from sam3rt.backends.tensorrt.engines import (
     pair_name,
     subject_of,
 )
+from sam3rt.backends.tensorrt.offer import TensorRtBackend, open_platform
 from sam3rt.backends.tensorrt.sidecar import CAPABILITY, BackendName, write_sidecar
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError, InvalidInputError, VerificationError

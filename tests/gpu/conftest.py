@@ -146,12 +146,12 @@ def _onnxruntime(
         FakeProvider(card.cuda).install(patch)
     elif "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu")
-    from sam3rt.backends.onnxruntime.lanes import open_lanes
+    from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
 
     bundle = open_bundle(path)
     known = {graphs.precision: graphs for graphs in find_typed(bundle)}
     known |= {"tf32": Graphs(bundle, "tf32", tf32=True), "fp32": Graphs(bundle)}
-    backend = open_lanes(bundle, known[recipe], card.device, GpuOptions(), records=records)
+    backend = OnnxRuntimeLanes(bundle, known[recipe], card.device, GpuOptions(), records=records)
     return SegmentationModel(bundle, backend)
 
 

@@ -15,6 +15,7 @@ from tests.support import gpu_checks
 from sam3rt import open_bundle
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import probe_all
+from sam3rt.bundle.default import default_bundle_path
 
 
 @pytest.mark.parametrize("check", gpu_checks.CUDA_CHECKS, ids=lambda check: check.__name__)
@@ -27,6 +28,18 @@ def test_the_layer(check: Callable[[Cuda], Any], card: Card) -> None:
 def test_device_memory_by_dlpack(library: str, card: Card) -> None:
     pytest.importorskip(library)
     gpu_checks.check_dlpack(card.cuda, importlib.import_module(library))
+
+
+@pytest.mark.parametrize("model", ["MobileSAM", "SAM 3"])
+def test_kernels_do_what_the_host_does(model: str, card: Card, typed_bundle: Path) -> None:
+    """Each model has its own rules for resizing and masks."""
+    pytest.importorskip("torch")
+    from tests.support.torch_lanes import StandInBackend
+
+    bundle = open_bundle(default_bundle_path() if model == "MobileSAM" else typed_bundle)
+    backend = StandInBackend(bundle, card.cuda, card.device)
+    gpu_checks.check_kernels(backend)
+    backend.close()
 
 
 def test_the_callers_gpu_stays_current() -> None:

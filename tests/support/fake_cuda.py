@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.support import cpu_kernels
 
-from sam3rt.backends.tensorrt.cuda import Cuda, out_of_memory
+from sam3rt.backends.tensorrt.cuda import Cuda, Kernels, out_of_memory
 from sam3rt.backends.tensorrt.imaging import MASK_JOB, RESIZE_JOB, RESIZING
 from sam3rt.errors import BackendError
 
@@ -123,6 +123,7 @@ class FakeCuda(Cuda):
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._streams: dict[int, Stream] = {}
         self._graphs: dict[int, list[Operation]] = {}
+        self._modules: set[int] = set()
         self._next = 1000
 
     # What tests look at.
@@ -135,6 +136,7 @@ class FakeCuda(Cuda):
             "pinned": len(self._pinned),
             "streams": len(self._streams),
             "graphs": len(self._graphs),
+            "modules": len(self._modules),
         }
 
     def count(self, kind: str) -> int:
@@ -326,25 +328,37 @@ class FakeCuda(Cuda):
 
     # For the fake TensorRT.
 
-    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> dict[str, str]:
+    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> Kernels:
         """The same source, compiled for the CPU."""
         self._check_active()
         if not self.compiles:
             raise BackendError("cuda-python has no NVRTC: No module named 'nvrtc'")
         library = cpu_kernels.load(source)
         assert all(hasattr(library, name) for name in names)
-        return {name: name for name in names}
+        with self._lock:
+            module = self._number()
+            self._modules.add(module)
+        return Kernels(module, {name: (name, module) for name in names})
 
-    def launch_kernel(self, kernel: str, blocks: int, threads: int, job: int, stream: int) -> None:
-        masks = kernel not in RESIZING
-        dtype = MASK_JOB if masks else RESIZE_JOB
+    def unload_kernels(self, module: int) -> None:
+        self._check_active()
+        with self._lock:
+            self._modules.remove(module)
+
+    def launch_kernel(
+        self, kernel: tuple[str, int], blocks: int, threads: int, job: int, stream: int
+    ) -> None:
+        name, module = kernel
+        dtype = RESIZE_JOB if name in RESIZING else MASK_JOB
         raw = self.view(job, dtype.itemsize)
 
         def run() -> None:
+            if module not in self._modules:
+                raise CudaMisuse(f"{name} runs after its module was unloaded")
             about = raw.view(dtype)[0]
             for address, nbytes in extents(about):
                 self.view(address, nbytes)
-            cpu_kernels.run(kernel, job)
+            cpu_kernels.run(name, job)
 
         # What else it touches stands in the job, which may not be there yet.
         regions = (Region(job, dtype.itemsize, False),)

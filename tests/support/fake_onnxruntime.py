@@ -2,7 +2,8 @@
 
 What a run is given must be there when it begins, since ONNX Runtime's stream waits for no other. A
 recorded graph keeps the sizes and addresses of its first run, which ONNX Runtime does not check but
-these sessions do, and only one run may go on at a time.
+these sessions do, and only one run may go on at a time. It is kept for the thread that recorded it,
+to the session's end: threads that come and go would take memory, and replay nothing.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class FakeSession:
         self._real = real
         self._records = records
         self._recorded: dict[str, Any] = {}
+        self._threads: set[int] = set()
         self._running = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -83,6 +85,8 @@ class FakeSession:
     def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
         number = options.get_run_config_entry("gpu_graph_id")
         self._provider.runs.append(number)
+        if self._provider.cuda.current != self._provider.cuda.index:
+            raise CudaMisuse("another thread's recording would break this run")
         broken = self._provider.breaks.pop(number, None)
         if broken is not None:
             raise broken
@@ -90,6 +94,9 @@ class FakeSession:
             if not self._running.acquire(blocking=False):
                 raise CudaMisuse("two runs at once of a session that records graphs")
             try:
+                self._threads.add(threading.get_ident())
+                if len(self._threads) > 1:
+                    raise CudaMisuse("a second thread records everything again")
                 time.sleep(0)
                 if (
                     number != "-1"

@@ -251,19 +251,33 @@ def check_threads(model: SegmentationModel, threads: int = 8, rounds: int = 2) -
     return figures
 
 
-def check_leaks(model: SegmentationModel, used: Callable[[], int], rounds: int = 30) -> Figures:
+def check_leaks(
+    model: SegmentationModel,
+    used: Callable[[], int],
+    rounds: int = 30,
+    *,
+    in_new_threads: bool = False,
+) -> Figures:
     """Device memory does not grow with calls.
 
     Args:
         model: on a GPU.
         used: bytes of device memory in use.
         rounds: calls between the first reading and the last; every five there is another.
+        in_new_threads: whether each call is made in a thread of its own.
     """
     click = Prompts(point_coords=[[20.0, 40.0]], point_labels=[1])
 
+    def call(seed: int) -> None:
+        model.segment(model.encode(picture(90, 120, seed)), click)
+
     def work(count: int) -> None:
         for index in range(count):
-            model.segment(model.encode(picture(90, 120, index % 3)), click)
+            if in_new_threads:
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(call, index % 3).result()
+            else:
+                call(index % 3)
         gc.collect()
 
     work(5)

@@ -19,8 +19,8 @@ import sam3rt
 from sam3rt import GpuOptions
 from sam3rt.backends.table import ENGINES
 from sam3rt.backends.tensorrt.driver import Device, Gpu
-from sam3rt.backends.tensorrt.engine_backend import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.engines import EngineFile, candidates
+from sam3rt.backends.tensorrt.offer import Platform, TensorRtBackend
 from sam3rt.backends.tensorrt.sidecar import (
     BackendName,
     EngineShapes,

@@ -19,11 +19,10 @@ from tests.support.torch_graph import TorchGraph
 from torch import Tensor
 
 from sam3rt import GpuOptions
-from sam3rt.backends.tensorrt.backend import LaneBackend
+from sam3rt.backends.tensorrt.backend import LaneBackend, allow_imaging
 from sam3rt.backends.tensorrt.cuda import Cuda
 from sam3rt.backends.tensorrt.driver import Device
 from sam3rt.backends.tensorrt.network import NamedAxes, Network
-from sam3rt.backends.tensorrt.offer import allow_imaging
 from sam3rt.backends.tensorrt.trt import Tensor as EngineTensor
 from sam3rt.bundle import Bundle
 from sam3rt.errors import BackendError

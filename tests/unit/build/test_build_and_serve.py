@@ -21,8 +21,8 @@ from tests.support.helpers import noise
 from tests.support.tensorrt_helpers import Rig, make_rig
 
 import sam3rt
-from sam3rt.backends.tensorrt.engine_backend import TensorRtBackend
 from sam3rt.backends.tensorrt.engines import find_engines
+from sam3rt.backends.tensorrt.offer import TensorRtBackend
 from sam3rt_build import build as build_module
 from sam3rt_build.build import BuildOptions, build_bundle
 from sam3rt_build.builder_process import EngineRequest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,25 +42,6 @@ def test_it_computes_what_the_runtime_does(
         assert (masks != reference).mean() < 1e-3
     assert cuda.live["graphs"] == 2
     assert stand_in.health().healthy
-
-
-def test_two_images_are_one_batch(stand_in: SegmentationModel) -> None:
-    images = [noise(9, 12, seed) for seed in range(3)]
-    for image, embedding in zip(images, stand_in.encode_batch(images), strict=True):
-        alone = stand_in.encode(image).features.numpy()
-        for a, b in zip(alone, embedding.features.numpy(), strict=True):
-            assert np.abs(a - b).max() < 1e-4
-
-
-def test_threads_share_the_lanes(stand_in: SegmentationModel) -> None:
-    embedding = stand_in.encode(noise(9, 12))
-    expected = stand_in.decode(embedding, CLICK).low_res_masks
-
-    def work(_: int) -> float:
-        return float(np.abs(stand_in.decode(embedding, CLICK).low_res_masks - expected).max())
-
-    with ThreadPoolExecutor(8) as pool:
-        assert max(pool.map(work, range(16))) < 1e-5
 
 
 def test_typed_graphs_run_in_their_types(tiny_sam3: Path, cuda: FakeCuda) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,10 @@ import onnxruntime as ort
 from ...bundle import Bundle, GraphSpec
 from ...errors import BackendError
 from ..options import GpuOptions
-from ..tensorrt.backend import LaneBackend
+from ..tensorrt.backend import LaneBackend, allow_imaging
 from ..tensorrt.cuda import Cuda
 from ..tensorrt.driver import Device
 from ..tensorrt.network import NamedAxes, Network
-from ..tensorrt.offer import allow_imaging
 from ..tensorrt.trt import Tensor
 from .sessions import ORT_TYPES, cuda_options, open_session
 from .typed import Graphs
@@ -49,22 +48,21 @@ class OnnxRuntimeLanes(LaneBackend):
     Args:
         bundle: the bundle.
         graphs: what is run.
-        cuda: the GPU.
-        device: what the driver says of it.
+        device: what the driver says of the GPU.
         gpu: how to use it.
         max_images: images in one run of the encoder, at most.
         records: whether runs are recorded as CUDA graphs, where ONNX Runtime can.
 
     Raises:
-        BackendError: ONNX Runtime cannot load a graph, or there is not enough device memory.
-        BundleError: a file is missing or was changed.
+        BackendError: cuda-python is missing, ONNX Runtime cannot load a graph, or there is not
+            enough device memory.
+        BundleError: a file is missing or was changed, or the parity record is damaged.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         graphs: Graphs,
-        cuda: Cuda,
         device: Device,
         gpu: GpuOptions,
         *,
@@ -72,7 +70,7 @@ class OnnxRuntimeLanes(LaneBackend):
         records: bool = True,
     ) -> None:
         self._driver = device.driver_version
-        manifest = graphs.bundle.manifest
+        cuda, manifest = Cuda(device.index, blocking=gpu.blocking), graphs.bundle.manifest
         with cuda.active():
             encoder, decoder = (
                 _open(graphs, graph, cuda, max_images, records)
@@ -80,32 +78,11 @@ class OnnxRuntimeLanes(LaneBackend):
             )
             network = Network(bundle, encoder, decoder)
         super().__init__(bundle, "onnxruntime", graphs.precision, network, cuda, device, gpu)
+        allow_imaging(self)
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime and the driver."""
         return {"onnxruntime": ort.__version__, "driver": self._driver}
-
-
-def open_lanes(
-    bundle: Bundle, graphs: Graphs, device: Device, gpu: GpuOptions, **options: Any
-) -> OnnxRuntimeLanes:
-    """Load graphs onto a GPU, and compare what stands around the network with the host's.
-
-    Args:
-        bundle: the bundle.
-        graphs: what to run.
-        device: what the driver says of the GPU.
-        gpu: how to use it.
-        options: see :class:`OnnxRuntimeLanes`.
-
-    Raises:
-        BackendError, BundleError: see :class:`OnnxRuntimeLanes`; also where cuda-python is missing,
-            and where the parity record is damaged.
-    """
-    cuda = Cuda(device.index, blocking=gpu.blocking)
-    backend = OnnxRuntimeLanes(bundle, graphs, cuda, device, gpu, **options)
-    allow_imaging(backend)
-    return backend
 
 
 def _open(
@@ -160,8 +137,9 @@ class SessionEngine:
             )
             for argument in arguments
         }
-        # With CUDA graphs, ONNX Runtime allows one run at a time.
-        self._turn = threading.Lock()
+        # With CUDA graphs, ONNX Runtime allows one run at a time, and keeps what a thread has
+        # recorded for that thread, with handles of their own memory, to the session's end.
+        self._thread = ThreadPoolExecutor(1, "sam3rt-onnxruntime")
         recorded = range(1, _MOST_GRAPHS + 1) if records else ()
         self._numbers = itertools.chain(recorded, itertools.repeat(_NOT_RECORDED))
 
@@ -170,16 +148,25 @@ class SessionEngine:
         return SessionContext(self, next(self._numbers))
 
     def run(self, binding: Any, number: int) -> None:
-        """Run to the end.
+        """Run to the end. Calls from several threads take turns.
 
         Args:
             binding: where inputs and outputs lie.
             number: of the CUDA graph that is recorded at first and replayed later. A number
                 belongs to one binding: ONNX Runtime does not check that.
         """
+        call = self._thread.submit(self._run, binding, number)
+        try:
+            call.result()
+        except BaseException:
+            # Whoever is interrupted must not use the buffers before the run's end.
+            wait([call])
+            raise
+
+    def _run(self, binding: Any, number: int) -> None:
         options = ort.RunOptions()
-        with self._turn:
-            options.add_run_config_entry("gpu_graph_id", str(number))
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        with self.cuda.active():
             self.session.run_with_iobinding(binding, options)
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import io
 import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +26,9 @@ from .backend import OnnxRuntimeBackend
 from .typed import FP32, ON_REQUEST, TF32, TYPED_ORDER, Graphs, find_typed
 
 _LOG = logging.getLogger(__name__)
+
+# What ONNX Runtime leaves products and convolutions to, and the major versions in file names.
+_MATH_LIBRARIES = {"cublas": (13, 12), "cudnn": (9,)}
 
 
 def offer(bundle: Bundle, options: BackendOptions) -> Offer:
@@ -59,9 +67,10 @@ def offer(bundle: Bundle, options: BackendOptions) -> Offer:
             return OnnxRuntimeBackend(
                 bundle, recipes[recipe], threads=options.threads, map_weights=options.map_weights
             )
-        from .lanes import open_lanes  # with all of the TensorRT backend, which a CPU needs not
+        # With all of the TensorRT backend, which a CPU needs not.
+        from .lanes import OnnxRuntimeLanes
 
-        return open_lanes(bundle, recipes[recipe], gpu, options.gpu)
+        return OnnxRuntimeLanes(bundle, recipes[recipe], gpu, options.gpu)
 
     return Offer(tuple(recipes), open_recipe)
 
@@ -75,9 +84,34 @@ def _recipe(graphs: Graphs, gpu: Device | None) -> Recipe:
     if graphs.precision == FP32:
         return Recipe(FP32, FP32)
     assert gpu is not None
+    version = ", ".join([str(ort.__version__), *math_libraries()])
     kind = processor(gpu.gpu, gpu.driver_version)
-    subject = Subject("onnxruntime", ort.__version__, kind, graphs.precision, graphs.digest)
+    subject = Subject("onnxruntime", version, kind, graphs.precision, graphs.digest)
     return Recipe(graphs.precision, graphs.precision, subject)
+
+
+def math_libraries(load: Callable[..., Any] = ctypes.CDLL) -> list[str]:
+    """The cuBLAS and cuDNN in this process, which choose ONNX Runtime's kernels and may be updated.
+
+    Args:
+        load: loads a shared library by name.
+
+    Returns:
+        Name and version of each; what is not loaded, or does not say, is left out.
+    """
+    found = []
+    mode = ctypes.DEFAULT_MODE | getattr(os, "RTLD_NOLOAD", 0)
+    for name, majors in _MATH_LIBRARIES.items():
+        for major in majors:
+            file = f"{name}64_{major}.dll" if sys.platform == "win32" else f"lib{name}.so.{major}"
+            numbers = [ctypes.c_int() for _ in range(3)]
+            try:
+                ask = getattr(load(file, mode=mode), f"{name}GetProperty")
+            except (OSError, AttributeError):
+                continue
+            if not any(ask(index, ctypes.byref(value)) for index, value in enumerate(numbers)):
+                found.append(f"{name} " + ".".join(str(value.value) for value in numbers))
+    return found
 
 
 def _choose_gpu(device: str) -> Device | None:

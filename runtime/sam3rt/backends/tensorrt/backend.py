@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -11,29 +11,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...accuracy.gate import judge
+from ...accuracy.metrics import Measurement
+from ...accuracy.record import ParityRecord, load_record
 from ...bundle import Bundle
 from ...errors import BackendError, EmbeddingError
 from ...features import Features
-from ...geometry import ImageGeometry, preprocess
+from ...geometry import ImageGeometry, geometry, preprocess
 from ...masks import MaskOptions, finish
 from ...prompts import PackedPrompts
 from ..base import Backend, ImageCall, StageListener, timed
 from ..options import GpuOptions
 from .cuda import Cuda, OutOfDeviceMemoryError
 from .driver import Device
-from .features import DeviceFeatures
 from .imaging import DeviceImaging
 from .lane import Lane
 from .memory import Block, Memory
 from .network import Network
-from .pool import LanePool, ahead
-from .shapes import usual_classes
-from .together import Part, share_runs
+from .pool import DeviceFeatures, LanePool, ahead
+from .runs import Part, share_runs, usual_classes
 
 _LOG = logging.getLogger(__name__)
 
 # What a lane encodes: pixels of the encoder's size, or uploaded images.
 _Encodable = NDArray[np.float32] | list[tuple[Block, ImageGeometry]]
+# Of values up to about 2.6; FP32 sums of matmuls reach 1e-6.
+_PIXEL_ERROR = 1e-3
+# Pixels whose logit is within rounding of the threshold.
+_MASK_PIXELS = 1e-4
 
 
 class LaneBackend(Backend):
@@ -71,20 +76,14 @@ class LaneBackend(Backend):
         gpu: GpuOptions,
     ) -> None:
         self.name = name
-        memory = Memory(cuda, gpu.memory)
+        self._memory = memory = Memory(cuda, gpu.memory)
         with cuda.active():
-            imaging = DeviceImaging(bundle.manifest, cuda, device.gpu.compute_capability)
-            self._pool = LanePool(
-                lambda encodes: Lane(network, cuda, memory, imaging, encodes),
-                gpu.lanes,
-                cuda,
-                memory,
-            )
+            imaging = DeviceImaging(bundle.manifest, memory, device.gpu.compute_capability)
+            self._pool = LanePool(network, memory, imaging, gpu.lanes)
         # The engines themselves belong to the pool, which gives them back when it is closed.
         self._limits, self.images_at_once = network.limits, network.max_images
         self._layout, self._outputs = network.features, network.output_names
-        self.joins_images = network.takes_images and network.limits.objects > 1
-        self._dlpack_device = cuda.dlpack_device
+        self.joins_images = network.joins_images
         self.imaging = imaging
         self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(
@@ -105,6 +104,8 @@ class LaneBackend(Backend):
         """Give back lanes and engines, once the calls under way are done."""
         super().close()
         self._pool.close()
+        self.imaging.unload()
+        self._memory.close()
 
     def upload(self, maps: Sequence[NDArray[np.float32]]) -> DeviceFeatures:
         """Bring feature maps to the device."""
@@ -112,7 +113,7 @@ class LaneBackend(Backend):
         return self._features(self._pool.run(lambda lane: lane.upload(maps)))
 
     def _encode(self, pixels: NDArray[np.float32]) -> DeviceFeatures:
-        (block,) = self._pool.run(lambda lane: lane.encode(pixels), encode=True)
+        (block,) = self._pool.run_encoder(lambda lane: lane.encode(pixels))
         return self._features(block)
 
     def _decode(
@@ -172,8 +173,8 @@ class LaneBackend(Backend):
 
     def _run_encoder(self, given: _Encodable) -> list[Block]:
         if isinstance(given, list):
-            return self._pool.run(lambda lane: lane.encode_images(given), encode=True)
-        return self._pool.run(lambda lane: lane.encode(given), encode=True)
+            return self._pool.run_encoder(lambda lane: lane.encode_images(given))
+        return self._pool.run_encoder(lambda lane: lane.encode(given))
 
     def decode_images(
         self,
@@ -253,13 +254,13 @@ class LaneBackend(Backend):
             BackendError: the GPU failed.
         """
         block = self._upload_image(image)
-        return self._pool.run(lambda lane: lane.pixels(block, geometry), encode=True)
+        return self._pool.run_encoder(lambda lane: lane.pixels(block, geometry))
 
     def _upload_image(self, image: NDArray[np.uint8]) -> Block:
         return self._pool.run(lambda lane: lane.upload_image(image))
 
     def _features(self, block: Block) -> DeviceFeatures:
-        return DeviceFeatures(block, self._layout, self._pool, self._dlpack_device)
+        return DeviceFeatures(block, self._layout, self._pool)
 
     def _part(self, features: Features, prompts: PackedPrompts, outputs: Sequence[str]) -> Part:
         """All of an image's objects, with room for their results."""
@@ -283,3 +284,65 @@ def _as_type(masks: NDArray[np.uint8], options: MaskOptions) -> NDArray[Any]:
     """Bytes of 0 and 1, which are what a bool is, too, in the type that was asked for."""
     dtype = np.dtype(options.dtype)
     return masks.view(dtype) if dtype.itemsize == 1 else masks.astype(dtype)
+
+
+def allow_imaging(backend: LaneBackend) -> None:
+    """Let the device do what surrounds the network, as far as it does what the host does.
+
+    What differs, or cannot run, is left to the host, which is slower and never wrong.
+
+    Raises:
+        BundleError: the parity record, whose images are compared, is damaged.
+    """
+    if not backend.imaging_fits:
+        return
+    record = load_record(backend.bundle)
+    for what, compare, attribute in (
+        ("resizing images", _compare_pixels, "preprocess_allowed"),
+        ("making masks", _compare_masks, "postprocess_allowed"),
+    ):
+        try:
+            verdict = judge(compare(backend, record))
+        except BackendError as error:
+            _LOG.warning("%s is left to the host: %s", what, str(error))
+            continue
+        if not verdict.passed:
+            _LOG.warning("%s is left to the host: %s", what, verdict.explain())
+        setattr(backend.imaging, attribute, verdict.passed)
+
+
+def _compare_pixels(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
+    """The device's preprocessing of the record's images against the host's."""
+    for index, image, where in _images(backend, record):
+        if backend.imaging.preprocess_fits(where):
+            expected, _ = preprocess(backend.bundle.manifest.image, image)
+            error = float(np.abs(backend.pixels(image, where) - expected).max())
+            yield Measurement(f"image {index}", "pixels", "error", error, _PIXEL_ERROR)
+
+
+def _compare_masks(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
+    """The device's masks of made-up logits, of the record's image sizes, against the host's."""
+    manifest = backend.bundle.manifest
+    height, width = manifest.masks.low_res_size
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    waves = [
+        np.sin(x / (2 + 3 * k)) * np.cos(y / (3 + 2 * k)) * 20 + k
+        for k in range(manifest.masks.multimask)
+    ]
+    logits = np.stack(waves).astype(np.float32)[None]
+    for index, _, where in _images(backend, record):
+        for threshold, holes, islands in ((0.0, 0.0, 0.0), (1.5, 30.0, 20.0)):
+            options = MaskOptions(threshold, holes, islands, dtype=np.uint8)
+            expected = finish(logits, where, manifest.image, manifest.masks, options)
+            found = backend.make_masks(logits, where, options)
+            differing = float((found != expected).mean())
+            case = f"image {index} above {threshold}"
+            yield Measurement(case, "masks", "differing", differing, _MASK_PIXELS)
+
+
+def _images(
+    backend: LaneBackend, record: ParityRecord
+) -> Iterator[tuple[int, NDArray[np.uint8], ImageGeometry]]:
+    for index, image in enumerate(record.images()):
+        spec = backend.bundle.manifest.image
+        yield index, image, geometry(spec, (image.shape[0], image.shape[1]))

@@ -11,7 +11,8 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,18 @@ HostArray = NDArray[Any]
 
 class OutOfDeviceMemoryError(BackendError):
     """There is not as much device memory as was asked for."""
+
+
+class Kernels(NamedTuple):
+    """Kernels on the GPU.
+
+    Attributes:
+        module: what holds them; see :meth:`Cuda.unload_kernels`.
+        functions: by name.
+    """
+
+    module: Any
+    functions: Mapping[str, Any]
 
 
 class Cuda:
@@ -102,7 +115,6 @@ class Cuda:
         """
         status, address = self._runtime.cudaMalloc(nbytes)
         if int(status) == int(self._runtime.cudaError_t.cudaErrorMemoryAllocation):
-            # The error sticks to the thread until it is read.
             self._runtime.cudaGetLastError()
             free, total = self._call(self._runtime.cudaMemGetInfo)
             raise out_of_memory(nbytes, int(free), int(total))
@@ -164,15 +176,11 @@ class Cuda:
         Raises:
             BackendError: something was queued that cannot be recorded. The stream is usable again.
         """
+        (graph,) = self._call(self._runtime.cudaStreamEndCapture, stream)
         try:
-            (graph,) = self._call(self._runtime.cudaStreamEndCapture, stream)
-            try:
-                (executable,) = self._call(self._runtime.cudaGraphInstantiate, graph, 0)
-            finally:
-                self._call(self._runtime.cudaGraphDestroy, graph)
-        except BackendError:
-            self._runtime.cudaGetLastError()
-            raise
+            (executable,) = self._call(self._runtime.cudaGraphInstantiate, graph, 0)
+        finally:
+            self._call(self._runtime.cudaGraphDestroy, graph)
         return int(executable)
 
     def launch(self, graph: int, stream: int) -> None:
@@ -183,8 +191,8 @@ class Cuda:
         """Give a graph back."""
         self._call(self._runtime.cudaGraphExecDestroy, graph)
 
-    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> Mapping[str, Any]:
-        """Compile kernels for the GPU, and load them for as long as the process lives.
+    def load_kernels(self, source: str, names: Sequence[str], capability: str) -> Kernels:
+        """Compile kernels for the GPU, and load them.
 
         Args:
             source: CUDA C++.
@@ -207,20 +215,30 @@ class Cuda:
                 f"NVRTC cannot be used ({error}): pip install nvidia-cuda-nvrtc, or "
                 "nvidia-cuda-nvrtc-cu12 with CUDA 12"
             ) from error
-        # No contraction: a result is the same as on the CPU, which tests hold to the host's.
-        options = [
-            b"--gpu-architecture=sm_" + capability.replace(".", "").encode(),
-            b"--fmad=false",
-        ]
-        self._call(nvrtc.nvrtcCompileProgram, program, len(options), options)
-        (size,) = self._call(nvrtc.nvrtcGetCUBINSize, program)
-        image = b" " * size
-        self._call(nvrtc.nvrtcGetCUBIN, program, image)
+        try:
+            # No contraction: a result is the same as on the CPU, which tests hold to the host's.
+            options = [
+                b"--gpu-architecture=sm_" + capability.replace(".", "").encode(),
+                b"--fmad=false",
+            ]
+            self._call(nvrtc.nvrtcCompileProgram, program, len(options), options)
+            (size,) = self._call(nvrtc.nvrtcGetCUBINSize, program)
+            image = b" " * size
+            self._call(nvrtc.nvrtcGetCUBIN, program, image)
+        finally:
+            self._call(nvrtc.nvrtcDestroyProgram, program)
         self._driver = driver
         (module,) = self._call(driver.cuModuleLoadData, np.frombuffer(image, np.uint8).ctypes.data)
-        return {
-            name: self._call(driver.cuModuleGetFunction, module, name.encode())[0] for name in names
-        }
+        try:
+            find = partial(self._call, driver.cuModuleGetFunction, module)
+            return Kernels(module, {name: find(name.encode())[0] for name in names})
+        except BaseException:
+            self.unload_kernels(module)
+            raise
+
+    def unload_kernels(self, module: Any) -> None:
+        """Give kernels back, once nothing is queued or recorded that would run them again."""
+        self._call(self._driver.cuModuleUnload, module)
 
     def launch_kernel(self, kernel: Any, blocks: int, threads: int, job: int, stream: int) -> None:
         """Queue a kernel whose one argument is a device address."""
@@ -251,6 +269,8 @@ class Cuda:
             return
         if not call.startswith("cuda"):  # of the driver's API and of NVRTC, which name their own
             raise BackendError(f"{call} failed: {getattr(status, 'name', int(status))}")
+        # The error stays the thread's until it is read: nobody else must take it for theirs.
+        self._runtime.cudaGetLastError()
         _, name = self._runtime.cudaGetErrorName(status)
         _, text = self._runtime.cudaGetErrorString(status)
         message = f"{call} failed: {_text(name)}, {_text(text)}"

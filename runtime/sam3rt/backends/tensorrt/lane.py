@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,15 +19,12 @@ from ...geometry import ImageGeometry
 from ...masks import MaskOptions
 from ...prompts import PackedPrompts
 from .buffers import GrowingBuffer, Workspace
-from .cuda import Cuda
-from .encoding import Encoding
-from .imaging import MASKING, DeviceImaging
-from .masking import Masking
+from .imaging import MASKING, DeviceImaging, Masking
 from .memory import Block, Layout, Memory
-from .network import JOB, Network, set_addresses
-from .replay import Replay
-from .shapes import ShapeClass, classify
-from .together import Part, join
+from .network import JOB, Context, Network, set_addresses
+from .runs import Part, ShapeClass, classify, join
+
+_LOG = logging.getLogger(__name__)
 
 # Shape classes whose contexts a lane keeps. Each holds a little device memory of TensorRT's own.
 # A warm-up makes nine; the others are for calls in which each object has a mask prompt, or an image
@@ -34,12 +32,81 @@ from .together import Part, join
 _KEPT_CLASSES = 24
 
 
+class Replay:
+    """Queues the same work again and again.
+
+    TensorRT wants a run before the recording, and a context of its own for each recording.
+
+    Args:
+        work: queues it; it runs the context and whatever stands around it.
+        context: the context, with shapes and addresses set for good.
+        memory: gives the graph back.
+        stream: the lane's stream.
+        generation: of the lane's workspace that the addresses belong to.
+
+    Attributes:
+        generation: the same.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], None],
+        context: Context,
+        memory: Memory,
+        stream: int,
+        generation: int,
+    ) -> None:
+        self._work = work
+        self._context = context
+        self._cuda = memory.cuda
+        self._memory = memory
+        self._stream = stream
+        self.generation = generation
+        self._graph: int | None = None
+        self._tried = False
+
+    def queue(self) -> None:
+        """Queue one run."""
+        if self._graph is None:
+            self._work()
+        else:
+            self._cuda.launch(self._graph, self._stream)
+
+    def record(self) -> bool:
+        """Make the graph, once. The stream must be idle and a run behind it.
+
+        Returns:
+            Whether this was the first run.
+        """
+        if self._tried:
+            return False
+        self._tried = True
+        try:
+            self._graph = self._capture()
+        except BackendError as error:
+            if self._cuda.lost is not None:
+                raise
+            _LOG.info("runs without a CUDA graph: %s", str(error))
+            return True
+        self._memory.give_back_after(self, self._cuda.destroy_graph, self._graph)
+        return True
+
+    def _capture(self) -> int:
+        self._context.check_capturable(self._stream)
+        self._cuda.begin_capture(self._stream)
+        try:
+            self._work()
+        except BaseException:
+            with contextlib.suppress(BackendError):
+                self._cuda.destroy_graph(self._cuda.end_capture(self._stream))
+            raise
+        return self._cuda.end_capture(self._stream)
+
+
 class DecoderRun(NamedTuple):
     """The decoder for one shape class on one lane.
 
     Attributes:
-        shape: the class.
-        inputs: layout of the prompt block.
         prompt: the prompt block's tensors in the lane's pinned memory.
         masks: layout of the mask prompt block.
         outputs: layout of the output block.
@@ -47,8 +114,6 @@ class DecoderRun(NamedTuple):
         replay: uploads the prompt, runs the decoder and makes masks as the prompt block says.
     """
 
-    shape: ShapeClass
-    inputs: Layout
     prompt: dict[str, NDArray[Any]]
     masks: Layout
     outputs: Layout
@@ -57,19 +122,17 @@ class DecoderRun(NamedTuple):
 
 
 class Lane:
-    """A stream, contexts and buffers. Serves one call at a time, to its end.
+    """A stream, contexts and buffers for the decoder. Serves one call at a time, to its end.
 
     Every method returns, or raises, with the stream idle. Memory is taken for the shapes in use.
 
     Args:
         network: the engines.
-        cuda: the GPU.
-        memory: its memory.
+        memory: of the GPU.
         imaging: pre- and postprocessing on the device.
-        encodes: whether it has room for the encoder as well.
 
     Attributes:
-        encodes: whether it can encode.
+        encodes: whether it is an encoder lane, too.
         masking: makes masks.
         is_given_up: whether its pool has no more use for it.
 
@@ -77,23 +140,17 @@ class Lane:
         BackendError: there is not enough device memory.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        cuda: Cuda,
-        memory: Memory,
-        imaging: DeviceImaging,
-        encodes: bool,
-    ) -> None:
-        self.encodes = encodes
+    encodes = False
+
+    def __init__(self, network: Network, memory: Memory, imaging: DeviceImaging) -> None:
         self.is_given_up = False
         self._held: weakref.ref[Block] | None = None
         self._network = network
-        self._cuda = cuda
+        self._cuda = memory.cuda
         self._memory = memory
         self._imaging = imaging
-        self._stream = cuda.create_stream()
-        memory.give_back_after(self, cuda.destroy_stream, self._stream)
+        self._stream = self._cuda.create_stream()
+        memory.give_back_after(self, self._cuda.destroy_stream, self._stream)
         # One after the other on one stream: the engines of a lane share working memory.
         self._workspace = Workspace(memory)
         self._features = memory.allocate(network.features.nbytes)
@@ -101,34 +158,8 @@ class Lane:
         self._pinned_inputs = memory.allocate_pinned(self._inputs.nbytes)
         self._staging = GrowingBuffer(memory)
         self._results = GrowingBuffer(memory)
-        self.masking = Masking(cuda, memory, imaging, self._stream)
+        self.masking = Masking(memory, imaging, self._stream)
         self._runs: OrderedDict[ShapeClass, DecoderRun] = OrderedDict()
-        if encodes:
-            self._encoding = Encoding(
-                network, cuda, memory, imaging, self._workspace, self._features, self._stream
-            )
-
-    def encode(self, pixels: NDArray[np.float32]) -> list[Block]:
-        """Run the encoder on float32 [N, 3, H, W] of the encoder's size."""
-        with self._idle_on_error():
-            self._encoding.queue_pixels(pixels)
-            return self._encode(len(pixels))
-
-    def encode_images(self, images: Sequence[tuple[Block, ImageGeometry]]) -> list[Block]:
-        """Resize and normalize images, from :meth:`upload_image`, and run the encoder on them."""
-        with self._idle_on_error():
-            self._encoding.queue_images(images)
-            return self._encode(len(images))
-
-    def pixels(self, image: Block, where: ImageGeometry) -> NDArray[np.float32]:
-        """What :meth:`encode_images` would encode of one image, float32 [1, 3, H, W]."""
-        shape = self._network.pixels_shape(1)
-        with self._idle_on_error():
-            self._encoding.queue_images([(image, where)])
-            host = self._results.pinned(self._network.pixels.nbytes(shape))
-            self._cuda.download(host, self._encoding.pixels, self._stream)
-            self._cuda.synchronize(self._stream)
-        return host.view(np.float32).reshape(shape).copy()
 
     def decode(self, parts: Sequence[Part], names: Sequence[str]) -> None:
         """Run the decoder, and make masks of its first output where a part wants them.
@@ -242,14 +273,6 @@ class Lane:
                 raise self._cuda.lost_error() from error
             raise
 
-    def _encode(self, count: int) -> list[Block]:
-        blocks = self._encoding.queue_encoder(count)
-        self._cuda.synchronize(self._stream)
-        if count == 1:
-            self._held = weakref.ref(blocks[0])
-        self._encoding.record(count)
-        return blocks
-
     def _upload(self, host: NDArray[np.uint8]) -> Block:
         block = self._memory.allocate_reusable(len(host))
         self._cuda.upload(block.address, host, self._stream)
@@ -331,5 +354,5 @@ class Lane:
             if imaging.available:
                 imaging.queue(MASKING, job, stream)
 
-        replay = Replay(work, context, cuda, self._memory, stream, workspace.generation)
-        return DecoderRun(shape, inputs, prompt, masks, outputs, maps, replay)
+        replay = Replay(work, context, self._memory, stream, workspace.generation)
+        return DecoderRun(prompt, masks, outputs, maps, replay)

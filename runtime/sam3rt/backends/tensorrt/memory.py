@@ -7,7 +7,6 @@ forbids freeing memory while a graph is being recorded.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -145,26 +144,45 @@ class _Heap:
         allocate: takes so many bytes; the address.
         free: gives an address back.
         limit: bytes, at most; ``None`` for what there is.
+        other: a heap that takes the same memory where GPU and host share it.
     """
 
     def __init__(
-        self, allocate: Callable[[int], int], free: Callable[[int], None], limit: int | None = None
+        self,
+        allocate: Callable[[int], int],
+        free: Callable[[int], None],
+        limit: int | None = None,
+        other: _Heap | None = None,
     ) -> None:
         self._allocate = allocate
         self._free = free
         self._limit = limit
+        self._other = other
         self._lock = threading.Lock()
         self._used = 0
         # What was given back and is kept for the next ones of its size; the size used last stands
         # last.
         self._spare: OrderedDict[int, list[_Allocation]] = OrderedDict()
 
-    def take(self, nbytes: int) -> _Allocation:
-        """New memory.
+    def take(self, nbytes: int, *, reuses: bool = False) -> _Allocation:
+        """Memory: spare memory where that may be, else new. Where that is short, none stays spare.
 
         Raises:
             BackendError: there is not enough.
         """
+        with self._lock:
+            spare = self._spare.get(nbytes) if reuses else None
+            if spare:
+                return spare.pop()
+        try:
+            return self._take_new(nbytes)
+        except BackendError:
+            self.free_spare()
+            if self._other is not None:
+                self._other.free_spare()
+            return self._take_new(nbytes)
+
+    def _take_new(self, nbytes: int) -> _Allocation:
         with self._lock:
             if self._limit is not None and self._used + nbytes > self._limit:
                 raise out_of_memory(nbytes, self._limit - self._used, self._limit, "its limit")
@@ -180,11 +198,6 @@ class _Heap:
         with self._lock:
             self._used -= allocation.nbytes
         self._free(allocation.address)
-
-    def take_spare(self, nbytes: int) -> _Allocation | None:
-        with self._lock:
-            spare = self._spare.get(nbytes)
-            return spare.pop() if spare else None
 
     def keep(self, allocation: _Allocation) -> None:
         """Keep memory for the next one of its size, or give it back where there is enough.
@@ -225,6 +238,7 @@ class _Returns:
         # A deque's append needs no lock, so it can be called wherever an object dies.
         self._left: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._is_closed = False
+        self._turn = threading.Lock()
 
     def add(self, give_back: Callable[[Any], None], what: Any) -> None:
         """Queue a call; once closed, make it now."""
@@ -246,14 +260,20 @@ class _Returns:
             heap.free_spare()
 
     def close(self) -> None:
-        """Give back everything, now and from now on.
-
-        Objects that die in one cycle are finalized in any order, so that some may follow. The
-        device may be lost by then, and nobody can act on that.
-        """
+        """Give back everything, now and from now on."""
         self._is_closed = True
-        with contextlib.suppress(BackendError), self._cuda.active():
-            self.release_spare()
+        # Objects that die meanwhile come here, too, in this thread or another. They wait for no
+        # turn: whoever has it looks again before it is done.
+        while self._turn.acquire(blocking=False):
+            try:
+                with self._cuda.active():
+                    self.release_spare()
+            except BackendError:  # the device is lost, and nobody can act on that
+                return
+            finally:
+                self._turn.release()
+            if not self._left:
+                return
 
 
 class Memory:
@@ -262,15 +282,20 @@ class Memory:
     Args:
         cuda: the GPU.
         limit: bytes of device memory that are taken at most; ``None`` for what there is.
+
+    Attributes:
+        cuda: the same.
     """
 
     def __init__(self, cuda: Cuda, limit: int | None = None) -> None:
+        self.cuda = cuda
+
         def pin(nbytes: int) -> int:
             return int(cuda.allocate_host(nbytes).ctypes.data)
 
-        self._device = _Heap(cuda.allocate, cuda.free, limit)
         self._pinned = _Heap(pin, cuda.free_host)
         self._lent = _Heap(pin, cuda.free_host, _MOST_LENT)
+        self._device = _Heap(cuda.allocate, cuda.free, limit, self._lent)
         self._returns = _Returns(cuda, (self._device, self._lent))
         weakref.finalize(self, self._returns.close).atexit = False
 
@@ -280,7 +305,8 @@ class Memory:
         Raises:
             BackendError: there is not enough; spare blocks have been given back by then.
         """
-        return self._block(self._obtain(nbytes), self._device.free)
+        self.collect()
+        return self._block(self._device.take(nbytes), self._device.free)
 
     def allocate_reusable(self, nbytes: int) -> Block:
         """Device memory that becomes a spare block when its owner dies.
@@ -289,8 +315,7 @@ class Memory:
             BackendError: see :meth:`allocate`.
         """
         self.collect()
-        allocation = self._device.take_spare(nbytes) or self._obtain(nbytes)
-        return self._block(allocation, self._device.keep)
+        return self._block(self._device.take(nbytes, reuses=True), self._device.keep)
 
     def allocate_pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned host memory, uint8 [nbytes]."""
@@ -306,38 +331,31 @@ class Memory:
         self.collect()
         # In steps of a megabyte, so that calls of similar sizes share spare memory.
         size = -(-nbytes >> 20) << 20
-        allocation = self._lent.take_spare(size)
-        if allocation is None:
-            try:
-                allocation = self._lent.take(size)
-            except BackendError:
-                self._lent.free_spare()
-        if allocation is None:
-            try:
-                allocation = self._lent.take(size)
-            except BackendError:
-                return None
+        try:
+            allocation = self._lent.take(size, reuses=True)
+        except BackendError:
+            return None
         return self._array(allocation, nbytes, self._lent.keep)
 
-    def give_back_after(self, owner: object, give_back: Callable[[Any], None], what: Any) -> None:
-        """Call ``give_back(what)`` some time after the owner has died."""
-        weakref.finalize(owner, self._returns.add, give_back, what).atexit = False
+    def give_back_after(
+        self, owner: object, give_back: Callable[[Any], None], what: Any
+    ) -> Callable[[], object]:
+        """Call ``give_back(what)`` some time after the owner has died.
+
+        Returns:
+            What to call for it to be given back without waiting for that.
+        """
+        finalizer = weakref.finalize(owner, self._returns.add, give_back, what)
+        finalizer.atexit = False
+        return finalizer
 
     def collect(self) -> None:
         """Give back what dead owners left. Nothing queued on a stream may still use it."""
         self._returns.give_back()
 
-    def release_spare(self) -> None:
-        """Give back what is kept for the next embeddings, images and masks."""
-        self._returns.release_spare()
-
-    def _obtain(self, nbytes: int) -> _Allocation:
-        self.collect()
-        try:
-            return self._device.take(nbytes)
-        except BackendError:
-            self.release_spare()
-            return self._device.take(nbytes)
+    def close(self) -> None:
+        """Give back all that nobody owns, and from now on whatever its owner leaves at once."""
+        self._returns.close()
 
     def _block(self, allocation: _Allocation, give_back: Callable[[_Allocation], None]) -> Block:
         block = Block(self, allocation)

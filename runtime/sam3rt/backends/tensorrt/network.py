@@ -22,7 +22,7 @@ from ...bundle.contract import (
 from ...errors import BackendError
 from .imaging import MASK_JOB
 from .memory import Block, Layout
-from .shapes import Limits, ShapeClass
+from .runs import Limits, ShapeClass
 from .trt import KernelCache, Tensor
 
 # Not the decoder's: what masks to make travels in the same block as the prompts.
@@ -108,7 +108,7 @@ class Network:
         makes_plain_logits: whether masks and pixels are FP32, as the kernels around the network
             want them.
         limits: the greatest sizes of a decoder call.
-        takes_images: whether each object of a decoder call may have an image of its own.
+        joins_images: whether each of several objects of a call may have an image of its own.
         output_names: all decoder outputs, in the order of their layout.
 
     Raises:
@@ -152,9 +152,8 @@ class Network:
         self.makes_plain_logits = types == {np.dtype(np.float32)}
         points = decoder.tensors[POINTS].most
         self.limits = Limits(points[1], points[2])
-        self.takes_images = all(
-            decoder.tensors[name].most[0] >= self.limits.objects for name in self.features.slots
-        )
+        images = min(decoder.tensors[name].most[0] for name in self.features.slots)
+        self.joins_images = images >= self.limits.objects > 1
         own_masks = decoder.tensors[MASKS].most[1]
         if own_masks < self.limits.objects:
             raise BackendError(

@@ -1,4 +1,4 @@
-"""What TensorRT offers for a bundle on this machine: its engines that fit, and how a set is opened.
+"""What TensorRT offers for a bundle on this machine, and the backend that runs a set of engines.
 
 An engine is a program. Hashes catch damage and mix-ups, not malice: load only engines from a folder
 that nobody else can write to.
@@ -6,34 +6,24 @@ that nobody else can write to.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import hashlib
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...accuracy.gate import judge
-from ...accuracy.metrics import Measurement
-from ...accuracy.record import ParityRecord, load_record
 from ...accuracy.select import Recipe
 from ...bundle import Bundle
 from ...errors import BackendError, BundleError, InvalidInputError
-from ...geometry import ImageGeometry, geometry, preprocess
-from ...masks import MaskOptions, finish
 from ..base import Offer
 from ..options import BackendOptions, GpuOptions
-from .backend import LaneBackend
-from .driver import probe
-from .engine_backend import Platform, TensorRtBackend, open_platform
-from .engines import EngineSet, candidates, find_engines, recipe_of
+from .backend import LaneBackend, allow_imaging
+from .cuda import Cuda
+from .driver import Device, probe
+from .engines import EngineFile, EngineSet, EngineTarget, candidates, find_engines, recipe_of
+from .network import Network
 from .sidecar import BackendName
+from .trt import Engine, KernelCache, Library
 
-_LOG = logging.getLogger(__name__)
-
-# Of values up to about 2.6; FP32 sums of matmuls reach 1e-6.
-_PIXEL_ERROR = 1e-3
-# Pixels whose logit is within rounding of the threshold.
-_MASK_PIXELS = 1e-4
+# Of an engine file, bytes at a time while it is hashed.
+_CHUNK = 1 << 20
 
 
 def offer_tensorrt(bundle: Bundle, options: BackendOptions) -> Offer:
@@ -78,85 +68,132 @@ def _offer(flavour: BackendName, bundle: Bundle, options: BackendOptions) -> Off
 
     def open_recipe(recipe: Recipe) -> TensorRtBackend:
         try:
-            return open_engines(bundle, sets[recipe], platform, options.gpu)
+            backend = TensorRtBackend(bundle, sets[recipe], platform, options.gpu)
+            allow_imaging(backend)
         except BundleError as error:
             raise BackendError(f"an engine cannot be used: {error}") from error
+        return backend
 
     advice = f"Build others: sam3rt build {bundle.path} --backend {flavour}"
     return Offer(tuple(sets), open_recipe, advice)
 
 
-def open_engines(
-    bundle: Bundle, engines: EngineSet, platform: Platform, gpu: GpuOptions | None = None
-) -> TensorRtBackend:
-    """Load a set of engines, whatever it computes, and compare what stands around the network.
+@dataclass(frozen=True)
+class Platform:
+    """One GPU and the libraries for it, ready to use.
+
+    Attributes:
+        device: what the driver says of the GPU.
+        cuda: its memory, streams and graphs.
+        library: the TensorRT flavour.
+    """
+
+    device: Device
+    cuda: Cuda
+    library: Library
+
+    @property
+    def target(self) -> EngineTarget:
+        """What engines have to fit."""
+        return EngineTarget(
+            self.device.gpu,
+            self.library.flavour,
+            self.library.version,
+            self.device.driver_version,
+        )
+
+
+def open_platform(flavour: BackendName, device: Device, *, blocking: bool = False) -> Platform:
+    """Load the libraries for a GPU.
+
+    Ask the driver first, with :func:`.driver.probe`: TensorRT ends the process where it finds none.
+
+    Args:
+        flavour: which TensorRT.
+        device: what the driver said.
+        blocking: see :class:`sam3rt.GpuOptions`.
 
     Raises:
-        BundleError: an engine file is missing or was changed, or the parity record is damaged.
-        BackendError: an engine cannot be loaded.
+        BackendError: cuda-python or TensorRT is missing, or does not fit the driver; the message
+            says what to do.
     """
-    backend = TensorRtBackend(bundle, engines, platform, gpu)
-    allow_imaging(backend)
-    return backend
+    cuda = Cuda(device.index, blocking=blocking)
+    with cuda.active():
+        return Platform(device, cuda, Library(flavour))
 
 
-def allow_imaging(backend: LaneBackend) -> None:
-    """Let the device do what surrounds the network, as far as it does what the host does.
+class TensorRtBackend(LaneBackend):
+    """Runs one set of engines on one GPU. Engines are loaded at once.
 
-    What differs, or cannot run, is left to the host, which is slower and never wrong.
+    Args:
+        bundle: the bundle the engines were built from.
+        engines: the set, as chosen for this machine.
+        platform: the GPU and the libraries.
+        gpu: how to use the GPU.
+
+    Attributes:
+        engines: the set.
 
     Raises:
-        BundleError: the parity record, whose images are compared, is damaged.
+        BundleError: an engine file is missing or was changed.
+        BackendError: an engine cannot be loaded or is not what the manifest describes, or there
+            is not enough device memory.
     """
-    if not backend.imaging_fits:
-        return
-    record = load_record(backend.bundle)
-    for what, compare, attribute in (
-        ("resizing images", _compare_pixels, "preprocess_allowed"),
-        ("making masks", _compare_masks, "postprocess_allowed"),
-    ):
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: EngineSet,
+        platform: Platform,
+        gpu: GpuOptions | None = None,
+    ) -> None:
+        self.engines = engines
+        self._platform = platform
+        flavour, device = platform.library.flavour, platform.device
+        self._kernels: KernelCache | None = None
+        if flavour == "tensorrt-rtx":
+            file = f"kernels-sm{device.gpu.compute_capability.replace('.', '')}.cache"
+            self._kernels = KernelCache(engines.encoder.path.with_name(file))
+        with platform.cuda.active():
+            encoder, decoder = self._load(engines.encoder), self._load(engines.decoder)
+            network = Network(bundle, encoder, decoder, self._kernels)
+        super().__init__(
+            bundle,
+            flavour,
+            engines.precision,
+            network,
+            platform.cuda,
+            device,
+            gpu or GpuOptions(),
+        )
+
+    def close(self) -> None:
+        """Give back lanes and engines, and keep what was compiled for them."""
+        super().close()
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def versions(self) -> dict[str, str]:
+        """Versions of TensorRT and the driver."""
+        library = self._platform.library
+        return {self.name: library.version, "driver": self._platform.device.driver_version}
+
+    def _load(self, engine: EngineFile) -> Engine:
+        """Load an engine from the file whose content was hashed."""
+        name = f"{engine.path.parent.name}/{engine.path.name}"
         try:
-            verdict = judge(compare(backend, record))
-        except BackendError as error:
-            _LOG.warning("%s is left to the host: %s", what, str(error))
-            continue
-        if not verdict.passed:
-            _LOG.warning("%s is left to the host: %s", what, verdict.explain())
-        setattr(backend.imaging, attribute, verdict.passed)
-
-
-def _compare_pixels(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
-    """The device's preprocessing of the record's images against the host's."""
-    for index, image, where in _images(backend, record):
-        if backend.imaging.preprocess_fits(where):
-            expected, _ = preprocess(backend.bundle.manifest.image, image)
-            error = float(np.abs(backend.pixels(image, where) - expected).max())
-            yield Measurement(f"image {index}", "pixels", "error", error, _PIXEL_ERROR)
-
-
-def _compare_masks(backend: LaneBackend, record: ParityRecord) -> Iterator[Measurement]:
-    """The device's masks of made-up logits, of the record's image sizes, against the host's."""
-    manifest = backend.bundle.manifest
-    height, width = manifest.masks.low_res_size
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    waves = [
-        np.sin(x / (2 + 3 * k)) * np.cos(y / (3 + 2 * k)) * 20 + k
-        for k in range(manifest.masks.multimask)
-    ]
-    logits = np.stack(waves).astype(np.float32)[None]
-    for index, _, where in _images(backend, record):
-        for threshold, holes, islands in ((0.0, 0.0, 0.0), (1.5, 30.0, 20.0)):
-            options = MaskOptions(threshold, holes, islands, dtype=np.uint8)
-            expected = finish(logits, where, manifest.image, manifest.masks, options)
-            found = backend.make_masks(logits, where, options)
-            differing = float((found != expected).mean())
-            case = f"image {index} above {threshold}"
-            yield Measurement(case, "masks", "differing", differing, _MASK_PIXELS)
-
-
-def _images(
-    backend: LaneBackend, record: ParityRecord
-) -> Iterator[tuple[int, NDArray[np.uint8], ImageGeometry]]:
-    for index, image in enumerate(record.images()):
-        spec = backend.bundle.manifest.image
-        yield index, image, geometry(spec, (image.shape[0], image.shape[1]))
+            with engine.path.open("rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                found = digest.hexdigest()
+                if found == engine.sidecar.engine.sha256:
+                    file.seek(0)
+                    return self._platform.library.load(file, name, self._kernels)
+        except OSError as error:
+            raise BundleError(f"cannot be read: {error}", name) from error
+        raise BundleError(
+            f"engine.sha256 is {engine.sidecar.engine.sha256[:16]}... in the sidecar, the "
+            f"file has {found[:16]}...: it was changed; build it again",
+            name,
+        )

@@ -50,15 +50,13 @@ class Tensor:
         dtype: its type.
         is_input: whether it is read.
         shape: sizes; -1 for a dynamic axis.
-        least: for an input, the smallest sizes that the engine takes.
-        most: for an input, the greatest.
+        most: for an input, the greatest sizes that the engine takes.
     """
 
     name: str
     dtype: np.dtype[Any]
     is_input: bool
     shape: tuple[int, ...]
-    least: tuple[int, ...]
     most: tuple[int, ...]
 
     @classmethod
@@ -76,7 +74,6 @@ class Tensor:
             dtype,
             is_input,
             tuple(axis if isinstance(axis, int) else -1 for axis in axes),
-            tuple(axis if isinstance(axis, int) else 1 for axis in axes),
             tuple(axis if isinstance(axis, int) else most.get(axis, 1) for axis in axes),
         )
 
@@ -167,12 +164,11 @@ class Library:
                 raise BackendError(f"tensor {name} of an engine has type {kind}: build it again")
             is_input = trt_engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             shape = tuple(int(side) for side in trt_engine.get_tensor_shape(name))
-            least = most = shape
+            most = shape
             if is_input and -1 in shape:
-                profile = trt_engine.get_tensor_profile_shape(name, 0)
-                least, _, most = (tuple(int(side) for side in sizes) for sizes in profile)
-            dtype = np.dtype(_DTYPES[kind])
-            tensors[name] = Tensor(name, dtype, is_input, shape, least, most)
+                *_, greatest = trt_engine.get_tensor_profile_shape(name, 0)
+                most = tuple(int(side) for side in greatest)
+            tensors[name] = Tensor(name, np.dtype(_DTYPES[kind]), is_input, shape, most)
         return tensors
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,9 @@ from tests.support.helpers import noise, one_image_form
 
 from sam3rt import BackendError, GpuOptions, Prompts, SegmentationModel, load_model, open_bundle
 from sam3rt.accuracy.verdicts import Subject
+from sam3rt.backends.onnxruntime import recipes
 from sam3rt.backends.onnxruntime.backend import OnnxRuntimeBackend
-from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes
+from sam3rt.backends.onnxruntime.lanes import OnnxRuntimeLanes, SessionEngine
 from sam3rt.backends.onnxruntime.recipes import offer
 from sam3rt.backends.onnxruntime.typed import SIDECAR, find_typed, typed_folder
 from sam3rt.backends.options import BackendOptions
@@ -113,6 +119,32 @@ def test_typed_graphs_take_several_images(provider: FakeProvider, built: Path) -
     for embedding, (decoded, _) in zip(embeddings, found, strict=True):
         alone = model.decode(embedding, CLICK).low_res_masks
         np.testing.assert_allclose(decoded.low_res_masks, alone, rtol=0, atol=0.02)
+
+
+def test_an_interrupted_call_waits_for_its_run(
+    provider: FakeProvider, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on in a thread of its own, and writes to the lane's buffers until its end."""
+    model = load(tiny_copy, precision="fp32", gpu=GpuOptions(lanes=1))
+    embedding = model.encode(noise(9, 12))
+    ended = threading.Event()
+    run = SessionEngine._run
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)
+        run(*given)
+        ended.set()
+
+    def interrupted(future: Future[None], timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SessionEngine, "_run", slowly)
+        broken.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.decode(embedding, CLICK)
+    assert ended.is_set()
+    model.decode(embedding, CLICK)
 
 
 def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Path) -> None:
@@ -214,9 +246,9 @@ def test_graphs_that_no_context_needs_any_more_do_not_pile_up(
 
 
 def test_what_is_offered_follows_what_was_built(provider: FakeProvider, built: Path) -> None:
-    recipes = offer(open_bundle(built), BackendOptions(device="cuda")).recipes
-    assert [recipe.name for recipe in recipes] == ["fp16-activations", "fp16", "tf32", "fp32"]
-    subjects = [recipe.subject for recipe in recipes]
+    offered = offer(open_bundle(built), BackendOptions(device="cuda")).recipes
+    assert [recipe.name for recipe in offered] == ["fp16-activations", "fp16", "tf32", "fp32"]
+    subjects = [recipe.subject for recipe in offered]
     assert subjects[-1] is None
     files = [subject.files for subject in subjects if isinstance(subject, Subject)]
     assert len(set(files)) == 3
@@ -283,6 +315,39 @@ def test_a_recipe_that_fails_the_gate_does_not_serve(
     with pytest.raises(VerificationError, match="fp16 fails the gate"):
         load(built, precision="fp16")
     assert load(built).backend.precision == "tf32"
+
+
+SOURCE = """
+int %(name)sGetProperty(int which, int *value) { *value = 7 + which; return which > %(last)d; }
+"""
+
+
+def test_an_update_of_cublas_or_cudnn_asks_for_another_proof(
+    provider: FakeProvider, tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked through its C API, if it is loaded. One that does not say is left out."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    for name, last in (("cublas", 2), ("cudnn", 1)):
+        source, library = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
+        source.write_text(SOURCE % {"name": name, "last": last})
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+
+    def load(file: str, mode: int) -> Any:
+        if not file.startswith(("libcublas.so.13", "libcudnn.so.9")):
+            raise OSError(file)
+        assert mode & os.RTLD_NOLOAD
+        return ctypes.CDLL(str(tmp_path / file[3:].replace(".13", "").replace(".9", "")))
+
+    assert recipes.math_libraries(load) == ["cublas 7.8.9"]
+    assert recipes.math_libraries() == [] or Path("/dev/nvidiactl").exists()
+    subjects = []
+    for versions in ([], ["cudnn 9.1.0"], ["cudnn 9.2.0"]):
+        monkeypatch.setattr(recipes, "math_libraries", lambda versions=versions: versions)
+        offered = offer(open_bundle(tiny_copy), BackendOptions(device="cuda", precision="tf32"))
+        subjects.append(offered.recipes[0].subject)
+    assert len(set(subjects)) == 3
 
 
 def test_what_was_not_built_says_how_to(provider: FakeProvider, tiny_copy: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from tests.support.helpers import noise
 from tests.support.tensorrt_helpers import Rig, make_rig
 
 from sam3rt import BackendError, SAM3InteractiveImagePredictor, load_model
+from sam3rt.backends.tensorrt.backend import allow_imaging
+from sam3rt.backends.tensorrt.encoder import EncoderLane
 from sam3rt.backends.tensorrt.lane import Lane
-from sam3rt.backends.tensorrt.offer import allow_imaging
 
 SIZES = [(60, 90), (300, 451), (45, 8), (8, 8), (100, 100)]
 
@@ -70,7 +70,7 @@ def test_the_next_images_are_brought_while_these_are_encoded(
         allow_imaging(model.backend)
     brought: Callable[..., Any] = type(model.backend)._bring
     name = "encode_images" if on_device else "encode"
-    encode: Callable[..., Any] = getattr(Lane, name)
+    encode: Callable[..., Any] = getattr(EncoderLane, name)
     seen: list[int] = []
     both = threading.Event()
 
@@ -81,14 +81,14 @@ def test_the_next_images_are_brought_while_these_are_encoded(
             both.set()
         return found
 
-    def slowly(lane: Lane, images: Any) -> Any:
+    def slowly(lane: EncoderLane, images: Any) -> Any:
         assert both.wait(60)
         # And no more than the next.
         assert len(seen) <= 3
         return encode(lane, images)
 
     monkeypatch.setattr(type(model.backend), "_bring", noted)
-    monkeypatch.setattr(Lane, name, slowly)
+    monkeypatch.setattr(EncoderLane, name, slowly)
     stages: list[str] = []
     model.on_stage = lambda stage, seconds: stages.append(stage)
     assert len(model.encode_batch([noise(*size) for size in SIZES])) == 5
@@ -120,38 +120,3 @@ def test_a_batch_whose_image_cannot_be_brought_is_an_error_and_not_the_end(
     for embedding, maps in zip(model.encode_batch(images), expected, strict=True):
         for name, array in embedding.numpy().items():
             np.testing.assert_array_equal(array, maps[name])
-
-
-def test_an_image_is_uploaded_while_another_is_encoded(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = rig.model(lanes=2)
-    allow_imaging(model.backend)
-    uploaded, encodes = threading.Event(), threading.Lock()
-    real: Callable[..., Any] = Lane.encode_images
-    upload: Callable[..., Any] = Lane.upload_image
-
-    def slowly(lane: Lane, images: Any) -> Any:
-        if encodes.acquire(blocking=False):
-            # The second image arrives meanwhile.
-            assert uploaded.wait(60)
-        return real(lane, images)
-
-    def noted(lane: Lane, image: NDArray[np.uint8]) -> Any:
-        block = upload(lane, image)
-        if encodes.locked():
-            uploaded.set()
-        return block
-
-    monkeypatch.setattr(Lane, "encode_images", slowly)
-    monkeypatch.setattr(Lane, "upload_image", noted)
-
-    def second() -> None:
-        while not encodes.locked():
-            pass
-        model.encode(noise(60, 90))
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(model.encode, noise(300, 451))
-        pool.submit(second).result()
-        first.result()

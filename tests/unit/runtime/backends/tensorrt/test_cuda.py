@@ -213,10 +213,12 @@ def compiler(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> list[Any]:
             "nvrtcCompileProgram": (),
             "nvrtcGetCUBINSize": (5,),
             "nvrtcGetCUBIN": (),
+            "nvrtcDestroyProgram": (),
         },
         "driver": {
             "cuModuleLoadData": ("module",),
             "cuModuleGetFunction": ("kernel",),
+            "cuModuleUnload": (),
             "cuLaunchKernel": (),
         },
     }
@@ -233,12 +235,15 @@ def test_kernels_are_compiled_for_the_gpu_and_launched(monkeypatch: pytest.Monke
     calls = compiler(monkeypatch)
     cuda = Cuda(0)
     kernels = cuda.load_kernels("source", ["one", "two"], "12.0")
-    assert kernels == {"one": "kernel", "two": "kernel"}
+    assert kernels == ("module", {"one": "kernel", "two": "kernel"})
+    assert ("nvrtcDestroyProgram", "program") in calls
     options = [b"--gpu-architecture=sm_120", b"--fmad=false"]
     assert ("nvrtcCompileProgram", "program", 2, options) in calls
     cuda.launch_kernel("kernel", 7, 128, 0xABC, 5)
     arguments = ((0xABC,), (ctypes.c_void_p,))
     assert calls[-1] == ("cuLaunchKernel", "kernel", 7, 1, 1, 128, 1, 1, 0, 5, arguments, 0)
+    cuda.unload_kernels(kernels.module)
+    assert calls[-1] == ("cuModuleUnload", "module")
 
 
 def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.support.fake_cuda import FakeCuda
+from tests.support.helpers import examples
 from tests.support.tensorrt_helpers import MAX_OBJECTS, MAX_POINTS, Rig, make_rig
 
 from sam3rt import (
@@ -27,10 +30,10 @@ from sam3rt import (
     StateError,
     load_model,
 )
+from sam3rt.backends.tensorrt.backend import allow_imaging
 from sam3rt.backends.tensorrt.buffers import GrowingBuffer
-from sam3rt.backends.tensorrt.memory import Memory
-from sam3rt.backends.tensorrt.offer import allow_imaging
-from sam3rt.backends.tensorrt.replay import Replay
+from sam3rt.backends.tensorrt.lane import Replay
+from sam3rt.backends.tensorrt.memory import Layout, Memory, aligned
 
 PROMPTS = Prompts([[225, 150]], [1])
 
@@ -59,6 +62,23 @@ class Recordable:
 def many(objects: int) -> Prompts:
     rng = np.random.default_rng(objects)
     return Prompts(rng.uniform(0, 300, (objects, 3, 2)), np.ones((objects, 3)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["f2", "f4", "i8", "u1"]))))
+@examples(60)
+def test_tensors_lie_apart_and_aligned(tensors: list[tuple[int, str]]) -> None:
+    layout = Layout((str(i), (n,), np.dtype(t)) for i, (n, t) in enumerate(tensors))
+    end = 0
+    for slot in layout.slots.values():
+        assert slot.offset >= end
+        assert slot.offset % 256 == 0
+        end = slot.offset + slot.nbytes
+    assert layout.nbytes == end
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 256), (256, 256), (257, 512)])
+def test_aligned(nbytes: int, expected: int) -> None:
+    assert aligned(nbytes) == expected
 
 
 def test_a_buffer_grows_at_once_and_shrinks_when_it_has_long_been_too_large() -> None:
@@ -105,7 +125,7 @@ def test_a_recording_that_is_interrupted_ends() -> None:
             if cuda.is_capturing(stream):
                 raise KeyboardInterrupt
 
-        replay = Replay(work, Recordable(), cuda, Memory(cuda), stream, 0)
+        replay = Replay(work, Recordable(), Memory(cuda), stream, 0)
         replay.queue()
         with pytest.raises(KeyboardInterrupt):
             replay.record()
@@ -159,7 +179,7 @@ def test_masks_beyond_what_may_be_lent_are_the_same(
         model = rig.model()
         allow_imaging(model.backend)
         # More than the backend makes at once.
-        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", 2 * 3 * 300 * 451)
+        monkeypatch.setattr("sam3rt.backends.tensorrt.runs._MOST_MASKS", 2 * 3 * 300 * 451)
         found = [
             model.segment(model.encode(chelsea), many(5), dtype=dtype, max_hole_area=4)[1]
             for _ in range(2)
@@ -184,7 +204,7 @@ def test_spare_blocks_are_kept_for_few_sizes() -> None:
             memory.allocate_reusable(size)
         memory.collect()
         assert cuda.live["blocks"] == 3
-        memory.release_spare()
+        memory.close()
     assert cuda.used == 0
 
 
@@ -329,11 +349,45 @@ def test_a_closed_model_gives_everything_back(rig: Rig, chelsea: NDArray[np.uint
     gc.collect()
     assert engine() is None
     # What an embedding holds stays, and is given back with it.
-    assert rig.cuda.live == {"blocks": 1, "pinned": 0, "streams": 0, "graphs": 0}
+    assert rig.cuda.live == {"blocks": 1, "pinned": 0, "streams": 0, "graphs": 0, "modules": 0}
     assert len(expected) == 3
     del embedding, model, calls, call
     gc.collect()
     assert rig.cuda.used == 0
+
+
+def test_what_outlives_a_closed_model_is_given_back_at_once(
+    rig: Rig, chelsea: NDArray[np.uint8]
+) -> None:
+    model = rig.model()
+    allow_imaging(model.backend)
+    embedding = model.encode(chelsea)
+    _, masks = model.segment(embedding, PROMPTS, dtype=np.uint8)
+    model.close()
+    assert {k for k, count in rig.cuda.live.items() if count} == {"blocks", "pinned"}
+    del embedding, masks
+    assert not any(rig.cuda.live.values())
+
+
+def test_objects_that_die_while_memory_is_given_back_are_given_back_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda()
+    free = cuda.free
+
+    def collecting(address: int) -> None:
+        # As if Python collected garbage just then.
+        blocks[:1] = []
+        free(address)
+
+    monkeypatch.setattr(cuda, "free", collecting)
+    memory = Memory(cuda)
+    with cuda.active():
+        blocks = [memory.allocate_reusable(1000 + n) for n in range(3)]
+    memory.close()
+    blocks[:1] = []
+    assert blocks == []
+    assert cuda.used == 0
 
 
 def test_closing_waits_for_the_calls_under_way(rig: Rig) -> None:

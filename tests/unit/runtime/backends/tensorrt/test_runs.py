@@ -1,4 +1,4 @@
-"""Tests of `sam3rt.backends.tensorrt.together`: objects of several images in one run."""
+"""Tests of `sam3rt.backends.tensorrt.runs`: classes of sizes, and several images in one run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from tests.support.helpers import examples, noise, one_image_form
 from tests.support.tensorrt_helpers import MAX_OBJECTS, Rig, make_rig
 
 from sam3rt import Prompts, SAM3InteractiveImagePredictor, SegmentationModel
-from sam3rt.backends.tensorrt.masking import Picture
+from sam3rt.backends.tensorrt.backend import allow_imaging
+from sam3rt.backends.tensorrt.imaging import Picture
 from sam3rt.backends.tensorrt.memory import Block
-from sam3rt.backends.tensorrt.offer import allow_imaging
-from sam3rt.backends.tensorrt.shapes import Limits, classify
-from sam3rt.backends.tensorrt.together import Part, share_runs
+from sam3rt.backends.tensorrt.runs import (
+    Limits,
+    Part,
+    ShapeClass,
+    classify,
+    share_runs,
+    usual_classes,
+)
 from sam3rt.geometry import ImageGeometry
 from sam3rt.masks import MaskOptions
 from sam3rt.prompts import PackedPrompts
@@ -28,6 +34,37 @@ MOST_MASKS = 300
 BLOCK = cast(Block, object())
 WHERE = ImageGeometry((8, 8), (8, 8))
 OPTIONS = MaskOptions(max_hole_area=4, dtype=np.bool_)
+
+
+limits = st.builds(Limits, st.integers(1, 70), st.integers(1, 130))
+
+
+@given(limits, st.data())
+@examples(200)
+def test_a_class_holds_its_call_and_fits_the_engine(limit: Limits, data: st.DataObject) -> None:
+    objects = data.draw(st.integers(1, limit.objects))
+    points = data.draw(st.integers(0, limit.points))
+    own = data.draw(st.booleans())
+    found = classify(objects, points, own, limit)
+    assert objects <= found.objects <= limit.objects
+    assert points <= found.points <= limit.points
+    assert found.masks == (found.objects if own else 1)
+    # No more than four times what was asked for, beyond the least class.
+    assert found.objects < 4 * objects
+    assert found.points < max(4 * points, 5)
+
+
+def test_there_are_few_classes() -> None:
+    limit = Limits(16, 32)
+    classes = {classify(o, p, False, limit) for o in range(1, 17) for p in range(33)}
+    assert classes == set(usual_classes(limit))
+    assert {c.objects for c in classes} == {1, 4, 16}
+    assert {c.points for c in classes} == {4, 8, 32}
+    assert classify(17, 33, False, Limits(70, 130)) == ShapeClass(64, 128, 1)
+    assert usual_classes(Limits(1, 6)) == (ShapeClass(1, 4, 1), ShapeClass(1, 6, 1))
+    assert classify(1, 0, False, Limits(16, 32)) == ShapeClass(1, 4, 1)
+    assert classify(3, 5, True, Limits(16, 32)) == ShapeClass(4, 8, 4)
+    assert classify(5, 5, False, Limits(6, 6)) == ShapeClass(6, 6, 1)
 
 
 @pytest.fixture
@@ -140,7 +177,7 @@ def test_an_image_with_large_masks_shares_a_run_with_small_ones(
     clicks = [Prompts([[4.0, 4.0]], [1])] * 5
     embeddings = [model.encode(noise(*size)) for size in SIZES]
     for most, expected in ((3 * 300 * 451 * 3 // 2, 2), (3 * 300 * 451, 3), (1, 5)):
-        monkeypatch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", most)
+        monkeypatch.setattr("sam3rt.backends.tensorrt.runs._MOST_MASKS", most)
         rig.cuda.log.clear()
         model.segment_batch(embeddings, clicks, True, OPTIONS)
         assert runs(rig) == expected
@@ -186,7 +223,7 @@ def test_every_object_is_in_one_run_that_fits(
     seen = [0] * len(calls)
     limits = Limits(at_once, LIMITS.points)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sam3rt.backends.tensorrt.together._MOST_MASKS", MOST_MASKS)
+        patch.setattr("sam3rt.backends.tensorrt.runs._MOST_MASKS", MOST_MASKS)
         runs = list(share_runs(images, limits, joins=joins))
     for run in runs:
         assert sum(part.objects for part in run) <= at_once
