@@ -126,7 +126,7 @@ T& require(T* pointer, const char* argument) {
 /// Store what a function returns as a new object of the caller's, if there is a place for it.
 template <typename T, typename Function>
 sam3rt_status make(T** made, const char* argument, sam3rt_error** error,
-                   const Function& function) noexcept {
+                   const Function& function) {
     return guarded(error, [&] {
         require(made, argument);
         *made = new T{function()};

@@ -336,12 +336,12 @@ EngineSet choose_engines(const Bundle& bundle, const std::string& backend, const
         if (!verdict) {
             prover.read_record();
         }
-        const EngineSet engines{pair.encoder.wrapper(),
-                                pair.decoder.wrapper(),
-                                pair.encoder.features_dtype,
-                                pair.precision(),
-                                {pair.encoder.folder, pair.encoder.file},
-                                {pair.decoder.folder, pair.decoder.file}};
+        EngineSet engines{pair.encoder.wrapper(),
+                          pair.decoder.wrapper(),
+                          pair.encoder.features_dtype,
+                          pair.precision(),
+                          {pair.encoder.folder, pair.encoder.file},
+                          {pair.decoder.folder, pair.decoder.file}};
         std::string problem;
         try {
             if (loaded_by.empty() && (!verdict || verdict->passed)) {

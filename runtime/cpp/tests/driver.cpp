@@ -1015,6 +1015,7 @@ const std::map<std::string, Step>& steps() {
         {"set_embedding_batch", does(set_embedding_batch)},
         {"predict", does(predict)},
         {"predict_batch", does(predict_batch)},
+        {"reset", does([](Session& all, const json& s) { all.predictor(s).reset(); })},
         {"pack", does(pack_prompts)},
         {"preprocess", does(preprocess_image)},
         {"resize", does(resize)},
