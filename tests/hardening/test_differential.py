@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 
 @pytest.mark.slow
-def test_random_cases_agree_with_pytorch(small_bundle: Path, small_checkpoint: Path) -> None:
-    found = differential.compare(small_bundle, small_checkpoint, cases=60, images=3, seed=11)
-    assert found["cases"] == 60
+def test_random_cases_agree_with_pytorch(tiny_export: Path, tiny_sam3: Path) -> None:
+    checkpoint = tiny_export / "sam3_tiny.pt"
+    found = differential.compare(tiny_sam3, checkpoint, cases=240, images=12, seed=11)
+    assert found["cases"] == 240
     assert found["disagreements"] == []
     assert found["worst_of_those_that_agree"]["logits"] > 0
 

@@ -246,12 +246,17 @@ def default() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def inputs(default: Bundle) -> dict[str, dict[str, NDArray[np.generic]]]:
-    """Inputs of the bundled model's graphs: the parity record's first image and a box and click."""
-    record, manifest = load_record(default), default.manifest
+def tiny(tiny_sam3: Path) -> Bundle:
+    return open_bundle(tiny_sam3, check_files=False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny: Bundle) -> dict[str, dict[str, NDArray[np.generic]]]:
+    """The parity record's first image, and a box and a click on it."""
+    record, manifest = load_record(tiny), tiny.manifest
     pixels, _ = preprocess(manifest.image, record.images()[0])
     encoder = {manifest.encoder.inputs[0].name: pixels}
-    maps = run_onnx(default.path / "encoder.onnx", encoder)
+    maps = run_onnx(tiny.path / "encoder.onnx", encoder)
     (case,) = (case for case in record.cases() if case.name == "box_click_0")
     decoder = {
         **maps,
@@ -273,38 +278,38 @@ def written(
     return path
 
 
-@pytest.mark.parametrize("role", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_the_fp32_recipe_changes_no_bit(
     role: Role,
-    default: Bundle,
+    tiny: Bundle,
     inputs: dict[str, dict[str, NDArray[np.generic]]],
     tmp_path: Path,
 ) -> None:
-    expected = run_onnx(default.path / f"{role}.onnx", inputs[role])
+    expected = run_onnx(tiny.path / f"{role}.onnx", inputs[role])
     for simulated in (False, True):
-        path = written(default, role, "fp32", tmp_path / "typed.onnx", simulated=simulated)
+        path = written(tiny, role, "fp32", tmp_path / "typed.onnx", simulated=simulated)
         found = run_onnx(path, inputs[role])
         assert found.keys() == expected.keys()
         for name, array in expected.items():
             assert np.array_equal(found[name], array), name
 
 
-@pytest.mark.parametrize("role", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
 def test_the_fp16_graph_runs_and_agrees_with_its_simulation(
     role: Role,
-    default: Bundle,
+    tiny: Bundle,
     inputs: dict[str, dict[str, NDArray[np.generic]]],
     tmp_path: Path,
 ) -> None:
-    real = written(default, role, "fp16", tmp_path / "typed.onnx")
-    simulated = written(default, role, "fp16", tmp_path / "simulated.onnx", simulated=True)
-    maps = {spec.name for spec in default.manifest.encoder.outputs}
+    real = written(tiny, role, "fp16", tmp_path / "typed.onnx")
+    simulated = written(tiny, role, "fp16", tmp_path / "simulated.onnx", simulated=True)
+    maps = {spec.name for spec in tiny.manifest.encoder.outputs}
     halved = {
         name: array.astype(np.float16) if name in maps else array
         for name, array in inputs[role].items()
     }
     found, expected = run_onnx(real, halved), run_onnx(simulated, inputs[role])
-    exact = run_onnx(default.path / f"{role}.onnx", inputs[role])
+    exact = run_onnx(tiny.path / f"{role}.onnx", inputs[role])
     for name, array in expected.items():
         assert found[name].dtype == (np.float16 if name in maps else np.float32)
         # ONNX Runtime keeps sums of two FP16 operators in FP32 where it can, the simulation rounds
@@ -434,18 +439,18 @@ def test_marked_layers_of_a_typed_graph_are_fp32_outputs(default: Bundle, tmp_pa
 
 
 def test_large_weights_lie_beside_the_graph(
-    default: Bundle,
+    tiny: Bundle,
     inputs: dict[str, dict[str, NDArray[np.generic]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graph_files, "_EXTERNAL_BYTES", 1 << 20)
-    model = load_graph(default, "decoder")
+    monkeypatch.setattr(graph_files, "_EXTERNAL_BYTES", 1 << 16)
+    model = load_graph(tiny, "decoder")
     (beside,) = save_graph(model, tmp_path / "decoder.onnx")
     assert beside == tmp_path / "decoder.onnx.data"
-    assert beside.stat().st_size > 10 << 20
-    assert (tmp_path / "decoder.onnx").stat().st_size < 2 << 20
+    assert beside.stat().st_size > 200_000
+    assert (tmp_path / "decoder.onnx").stat().st_size < 400_000
     found = run_onnx(tmp_path / "decoder.onnx", inputs["decoder"])
-    expected = run_onnx(default.path / "decoder.onnx", inputs["decoder"])
+    expected = run_onnx(tiny.path / "decoder.onnx", inputs["decoder"])
     for name, array in expected.items():
         assert np.array_equal(found[name], array), name
