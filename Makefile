@@ -41,7 +41,7 @@ test-full: $(TEST_ENV)/.done $(DEMO_ENV)/.done $(TEST_ENV)/onnxruntime-web-1.30.
 
 # In an environment that has sam3rt[gpu] or [rtx], pytest and hypothesis; PyTorch and CuPy add to it.
 test-servers: $(TEST_ENV)/.done ## Run the service in Triton and Ray, which are a gigabyte to fetch
-	SAM3RT_TEST_SERVERS=1 $(TEST_BIN)/python -m pytest tests/unit/serve/test_triton.py tests/unit/serve/test_ray.py tests/unit/bench/test_serving.py
+	SAM3RT_TEST_SERVERS=1 $(TEST_BIN)/python -m pytest tests/unit/serve/test_triton.py tests/unit/serve/test_ray.py
 
 # ONNXRUNTIME_ROOT, and TENSORRT_ROOT where there is one, name releases that the C++ library is built
 # with.
