@@ -132,17 +132,21 @@ def architecture_of(config: Any) -> HieraArchitecture:
     """
     vision, decoder = config.vision_config, config.mask_decoder_config
     hiera = vision.backbone_config
-    side = config.prompt_encoder_config.image_size
+    prompt = config.prompt_encoder_config
+    side = prompt.image_size
     for what, value, expected in (
         ("backbone image_size", _pair(hiera.image_size), [side, side]),
         ("patch_kernel_size", _pair(hiera.patch_kernel_size), [7, 7]),
         ("patch_stride", _pair(hiera.patch_stride), [PATCH_STRIDE, PATCH_STRIDE]),
         ("patch_padding", _pair(hiera.patch_padding), [3, 3]),
-        ("prompt encoder patch_size", config.prompt_encoder_config.patch_size, 16),
+        ("prompt encoder patch_size", prompt.patch_size, 16),
         ("query_stride", _pair(hiera.query_stride), [2, 2]),
         ("num_query_pool_stages", hiera.num_query_pool_stages, 3),
         ("number of stages", len(hiera.blocks_per_stage), 4),
         ("hidden_act", hiera.hidden_act, "gelu"),
+        ("decoder hidden_act", decoder.hidden_act, "gelu"),
+        ("prompt encoder hidden_act", prompt.hidden_act, "gelu"),
+        ("prompt encoder layer_norm_eps", prompt.layer_norm_eps, 1e-6),
         ("fpn_kernel_size", vision.fpn_kernel_size, 1),
         ("fpn_stride", vision.fpn_stride, 1),
         ("fpn_padding", vision.fpn_padding, 0),

@@ -187,8 +187,13 @@ def _architecture(config: Any) -> Sam3Architecture:
     for what, value in (("image_size", vit.image_size), ("patch_size", vit.patch_size)):
         if not isinstance(value, int):
             raise ModelError(f"{what} is {value}, expected one number: inputs are square")
-    if vit.hidden_act != "gelu" or decoder.num_multimask_outputs != 3:
+    activations = {part.hidden_act for part in (vit, decoder, prompt)}
+    if activations != {"gelu"} or decoder.num_multimask_outputs != 3:
         raise ModelError("only GELU activations and three mask outputs are supported")
+    if prompt.layer_norm_eps != 1e-6:
+        raise ModelError(
+            f"the prompt encoder's layer_norm_eps is {prompt.layer_norm_eps}, not 1e-6"
+        )
     stability = (
         decoder.dynamic_multimask_via_stability,
         decoder.dynamic_multimask_stability_delta,

@@ -535,6 +535,9 @@ def test_a_live_model_keeps_its_own_epsilon(tensors: dict[str, Tensor]) -> None:
         ("backbone", "patch_size", [2, 2], "square"),
         ("backbone", "layer_scale_init_value", 0.1, "layer scale"),
         ("backbone", "window_size", 3, "do not tile"),
+        ("decoder", "hidden_act", "relu", "GELU"),
+        ("prompt", "hidden_act", "relu", "GELU"),
+        ("prompt", "layer_norm_eps", 1e-5, "layer_norm_eps"),
         ("decoder", "num_multimask_outputs", 4, "three mask outputs"),
         ("decoder", "dynamic_multimask_via_stability", False, "stability"),
         ("decoder", "dynamic_multimask_stability_delta", 0.1, "stability"),
@@ -545,8 +548,12 @@ def test_configurations_that_the_graphs_cannot_express(
     model: Any, part: str, name: str, value: Any, message: str
 ) -> None:
     config = model.config
-    vit, decoder = config.vision_config.backbone_config, config.mask_decoder_config
-    setattr(vit if part == "backbone" else decoder, name, value)
+    parts = {
+        "backbone": config.vision_config.backbone_config,
+        "decoder": config.mask_decoder_config,
+        "prompt": config.prompt_encoder_config,
+    }
+    setattr(parts[part], name, value)
     with pytest.raises(CheckpointError, match=message):
         open_source(model)
 
