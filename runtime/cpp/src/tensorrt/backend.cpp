@@ -27,12 +27,14 @@ constexpr float pixel_error = 1e-3F;
 // The part of pixels whose logit is within rounding of the threshold.
 constexpr double differing_pixels = 1e-4;
 
-/// Load an engine from the content that was hashed.
+/// Load an engine from the content that was hashed. Each engine keeps its own compiled kernels: of
+/// two that wrote one file, each would remove the other's.
 std::shared_ptr<Engine> load(const EngineFile& engine, const Machine& machine) {
+    const std::string role = std::filesystem::path(engine.file.file).stem().string();
     return load_engine(
         read_checked(engine.folder, engine.file),
         (engine.folder.filename() / engine.file.file).string(),
-        engine.folder / ("kernels-sm" + machine.gpu.capability_digits() + ".cache"));
+        engine.folder / ("kernels-sm" + machine.gpu.capability_digits() + "-" + role + ".cache"));
 }
 
 /// A set of engines on a GPU.

@@ -182,9 +182,8 @@ private:
 };
 
 #ifdef TRT_MAJOR_RTX
-/// What TensorRT for RTX compiled for this GPU, in a file that begins with the SHA-256 of the rest,
-/// as the Python runtime writes it. One that is damaged, or of another GPU, driver or version, is
-/// ignored and replaced.
+/// What TensorRT for RTX compiled for this GPU, in a file that begins with the SHA-256 of the rest.
+/// One that is damaged, or of another GPU, driver or version, is ignored and replaced.
 class CompiledCache {
 public:
     CompiledCache(nvinfer1::IRuntimeConfig& configuration, std::filesystem::path path)
@@ -193,10 +192,12 @@ public:
         constexpr std::uint64_t limit = std::uint64_t{1} << 32;
         try {
             const Bytes raw = read_file(path_, limit);
-            if (raw.size() > digest_size &&
-                digest_of(raw.data() + digest_size, raw.size() - digest_size) ==
-                    Bytes(raw.begin(), raw.begin() + digest_size)) {
-                cache_->deserialize(raw.data() + digest_size, raw.size() - digest_size);
+            if (raw.size() > digest_size) {
+                Bytes digest = digest_of(raw.data() + digest_size, raw.size() - digest_size);
+                if (std::equal(digest.begin(), digest.end(), raw.begin()) &&
+                    cache_->deserialize(raw.data() + digest_size, raw.size() - digest_size)) {
+                    saved_ = std::move(digest);
+                }
             }
         } catch (const std::system_error&) {
             // There is none yet.
