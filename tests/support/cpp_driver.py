@@ -72,7 +72,7 @@ class Build:
             [*EMULATOR, self.path / name, *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=3000 if EMULATOR else 300,
+            timeout=20_000 if EMULATOR else 300,
             env={
                 **os.environ,
                 "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1",
