@@ -435,6 +435,15 @@ def test_dropping_and_pasting(open_page: Callable[..., Demo]) -> None:
         assert page.page.is_hidden("#alert")
 
 
+def forget_the_cat(server: str) -> None:
+    """Remove the picture that a page shows from the server, as it does to make room."""
+    headers = {"Content-Type": "image/png"}
+    request = urllib.request.Request(f"{server}v1/images", CAT.read_bytes(), headers)
+    image_id = json.load(urllib.request.urlopen(request))["image_id"]
+    address = f"{server}v1/images/{image_id}"
+    urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
+
+
 def test_errors_in_words(
     open_page: Callable[..., Demo], server: str, predict: Callable[..., Any]
 ) -> None:
@@ -448,12 +457,7 @@ def test_errors_in_words(
     page.open(CAT)
     assert page.page.is_hidden("#alert")
     # The server made room: the page sends the picture again.
-    content = CAT.read_bytes()
-    headers = {"Content-Type": "image/png"}
-    request = urllib.request.Request(f"{server}v1/images", content, headers)
-    image_id = json.load(urllib.request.urlopen(request))["image_id"]
-    address = f"{server}v1/images/{image_id}"
-    urllib.request.urlopen(urllib.request.Request(address, method="DELETE"))
+    forget_the_cat(server)
     page.click(EYE)
     np.testing.assert_array_equal(mask_of(page), best(predict((*EYE, 1))))
     # What failed is taken back.
@@ -464,7 +468,9 @@ def test_errors_in_words(
     np.testing.assert_array_equal(mask_of(page), best(predict((*EYE, 1))))
 
 
-def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
+def test_decoding_in_the_page(
+    open_page: Callable[..., Demo], server: str, predict: Callable[..., Any]
+) -> None:
     page = open_page()
     switch = page.page.get_by_role("switch", name="Decode in this page")
     if not WEB:
@@ -472,6 +478,7 @@ def test_decoding_in_the_page(open_page: Callable[..., Demo], predict: Callable[
         pytest.skip("SAM3RT_ONNXRUNTIME_WEB does not name onnxruntime-web's package")
     page.open(CAT)
     page.click(CLICK)
+    forget_the_cat(server)
     switch.click()
     page.settle()
     for time in ("#server-time", "#page-time"):

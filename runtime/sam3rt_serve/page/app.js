@@ -113,22 +113,17 @@ async function ask(prompts) {
 /** Have an object decoded, here or on the server, and note how long it took. */
 async function answer(object) {
   const inPage = $("#in-page").checked;
-  const start = performance.now();
-  const found = inPage ? await decoder.segment(picture, object) : await onServer(object);
-  object.result = { ...found, confidence: found.scores.map((score) => confidence(score, unit)) };
-  $(inPage ? "#page-time" : "#server-time").textContent = time(performance.now() - start);
-}
-
-async function onServer(object) {
   const { blob, image_id: imageId } = picture;
-  try {
-    return await server.segment(imageId, object);
-  } catch (error) {
+  const start = performance.now();
+  const decode = () => (inPage ? decoder : server).segment(imageId, object);
+  const found = await decode().catch(async (error) => {
     if (error.status !== 404) throw error;
     // The server made room for other pictures.
     await server.sendImage(blob);
-    return server.segment(imageId, object);
-  }
+    return decode();
+  });
+  object.result = { ...found, confidence: found.scores.map((score) => confidence(score, unit)) };
+  $(inPage ? "#page-time" : "#server-time").textContent = time(performance.now() - start);
 }
 
 async function switchDecoder() {

@@ -9,7 +9,8 @@ export class InPageDecoder {
     this.#worker.onmessage = ({ data }) => {
       const { resolve, reject } = this.#waiting.get(data.id);
       this.#waiting.delete(data.id);
-      if (data.error) reject(new Error(`The decoder in this page failed: ${data.error}`));
+      const { error, status } = data; // the server's status, where it refused the embedding
+      if (error) reject(Object.assign(new Error(`The decoder in this page failed: ${error}`), { status }));
       else resolve(data.answer);
     };
     this.#worker.onerror = (event) => {
@@ -22,7 +23,7 @@ export class InPageDecoder {
   }
 
   /** An object's three masks, as the server gives them. */
-  segment({ image_id: imageId }, { points, labels, box }) {
+  segment(imageId, { points, labels, box }) {
     return this.#call({ imageId, prompts: { points, labels, box } });
   }
 

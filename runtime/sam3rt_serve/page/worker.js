@@ -47,7 +47,7 @@ self.onmessage = ({ data: { id, imageId, prompts } }) => {
       const answer = imageId && (await segment(imageId, prompts));
       self.postMessage({ id, answer }, (answer?.masks ?? []).map((mask) => mask.buffer));
     } catch (error) {
-      self.postMessage({ id, error: String(error?.message ?? error) });
+      self.postMessage({ id, error: String(error?.message ?? error), status: error?.status });
     }
   });
 };
