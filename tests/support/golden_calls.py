@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.golden.sam2 import synthetic as sam2
 from tests.golden.sam3 import synthetic as sam3
+from tests.support.cpp_driver import EMULATOR
 from tests.support.golden import arguments_of, mobile_sam_cases
 
 import sam3rt
 
-# Between the two languages.
-LOGIT_LIMIT = 1e-4
+# Between the two languages. Of logits up to 162 in size: on another processor, sums have another
+# order.
+LOGIT_LIMIT = 1e-3 if EMULATOR else 1e-4
 IOU_LIMIT = 1e-5
 PIXEL_LIMIT = 1e-4
 
