@@ -2,9 +2,8 @@
 
 A verdict holds for one bundle, backend, version of this package and of the library that computes,
 processor (or GPU and driver), precision, set of limits and choice of kernels by environment
-variables. Verdicts lie in the user's cache folder
-and nowhere else: one that came with a bundle would be somebody else's claim. A file that is damaged
-or about something else is as good as none.
+variables. Verdicts lie in the user's cache folder and nowhere else: one that came with a bundle
+would be somebody else's claim. A file that is damaged or about something else is as good as none.
 """
 
 from __future__ import annotations
