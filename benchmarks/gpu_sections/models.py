@@ -118,7 +118,7 @@ def graphs_in(settings: Settings, precision: str) -> Graphs:
 
 
 def kernel_table(record: Record, settings: Settings, precision: str) -> None:
-    """Kernels of an image and of a click by their time on the GPU, without CUDA graphs.
+    """Kernels of an image, a click and 16 objects by their time on the GPU, without CUDA graphs.
 
     On the CPU, PyTorch's operators: ONNX Runtime tells the profiler nothing there.
     """
@@ -137,6 +137,7 @@ def kernel_table(record: Record, settings: Settings, precision: str) -> None:
     for name, call in (
         ("encode", lambda: model.encode(image)),
         ("one click", lambda: model.segment(embedding, _clicks(1), max_hole_area=holes)),
+        ("16 objects", lambda: model.segment(embedding, _boxes(16), max_hole_area=holes)),
     ):
         record.attempt(name, _kernels_of, name, call, settings)
 
