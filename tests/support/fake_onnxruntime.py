@@ -3,7 +3,8 @@
 What a run is given must be there when it begins, since ONNX Runtime's stream waits for no other. A
 recorded graph keeps the sizes and addresses of its first run, which ONNX Runtime does not check but
 these sessions do, and only one run may go on at a time. It is kept for the thread that recorded it,
-to the session's end: threads that come and go would take memory, and replay nothing.
+to the session's end: threads that come and go would take memory, and replay nothing. So two threads
+may run a session, and no third.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class FakeProvider:
         records: whether graphs can be recorded.
         breaks: what the next run with this graph number raises.
         runs: the graph number of each run.
+        recordings: the graph number of each run that was recorded.
     """
 
     cuda: FakeCuda = field(default_factory=FakeCuda)
@@ -40,6 +42,7 @@ class FakeProvider:
     records: bool = True
     breaks: dict[str, Exception] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
+    recordings: list[str] = field(default_factory=list)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put it in the place of the real one, on a machine with one GPU."""
@@ -69,7 +72,7 @@ class FakeSession:
         self._provider = provider
         self._real = real
         self._records = records
-        self._recorded: dict[str, Any] = {}
+        self._recorded: dict[tuple[int, str], Any] = {}
         self._threads: set[int] = set()
         self._running = threading.Lock()
 
@@ -94,14 +97,16 @@ class FakeSession:
             if not self._running.acquire(blocking=False):
                 raise CudaMisuse("two runs at once of a session that records graphs")
             try:
-                self._threads.add(threading.get_ident())
-                if len(self._threads) > 1:
-                    raise CudaMisuse("a second thread records everything again")
+                thread = threading.get_ident()
+                self._threads.add(thread)
+                if len(self._threads) > 2:
+                    raise CudaMisuse("a third thread records everything again")
                 time.sleep(0)
-                if (
-                    number != "-1"
-                    and self._recorded.setdefault(number, binding.bound) != binding.bound
-                ):
+                key = thread, number
+                if number != "-1" and key not in self._recorded:
+                    self._recorded[key] = binding.bound
+                    self._provider.recordings.append(number)
+                if number != "-1" and self._recorded[key] != binding.bound:
                     raise CudaMisuse("a graph is replayed with other sizes or addresses")
                 self._real.run_with_iobinding(binding.real, options)
             finally:

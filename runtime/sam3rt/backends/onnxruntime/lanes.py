@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -77,8 +78,16 @@ class OnnxRuntimeLanes(LaneBackend):
                 for graph in (manifest.encoder, manifest.decoder)
             )
             network = Network(bundle, encoder, decoder)
+        self._pixels_shape = network.pixels_shape(1)
         super().__init__(bundle, "onnxruntime", graphs.precision, network, cuda, device, gpu)
         allow_imaging(self)
+
+    def prepare(self) -> None:
+        """Make every lane and record the usual runs, for this thread's calls and for others'."""
+        super().prepare()
+        with ThreadPoolExecutor(1) as other:
+            other.submit(super().prepare).result()
+            other.submit(self.encode, np.zeros(self._pixels_shape, np.float32)).result()
 
     def versions(self) -> dict[str, str]:
         """Versions of ONNX Runtime and the driver."""
@@ -138,7 +147,11 @@ class SessionEngine:
             for argument in arguments
         }
         # With CUDA graphs, ONNX Runtime allows one run at a time, and keeps what a thread has
-        # recorded for that thread, with handles of their own memory, to the session's end.
+        # recorded for that thread, with handles of their own memory, to the session's end. So two
+        # threads run it: the one that loads it, which waits for no other, and one for all others.
+        self._turn = threading.Lock()
+        self._loader = threading.local()
+        self._loader.is_here = True
         self._thread = ThreadPoolExecutor(1, "sam3rt-onnxruntime")
         recorded = range(1, _MOST_GRAPHS + 1) if records else ()
         self._numbers = itertools.chain(recorded, itertools.repeat(_NOT_RECORDED))
@@ -155,6 +168,9 @@ class SessionEngine:
             number: of the CUDA graph that is recorded at first and replayed later. A number
                 belongs to one binding: ONNX Runtime does not check that.
         """
+        if hasattr(self._loader, "is_here"):
+            self._run(binding, number)
+            return
         call = self._thread.submit(self._run, binding, number)
         try:
             call.result()
@@ -166,7 +182,7 @@ class SessionEngine:
     def _run(self, binding: Any, number: int) -> None:
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(number))
-        with self.cuda.active():
+        with self._turn, self.cuda.active():
             self.session.run_with_iobinding(binding, options)
 
 

@@ -85,6 +85,7 @@ class LaneBackend(Backend):
         self._layout, self._outputs = network.features, network.output_names
         self.joins_images = network.joins_images
         self.imaging = imaging
+        self._makes_plain_logits = network.makes_plain_logits
         self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(
             bundle,
@@ -276,8 +277,13 @@ class LaneBackend(Backend):
                 f"takes {most}. Build one that takes more: sam3rt build --max-points "
                 f"{1 << (points - 1).bit_length()}"
             )
-        room = self._room(len(prompts.labels), outputs)
-        return Part(features.block, prompts, room)
+        room, lent = self._room(len(prompts.labels), outputs), None
+        if self._makes_plain_logits and room[0].size:
+            with self._memory.cuda.active():
+                lent = self._memory.lend(room[0].nbytes)
+        if lent is not None:
+            room[0] = lent.view(np.float32).reshape(room[0].shape)
+        return Part(features.block, prompts, room, is_pinned=lent is not None)
 
 
 def _as_type(masks: NDArray[np.uint8], options: MaskOptions) -> NDArray[Any]:

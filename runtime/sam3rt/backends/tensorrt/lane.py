@@ -179,7 +179,6 @@ class Lane:
         shape = classify(objects, points, own_masks, self._network.limits, own_images=own_images)
         with self._idle_on_error():
             run = self._run(shape)
-            start, end = run.outputs.span(names)
             outputs_at = self._workspace["outputs"].address
             logits = outputs_at + run.outputs.slots[names[0]].offset
             run.prompt[JOB][...] = 0
@@ -191,17 +190,12 @@ class Lane:
             run.replay.queue()
             if len(pictures) > 1:
                 made = self.masking.queue(logits, pictures)
-            host = self._results.pinned(end - start)
-            self._cuda.download(host, outputs_at + start, self._stream)
+            copies = self._fetch(parts, names, run)
             self.masking.bring(made, pictures)
             if run.replay.record():
                 self._network.keep_kernels(shape)
-        at = 0
-        for part in parts:
-            # A warm-up has no use for results.
-            for name, result in zip(names, part.results, strict=False):
-                result[...] = run.outputs.slots[name].view(host, start)[:, at : at + part.objects]
-            at += part.objects
+        for result, host in copies:
+            result[...] = host
 
     def make_masks(
         self, logits: NDArray[np.float32], where: ImageGeometry, options: MaskOptions
@@ -278,6 +272,33 @@ class Lane:
         self._cuda.upload(block.address, host, self._stream)
         self._cuda.synchronize(self._stream)
         return block
+
+    def _fetch(
+        self, parts: Sequence[Part], names: Sequence[str], run: DecoderRun
+    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Queue the outputs' way to the host.
+
+        Returns:
+            What is left to copy once the stream is idle: to where, and from where.
+        """
+        outputs_at, slots = self._workspace["outputs"].address, run.outputs.slots
+        fetched = names[1:] if all(part.is_pinned for part in parts) else names
+        start, end = run.outputs.span(fetched) if fetched else (0, 0)
+        host = self._results.pinned(end - start)
+        if fetched:
+            self._cuda.download(host, outputs_at + start, self._stream)
+        copies, at = [], 0
+        for part in parts:
+            # A warm-up has no use for results.
+            for name, result in zip(names, part.results, strict=False):
+                slot = slots[name]
+                if name == names[0] and part.is_pinned:
+                    first = slot.offset + at * (slot.nbytes // slot.shape[1])
+                    self._cuda.download(result, outputs_at + first, self._stream)
+                else:
+                    copies.append((result, slot.view(host, start)[:, at : at + part.objects]))
+            at += part.objects
+        return copies
 
     def _bring(self, features: Sequence[Block], run: DecoderRun) -> None:
         """Copy feature maps to the buffers that the run reads, unless they are there."""

@@ -22,13 +22,16 @@ from .cuda import Cuda, out_of_memory
 
 ALIGNMENT = 256
 # Feature maps of one model are all of one size: a few spare blocks save cudaMalloc and cudaFree,
-# which halt the device, at every image.
-_SPARE_BLOCKS = 4
-# Images are of many sizes: spare blocks are kept for the sizes used last.
-_SPARE_SIZES = 3
-# Masks of a call lie in pinned memory that is the caller's until it drops them: to copy them to
-# other memory takes half of a click's time. Beyond so many bytes they are copied all the same.
+# which halt the device, at every image. Images are of many sizes: spare blocks are kept for the
+# sizes used last.
+_SPARE_BLOCKS, _SPARE_SIZES = 4, 3
+# Masks and logits of a call lie in pinned memory that is the caller's until it drops them: to copy
+# them to other memory takes half of a click's time. Beyond so many bytes they are copied all the
+# same.
 _MOST_LENT = 256 << 20
+# Callers drop the results of many calls at once, and have them of several sizes. Each new piece
+# takes milliseconds of pinning.
+_SPARE_LENT_BLOCKS, _SPARE_LENT_SIZES = 64, 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class _Heap:
         free: gives an address back.
         limit: bytes, at most; ``None`` for what there is.
         other: a heap that takes the same memory where GPU and host share it.
+        spares: blocks of one size, and sizes, that are kept at most.
     """
 
     def __init__(
@@ -153,11 +157,13 @@ class _Heap:
         free: Callable[[int], None],
         limit: int | None = None,
         other: _Heap | None = None,
+        spares: tuple[int, int] = (_SPARE_BLOCKS, _SPARE_SIZES),
     ) -> None:
         self._allocate = allocate
         self._free = free
         self._limit = limit
         self._other = other
+        self._most_blocks, self._most_sizes = spares
         self._lock = threading.Lock()
         self._used = 0
         # What was given back and is kept for the next ones of its size; the size used last stands
@@ -209,9 +215,9 @@ class _Heap:
             with self._lock:
                 spare = self._spare.setdefault(allocation.nbytes, [])
                 self._spare.move_to_end(allocation.nbytes)
-                if len(spare) < _SPARE_BLOCKS:
+                if len(spare) < self._most_blocks:
                     spare.append(surplus.pop())
-                if len(self._spare) > _SPARE_SIZES:
+                if len(self._spare) > self._most_sizes:
                     surplus += self._spare.popitem(last=False)[1]
         for unneeded in surplus:
             self.free(unneeded)
@@ -294,7 +300,8 @@ class Memory:
             return int(cuda.allocate_host(nbytes).ctypes.data)
 
         self._pinned = _Heap(pin, cuda.free_host)
-        self._lent = _Heap(pin, cuda.free_host, _MOST_LENT)
+        lent = _SPARE_LENT_BLOCKS, _SPARE_LENT_SIZES
+        self._lent = _Heap(pin, cuda.free_host, _MOST_LENT, spares=lent)
         self._device = _Heap(cuda.allocate, cuda.free, limit, self._lent)
         self._returns = _Returns(cuda, (self._device, self._lent))
         weakref.finalize(self, self._returns.close).atexit = False

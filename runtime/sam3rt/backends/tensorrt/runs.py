@@ -98,14 +98,16 @@ class Part(NamedTuple):
     Attributes:
         block: the image's feature maps.
         prompts: of P objects.
-        results: where outputs go, float32 [1, P, ...] each.
+        results: where outputs go, float32 [1, P, ...] each; the first are the mask logits.
         picture: the masks to make, or ``None``.
+        is_pinned: whether the GPU can write to the first of the results.
     """
 
     block: Block
     prompts: PackedPrompts
     results: list[NDArray[np.float32]]
     picture: Picture | None = None
+    is_pinned: bool = False
 
     @property
     def objects(self) -> int:
@@ -123,7 +125,7 @@ class Part(NamedTuple):
             own = slice(number * at_once, (number + 1) * at_once)
             results = [result[:, own] for result in self.results]
             picture = None if self.picture is None else self.picture.part(own)
-            yield Part(self.block, prompts, results, picture)
+            yield Part(self.block, prompts, results, picture, self.is_pinned)
 
 
 def share_runs(images: Sequence[Part], limits: Limits, *, joins: bool) -> Iterator[list[Part]]:

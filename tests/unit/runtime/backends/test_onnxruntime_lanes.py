@@ -138,13 +138,53 @@ def test_an_interrupted_call_waits_for_its_run(
     def interrupted(future: Future[None], timeout: float | None = None) -> None:
         raise KeyboardInterrupt
 
+    found: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            model.decode(embedding, CLICK)
+        except KeyboardInterrupt as error:
+            found.append(error)
+            assert ended.is_set()
+
     with monkeypatch.context() as broken:
         broken.setattr(SessionEngine, "_run", slowly)
         broken.setattr(Future, "result", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.decode(embedding, CLICK)
+        # This thread loaded the model, and runs its sessions itself.
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+    assert [type(error) for error in found] == [KeyboardInterrupt]
     assert ended.is_set()
     model.decode(embedding, CLICK)
+
+
+def test_a_session_is_run_by_its_loader_and_one_thread_for_all_others(
+    provider: FakeProvider,
+    tiny_copy: Path,
+    tiny_model: SegmentationModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fake provider refuses a third thread; the loader's calls wait for no other thread."""
+    model = load(tiny_copy, precision="fp32", gpu=GpuOptions(lanes=1))
+    image = noise(9, 12)
+    expected = tiny_model.decode(tiny_model.encode(image), CLICK).low_res_masks
+
+    def call() -> None:
+        found = model.decode(model.encode(image), CLICK).low_res_masks
+        assert np.abs(found - expected).max() < 1e-3
+
+    # Buffers reach their size here, so that no address changes afterwards.
+    model.encode(image)
+    model.warm_up()
+    provider.recordings.clear()
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(call).result()
+    assert not provider.recordings, "the warm-up is for both"
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", lambda *given: pytest.fail("another thread"))
+        call()
 
 
 def test_embeddings_are_offered_where_they_lie(provider: FakeProvider, built: Path) -> None:
