@@ -42,6 +42,10 @@ def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         return
     made = Maker(graph, merged, scope_of(softmax))
     _, tokens, heads, width = parts[0].sizes
+    if IN_ONE and parts[0].rotary is not None and width % 16 == 0:
+        ir.convenience.replace_all_uses_with(merged.outputs[0], _turning(made, parts))
+        remove_unused(graph, merged)
+        return
     weights = [part.linear.weight[:, part.order] for part in parts]
     weight = made.constant("qkv", np.concatenate(weights, axis=1))
     product = made.node("MatMul", [parts[0].linear.x, weight], shape=None)
@@ -66,6 +70,40 @@ def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     )
     ir.convenience.replace_all_uses_with(merged.outputs[0], y)
     remove_unused(graph, merged)
+
+
+IN_ONE = True
+
+
+def _turning(made: Maker, parts: list[_Heads]) -> ir.Value:
+    """Attention whose queries and keys are turned by their positions, of one product."""
+    linears, (_, tokens, heads, width) = [part.linear for part in parts], parts[0].sizes
+    weight = made.constant("qkv", np.concatenate([linear.weight for linear in linears], axis=1))
+    bias = made.constant("qkv_bias", np.concatenate([linear.bias for linear in linears]))
+    product = made.node("MatMul", [linears[0].x, weight], shape=None)
+    biased = made.node("Add", [product, bias], scope=linears[0].scope, shape=None)
+    together = made.constant("together", np.array([-1, tokens, 3 * heads * width], np.int64))
+    packed = made.node("Reshape", [biased, together], shape=("groups", tokens, 3 * heads * width))
+    caches = [made.shared("rotary", table) for table in parts[0].rotary]
+    total = made.shared("tokens", np.array(tokens, np.int32))
+    groups = made.node("Shape", [packed], shape=(1,), dtype=ir.DataType.INT64, end=1)
+    last = ir.tensor(np.array([tokens - 1], np.int32))
+    lasts = made.node(
+        "ConstantOfShape", [groups], shape=None, dtype=ir.DataType.INT32, value=last
+    )
+    given = [packed, None, None, None, None, lasts, total, *caches]
+    return made.node(
+        "GroupQueryAttention",
+        given,
+        DOMAIN,
+        outputs=3,
+        shape=("groups", tokens, heads * width),
+        num_heads=heads,
+        kv_num_heads=heads,
+        do_rotary=1,
+        causal=0,
+        scale=1.0,
+    )
 
 
 def _belong_together(query: _Heads, key: _Heads, value: _Heads) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,23 @@ class Maker:
     def node(
         self,
         operator: str,
-        given: list[ir.Value],
+        given: Sequence[ir.Value | None],
         domain: str = "",
         *,
         shape: Any,
         scope: str | None = None,
+        dtype: ir.DataType = FLOAT,
+        outputs: int = 1,
         **attributes: Any,
     ) -> ir.Value:
         name = f"{scope or self.scope}/{operator}_fused_{self._count}"
         self._count += 1
-        node = ir.node(operator, given, attributes=attributes, domain=domain, name=name)
-        (output,) = node.outputs
-        output.name, output.type = name, ir.TensorType(FLOAT)
+        node = ir.node(
+            operator, given, attributes=attributes, domain=domain, name=name, num_outputs=outputs
+        )
+        for index, output in enumerate(node.outputs):
+            output.name, output.type = f"{name}.{index}" if index else name, ir.TensorType(dtype)
+        output = node.outputs[0]
         output.shape = shape if isinstance(shape, ir.Shape) or shape is None else ir.Shape(shape)
         self._graph.insert_before(self._before, node)
         return output
