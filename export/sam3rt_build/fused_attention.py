@@ -88,9 +88,7 @@ def _turning(made: Maker, parts: list[_Heads]) -> ir.Value:
     total = made.shared("tokens", np.array(tokens, np.int32))
     groups = made.node("Shape", [packed], shape=(1,), dtype=ir.DataType.INT64, end=1)
     last = ir.tensor(np.array([tokens - 1], np.int32))
-    lasts = made.node(
-        "ConstantOfShape", [groups], shape=None, dtype=ir.DataType.INT32, value=last
-    )
+    lasts = made.node("ConstantOfShape", [groups], shape=None, dtype=ir.DataType.INT32, value=last)
     given = [packed, None, None, None, None, lasts, total, *caches]
     return made.node(
         "GroupQueryAttention",

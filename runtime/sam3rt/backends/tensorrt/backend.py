@@ -85,6 +85,7 @@ class LaneBackend(Backend):
         self._layout, self._outputs = network.features, network.output_names
         self.joins_images = network.joins_images
         self.imaging = imaging
+        self._lanes = gpu.lanes
         self._makes_plain_logits = network.makes_plain_logits
         self.imaging_fits = imaging.available and network.makes_plain_logits
         super().__init__(
@@ -100,6 +101,10 @@ class LaneBackend(Backend):
         self.check_process()
         shapes = usual_classes(self._limits)
         self._pool.each(lambda lane: lane.warm_up(shapes, self._outputs))
+        with self._memory.cuda.active():
+            # Of all lanes at once, so that each finds spare memory for a click's logits.
+            lent = [self._memory.lend(1) for _ in range(self._lanes)]
+            del lent
 
     def close(self) -> None:
         """Give back lanes and engines, once the calls under way are done."""

@@ -108,9 +108,7 @@ class Block:
         nbytes: its size.
     """
 
-    def __init__(self, memory: Memory, allocation: _Allocation) -> None:
-        # The memory pool must outlive what is given back to it.
-        self._memory = memory
+    def __init__(self, allocation: _Allocation) -> None:
         self._allocation = allocation
         self.address = allocation.address
         self.nbytes = allocation.nbytes
@@ -130,8 +128,7 @@ class _Pinned:
         __array_interface__: what NumPy makes an array from.
     """
 
-    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
-        self._memory = memory
+    def __init__(self, address: int, nbytes: int) -> None:
         self.__array_interface__ = {
             "data": (address, False),
             "shape": (nbytes,),
@@ -365,14 +362,14 @@ class Memory:
         self._returns.close()
 
     def _block(self, allocation: _Allocation, give_back: Callable[[_Allocation], None]) -> Block:
-        block = Block(self, allocation)
+        block = Block(allocation)
         self.give_back_after(block, give_back, allocation)
         return block
 
     def _array(
         self, allocation: _Allocation, nbytes: int, give_back: Callable[[_Allocation], None]
     ) -> NDArray[np.uint8]:
-        owner = _Pinned(self, allocation.address, nbytes)
+        owner = _Pinned(allocation.address, nbytes)
         self.give_back_after(owner, give_back, allocation)
         return np.asarray(owner)
 

@@ -281,8 +281,12 @@ def test_a_warm_up_records_the_usual_classes_on_every_lane(
     assert rig.cuda.live["graphs"] == 3 * 2 * 3 + 1
     embedding = model.encode(chelsea)
     rig.cuda.log.clear()
+
+    def decode(objects: int) -> None:
+        model.decode(embedding, many(objects))
+
     with rig.cuda.no_allocation(), ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda n: model.decode(embedding, many(n)), [1, 2, 3, 4] * 3))
+        list(pool.map(decode, [1, 2, 3, 4] * 3))
     assert rig.cuda.count("enqueue") == 0
     points = Prompts(np.zeros((MAX_POINTS - 1, 2)), np.ones(MAX_POINTS - 1))
     model.decode(embedding, points)
@@ -362,10 +366,10 @@ def test_what_outlives_a_closed_model_is_given_back_at_once(
     model = rig.model()
     allow_imaging(model.backend)
     embedding = model.encode(chelsea)
-    _, masks = model.segment(embedding, PROMPTS, dtype=np.uint8)
+    decoded, masks = model.segment(embedding, PROMPTS, dtype=np.uint8)
     model.close()
     assert {k for k, count in rig.cuda.live.items() if count} == {"blocks", "pinned"}
-    del embedding, masks
+    del embedding, decoded, masks
     assert not any(rig.cuda.live.values())
 
 
