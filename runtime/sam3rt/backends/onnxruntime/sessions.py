@@ -18,6 +18,8 @@ from .typed import Graphs
 _LOG = logging.getLogger(__name__)
 
 _CUDA = "CUDAExecutionProvider"
+# Of what ONNX Runtime says on standard error; from warnings on is its default.
+_WARNINGS, _ERRORS = 2, 3
 # By ONNX Runtime's names: NumPy's.
 ORT_TYPES = {
     "tensor(float)": "float32",
@@ -151,7 +153,7 @@ def open_parts(
 
 def _options(threads: int | None, memory_pattern: bool) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = _ERRORS
     options.enable_mem_pattern = memory_pattern
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -164,12 +166,17 @@ def _session(
     providers: list[Any] = ["CPUExecutionProvider"]
     if cuda is not None:
         providers.insert(0, (_CUDA, cuda))
+        # From 1.30 on, it warns that a plugin is missing, which it then does without.
+        ort.set_default_logger_severity(_ERRORS)
     try:
         return ort.InferenceSession(source, options, providers=providers)
     except BundleError:
         raise
     except Exception as error:  # ONNX Runtime raises classes of its own for each status
         raise BackendError(f"ONNX Runtime cannot load {graph.model.file}: {error}") from error
+    finally:
+        if cuda is not None:
+            ort.set_default_logger_severity(_WARNINGS)
 
 
 def _check(

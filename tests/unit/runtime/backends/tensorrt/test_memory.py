@@ -171,6 +171,18 @@ def test_no_more_than_a_limit_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cuda.live["pinned"] == 1
 
 
+def test_results_that_are_dropped_together_are_lent_again() -> None:
+    cuda = FakeCuda()
+    memory = Memory(cuda)
+    with cuda.active():
+        held = [memory.lend(size << 20) for size in (7, 1) for _ in range(16)]
+        pinned = cuda.live["pinned"]
+        held.clear()
+        held += [memory.lend(size << 20) for size in (1, 7) for _ in range(16)]
+        assert all(array is not None for array in held)
+        assert cuda.live["pinned"] == pinned == 32
+
+
 def test_masks_beyond_what_may_be_lent_are_the_same(
     rig: Rig, chelsea: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
