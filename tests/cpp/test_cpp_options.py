@@ -14,6 +14,7 @@ from tests.support.cpp_driver import Build, Result, Step, as_prompts
 from tests.support.helpers import noise
 from tests.support.runnable_bundle import runnable_bundle
 
+from sam3rt.bundle import open_bundle
 from sam3rt.bundle.default import default_bundle_path
 
 CLICK: Step = as_prompts({"point_coords": [[4, 4]], "point_labels": [1]})
@@ -167,6 +168,24 @@ def test_options_reach_the_provider(
     assert [line for line in lines if line and line != {**own, **options}] == [own] * (
         len(lines) - 3
     )
+
+
+def test_no_input_of_a_provider_is_empty(
+    provider: tuple[Build, dict[str, str], Path], tiny_sam3: Path
+) -> None:
+    """A point that does not count takes the place of none."""
+    build, environment, _ = provider
+    load = {"op": "load_model", "model": "m", "path": tiny_sam3}
+    height, width = open_bundle(tiny_sam3).manifest.prompts.mask_size
+    masks = noise(9 * height, width).reshape(9, 1, height, width, 3)[..., 0] / 64.0 - 2
+    given: list[Step] = [{}, {"mask_input": masks[0]}, {"mask_input": masks}]
+    steps = [ENCODE, *({**DECODE, "prompts": as_prompts(each)} for each in given)]
+    found = build.run([{**load, "device": "cuda"}, *steps], env=environment)
+    expected = build.run([load, *steps])
+    for ours, theirs in zip(found[2:], expected[2:], strict=True):
+        assert ours.error is None, ours.error
+        for name in ("low_res", "iou"):
+            np.testing.assert_allclose(ours.arrays[name], theirs.arrays[name], atol=1e-4)
 
 
 def test_options_that_a_provider_refuses(

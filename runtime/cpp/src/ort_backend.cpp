@@ -346,8 +346,17 @@ std::vector<Array<float>> OrtBackend::decode_one(const Features& features,
         throw EmbeddingError("the embedding is on " + features.device() + ", this model runs on " +
                              device_.name() + "; save the embedding and load it with this model");
     }
-    const std::shared_ptr<const Loaded> decoder = loaded(decoder_);
     const auto objects = static_cast<std::size_t>(prompts.points.shape()[0]);
+    if (device_.on_gpu() && prompts.points.shape()[1] == 0) {
+        // CUDA's kernels do not reduce an axis without elements, and engines take none.
+        const std::int64_t count = prompts.points.shape()[0];
+        const PackedPrompts padded{
+            Array<float>({count, 1, 2}, std::vector<float>(2 * objects)),
+            Array<std::int64_t>({count, 1}, std::vector<std::int64_t>(objects, padding_label)),
+            prompts.masks, ""};
+        return decode_one(features, padded, outputs, cancellation);
+    }
+    const std::shared_ptr<const Loaded> decoder = loaded(decoder_);
     const bool has_many_masks = prompts.masks && prompts.masks->shape()[0] != 1;
     const Ort::MemoryInfo memory = host_memory();
     // The inputs that the image and the mask prompts decide. Bindings do not keep them.

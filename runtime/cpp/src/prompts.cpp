@@ -14,8 +14,6 @@ namespace {
 constexpr std::int64_t not_a_point = -1;
 constexpr std::int64_t box_top_left = 2;
 constexpr std::int64_t box_bottom_right = 3;
-// The decoder's padding: no attention sees such a point, unlike one that is labelled -1.
-constexpr std::int64_t padding_label = -10;
 // How far outside a point is suspicious, in sides of the image.
 constexpr float margin = 0.1F;
 

@@ -6,6 +6,10 @@
 
 namespace sam3rt {
 
+/// The label of a point that does not count: no attention of the decoder sees it, unlike one that
+/// is labelled -1.
+constexpr std::int64_t padding_label = -10;
+
 /// Prompts as the decoder graph reads them.
 struct PackedPrompts {
     /// [P, N, 2], pixels of the encoder's input; P and N may be 0.

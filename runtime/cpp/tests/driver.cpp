@@ -58,13 +58,23 @@ std::string text(const json& step, const std::string& name) {
     return step.at(name).get<std::string>();
 }
 
+/// The entry of a map that a step names. Throws StateError where an earlier step has not made it.
+template <typename Map>
+auto& named(Map& entries, const json& step, const std::string& kind) {
+    const auto found = entries.find(text(step, kind));
+    if (found == entries.end()) {
+        throw StateError("no step has made the " + kind + " " + text(step, kind));
+    }
+    return found->second;
+}
+
 /// What later steps may refer to by name.
 struct Session {
-    const Model& model(const json& step) const { return models.at(text(step, "model")); }
+    const Model& model(const json& step) const { return named(models, step, "model"); }
     const ImageEmbedding& embedding(const json& step) const {
-        return embeddings.at(text(step, "embedding"));
+        return named(embeddings, step, "embedding");
     }
-    Predictor& predictor(const json& step) { return predictors.at(text(step, "predictor")); }
+    Predictor& predictor(const json& step) { return named(predictors, step, "predictor"); }
 
     std::map<std::string, Model> models;
     std::map<std::string, ImageEmbedding> embeddings;

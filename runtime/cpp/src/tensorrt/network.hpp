@@ -32,9 +32,6 @@ struct ShapeClass {
     }
 };
 
-/// The label of a point that does not count.
-constexpr std::int64_t padding_label = -10;
-
 /// Not the decoder's: what masks to make travels in the same block as the prompts.
 inline const std::string job_name = "job";
 

@@ -1,7 +1,8 @@
 // Stands in for the NVIDIA driver's library, libcuda.so.1: a GPU whose memory is the host's. Work
 // on a stream is done when the stream is synchronized, or another one that waits for it, and not
 // before, so that nobody can read a result that the GPU would not have yet. What is recorded can be
-// launched again and again.
+// launched again and again. As CUDA does, an upload reads pinned memory when its turn comes, and
+// other host memory at once; such an upload cannot be recorded here.
 //
 // Of the environment it takes STAND_IN_MEMORY (bytes of device memory), STAND_IN_CAPTURE=0 (nothing
 // can be recorded), STAND_IN_LOST=N (the Nth synchronization and everything after it fail),
@@ -81,7 +82,7 @@ struct Gpu {
     int streams = 0;
     int events = 0;
     int graphs = 0;
-    int pinned = 0;
+    std::map<const void*, std::size_t> pinned;
     int contexts = 0;
     int modules = 0;
     std::size_t launches = 0;
@@ -102,7 +103,7 @@ struct Gpu {
             std::ofstream(path) << "{\"used\": " << used << ", \"peak\": " << peak
                                 << ", \"streams\": " << streams << ", \"events\": " << events
                                 << ", \"graphs\": " << graphs
-                                << ", \"pinned\": " << pinned << ", \"contexts\": " << contexts
+                                << ", \"pinned\": " << pinned.size() << ", \"contexts\": " << contexts
                                 << ", \"modules\": " << modules << ", \"launches\": " << launches
                                 << ", \"kernels\": " << kernels << ", \"waits\": " << waits
                                 << ", \"others\": " << others << ", \"uploaded\": " << uploaded
@@ -169,6 +170,22 @@ int copy(void* target, const void* source, std::size_t bytes, Stream* stream) {
 void count(std::size_t& total, std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(gpu().mutex);
     total += bytes;
+}
+
+/// Whether all of these bytes of the host are pinned.
+bool is_pinned(const void* start, std::size_t bytes) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    const auto after = gpu().pinned.upper_bound(start);
+    if (after == gpu().pinned.begin()) {
+        return false;
+    }
+    const auto& [block, size] = *std::prev(after);
+    return static_cast<const char*>(start) + bytes <= static_cast<const char*>(block) + size;
+}
+
+bool records(Stream* stream) {
+    const std::lock_guard<std::mutex> lock(gpu().mutex);
+    return stream_of(stream)->records;
 }
 
 void* address(Pointer pointer) { return reinterpret_cast<void*>(pointer); }
@@ -266,13 +283,13 @@ API int cuMemHostAlloc(void** memory, std::size_t bytes, unsigned) {
     if (const int failure = status()) {
         return failure;
     }
-    ++gpu().pinned;
     *memory = std::malloc(bytes);
+    gpu().pinned[*memory] = bytes;
     return ok;
 }
 API int cuMemFreeHost(void* memory) {
     const std::lock_guard<std::mutex> lock(gpu().mutex);
-    --gpu().pinned;
+    gpu().pinned.erase(memory);
     std::free(memory);
     return ok;
 }
@@ -362,7 +379,16 @@ API int cuPointerGetAttribute(void* value, int attribute, Pointer pointer) {
 API int cuMemcpyHtoDAsync_v2(Pointer target, const void* source, std::size_t bytes,
                              Stream* stream) {
     count(gpu().uploaded, bytes);
-    return copy(address(target), source, bytes, stream);
+    if (is_pinned(source, bytes)) {
+        return copy(address(target), source, bytes, stream);
+    }
+    if (records(stream)) {
+        return capture_unsupported;
+    }
+    const auto* const start = static_cast<const char*>(source);
+    return add(stream, [=, staged = std::vector<char>(start, start + bytes)] {
+        std::memcpy(address(target), staged.data(), bytes);
+    });
 }
 API int cuMemcpyDtoHAsync_v2(void* target, Pointer source, std::size_t bytes, Stream* stream) {
     count(gpu().downloaded, bytes);

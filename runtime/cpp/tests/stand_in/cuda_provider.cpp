@@ -1,6 +1,7 @@
 // Stands in for a build of ONNX Runtime with the CUDA provider, by LD_PRELOAD: what is asked of the
 // provider is computed on the CPU. The options that each session gives it are added to the file that
-// SAM3RT_PROVIDER_OPTIONS names, as NAME=VALUE; "unknown" is refused.
+// SAM3RT_PROVIDER_OPTIONS names, as NAME=VALUE; "unknown" is refused. So is an input without elements,
+// which CUDA's kernels for reductions do not take.
 
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
@@ -59,6 +60,22 @@ OrtStatus* ORT_API_CALL create_memory_info(const char* name, OrtAllocatorType ty
                                           : real->CreateMemoryInfo(name, type, id, memory, result);
 }
 
+OrtStatus* ORT_API_CALL bind_input(OrtIoBinding* binding, const char* name,
+                                   const OrtValue* value) noexcept {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    size_t count = 0;
+    OrtStatus* status = real->GetTensorTypeAndShape(value, &info);
+    if (status == nullptr) {
+        status = real->GetTensorShapeElementCount(info, &count);
+        real->ReleaseTensorTypeAndShapeInfo(info);
+    }
+    if (status != nullptr) {
+        return status;
+    }
+    return count == 0 ? real->CreateStatus(ORT_EP_FAIL, "an input has no elements")
+                      : real->BindInput(binding, name, value);
+}
+
 const OrtApi* ORT_API_CALL get_api(uint32_t version) noexcept;
 
 const OrtApiBase* real_base() {
@@ -82,6 +99,7 @@ const OrtApi* ORT_API_CALL get_api(uint32_t version) noexcept {
     api.UpdateCUDAProviderOptions = update_options;
     api.SessionOptionsAppendExecutionProvider_CUDA_V2 = append_provider;
     api.CreateMemoryInfo = create_memory_info;
+    api.BindInput = bind_input;
     return &api;
 }
 

@@ -50,13 +50,44 @@ ElementType type_of(ONNXTensorElementDataType type) {
     return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? ElementType::int64 : ElementType::float32;
 }
 
+/// A function of the driver. Real or not, it is the one that the library has loaded.
+template <typename... Arguments>
+int cuda(const char* name, Arguments... arguments) {
+    return in<int(Arguments...)>("libcuda.so.1", name)(arguments...);
+}
+
+/// Pinned memory of the host: CUDA reads any other when an upload is queued, and not when its turn
+/// comes.
+class Pinned {
+public:
+    Pinned() = default;
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+    ~Pinned() {
+        if (data_ != nullptr) {
+            cuda("cuMemFreeHost", data_);
+        }
+    }
+
+    /// Make it that large, once: what is queued knows the address.
+    void allocate(std::size_t bytes) {
+        if (data_ == nullptr && cuda("cuMemHostAlloc", &data_, bytes, 0U) != 0) {
+            throw BackendError("TensorRT has too little memory of the host");
+        }
+    }
+    std::uint8_t* data() const { return static_cast<std::uint8_t*>(data_); }
+
+private:
+    void* data_ = nullptr;
+};
+
 /// A tensor of a context, and what the host has of it.
 struct Place {
     EngineTensor tensor;
     Shape shape;
     DevicePointer address = 0;
     /// As it crosses the bus, and as ONNX Runtime takes it.
-    Bytes raw;
+    Pinned raw;
     std::vector<float> floats;
 
     std::size_t nbytes() const { return element_count(shape) * size_of(tensor.type); }
@@ -130,7 +161,9 @@ class StandInContext : public EngineContext {
 public:
     explicit StandInContext(std::shared_ptr<StandInEngine> engine) : engine_(std::move(engine)) {
         for (const auto& [name, tensor] : engine_->tensors()) {
-            places_[name] = Place{tensor, tensor.shape, 0, {}, {}};
+            Place& place = places_[name];
+            place.tensor = tensor;
+            place.shape = tensor.shape;
         }
     }
 
@@ -184,40 +217,41 @@ public:
     bool can_be_recorded(Stream /*stream*/) const override { return true; }
 
     void enqueue(Stream stream) override {
-        static auto* const download = in<int(void*, DevicePointer, std::size_t, Stream)>(
-            "libcuda.so.1", "cuMemcpyDtoHAsync_v2");
-        static auto* const upload = in<int(DevicePointer, const void*, std::size_t, Stream)>(
-            "libcuda.so.1", "cuMemcpyHtoDAsync_v2");
-        static auto* const call =
-            in<int(Stream, void (*)(void*), void*)>("libcuda.so.1", "cuLaunchHostFunc");
         bool done = scratch_ != 0;
         for (auto& [name, place] : places_) {
             done = done && place.address != 0;
-            place.raw.resize(place.nbytes());
+            place.raw.allocate(place.nbytes());
             if (place.tensor.is_input) {
-                done = done &&
-                       download(place.raw.data(), place.address, place.raw.size(), stream) == 0;
+                done = done && download(place, stream) == 0;
             }
         }
-        done = done &&
-               call(
-                   stream, [](void* context) { static_cast<StandInContext*>(context)->compute(); },
-                   this) == 0;
+        void (*const call)(void*) = [](void* context) {
+            static_cast<StandInContext*>(context)->compute();
+        };
+        done = done && cuda("cuLaunchHostFunc", stream, call, static_cast<void*>(this)) == 0;
         for (auto& [name, place] : places_) {
             if (!place.tensor.is_input) {
-                done =
-                    done && upload(place.address, place.raw.data(), place.raw.size(), stream) == 0;
+                done = done && upload(place.address, place, stream) == 0;
             }
         }
         // As working memory would be written to.
-        done = done && upload(scratch_, places_.begin()->second.raw.data(),
-                              places_.begin()->second.raw.size(), stream) == 0;
+        done = done && upload(scratch_, places_.begin()->second, stream) == 0;
         if (!done) {
             throw BackendError("TensorRT refuses to run");
         }
     }
 
 private:
+    static int download(const Place& place, Stream stream) {
+        return cuda("cuMemcpyDtoHAsync_v2", static_cast<void*>(place.raw.data()), place.address,
+                    place.nbytes(), stream);
+    }
+
+    static int upload(DevicePointer target, const Place& place, Stream stream) {
+        return cuda("cuMemcpyHtoDAsync_v2", target, static_cast<const void*>(place.raw.data()),
+                    place.nbytes(), stream);
+    }
+
     Ort::Value value_of(Place& place) {
         static const Ort::MemoryInfo memory =
             Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
