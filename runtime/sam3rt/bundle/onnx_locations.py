@@ -63,7 +63,9 @@ _OPERATORS = frozenset(
 )
 _DOMAINS = (b"", b"ai.onnx")
 _FUSED = frozenset(
-    b"BiasGelu GroupQueryAttention MultiHeadAttention RotaryEmbedding SkipLayerNormalization".split()
+    b"""
+    BiasGelu GroupQueryAttention MultiHeadAttention RotaryEmbedding SkipLayerNormalization
+    """.split()
 )
 _FUSED_DOMAIN = b"com.microsoft"
 # Bytes of an element, by TensorProto.DataType.
