@@ -61,10 +61,9 @@ MODEL = Section("model", "models:make", 240, needs_model=False)
 SECTIONS = (
     Section("versions", "machine:versions", 30, needs_model=False),
     Section("ceilings", "machine:ceilings", 40, needs_model=False),
-    Section("onnxruntime-fp16-activations", "models:onnxruntime", 60, ("fp16-activations",)),
+    Section("onnxruntime-fp16-activations", "models:onnxruntime", 75, ("fp16-activations",)),
     Section("kernel-table", "models:kernel_table", 40, ("fp16-activations",)),
     Section("pytorch", "models:pytorch", 120),
-    Section("memory-bf16", "memory:memory", 90, ("bf16",)),
     Section("numerics", "numerics:numerics", 75),
     Section("onnxruntime-fp16", "models:onnxruntime", 75, ("fp16",)),
     Section("onnxruntime-tf32", "models:onnxruntime", 50, ("tf32",)),

@@ -265,17 +265,17 @@ def pytorch(record: Record, settings: Settings) -> None:
             record.put(f"{name}, {what}", {"median_ms": found.median_ms, "p95_ms": found.p95_ms})
 
     in_turn("encode", {n: partial(b.encode, pixels) for n, b in backends.items()})
+    models = {name: SegmentationModel(bundle, backend) for name, backend in backends.items()}
+    embeddings = {name: model.encode(image) for name, model in models.items()}
+    for label, prompts in (("one click", _clicks(1)), ("four boxes", _boxes(4))):
+        calls = {n: partial(m.decode, embeddings[n], prompts) for n, m in models.items()}
+        in_turn(f"logits of {label}", calls)
     there = torch.from_numpy(pixels).to(device)
     for name, backend in backends.items():
         alone = partial(backend.encode_tensor, there)
         record.put(
             f"{name}, encoder alone", device_times(alone, settings.device, effort.repetitions)
         )
-    models = {name: SegmentationModel(bundle, backend) for name, backend in backends.items()}
-    embeddings = {name: model.encode(image) for name, model in models.items()}
-    for label, prompts in (("one click", _clicks(1)), ("four boxes", _boxes(4))):
-        calls = {n: partial(m.decode, embeddings[n], prompts) for n, m in models.items()}
-        in_turn(f"logits of {label}", calls)
     for name, backend in backends.items():
         record.attempt(f"{name}, gate", _gate, backend)
 

@@ -106,10 +106,12 @@ def parse_choice(text: str) -> Choice:
 
 
 def default_choices(with_pytorch: bool) -> list[Choice]:
-    """What is compared unless something is asked for; what is not installed is left out later."""
+    """What is compared unless something is asked for; what is not installed is left out later.
+
+    On a GPU nothing but what is asked for computes in FP32, which the others are compared with.
+    """
     choices = [Choice(name, "auto") for name in BACKENDS]
-    if "openvino" in BACKENDS:
-        choices.append(Choice("openvino", "fp32"))
+    choices += [Choice(name, "fp32") for name in ("onnxruntime", "openvino") if name in BACKENDS]
     if with_pytorch:
         choices += [Choice(PYTORCH, p) for p in ("fp32", "bf16", "compile-bf16")]
     return choices

@@ -150,6 +150,9 @@ class _Benchmark:
     def _load(self) -> None:
         """Load the candidates, and time the first image and click of each."""
         for choice in self._plan.choices:
+            loaded = {f"{c.choice.backend}:{c.model.backend.precision}" for c in self._candidates}
+            if choice.name in loaded:
+                continue
             spent = max((first.load + first.encode for first in self._firsts.values()), default=0)
             if spent > self._left() / 2:
                 self._skip(f"{choice.name}: not loaded, {self._left():.0f} s are left")

@@ -21,8 +21,9 @@ from .graph_patterns import (
 from .typed_graph import scope_of
 
 _HEADS_FIRST = [0, 2, 1, 3]
-# Threads of one block, on every GPU.
-_MOST_THREADS = 1024
+# Threads of one block that turns tokens. On an H200, one head's are half as fast, and the most there
+# can be are slower, too (benchmarks/results/h200/operators.txt).
+_MOST_THREADS = 256
 
 
 def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
@@ -42,21 +43,16 @@ def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         return
     made = Maker(graph, merged, scope_of(softmax))
     _, tokens, heads, width = parts[0].sizes
-    if IN_ONE and parts[0].rotary is not None and width % 16 == 0:
-        ir.convenience.replace_all_uses_with(merged.outputs[0], _turning(made, parts))
-        remove_unused(graph, merged)
-        return
-    weights = [part.linear.weight[:, part.order] for part in parts]
-    weight = made.constant("qkv", np.concatenate(weights, axis=1))
-    product = made.node("MatMul", [parts[0].linear.x, weight], shape=None)
-    split = made.split(product, [array.shape[1] for array in weights])
     together = made.constant("together", np.array([-1, tokens, heads * width], np.int64))
     given = []
-    for index, (part, x) in enumerate(zip(parts, split, strict=True)):
-        bias, scope = part.linear.bias, part.linear.scope
-        if index < 2 or not _into_output_layer(made, merged, bias):
-            vector = made.constant(f"bias_{index}", bias[part.order])
-            x = made.node("Add", [x, vector], scope=scope, shape=None)
+    for index, part in enumerate(parts):
+        linear = part.linear
+        # One product for all three saves less than it costs to split its result; see there.
+        weight = made.constant(f"weight_{index}", linear.weight[:, part.order])
+        x = made.node("MatMul", [linear.x, weight], scope=linear.scope, shape=None)
+        if index < 2 or not _into_output_layer(made, merged, linear.bias):
+            vector = made.constant(f"bias_{index}", linear.bias[part.order])
+            x = made.node("Add", [x, vector], scope=linear.scope, shape=None)
         x = made.node("Reshape", [x, together], shape=("groups", tokens, heads * width))
         given.append(x if part.rotary is None else _rotated(made, x, part.rotary, heads))
     # The scale is part of the query's weights.
@@ -70,38 +66,6 @@ def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     )
     ir.convenience.replace_all_uses_with(merged.outputs[0], y)
     remove_unused(graph, merged)
-
-
-IN_ONE = True
-
-
-def _turning(made: Maker, parts: list[_Heads]) -> ir.Value:
-    """Attention whose queries and keys are turned by their positions, of one product."""
-    linears, (_, tokens, heads, width) = [part.linear for part in parts], parts[0].sizes
-    weight = made.constant("qkv", np.concatenate([linear.weight for linear in linears], axis=1))
-    bias = made.constant("qkv_bias", np.concatenate([linear.bias for linear in linears]))
-    product = made.node("MatMul", [linears[0].x, weight], shape=None)
-    biased = made.node("Add", [product, bias], scope=linears[0].scope, shape=None)
-    together = made.constant("together", np.array([-1, tokens, 3 * heads * width], np.int64))
-    packed = made.node("Reshape", [biased, together], shape=("groups", tokens, 3 * heads * width))
-    caches = [made.shared("rotary", table) for table in parts[0].rotary]
-    total = made.shared("tokens", np.array(tokens, np.int32))
-    groups = made.node("Shape", [packed], shape=(1,), dtype=ir.DataType.INT64, end=1)
-    last = ir.tensor(np.array([tokens - 1], np.int32))
-    lasts = made.node("ConstantOfShape", [groups], shape=None, dtype=ir.DataType.INT32, value=last)
-    given = [packed, None, None, None, None, lasts, total, *caches]
-    return made.node(
-        "GroupQueryAttention",
-        given,
-        DOMAIN,
-        outputs=3,
-        shape=("groups", tokens, heads * width),
-        num_heads=heads,
-        kv_num_heads=heads,
-        do_rotary=1,
-        causal=0,
-        scale=1.0,
-    )
 
 
 def _belong_together(query: _Heads, key: _Heads, value: _Heads) -> bool:
@@ -118,7 +82,7 @@ def _rotated(made: Maker, x: ir.Value, tables: tuple[Any, Any], heads: int) -> i
     """Queries or keys, turned by their positions.
 
     ONNX Runtime's CUDA kernel has a block of threads for each token and head. Rotations that turn
-    neighbours do not need to know of heads, so that here one block turns as many heads as fit.
+    neighbours do not need to know of heads, so that here one block turns several heads.
     """
     half = tables[0].shape[1]
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and 2 * half * n <= _MOST_THREADS]

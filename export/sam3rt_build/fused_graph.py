@@ -4,8 +4,7 @@ Four of its own operators (domain ``com.microsoft``) take the place of what the 
 
 * ``RotaryEmbedding`` turns queries and keys by their positions;
 * ``MultiHeadAttention`` takes the place of two products, the softmax between them and all
-  transposes, and never holds the scores of all pairs; one product before it takes the place of
-  those that make queries, keys and values;
+  transposes, and never holds the scores of all pairs;
 * ``SkipLayerNormalization`` adds a bias and a residual, and normalizes;
 * ``BiasGelu`` adds a bias and applies GELU.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,39 +25,21 @@ class Maker:
     def node(
         self,
         operator: str,
-        given: Sequence[ir.Value | None],
+        given: list[ir.Value],
         domain: str = "",
         *,
         shape: Any,
         scope: str | None = None,
-        dtype: ir.DataType = FLOAT,
-        outputs: int = 1,
         **attributes: Any,
     ) -> ir.Value:
         name = f"{scope or self.scope}/{operator}_fused_{self._count}"
         self._count += 1
-        node = ir.node(
-            operator, given, attributes=attributes, domain=domain, name=name, num_outputs=outputs
-        )
-        for index, output in enumerate(node.outputs):
-            output.name, output.type = f"{name}.{index}" if index else name, ir.TensorType(dtype)
-        output = node.outputs[0]
+        node = ir.node(operator, given, attributes=attributes, domain=domain, name=name)
+        (output,) = node.outputs
+        output.name, output.type = name, ir.TensorType(FLOAT)
         output.shape = shape if isinstance(shape, ir.Shape) or shape is None else ir.Shape(shape)
         self._graph.insert_before(self._before, node)
         return output
-
-    def split(self, value: ir.Value, widths: list[int]) -> list[ir.Value]:
-        """Parts of a value's last axis."""
-        name = f"{self.scope}/Split_fused_{self._count}"
-        self._count += 1
-        sizes = self.constant("widths", np.array(widths, np.int64))
-        node = ir.node(
-            "Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(widths), name=name
-        )
-        for index, output in enumerate(node.outputs):
-            output.name, output.type = f"{name}.{index}", ir.TensorType(FLOAT)
-        self._graph.insert_before(self._before, node)
-        return list(node.outputs)
 
     def constant(self, name: str, array: Any) -> ir.Value:
         """A weight, made once for each module."""

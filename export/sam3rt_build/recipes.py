@@ -19,9 +19,9 @@ Width = Literal["float16", "float32"]
 Factors = Width | Literal["bfloat16"]
 
 # ONNX Runtime's fused attention, which graphs for other libraries do not hold.
-FUSED_ATTENTION = frozenset({"MultiHeadAttention", "GroupQueryAttention"})
+FUSED_ATTENTION = "MultiHeadAttention"
 # Operators that multiply factors and add up the products.
-PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"}) | FUSED_ATTENTION
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", FUSED_ATTENTION})
 _ATTENTION = r"(?:^|\.)(?:attention|self_attention|token_to_image|image_to_token|final)$"
 
 

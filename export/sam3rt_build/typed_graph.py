@@ -73,7 +73,7 @@ def node_types(model: ir.Model, recipe: Recipe) -> dict[ir.Node, ir.DataType]:
         node: FLOAT
         if node in kept
         else attention
-        if node.op_type in FUSED_ATTENTION
+        if node.op_type == FUSED_ATTENTION
         else products
         if node.op_type in PRODUCTS
         else others

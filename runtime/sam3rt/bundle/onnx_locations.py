@@ -62,11 +62,7 @@ _OPERATORS = frozenset(
     """.split()
 )
 _DOMAINS = (b"", b"ai.onnx")
-_FUSED = frozenset(
-    b"""
-    BiasGelu GroupQueryAttention MultiHeadAttention RotaryEmbedding SkipLayerNormalization
-    """.split()
-)
+_FUSED = frozenset(b"BiasGelu MultiHeadAttention RotaryEmbedding SkipLayerNormalization".split())
 _FUSED_DOMAIN = b"com.microsoft"
 # Bytes of an element, by TensorProto.DataType.
 _ELEMENT_BYTES = {

@@ -70,16 +70,15 @@ def test_nothing_of_an_attention_is_left(tiny_sam3: Path) -> None:
     after = Counter(node.op_type for node in model.graph)
     assert before["Softmax"] == before["Erf"] - 1 == 2
     assert {after[name] for name in ("Softmax", "Concat", "Erf", "Div")} == {0}
-    # Of each block: one product for three and those of the scores, one split for two rotations',
-    # and no bias of the values.
-    assert before["MatMul"] - after["MatMul"] == 2 * 4
-    assert before["Split"] - after["Split"] == 2
+    # Of each block: the products of the scores, two rotations' splits, and the values' bias.
+    assert before["MatMul"] - after["MatMul"] == 2 * 2
+    assert before["Split"] - after["Split"] == 2 * 2
     # Sums left: the biases of queries and keys.
     sums = {node.name for node in model.graph if node.op_type == "Add"}
     assert {name for name in sums if ".attention" in str(name)} == {
         f"blocks.{block}.attention.{part}/Add_fused_{count}"
         for block in (0, 1)
-        for part, count in (("q", 2), ("k", 5))
+        for part, count in (("q", 1), ("k", 5))
     }
     # Four transposes of each block's heads, and that of its keys, are gone.
     assert before["Transpose"] - after["Transpose"] == 2 * 5
