@@ -21,8 +21,8 @@ from .graph_patterns import (
 from .typed_graph import scope_of
 
 _HEADS_FIRST = [0, 2, 1, 3]
-# Threads of one block that turns tokens. On an H200, one head's are half as fast, and the most there
-# can be are slower, too (benchmarks/results/h200/operators.txt).
+# Threads of one block that turns tokens. On an H200, one head's are half as fast, and the most that
+# there can be are slower, too (benchmarks/results/h200/operators.txt).
 _MOST_THREADS = 256
 
 
