@@ -47,7 +47,7 @@ def fuse_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     given = []
     for index, part in enumerate(parts):
         linear = part.linear
-        # One product for all three saves less than it costs to split its result; see there.
+        # One product for all three saves less than it costs to split its result (operators.txt).
         weight = made.constant(f"weight_{index}", linear.weight[:, part.order])
         x = made.node("MatMul", [linear.x, weight], scope=linear.scope, shape=None)
         if index < 2 or not _into_output_layer(made, merged, linear.bias):
