@@ -20,11 +20,10 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Message
+from starlette.types import ASGIApp, Message
 
 from sam3rt import __version__
 from sam3rt.accuracy.gate import Health
@@ -77,7 +76,7 @@ def create_app(
     api_key: str | None = None,
     health_seconds: float = 300.0,
     routes: Sequence[BaseRoute] = (),
-) -> Starlette:
+) -> ASGIApp:
     """The application. It closes the service when it shuts down.
 
     Args:
@@ -105,12 +104,12 @@ def create_app(
         routes=[*own, *routes],
         # Those that nobody expects are logged with their traceback as well.
         exception_handlers=dict.fromkeys((*_EXPECTED, Exception), api.on_error),
-        middleware=[Middleware(Watched, metrics=api.metrics)],
         lifespan=lifespan,
     )
     # A redirect's address would be made of the Host header, which a caller writes.
     app.router.redirect_slashes = False
-    return app
+    # Not as a middleware: Starlette answers what nobody expects outside of those.
+    return Watched(app, api.metrics)
 
 
 class _Api:

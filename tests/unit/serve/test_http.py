@@ -303,6 +303,7 @@ def test_a_failing_model_is_an_error_of_one_request(
         fails.append(fail)
         answer = client.post("/v1/images/cat/masks", json=QUESTION)
         assert (answer.status_code, answer.json()["kind"]) == (500, kind)
+        assert len(answer.headers["x-request-id"]) == 32
         assert client.post("/v1/images/cat/masks", json=QUESTION).status_code == 200
 
 
