@@ -209,6 +209,32 @@ def test_remove_and_undo(
     assert page.page.get_by_role("button", name="PNG").is_disabled()
 
 
+def test_undo_of_large_pictures_takes_bounded_memory(open_page: Callable[..., Demo]) -> None:
+    """As many steps as there are, unless the masks of a picture of 24 megapixels are in each."""
+    kept = open_page().page.evaluate(
+        """async () => {
+            const { History, withPrompts } = await import("/page/state.js");
+            const steps = (bytes, clicks) => {
+                const history = new History();
+                for (let click = 0; click < clicks; click++) {
+                    const prompts = { points: [[click, 0]], labels: [1] };
+                    const object = withPrompts(history.active, prompts);
+                    history.change(object);
+                    const masks = [0, 1, 2].map(() => new Uint8Array(bytes));
+                    object.result = { masks, scores: [1, 0, 0] };
+                }
+                let undone = 0;
+                for (; history.canUndo; undone++) history.undo();
+                return undone;
+            };
+            return [steps(1000, 300), steps(3_000_000, 60), steps(200_000_000, 3)];
+        }"""
+    )
+    assert kept[0] == 300
+    assert 20 <= kept[1] <= 30
+    assert kept[2] == 1
+
+
 def test_zoom(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> None:
     page = open_page().open(CAT)
     x, y = before = page.at(*EYE)

@@ -2,8 +2,8 @@
 //
 // States are replaced, never changed. Only an object's `result` arrives later.
 
-// Of a picture of 24 megapixels, each may hold 9 MB of masks.
-const MOST_STATES = 100;
+// What masks of earlier states may take; three of 24 megapixels take 9 MB.
+const MOST_BYTES = 256 << 20;
 // The colours of sam3rt's overlays, which colour-blind people can tell apart too.
 const COLOURS = ["#0084d6", "#f09400", "#cc5fa5", "#f0e442", "#56c4f0", "#d55400", "#009e73"];
 
@@ -30,6 +30,14 @@ export function shownMask(object) {
 /** What the model thinks of a mask, within 0 and 1: of a score that is an IoU or its log-odds. */
 export function confidence(score, unit) {
   return unit === "log_odds" ? 1 / (1 + Math.exp(-score)) : Math.min(Math.max(score, 0), 1);
+}
+
+/** What the masks take that only earlier states hold. */
+function bytesOfEarlier(states) {
+  const masksOf = (state) => state.objects.flatMap((object) => shownResult(object)?.masks ?? []);
+  const masks = new Set(states.flatMap(masksOf));
+  for (const mask of masksOf(states.at(-1))) masks.delete(mask);
+  return [...masks].reduce((sum, mask) => sum + mask.byteLength, 0);
 }
 
 /** The current state, which is `{objects, active}` with the number of the active object. */
@@ -109,6 +117,6 @@ export class History {
   #push(state) {
     this.#states.push(state);
     this.#undone = [];
-    if (this.#states.length > MOST_STATES) this.#states.shift();
+    while (bytesOfEarlier(this.#states) > MOST_BYTES) this.#states.shift();
   }
 }
