@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +21,7 @@ _FORMATS = (
     *("ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "PSD", "QOI"),
 )
 _ORIENTATION = 0x0112  # EXIF's tag
-# Pillow's limit and the warnings' filters belong to the whole process.
+# Pillow's limit belongs to the whole process.
 _ONE_READER = threading.Lock()
 
 
@@ -97,16 +96,14 @@ def upright_rgb(image: PIL.Image.Image, argument: str = "image") -> NDArray[np.u
 def _read(path: Path, source: Path | BinaryIO) -> NDArray[np.uint8]:
     argument, pillows_limit = f"image {path}", PIL.Image.MAX_IMAGE_PIXELS
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which play no part here
-            PIL.Image.init()
-            # Pillow refuses twice its limit, also for pictures within pictures.
-            PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
-            if source is path and path.is_fifo():  # nobody else could read meanwhile
-                raise ImageError(argument, "a pipe", "a file")
-            formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
-            with PIL.Image.open(source, formats=formats) as image:
-                return upright_rgb(image, argument)
+        PIL.Image.init()
+        # Pillow refuses twice its limit, also for pictures within pictures.
+        PIL.Image.MAX_IMAGE_PIXELS = max(1, geometry.MAX_PIXELS // 2)
+        if source is path and path.is_fifo():  # nobody else could read meanwhile
+            raise ImageError(argument, "a pipe", "a file")
+        formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
+        with PIL.Image.open(source, formats=formats) as image:
+            return upright_rgb(image, argument)
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError as error:

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -164,6 +165,8 @@ def run(arguments: Sequence[str] | None) -> int:
     handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler])
+    # Pillow's, of odd metadata, which play no part here.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status: int = options.run(options)
         return status

@@ -8,10 +8,12 @@ import os
 import re
 import struct
 import subprocess
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -21,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.helpers import examples, noise
 
-from sam3rt import ImageError, geometry
+from sam3rt import ImageError, PromptWarning, geometry
 from sam3rt.cli import main
 from sam3rt.image_files import read_image
 
@@ -108,6 +110,7 @@ def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
         read_image(tmp_path / "image.png")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_file_cut_anywhere_is_read_or_refused(form: str, tmp_path: Path) -> None:
     whole = encoded(form)
@@ -244,6 +247,41 @@ def test_pillow_s_own_limit_is_left_as_it_was(
     PIL.Image.fromarray(noise(24, 31)).save(path)
     np.testing.assert_array_equal(read_image(path), noise(24, 31))
     assert PIL.Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_other_threads_keep_their_filters_of_warnings(tmp_path: Path) -> None:
+    """They belong to the whole process: whoever sets them back ends what others set meanwhile."""
+    reading, done = threading.Event(), threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, *size: Any) -> bytes:
+            reading.set()
+            assert done.wait(30)
+            return super().read(*size)
+
+    reader = threading.Thread(target=read_image, args=(tmp_path / "a", Slow(encoded("PNG"))))
+    before = list(warnings.filters)
+    with warnings.catch_warnings():
+        reader.start()
+        assert reading.wait(30)
+        warnings.simplefilter("error", PromptWarning)
+        among = list(warnings.filters)
+        done.set()
+        reader.join()
+        assert warnings.filters == among
+    assert warnings.filters == before
+
+
+def test_commands_say_nothing_of_odd_metadata(tmp_path: Path) -> None:
+    image = PIL.Image.fromarray(noise(24, 31))
+    image.save(tmp_path / "odd.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0")
+    with pytest.warns(UserWarning, match="EXIF"):
+        read_image(tmp_path / "odd.jpg")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command = ["segment", str(tmp_path / "odd.jpg"), "--point", "1,1"]
+        assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert not caught
 
 
 @given(data=st.data())
