@@ -72,7 +72,7 @@ class Journal:
             if not lines and (folder / name).exists():
                 raise InvalidInputError(
                     "--output",
-                    f"{folder}, whose {name} is not from an earlier run",
+                    f"{folder}, whose {name} is not from an earlier run (there is no {JOURNAL})",
                     "another folder",
                 )
         self.entries: dict[str, Entry] = {}
@@ -213,7 +213,8 @@ def run_many(
         return image, worker.encode(image)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        upcoming: Future[tuple[NDArray[np.uint8], ImageEmbedding | None]] | None = None
+        current: Future[tuple[NDArray[np.uint8], ImageEmbedding | None]] | None = None
+        upcoming = current
         try:
             for index, (job, key) in enumerate(todo):
                 current = upcoming or pool.submit(prepare, job)
@@ -233,7 +234,12 @@ def run_many(
                 progress.step(job.name, index + 1)
         except KeyboardInterrupt:
             progress.clear()
-            print(f"{len(done)} images are done: the same command goes on", file=sys.stderr)
+            last = upcoming or current
+            # What runs cannot be given up.
+            waits = last is not None and last.running()
+            stopping = "stopping once an image is encoded that was begun; " * waits
+            rest = f"{len(done)} images are done: the same command again does the rest"
+            print(f"{stopping}{rest}", file=sys.stderr, flush=True)
             raise
         finally:
             progress.clear()

@@ -73,10 +73,12 @@ def _earlier_results(target: Path, source: Path) -> set[str]:
                 "--output", f"{target}, whose {name} is the image itself", "another folder"
             )
         if name not in ours:
+            why = f" (no {RESULT} lists it)" * (name != RESULT)
             raise InvalidInputError(
                 "--output",
-                f"{target}, whose {name} is not from an earlier run",
-                "a folder without files of that name",
+                f"{target}, whose {name} is not from an earlier run{why}",
+                f"another folder, or this one without its mask_*.png and {OVERLAY}"
+                + f" and {RESULT}" * (RESULT in present),
             )
     return present
 

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -442,7 +444,9 @@ def test_a_run_that_was_stopped_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "add", stopped)
         assert segment(*arguments) == 130
-    assert capsys.readouterr().err == "2 images are done: the same command goes on\n"
+    # Nothing more is waited for.
+    said = capsys.readouterr().err
+    assert said == "2 images are done: the same command again does the rest\n"
     assert segment(*arguments) == 0
     # A line without its end is whole.
     said = capsys.readouterr().out
@@ -451,6 +455,41 @@ def test_a_run_that_was_stopped_goes_on(
     assert segment(*arguments[:-1], "fresh") == 0
     fresh = {name: Path("fresh", name).read_bytes() for name in files("fresh")}
     assert there == fresh
+
+
+@pytest.mark.parametrize("height", [30, 31])
+def test_who_stops_a_run_is_told_what_it_waits_for(
+    height: int, imgs: Path, segment: Any, monkeypatch: Any
+) -> None:
+    """Ctrl-C while the first image is encoded, or while it is written and the next is encoded."""
+    error = io.StringIO()
+    encoding = threading.Event()
+    said: list[str] = []
+    encode = SegmentationModel.encode
+
+    def slow(model: SegmentationModel, image: Any) -> Any:
+        if image.shape[0] == height:
+            encoding.set()
+            end = time.monotonic() + 10
+            while not error.getvalue().endswith("rest\n") and time.monotonic() < end:
+                time.sleep(0.01)
+            said.append(error.getvalue())
+        return encode(model, image)
+
+    def interrupted(*arguments: Any) -> None:
+        assert encoding.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SegmentationModel, "encode", slow)
+    if height == 30:
+        monkeypatch.setattr(Future, "result", interrupted)
+    monkeypatch.setattr(Journal, "add", interrupted)
+    monkeypatch.setattr(sys, "stderr", error)
+    assert segment("imgs", *CLICK, "-o", "out") == 130
+    assert said == [
+        "stopping once an image is encoded that was begun; "
+        "0 images are done: the same command again does the rest\n"
+    ]
 
 
 def test_another_command_adds_to_a_coco_document(imgs: Path, segment: Any) -> None:

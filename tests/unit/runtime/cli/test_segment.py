@@ -235,6 +235,21 @@ def test_files_of_the_user_s_are_not_overwritten(
     assert (tmp_path / name).read_text() == "{}"
 
 
+def test_results_without_their_list_are_nobody_s(
+    segment_to: SegmentTo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment_to(tmp_path) == 0
+    (tmp_path / "result.json").unlink()
+    assert segment_to(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "whose mask_0.png is not from an earlier run (no result.json lists it)" in said
+    # What the user is told to do helps.
+    assert "this one without its mask_*.png and overlay.png" in said
+    for path in [*tmp_path.glob("mask_*.png"), tmp_path / "overlay.png"]:
+        path.unlink()
+    assert segment_to(tmp_path) == 0
+
+
 @pytest.mark.parametrize("link", ["none", "soft", "hard"])
 def test_the_image_is_never_a_target(
     segment_to: SegmentTo, link: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
