@@ -177,6 +177,10 @@ def _measure(options: argparse.Namespace) -> int:
         if options.output is not None:
             print(f"stopped; what was measured is in {shown}", file=sys.stderr)
         raise
+    finally:
+        claim = options.output and options.output / RESULT
+        if claim and claim.exists() and not claim.stat().st_size:
+            claim.unlink()  # nothing was measured
     print(to_markdown(result))
     if options.output is not None:
         try:
@@ -190,13 +194,19 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _make_room(folder: Path, overwrite: bool) -> None:
-    """Make the folder for results, without those of an earlier run, which may have other parts."""
+    """Make the folder for results, without those of an earlier run, which may have other parts.
+
+    It gets an empty result, so that no other run takes it before the first part is measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / RESULT).exists() and not overwrite:
-        raise InvalidInputError(
-            "--output", f"{folder}, which holds {RESULT}", "another folder, or --overwrite"
-        )
-    for name in (RESULT, "bench.md", *(f"{plot}.png" for plot in PLOTS)):
+    if overwrite:
+        (folder / RESULT).unlink(missing_ok=True)
+    try:
+        (folder / RESULT).touch(exist_ok=False)
+    except FileExistsError:
+        expected = "another folder, or --overwrite"
+        raise InvalidInputError("--output", f"{folder}, which holds {RESULT}", expected) from None
+    for name in ("bench.md", *(f"{plot}.png" for plot in PLOTS)):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -430,6 +430,28 @@ def test_a_summary_without_anything_in_fp32(result: Result) -> None:
     assert re.search(r"\nopenvino:fp32  .* -\n", said)
 
 
+def test_two_runs_do_not_share_a_folder(
+    toy: Bundle,
+    scene_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--candidate", "onnxruntime", "--only", "calls"]
+    command = ["bench", str(toy.path), *arguments, "--image", str(scene_file)]
+    command += ["--output", str(tmp_path)]
+
+    def second(*_: Any, **__: Any) -> None:
+        assert main(command) == 1
+        raise BackendError("no candidate can be used here")
+
+    monkeypatch.setattr("sam3rt_bench.runner.run_benchmark", second)
+    assert main(command) == 1
+    assert f"got {tmp_path}, which holds bench.json, expected another" in capsys.readouterr().err
+    # A run without a result is in nobody's way.
+    assert not list(tmp_path.iterdir())
+
+
 def stop_in(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run be stopped by Ctrl-C within one part."""
 
