@@ -72,14 +72,13 @@ def _earlier_results(target: Path, source: Path) -> set[str]:
             raise InvalidInputError(
                 "--output", f"{target}, whose {name} is the image itself", "another folder"
             )
-        if name not in ours:
-            why = f" (no {RESULT} lists it)" * (name != RESULT)
-            raise InvalidInputError(
-                "--output",
-                f"{target}, whose {name} is not from an earlier run{why}",
-                f"another folder, or this one without its mask_*.png and {OVERLAY}"
-                + f" and {RESULT}" * (RESULT in present),
-            )
+    if foreign := sorted(present - ours):
+        why = f" (no {RESULT} there lists it)" * (foreign[0] != RESULT)
+        raise InvalidInputError(
+            "--output",
+            f"{target}, whose {foreign[0]} is not from an earlier run{why}",
+            f"another folder, or this one without {', '.join(foreign)}",
+        )
     return present
 
 
