@@ -343,6 +343,19 @@ def test_several_objects_and_their_files(
         for member, mask in zip(archive.namelist(), expected.masks, strict=True):
             np.testing.assert_array_equal(read_png(archive.read(member)), mask)
 
+    # No file lacks an object whose answer is still to come.
+    held: list[Any] = []
+    page.page.route("**/masks", lambda route: held.append(route))
+    with page.page.expect_request("**/masks"):
+        page.page.mouse.click(*page.at(*BACKGROUND))
+    assert page.page.get_by_role("button", name="PNG").is_disabled()
+    page.page.wait_for_timeout(50)
+    held.pop().continue_()
+    page.page.unroute("**/masks")
+    page.settle()
+    assert page.page.get_by_role("button", name="PNG").is_enabled()
+    page.press("z")
+
     # Clicks go to the object that is selected.
     page.page.get_by_role("button", name="Object 1").first.click()
     page.click(BACKGROUND, button="right")
@@ -480,6 +493,22 @@ def test_errors_in_words(
     page.settle()
     said = page.page.get_by_role("alert").inner_text()
     assert said == "This is no picture that the browser can read."
+    # Canvases have limits, which differ between browsers.
+    page.page.evaluate(
+        """() => {
+            const prototype = HTMLCanvasElement.prototype;
+            prototype.whole = prototype.toBlob;
+            prototype.toBlob = (done) => done(null);
+        }"""
+    )
+    content = image_file(noise(20, 30), "WEBP")
+    huge = {"name": "huge.webp", "mimeType": "image/webp", "buffer": content}
+    page.page.set_input_files("#file", huge)
+    page.page.get_by_text("This picture is too large for the browser").wait_for()
+    page.settle()
+    page.page.evaluate(
+        "() => (HTMLCanvasElement.prototype.toBlob = HTMLCanvasElement.prototype.whole)"
+    )
     page.open(CAT)
     assert page.page.is_hidden("#alert")
     # The server made room: the page sends the picture again.

@@ -73,7 +73,9 @@ async function asPng(blob) {
   }
   const canvas = Object.assign(document.createElement("canvas"), { width: image.width, height: image.height });
   canvas.getContext("2d").drawImage(image, 0, 0);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  const png = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  if (!png) throw new Error("This picture is too large for the browser; as JPEG or PNG it need not convert it.");
+  return png;
 }
 
 async function openSample() {
@@ -193,7 +195,9 @@ function update() {
   $("#redo").disabled = !history.canRedo;
   $("#next").disabled = !picture || isEmpty(history.active);
   $("#reset").disabled = history.state.objects.every(isEmpty);
-  for (const button of document.querySelectorAll("#downloads button")) button.disabled = !finished().length;
+  // A file would lack an object whose answer is still to come.
+  const isWaiting = history.state.objects.some((object) => !isEmpty(object) && !object.result);
+  for (const button of document.querySelectorAll("#downloads button")) button.disabled = isWaiting || !finished().length;
 }
 
 async function attempt(what, action) {
