@@ -193,6 +193,11 @@ def run_many(
     done: list[Entry] = []
     progress = _Progress(len(jobs), options.quiet or options.json)
     todo: list[tuple[Job, str]] = []
+
+    def show(entry: Entry) -> None:
+        if options.json:
+            print(as_json(entry), end="", flush=True)
+
     for job in jobs:
         try:
             key = writer.key(job)
@@ -204,6 +209,7 @@ def run_many(
             todo.append((job, key))
         else:
             done.append(entry)
+            show(entry)
             progress.step(job.name, 0)
     before, start = len(done), time.monotonic()
 
@@ -229,8 +235,7 @@ def run_many(
                     failures.append(f"{job.image}: {problem}")
                 else:
                     done.append(entry)
-                    if options.json:
-                        print(as_json(entry), end="", flush=True)
+                    show(entry)
                 progress.step(job.name, index + 1)
         except KeyboardInterrupt:
             progress.clear()

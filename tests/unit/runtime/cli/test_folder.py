@@ -622,6 +622,9 @@ def test_json_is_a_line_for_each_image(imgs: Path, segment: Any, capsys: Any) ->
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in lines] == ["imgs/a.png", "imgs/b.png", "imgs/deep/c.PNG"]
     assert lines == [json.loads(x) for x in Path("out/results.jsonl").read_text().splitlines()[1:]]
+    # Also of those that were done before.
+    assert segment("imgs", *CLICK, "--json", "--format", "coco", "-o", "out") == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     assert segment("imgs/a.png", *CLICK, "--json", "-o", "one") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Path("one/result.json").read_text())
 
