@@ -274,10 +274,12 @@ class _Writer:
         self._worker, self._journal, self._names = worker, journal, names
         if self._format == "yolo":
             # Numbers of classes are in the files of earlier runs: new ones come after them.
-            path = self._output / CLASSES
-            earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self._names = list(dict.fromkeys([*earlier, *names]))
-            write_text(path, "".join(f"{name}\n" for name in self._names))
+            self._names = list(dict.fromkeys([*self._classes(), *names]))
+            write_text(self._output / CLASSES, "".join(f"{name}\n" for name in self._names))
+
+    def _classes(self) -> list[str]:
+        path = self._output / CLASSES
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def key(self, job: Job) -> str:
         """What stands for an image, its prompts and all settings.
@@ -329,8 +331,18 @@ class _Writer:
         return entry
 
     def finish(self, done: Sequence[Entry], jobs: Sequence[Job]) -> None:
-        """Write what belongs to all images: those done, and others' that are still there."""
+        """Write what belongs to all images: those done, and others' that are still there.
+
+        Raises:
+            InvalidInputError: the classes are numbered otherwise by now.
+        """
         self._journal.compact()
+        if self._format == "yolo" and self._classes()[: len(self._names)] != self._names:
+            raise InvalidInputError(
+                "--output",
+                f"{self._output / CLASSES}, which another command changed meanwhile",
+                "the same command again, which numbers its classes anew",
+            )
         if self._format == "coco":
             own = {os.path.realpath(job.image) for job in jobs}
             others = [e for e in self._journal.entries.values() if _is_of_another(e, own)]

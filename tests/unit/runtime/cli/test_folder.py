@@ -545,6 +545,30 @@ def test_another_command_keeps_the_numbers_of_yolo_classes(imgs: Path, segment: 
     assert classes_in("out/labels/b.txt") == "01"
 
 
+def test_two_commands_that_number_classes_at_once_are_found_out(
+    imgs: Path, segment: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    """Both began without classes.txt, and the other one wrote it last."""
+    line = {"image": "a.png", "points": [[9, 9]], "name": "cat"}
+    command = ("--prompts", write_prompts("p.jsonl", line), "imgs", "--format", "yolo", "-o", "out")
+    add = Journal.add
+
+    def slow(journal: Journal, entry: Any) -> None:
+        add(journal, entry)
+        Path("out/classes.txt").write_text("dog\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", slow)
+        assert segment(*command) == 1
+    said = capsys.readouterr().err
+    assert "classes.txt, which another command changed meanwhile, expected" in said
+    # What the user is told to do helps.
+    assert "the same command again" in said
+    assert segment(*command) == 0
+    assert Path("out/classes.txt").read_text().splitlines() == ["dog", "cat"]
+    assert classes_in("out/labels/a.txt") == "1"
+
+
 @pytest.mark.parametrize(
     "line",
     [
