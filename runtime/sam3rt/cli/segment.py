@@ -33,6 +33,8 @@ HELP = "segment images from clicks and boxes, or everything in them"
 DESCRIPTION = """\
 Segment images from clicks and boxes, or everything in them.
 
+Of a file of several pictures (TIFF, GIF) the first is taken.
+
 Coordinates are pixels of the upright image: an EXIF orientation is applied first. All --point
 belong to one object; each --points and each --box is an object of its own. Where there are both
 clicks and boxes, the first box belongs to the first object, and so on.

@@ -238,6 +238,13 @@ def test_the_limit_can_be_raised(
     assert main([*arguments, "--max-pixels", "3999"]) == 1
 
 
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+def test_of_several_pictures_the_first_is_read(form: str, tmp_path: Path) -> None:
+    first, second = (PIL.Image.fromarray(noise(24, 31, seed)) for seed in (0, 1))
+    first.save(tmp_path / "stack", form, save_all=True, append_images=[second])
+    np.testing.assert_array_equal(read_image(tmp_path / "stack"), noise(24, 31, 0))
+
+
 def test_pillow_s_own_limit_is_left_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
