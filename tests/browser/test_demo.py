@@ -262,6 +262,35 @@ def test_zoom(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> No
     np.testing.assert_allclose(page.at(*EYE), before, atol=1.5)
 
 
+def test_a_small_object_takes_little_memory_in_a_closer_look(
+    open_page: Callable[..., Demo],
+) -> None:
+    """A layer of the whole canvas for each object took a gigabyte for thirty."""
+    page = open_page().open(CAT)
+    page.click(EYE)
+    page.page.evaluate(
+        """() => {
+            const create = document.createElement.bind(document);
+            window.made = [];
+            document.createElement = (tag) => {
+                const element = create(tag);
+                if (tag === "canvas") window.made.push(element);
+                return element;
+            };
+        }"""
+    )
+    page.press(*"+++")
+    page.page.wait_for_function("() => document.querySelector('#canvas').width > 2000")
+    canvas, made = page.page.evaluate(
+        """() => {
+            const pixels = ({ width, height }) => width * height;
+            return [pixels(document.querySelector("#canvas")), window.made.map(pixels)];
+        }"""
+    )
+    assert made
+    assert max(made) < canvas / 8
+
+
 def test_what_browsers_read_is_sent_as_png(open_page: Callable[..., Demo]) -> None:
     """A WebP file that is called JPEG, as many on the web are, and colours of 16 bits."""
     deep = np.array(noise(20, 30), ">u2").reshape(20, -1) * 257

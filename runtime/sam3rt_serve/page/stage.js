@@ -7,7 +7,7 @@ const REMOVE = "#de2a34";
 // How far a small picture is enlarged to fill the space, and how far one may look closer.
 const MOST_ENLARGED = 32;
 const MOST_ZOOM = 8;
-// Of the canvas, and of a layer for each mask that is shown.
+// Of the canvas, and at most of a layer for each mask that is shown.
 const MOST_PIXELS = 8 << 20;
 // Shorter movements are clicks, CSS pixels.
 const DRAG = { mouse: 4, pen: 6, touch: 10 };
@@ -220,7 +220,7 @@ export class Stage {
       if (!mask) continue;
       const layer = this.#layer(mask, object.colour, known.get(mask));
       this.#layers.set(mask, layer);
-      context.drawImage(layer, 0, 0);
+      context.drawImage(layer.image, layer.left, layer.top);
     }
     for (const object of order) {
       context.globalAlpha = object.number === active ? 1 : 0.75;
@@ -233,15 +233,22 @@ export class Stage {
     if (this.#usesKeys && this.#element.matches(":focus")) this.#drawCrosshair(context);
   }
 
-  /** A tinted mask with an outline, of the canvas' size: the one that is known, if it is. */
+  /** A tinted mask with an outline, where it lies on the canvas: the one that is known, if it is. */
   #layer(mask, colour, known) {
     const { width, height } = this.#canvas;
     if (known?.width === width && known.height === height) return known;
-    const shape = maskCanvas(mask, this.#size);
-    const layer = canvas(width, height);
-    const context = layer.getContext("2d");
-    // An outline: the mask moved all around, less the mask itself.
+    const [shape, [x0, y0, x1, y1]] = maskCanvas(mask, this.#size);
     const reach = 2 * this.#ratio;
+    const [across, down] = [width / this.#size.width, height / this.#size.height];
+    // Smoothing makes it wider by up to a pixel of the picture.
+    const left = Math.max(Math.floor((x0 - 1) * across - reach), 0);
+    const top = Math.max(Math.floor((y0 - 1) * down - reach), 0);
+    const right = Math.min(Math.ceil((x1 + 1) * across + reach), width);
+    const bottom = Math.min(Math.ceil((y1 + 1) * down + reach), height);
+    const image = canvas(Math.max(right - left, 1), Math.max(bottom - top, 1));
+    const context = image.getContext("2d");
+    context.translate(-left, -top);
+    // An outline: the mask moved all around, less the mask itself.
     for (let turn = 0; turn < 16; turn++) {
       const [x, y] = [Math.cos((turn * Math.PI) / 8) * reach, Math.sin((turn * Math.PI) / 8) * reach];
       context.drawImage(shape, x, y, width, height);
@@ -255,7 +262,7 @@ export class Stage {
     context.globalCompositeOperation = "source-in";
     context.fillStyle = colour;
     context.fillRect(0, 0, width, height);
-    return layer;
+    return { image, left, top, width, height };
   }
 
   /** A picture's pixel, or with 0 its corner, on the canvas. */
@@ -320,17 +327,23 @@ function canvas(width, height) {
   return Object.assign(document.createElement("canvas"), { width, height });
 }
 
-/** A mask as a canvas of the picture's size: opaque inside, else clear. */
+/** A mask as a canvas of the picture's size, opaque inside, else clear; and the box around it. */
 function maskCanvas(mask, { width, height }) {
+  const box = [width, height, 0, 0];
   const shape = canvas(width, height);
   const image = new ImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
   const length = mask.length / height;
   for (let y = 0, at = 0; y < height; y++) {
     for (let x = 0; x < width; x++, at++) {
-      if (mask[y * length + (x >> 3)] & (128 >> (x & 7))) pixels[at] = 0xffffffff;
+      if (!(mask[y * length + (x >> 3)] & (128 >> (x & 7)))) continue;
+      pixels[at] = 0xffffffff;
+      box[0] = Math.min(box[0], x);
+      box[1] = Math.min(box[1], y);
+      box[2] = Math.max(box[2], x + 1);
+      box[3] = y + 1;
     }
   }
   shape.getContext("2d").putImageData(image, 0, 0);
-  return shape;
+  return [shape, box];
 }
