@@ -265,7 +265,7 @@ def test_zoom(open_page: Callable[..., Demo], predict: Callable[..., Any]) -> No
 def test_a_small_object_takes_little_memory_in_a_closer_look(
     open_page: Callable[..., Demo],
 ) -> None:
-    """A layer of the whole canvas for each object took a gigabyte for thirty."""
+    """Layers of the whole canvas took a gigabyte for 24 objects."""
     page = open_page().open(CAT)
     page.click(EYE)
     page.page.evaluate(
