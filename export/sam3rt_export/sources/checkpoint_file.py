@@ -45,9 +45,10 @@ def read_state(path: Path, weights_key: str | None = None) -> tuple[dict[str, Te
 
     Raises:
         CheckpointError: the file cannot be read as such, holds no state dict of a model that is
-            exported or several, or expands to far more than its own size.
+            exported or several, expands to far more than its own size, or changes meanwhile.
     """
     content, files = _load(path)
+    before = [_version(file) for file in files]
     stored = sum(file.stat().st_size for file in files)
     state = _choose(content, path, weights_key)
     expanded = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -57,9 +58,17 @@ def read_state(path: Path, weights_key: str | None = None) -> tuple[dict[str, Te
             f"{stored / 1e9:.3g} GB: they repeat what is stored"
         )
     digests = [sha256_file(file) for file in files]
+    if before != [_version(file) for file in files]:
+        raise CheckpointError(f"{path}: changed while it was read; export a copy of it")
     if files == [path]:
         return state, digests[0]
     return state, hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load(path: Path) -> tuple[Any, list[Path]]:

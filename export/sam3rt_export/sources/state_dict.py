@@ -247,8 +247,11 @@ def mobile_sam_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def ready(name: str, tensor: Tensor) -> Tensor:
+def ready(name: str, tensor: Tensor, *, copy: bool = True) -> Tensor:
     """A tensor detached and on the CPU, FP32 or complex64.
+
+    It is a copy, because files are mapped, and reading one that was cut meanwhile would end the
+    process. Without ``copy`` it may be the tensor itself.
 
     Raises:
         ModelError: it is not dense, not floating point, has no data, or holds what is not finite in
@@ -263,8 +266,8 @@ def ready(name: str, tensor: Tensor) -> Tensor:
     elif not (tensor.is_floating_point() or tensor.is_complex()):
         kind = f"{tensor.dtype}"
     else:
-        tensor = tensor.detach().cpu()
-        tensor = tensor.to(torch.complex64) if tensor.is_complex() else tensor.float()
+        dtype = torch.complex64 if tensor.is_complex() else torch.float32
+        tensor = tensor.detach().to("cpu", dtype, copy=copy)
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"tensor {name!r} holds NaN, infinity or what is beyond FP32")
         return tensor

@@ -77,6 +77,8 @@ def open_pretrained(
         raise CheckpointError(
             f"{name}: cannot be loaded by transformers: {type(error).__name__}: {error}"
         ) from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # transformers maps files, too: see `ready`
     # transformers would run on with random values in their place.
     missing, wrong = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     unknown = [k for k in report["unexpected_keys"] if k.startswith(_MODULES) or LORA.search(k)]
@@ -163,7 +165,7 @@ def open_tracker_model(model: Any, image_size: int | None = None) -> ExportSourc
     if not plain:
         # The caller's model stays as it is.
         model = copy.deepcopy(model).float().cpu().eval()
-    state = {name: ready(name, tensor) for name, tensor in model.state_dict().items()}
+    state = {name: ready(name, tensor, copy=False) for name, tensor in model.state_dict().items()}
     tensors = from_transformers(state)
     if isinstance(model, Sam2Model):
         hiera = sam2.architecture_of(model.config)

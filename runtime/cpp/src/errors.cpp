@@ -22,6 +22,12 @@ InvalidInputError::InvalidInputError(std::string argument, const std::string& go
                                      const std::string& expected)
     : Error(argument + ": got " + got + ", expected " + expected), argument_(std::move(argument)) {}
 
+void InvalidInputError::rename(const std::string& argument) {
+    const std::string text = argument + std::string(what()).substr(argument_.size());
+    std::runtime_error::operator=(std::runtime_error(text));
+    argument_ = argument;
+}
+
 BundleError::BundleError(const std::string& message, std::string file)
     : Error(file.empty() ? message : file + ": " + message), file_(std::move(file)) {}
 

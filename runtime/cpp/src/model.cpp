@@ -76,16 +76,6 @@ PackedPrompts pack_for(const Manifest& about, const ImageEmbedding& embedding,
     return packed;
 }
 
-/// The same error about the prompts of one image of several, such as "prompts[1].box".
-PromptError about_entry(const PromptError& error, std::size_t index) {
-    static const std::string expected = ", expected ";
-    const std::string text = error.what();
-    const std::size_t start = error.argument().size() + std::string(": got ").size();
-    const std::size_t end = text.find(expected, start);
-    return {"prompts[" + std::to_string(index) + "]." + error.argument(),
-            text.substr(start, end - start), text.substr(end + expected.size())};
-}
-
 /// What the decoder says of no objects, for which it is not run.
 DecodedMasks of_no_objects(const Manifest& about, bool multimask_output, std::string warning) {
     const std::int64_t count = multimask_output ? about.masks.multimask : 1;
@@ -194,9 +184,9 @@ std::vector<DecodedMasks> decode_all(const Model& model, const std::vector<Quest
     for (const Question& question : questions) {
         try {
             packed.push_back(pack_for(about, question.embedding, question.prompts));
-        } catch (const PromptError& error) {
+        } catch (PromptError& error) {
             if (questions.size() > 1) {
-                throw about_entry(error, packed.size());
+                error.rename("prompts[" + std::to_string(packed.size()) + "]." + error.argument());
             }
             throw;
         }

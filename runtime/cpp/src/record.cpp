@@ -214,6 +214,13 @@ ParityRecord::ParityRecord(ByteView content, const std::string& file, const Mani
         }
         read_case(entry.field("name").text(), static_cast<std::size_t>(image), manifest);
     }
+    const auto with_mask = static_cast<std::size_t>(
+        std::count_if(cases_.begin(), cases_.end(),
+                      [](const RecordCase& entry) { return entry.prompts.masks.has_value(); }));
+    if (with_mask == 0 || with_mask == cases_.size()) {
+        refuse("proves nothing: " + std::to_string(with_mask) + " of its " +
+               std::to_string(cases_.size()) + " decoder calls have a mask prompt");
+    }
     arrays_.clear();
 }
 

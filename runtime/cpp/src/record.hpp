@@ -32,7 +32,8 @@ struct CaseAnswer {
     std::optional<Array<float>> object_score;
 };
 
-/// A record in memory, which covers every output of its bundle's graphs.
+/// A record in memory, which covers every output of its bundle's graphs, with and without a mask
+/// prompt.
 class ParityRecord {
 public:
     /// Throws BundleError, naming the file, where the content is not a whole record for this
@@ -80,7 +81,8 @@ private:
 };
 
 /// The parity record of a bundle. Throws BundleError where it is damaged, not the file that the
-/// manifest describes, or does not cover every output of the bundle's graphs.
+/// manifest describes, or does not cover every output of the bundle's graphs, with and
+/// without a mask prompt.
 ParityRecord load_record(const Bundle& bundle);
 
 }  // namespace sam3rt

@@ -172,15 +172,18 @@ class ParityRecord:
                 self._arrays[f"{case.name}/{part}"]
 
     def check_coverage(self, manifest: Manifest) -> None:
-        """Refuse a record that leaves an output of the model unproven.
+        """Refuse a record that leaves an output of the model or its mask prompts unproven.
 
         Raises:
-            ValueError: it has no image, no decoder call, or an output of another shape or type than
-                the model's.
+            ValueError: it has no image, no decoder call, none with or none without a mask prompt,
+                or an output of another shape or type than the model's.
         """
         images, cases = self.images(), self.cases()
         if not images or not cases:
             raise ValueError(f"it has {len(images)} images and {len(cases)} decoder calls")
+        with_mask = sum(case.prompts.masks is not None for case in cases)
+        if with_mask in (0, len(cases)):
+            raise ValueError(f"{with_mask} of its {len(cases)} decoder calls have a mask prompt")
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"image {index} is {image.dtype} of shape {image.shape}")
@@ -349,7 +352,7 @@ def load_record(bundle: Bundle) -> ParityRecord:
 
     Raises:
         BundleError: it is damaged, not the file the manifest describes, or does not cover every
-            output of the bundle's graphs.
+            output of the bundle's graphs, with and without a mask prompt.
     """
     entry = bundle.manifest.parity.record
     check_file(bundle.path, entry)

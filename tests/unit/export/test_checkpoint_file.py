@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from sam3rt.bundle.files import sha256_file
 from sam3rt_export.errors import CheckpointError
-from sam3rt_export.sources import SourceOptions, open_source
+from sam3rt_export.sources import SourceOptions, checkpoint_file, open_source
 from sam3rt_export.sources.checkpoint_file import read_state
 
 Tensors = dict[str, Tensor]
@@ -79,6 +80,43 @@ def test_a_file_is_read_with_its_digest(checkpoint: Path, tensors: Tensors) -> N
     state, digest = read_state(checkpoint)
     assert same(canonical_tensors(state, "test"), tensors)
     assert digest == sha256_file(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_an_open_source_outlives_its_file(tensors: Tensors, kind: str, tmp_path: Path) -> None:
+    """Training may overwrite its checkpoint. Reading a file that was cut is a bus error."""
+    path = tmp_path / f"last.{kind}"
+    if kind == "pt":
+        torch.save(tensors, path)
+    else:
+        save_file(plain(tensors), path)
+    source = open_source(path)
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    weights = [p for part in (source.encoder, source.decoder) for p in part.parameters()]
+    assert all(weight.any() for weight in weights if weight.ndim > 1)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    checkpoint: Path, replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest would be of other weights than those that are exported."""
+    path = tmp_path / "last.pt"
+    shutil.copy(checkpoint, path)
+
+    def hash_it(file: Path) -> str:
+        if replaced:
+            shutil.copy(checkpoint, tmp_path / "next.pt")
+            (tmp_path / "next.pt").replace(file)
+        else:
+            with file.open("ab") as stream:
+                stream.write(b"x")
+        return sha256_file(file)
+
+    monkeypatch.setattr(checkpoint_file, "sha256_file", hash_it)
+    with pytest.raises(CheckpointError, match=r"last\.pt: changed while it was read"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

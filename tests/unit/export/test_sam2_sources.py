@@ -165,6 +165,9 @@ def test_a_transformers_folder(
     assert (source.kind, source.origin, source.model_type) == ("transformers", "folder", "sam2")
     assert differences(source, open_source(checkpoint)) < 1e-6
     assert not [r for r in caplog.records if "sam2_video" in r.message], "it says what is no news"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert differences(source, open_source(checkpoint)) < 1e-6, "it reads from the file"
 
 
 @pytest.mark.parametrize("form", ["file", "live"])

@@ -70,6 +70,9 @@ public:
     /// The name of the offending argument.
     const std::string& argument() const noexcept { return argument_; }
 
+    /// Name the argument as the caller of a further function knows it.
+    void rename(const std::string& argument);
+
 private:
     std::string argument_;
 };
