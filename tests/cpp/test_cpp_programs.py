@@ -251,6 +251,9 @@ def test_what_cannot_be_segmented(cpp_build: Build, tmp_path: Path) -> None:
         "exif.jpg": b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff",
         "loop.jpg": b"\xff\xd8\xff\xe1\x00\x00",
     }
+    for form in ("jpg", "bmp", "gif", "tga", "ppm"):
+        PIL.Image.fromarray(noise(40, 60)).save(tmp_path / f"cut.{form}")
+        cases[f"cut.{form}"] = (tmp_path / f"cut.{form}").read_bytes()[:-500]
     for name, text in cases.items():
         (tmp_path / name).write_bytes(text)
     PIL.Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")

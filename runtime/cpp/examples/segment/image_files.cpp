@@ -144,6 +144,35 @@ Bytes read_bytes(const fs::path& path) {
     return content;
 }
 
+/// A file's content as stb_image reads it, which takes zeros for what a file lacks at its end.
+struct Reader {
+    const Bytes& content;
+    std::size_t at = 0;
+    bool is_cut = false;
+
+    int advance(int size) {
+        const auto left = static_cast<std::ptrdiff_t>(content.size() - at);
+        const std::ptrdiff_t step = std::min<std::ptrdiff_t>(size, left);
+        is_cut = is_cut || (size > 0 && step == 0);
+        at = static_cast<std::size_t>(static_cast<std::ptrdiff_t>(at) + step);
+        return static_cast<int>(step);
+    }
+};
+
+const stbi_io_callbacks reader_calls = {
+    [](void* reader, char* data, int size) {
+        auto& from = *static_cast<Reader*>(reader);
+        const std::uint8_t* start = from.content.data() + from.at;
+        const int count = from.advance(size);
+        std::copy_n(start, count, data);
+        return count;
+    },
+    [](void* reader, int size) { static_cast<Reader*>(reader)->advance(size); },
+    [](void* reader) {
+        const auto& from = *static_cast<Reader*>(reader);
+        return from.at == from.content.size() ? 1 : 0;
+    }};
+
 void write_file(const fs::path& path, const std::vector<char>& content) {
     const fs::path temporary = path.parent_path() / ("." + path.filename().string() + ".tmp");
     std::ofstream file(temporary, std::ios::binary);
@@ -172,18 +201,19 @@ int exif_orientation(const Bytes& content) {
 
 Picture read_image(const fs::path& path) {
     const Bytes content = read_bytes(path);
-    const auto size = static_cast<int>(std::min<std::size_t>(content.size(), INT32_MAX));
-    if (stbi_is_16_bit_from_memory(content.data(), size) != 0) {
+    Reader header{content};
+    if (stbi_is_16_bit_from_callbacks(&reader_calls, &header) != 0) {
         refuse(path, "more than 8 bits per channel; convert it first");
     }
     int width = 0;
     int height = 0;
     int stored_channels = 0;
+    Reader reader{content};
     const std::unique_ptr<stbi_uc, void (*)(void*)> pixels(
-        stbi_load_from_memory(content.data(), size, &width, &height, &stored_channels, 3),
+        stbi_load_from_callbacks(&reader_calls, &reader, &width, &height, &stored_channels, 3),
         stbi_image_free);
-    if (pixels == nullptr) {
-        refuse(path, stbi_failure_reason());
+    if (pixels == nullptr || reader.is_cut) {
+        refuse(path, pixels == nullptr ? stbi_failure_reason() : "is cut");
     }
     const std::size_t count =
         std::size_t{3} * static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
