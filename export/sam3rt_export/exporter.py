@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from sam3rt.bundle import (
     MANIFEST,
     NO_FINGERPRINT,
     Bundle,
-    FileEntry,
     Manifest,
     ParityLimits,
     ParitySpec,
@@ -44,7 +43,7 @@ from sam3rt.bundle import (
     write_manifest,
 )
 from sam3rt.errors import InvalidInputError, Sam3rtError
-from sam3rt.geometry import preprocess
+from sam3rt.geometry import preprocess, to_rgb
 from sam3rt.loading import load_model
 
 from . import contracts
@@ -135,14 +134,15 @@ def export_bundle(
     for argument, text in (("name", options.name), ("license", options.license)):
         if text is not None and (not text or not text.isprintable()):
             raise InvalidInputError(argument, repr(text), "a text of one line")
-    if any(np.size(image) and np.ptp(image) == 0 for image in options.parity_images):
+    images = [to_rgb(image, "parity_images") for image in options.parity_images]
+    if not all(np.ptp(image, axis=(0, 1)).any() for image in images):
         expected = "images of more than one colour, which show what a graph does wrong"
         raise InvalidInputError("parity_images", "an image of one colour", expected)
     target = _target(output)
     recover(target)
     _check_target(target, options.overwrite)
     with _writing(target) as folder:
-        record = _write_files(checkpoint, folder, options, say)
+        record = _write_files(checkpoint, folder, replace(options, parity_images=images), say)
         # PyTorch's copies of the weights are gone by now, except for a model that was passed in.
         _free_memory()
         say("comparing the graphs in ONNX Runtime with PyTorch")
@@ -163,6 +163,11 @@ def _write_files(
     Returns:
         The parity record.
     """
+    if options.license_path is not None:
+        try:
+            shutil.copyfile(options.license_path, folder / _LICENSE)
+        except OSError as error:
+            raise ExportError(f"license_path: cannot be read: {error}") from error
     say("reading the checkpoint")
     source = open_source(checkpoint, options.source)
     for note in source.notes:
@@ -296,19 +301,12 @@ def _export_id(source: ExportSource, options: ExportOptions) -> str:
 
 
 def _source_spec(source: ExportSource, folder: Path, options: ExportOptions) -> SourceSpec:
-    entry: FileEntry | None = None
-    if options.license_path is not None:
-        try:
-            shutil.copyfile(options.license_path, folder / _LICENSE)
-        except OSError as error:
-            raise ExportError(f"license_path: cannot be read: {error}") from error
-        entry = file_entry(folder / _LICENSE)
     return SourceSpec(
         kind=source.kind,
         reference=source.origin,
         sha256=source.sha256,
         license=options.license or source.license,
-        license_file=entry,
+        license_file=None if options.license_path is None else file_entry(folder / _LICENSE),
         weights=source.stored,
         notes=source.notes,
     )

@@ -207,10 +207,21 @@ def test_texts_of_the_manifest_are_of_one_line(argument: str, text: str, tmp_pat
 
 
 @pytest.mark.usefixtures("stub")
-def test_an_image_that_shows_no_mistakes_is_not_compared_on(tmp_path: Path) -> None:
-    black = np.zeros((9, 12, 3), np.uint8)
+@pytest.mark.parametrize("shape", [(4,), (9, 12), (9, 12, 4), (0, 12, 3)])
+def test_what_is_no_image_is_not_compared_on(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"^parity_images: got an array of shape"):
+        export(tmp_path / "out", ExportOptions(parity_images=[np.zeros(shape, np.uint8)]))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("colour", [(0, 0, 0), (3, 4, 5)])
+def test_an_image_that_shows_no_mistakes_is_not_compared_on(
+    colour: tuple[int, int, int], tmp_path: Path
+) -> None:
+    image = np.full((9, 12, 3), colour, np.uint8)
     with pytest.raises(InvalidInputError, match=r"^parity_images: got an image of one"):
-        export(tmp_path / "out", ExportOptions(parity_images=[black]))
+        export(tmp_path / "out", ExportOptions(parity_images=[image]))
     assert leftovers(tmp_path) == []
 
 
