@@ -156,7 +156,7 @@ class ParityRecord:
             raise BundleError(f"is not a parity record: {error}", path.name) from error
 
     def _check(self) -> None:
-        """Refuse a record that lacks what its description lists.
+        """Refuse a record that lacks what its description lists, or lists a case twice.
 
         Raises:
             ValueError, KeyError, TypeError: it does.
@@ -165,7 +165,10 @@ class ParityRecord:
         for index in range(len(images)):
             for level in range(self._description["levels"]):
                 self._arrays[f"features_{index}_{level}"]
-        for case in self.cases():
+        cases = self.cases()
+        if len({case.name for case in cases}) < len(cases):
+            raise ValueError("two cases have one name")
+        for case in cases:
             if not 0 <= case.image < len(images):
                 raise ValueError(f"case {case.name} is about image {case.image}")
             for part in ("logits", "masks", "iou"):
