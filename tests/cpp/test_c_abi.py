@@ -180,6 +180,13 @@ def test_what_is_odd_about_prompts_is_said(library: Library, toy: c_void_p) -> N
     assert library.c.sam3rt_prediction_warning(None) == b""
 
 
+def test_errors_are_utf8_whatever_a_file_holds(library: Library, tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_bytes(b'{"name": "caf\xe9"}')
+    with pytest.raises(Sam3rtError, match="caf\ufffd") as caught:
+        library.load(tmp_path)
+    assert (caught.value.status, caught.value.subject) == ("BUNDLE_ERROR", "bundle.json")
+
+
 def test_formats_and_outputs(library: Library, tmp_path: Path) -> None:
     """What services have: images of BGR pixels, and masks for a picture."""
     model = library.load(runnable_bundle(tmp_path / "bundle").path)

@@ -11,7 +11,8 @@ namespace sam3rt {
 // Elements take up to eight bytes; no array may be larger than the address space.
 inline constexpr std::size_t max_elements = std::numeric_limits<std::size_t>::max() / 16;
 
-/// A text with blanks for its control characters, which would end a line or move a terminal's cursor.
+/// A text with blanks for its control characters, which would end a line or move a terminal's cursor,
+/// and U+FFFD for what is not UTF-8.
 std::string one_line(std::string text);
 
 /// A shape as Python writes it, such as "(3,)" or "(2, 5)".
