@@ -79,8 +79,7 @@ def summary(result: Result, seconds: float) -> str:
         shown = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *shown]))
     if fastest:
-        references = {row.reference for row in result.agreement}
-        against = "".join(f"; mask IoU: the mean against {name}" for name in references)
+        against = f"; mask IoU: the mean against {result.agreement[0].reference}" if near else ""
         slower = f"; {len(fastest) - _SUMMARY_CANDIDATES} slower ones above"
         lines.append(f"medians{against}{slower * (len(fastest) > _SUMMARY_CANDIDATES)}")
     if result.limits:
