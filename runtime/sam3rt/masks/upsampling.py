@@ -2,9 +2,9 @@
 
 Resizing is linear and separable, and so are several resizes and crops after each other: each axis
 is one banded matrix, worked out once per size and never held in its dense form, which would take
-gigabytes for a long side. Columns are interpolated first, by gathering the few that each mixes.
-Rows are done in groups that mix the same ones, each a small matmul whose result is thresholded
-while it is still in the cache.
+gigabytes for a long side. Neighbouring outputs mix almost the same inputs, so an axis is resized in
+groups of neighbours, each a small matmul. Columns come first; a group of rows is thresholded while
+it is still in the cache.
 
 No matmul is large enough for NumPy's library to give it to several threads (OpenBLAS; 2^18
 multiplications). Its threads would then spin for a tenth of a second, waiting for more work, and on
@@ -13,7 +13,6 @@ a machine of few cores the next decoder call took half as long again (benchmarks
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,24 +21,36 @@ from numpy.typing import NDArray
 
 # Half of what OpenBLAS computes on one thread (SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD).
 _MAX_MULTIPLICATIONS = 1 << 17
+# Outputs of a group. More would mix inputs further apart, of which each takes nothing.
+_MAX_OUTPUTS = 64
+
+
+class Group(NamedTuple):
+    """Neighbouring outputs of an axis and the inputs that they mix.
+
+    Attributes:
+        outputs: which they are.
+        inputs: which they mix.
+        weights: float32 [outputs, inputs], how much each takes of each.
+    """
+
+    outputs: slice
+    inputs: slice
+    weights: NDArray[np.float32]
 
 
 class Resampling(NamedTuple):
     """How maps of one size become maps of another.
 
     Attributes:
-        rows: int64 [R], the input rows that any output row mixes.
-        columns: int64 [taps, W], the input columns that each output column mixes.
-        column_weights: float32 [taps, W], how much it takes of each.
-        weights: float32 [H, band], what each output row takes of the input rows it mixes.
-        groups: (first, last, start): output rows first..last-1 mix ``rows[start:start + band]``.
+        used: int64 [R], the input rows that any output row mixes.
+        rows: the output rows, in order, by what they mix of ``used``.
+        columns: the output columns, in order.
     """
 
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    column_weights: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    groups: tuple[tuple[int, int, int], ...]
+    used: NDArray[np.int64]
+    rows: tuple[Group, ...]
+    columns: tuple[Group, ...]
 
 
 class _Band(NamedTuple):
@@ -53,16 +64,12 @@ class _Band(NamedTuple):
     start: NDArray[np.int64]
     weights: NDArray[np.float64]
 
-    def columns(self) -> NDArray[np.int64]:
-        """The inputs that each output mixes, int64 [outputs, width]."""
-        columns: NDArray[np.int64] = self.start[:, None] + np.arange(self.weights.shape[1])
-        return columns
-
 
 @lru_cache(maxsize=8)
 def direct(source: tuple[int, int], target: tuple[int, int]) -> Resampling:
     """Resize from one (height, width) to another."""
-    return _resampling(_bilinear(source[0], target[0]), _bilinear(source[1], target[1]))
+    rows, columns = (_bilinear(*sides) for sides in zip(source, target, strict=True))
+    return _resampling(rows, columns)
 
 
 @lru_cache(maxsize=8)
@@ -91,36 +98,22 @@ def resize(
             and 0 elsewhere, in any dtype.
         threshold: ``None`` writes values.
     """
-    wide = _mix_columns(source, resampling)
-    band = resampling.weights.shape[1]
+    if len(resampling.used) < len(source):
+        source = source[resampling.used]
+    wide = np.empty((len(source), out.shape[1]), np.float32)
+    for group in resampling.columns:
+        np.matmul(source[:, group.inputs], group.weights.T, out=wide[:, group.outputs])
     if threshold is None:
-        for first, last, start in resampling.groups:
-            rows = wide[start : start + band]
-            np.dot(resampling.weights[first:last], rows, out=out[first:last])
+        for group in resampling.rows:
+            np.matmul(group.weights, wide[group.inputs], out=out[group.outputs])
         return
     limit = np.float32(threshold)
-    largest = max(last - first for first, last, _ in resampling.groups)
+    largest = max(len(group.weights) for group in resampling.rows)
     scratch = np.empty((largest, out.shape[1]), np.float32)
-    for first, last, start in resampling.groups:
-        values = scratch[: last - first]
-        np.dot(resampling.weights[first:last], wide[start : start + band], out=values)
-        np.greater(values, limit, out=out[first:last], casting="unsafe")
-
-
-def _mix_columns(source: NDArray[np.float32], resampling: Resampling) -> NDArray[np.float32]:
-    if len(resampling.rows) < len(source):
-        source = source[resampling.rows]
-    wide: NDArray[np.float32] | None = None
-    for columns, weights in zip(resampling.columns, resampling.column_weights, strict=True):
-        # "clip" changes nothing, since all are within; NumPy gathers faster where it cannot fail.
-        taken = np.take(source, columns, axis=1, mode="clip")
-        taken *= weights
-        if wide is None:
-            wide = taken
-        else:
-            wide += taken
-    assert wide is not None
-    return wide
+    for group in resampling.rows:
+        values = scratch[: len(group.weights)]
+        np.matmul(group.weights, wide[group.inputs], out=values)
+        np.greater(values, limit, out=out[group.outputs], casting="unsafe")
 
 
 def _unpadded_axis(source: int, padded: int, kept: int, target: int) -> _Band:
@@ -169,17 +162,27 @@ def _trimmed(inputs: int, start: NDArray[np.int64], weights: NDArray[np.float64]
 
 def _resampling(rows: _Band, columns: _Band) -> Resampling:
     """From one band per axis."""
-    height, band = rows.weights.shape
-    most = max(1, _MAX_MULTIPLICATIONS // (band * len(columns.start)))
-    changes = np.flatnonzero(np.diff(rows.start)) + 1
-    bounds = sorted({0, *changes.tolist(), *range(0, height, most), height})
-    used = np.unique(rows.columns())
-    starts = np.searchsorted(used, rows.start)
-    groups = tuple((first, last, int(starts[first])) for first, last in itertools.pairwise(bounds))
-    return Resampling(
-        used,
-        np.ascontiguousarray(columns.columns().T),
-        np.ascontiguousarray(columns.weights.T, np.float32),
-        np.ascontiguousarray(rows.weights, np.float32),
-        groups,
-    )
+    used = np.unique(rows.start[:, None] + np.arange(rows.weights.shape[1]))
+    rows = _Band(np.searchsorted(used, rows.start), rows.weights)
+    return Resampling(used, _groups(rows, len(columns.start)), _groups(columns, len(used)))
+
+
+def _groups(band: _Band, other: int) -> tuple[Group, ...]:
+    """Outputs in groups, each as large as a matmul may be with so many of the other axis."""
+    start, width = band.start.tolist(), band.weights.shape[1]
+    groups, first = [], 0
+    while first < len(start):
+        last, most = first, _MAX_MULTIPLICATIONS // other
+        while last < min(len(start), first + _MAX_OUTPUTS):
+            inputs = start[last] + width - start[first]
+            if last > first and (last + 1 - first) * inputs > most:
+                break
+            last += 1
+        inputs = start[last - 1] + width - start[first]
+        weights = np.zeros((last - first, inputs), np.float32)
+        column = band.start[first:last, None] - start[first] + np.arange(width)
+        np.put_along_axis(weights, column, band.weights[first:last].astype(np.float32), axis=1)
+        span = slice(start[first], start[first] + inputs)
+        groups.append(Group(slice(first, last), span, weights))
+        first = last
+    return tuple(groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -344,11 +343,14 @@ def test_no_product_is_given_to_several_threads(size: tuple[int, int], unpad: bo
     resampling = (
         unpadded(source, (1024, 1024), (700, 1024), size) if unpad else direct(source, size)
     )
-    bounds = [0, *(last for _, last, _ in resampling.groups)]
-    assert bounds[-1] == size[0]
-    assert [first for first, _, _ in resampling.groups] == bounds[:-1]
-    band = resampling.weights.shape[1]
-    assert max((b - a) * band * size[1] for a, b in itertools.pairwise(bounds)) < 1 << 18
+    for groups, other, length in (
+        (resampling.rows, size[1], size[0]),
+        (resampling.columns, len(resampling.used), size[1]),
+    ):
+        bounds = [group.outputs.start for group in groups] + [length]
+        assert bounds[0] == 0
+        assert [group.outputs.stop for group in groups] == bounds[1:]
+        assert max(group.weights.size for group in groups) * other < 1 << 18
 
 
 @pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1), (3, 65_536), (65_536, 3)])
