@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from ..options import BackendOptions
 from .bf16 import FIRST_BLOCKS, FRAGILE, TOKENS, matmuls_in_bf16
 from .graphs import CompiledGraph, Decoder
 from .hidden_layers import split_hidden_layers
+from .layouts import rearrange_decoder
 
 T = TypeVar("T")
 
@@ -46,8 +48,8 @@ _FRONT_ENDS = FrontEndManager()
 # OpenVINO's names of element types.
 _TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 # What of the encoder and of the decoder stays FP32 in each recipe, fastest first; ``None`` for all
-# of it. In the others matmuls are BF16. What the blocks add up and normalizations stay FP32, as in
-# PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is little faster.
+# of it. In the others matmuls are BF16. What an encoder's blocks add up and its normalizations stay
+# FP32, as in PyTorch's autocast. OpenVINO's own BF16, which rounds those too, is little faster.
 _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
     "bf16": (FRAGILE, TOKENS),
     "bf16-encoder": (FRAGILE, None),
@@ -55,7 +57,7 @@ _RECIPES: dict[str, tuple[re.Pattern[str] | None, re.Pattern[str] | None]] = {
     "fp32": (None, None),
 }
 # Part of what a verdict is about: counts up when a recipe comes to mean something else.
-_RECIPES_REVISION = 4
+_RECIPES_REVISION = 5
 # Channels of a hidden layer that are computed at a time where the processor has tiles: the fastest
 # of what was tried (benchmarks/NOTES.md). Without tiles, parts are no faster.
 _PART_WIDTH = 576
@@ -252,21 +254,39 @@ class OpenVinoBackend(Backend):
 
     def _load_encoder(self) -> CompiledGraph:
         manifest, exact = self.bundle.manifest, _RECIPES[self.precision][0]
-        return self._load(manifest.encoder, exact, lambda model, load: load(model), batch=1)
+
+        def make(model: Any, load: Callable[[Any], CompiledGraph]) -> CompiledGraph:
+            # Images come one by one; with sizes fixed, memory is planned once.
+            shape = model.inputs[0].get_partial_shape()
+            shape[0] = 1
+            model.reshape(shape)
+            if exact is not None:
+                if _has_tiles():
+                    split_hidden_layers(model, _PART_WIDTH, exact)
+                matmuls_in_bf16(model, exact)
+            return load(model)
+
+        return self._load(manifest.encoder, exact, make)
 
     def _load_decoder(self) -> Decoder:
         manifest, exact = self.bundle.manifest, _RECIPES[self.precision][1]
-        maps = [spec.name for spec in manifest.encoder.outputs]
-        return self._load(manifest.decoder, exact, lambda model, load: Decoder(model, maps, load))
+        maps = manifest.encoder.outputs
+
+        def make(model: Any, load: Callable[[Any], CompiledGraph]) -> Decoder:
+            rearrange_decoder(model)
+            if exact is not None:
+                matmuls_in_bf16(model, exact, math.prod(map(int, maps[-1].shape[2:])))
+            return Decoder(model, [spec.name for spec in maps], load)
+
+        return self._load(manifest.decoder, exact, make)
 
     def _load(
         self,
         graph: GraphSpec,
         exact: re.Pattern[str] | None,
         make: Callable[[Any, Callable[[Any], CompiledGraph]], T],
-        batch: int | None = None,
     ) -> T:
-        """Read and check a graph, type it as a recipe wants it, and compile it or its parts."""
+        """Read and check a graph, and let ``make`` change it and compile it or its parts."""
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without a hint, OpenVINO computes in the types that stand in the graph.
@@ -280,15 +300,6 @@ class OpenVinoBackend(Backend):
             source = graph_source(self.bundle, graph) if loaded is None else loaded.with_addresses()
             model = _read_onnx(source)
             self._check(model, graph)
-            if batch is not None:
-                # Images come one by one; with sizes fixed, memory is planned once.
-                shape = model.inputs[0].get_partial_shape()
-                shape[0] = batch
-                model.reshape(shape)
-            if exact is not None:
-                if _has_tiles():
-                    split_hidden_layers(model, _PART_WIDTH, exact)
-                matmuls_in_bf16(model, exact)
             return make(
                 model,
                 lambda part: CompiledGraph(self._core.compile_model(part, "CPU", options), loaded),

@@ -1,7 +1,9 @@
 """Mixed precision for OpenVINO: retypes an FP32 graph so that its costly parts run in BF16.
 
 OpenVINO's own BF16 mode also rounds the sum over the blocks at every addition, which is most of its
-error. PyTorch's autocast keeps that sum and the normalizations in FP32, and so does this pass.
+error. PyTorch's autocast keeps that sum and the normalizations in FP32, and so does this pass. A
+decoder has two blocks, and what runs over its image tokens is bound by memory, so all of that is
+BF16, sums too, and what runs over the prompt's few tokens is FP32.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 from openvino import opset13
+from openvino.passes import ConstantFolding, Manager
 
 # Patterns for operators that stay FP32. The export names nodes after module paths.
 NOTHING = re.compile(r"(?!)")
@@ -24,7 +27,7 @@ FRAGILE = re.compile(r".*\b(linear_attention|mixer)/")
 FIRST_BLOCKS = re.compile(r".*\b(linear_attention|mixer)/|patch/|blocks\.[01]\.|project|up|out")
 # In a decoder: everything but the layers that run over the image. The prompt's few tokens cost
 # little, and in BF16 a click would be some pixels off.
-TOKENS = re.compile(r"(?!up[12]/|blocks\.\d+\.(token_to_image|image_to_token)|final)")
+TOKENS = re.compile(r"(?!up[12]/|graph/|blocks\.\d+\.(token_to_image|image_to_token)|final)")
 _MATMULS = frozenset({"MatMul", "Convolution"})
 _MOVES = frozenset({"Reshape", "Transpose"})
 # Operators that become BF16 if all their inputs are BF16 already: biases, activations, rotary
@@ -49,24 +52,34 @@ _BETWEEN = frozenset(
         "VariadicSplit",
     }
 )
+# What becomes BF16 where it runs over a decoder's image tokens, whatever it reads.
+_OVER_IMAGE = _BETWEEN | _MATMULS | {"MVN"}
 
 
-def matmuls_in_bf16(model: Any, exact: re.Pattern[str] = NOTHING) -> None:
+def matmuls_in_bf16(
+    model: Any, exact: re.Pattern[str] = NOTHING, tokens: int | None = None
+) -> None:
     """Retype an FP32 graph in place: matmuls, and operators that read nothing but their results.
 
     An operator that also reads an FP32 value stays FP32, such as the addition of a block's result
-    to the residual stream. Normalizations stay FP32 too.
+    to the residual stream. Normalizations stay FP32 too. Whatever runs over a decoder's image
+    tokens becomes BF16 all the same.
 
     Args:
         model: an ``openvino.Model`` that nothing else uses.
         exact: matches, from the beginning, the names of operators that stay FP32.
+        tokens: of a decoder, how many tokens the image has.
     """
+    axes: frozenset[int] = frozenset()
+    if tokens is not None:
+        # Positions are computed from constants. OpenVINO would truncate them, see below.
+        folding = Manager()
+        folding.register_pass(ConstantFolding())
+        folding.run_passes(model)
+        axes = _image_axes(model, tokens)
     for node in model.get_ordered_ops():
-        kind = node.get_type_name()
         wide = [p for p in node.inputs() if _type_name(p) == "f32"]
-        if exact.match(node.get_friendly_name()):
-            continue
-        if kind in _MATMULS or (kind in _BETWEEN and _follows_from_matmuls(wide)):
+        if wide and _becomes_bf16(node, wide, exact, axes):
             _retype(node, wide)
     model.validate_nodes_and_infer_types()
 
@@ -90,6 +103,36 @@ def rounded_constant(values: NDArray[np.float32]) -> Any:
     tensor = openvino.Tensor(openvino.Type.bf16, openvino.Shape(values.shape))
     tensor.data.view(np.uint16)[...] = rounded
     return opset13.constant(tensor)
+
+
+def _becomes_bf16(node: Any, wide: list[Any], exact: re.Pattern[str], axes: frozenset[int]) -> bool:
+    kind = node.get_type_name()
+    if kind in _OVER_IMAGE and _has_axis(node, axes):
+        return True
+    if kind in _MOVES:
+        return _follows_from_matmuls(wide)
+    if exact.match(node.get_friendly_name()):
+        return False
+    return kind in _MATMULS or (kind in _BETWEEN and _follows_from_matmuls(wide))
+
+
+def _image_axes(model: Any, tokens: int) -> frozenset[int]:
+    """Sizes of the axis over the image: its tokens, enlarged once, and twice.
+
+    A size that a matmul's weights have as well could be channels, and is left out.
+    """
+    channels: set[int] = set()
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul":
+            weights = node.input_value(1).get_node()
+            if weights.get_type_name() == "Constant":
+                channels.update(weights.get_output_shape(0))
+    return frozenset({tokens, 4 * tokens, 16 * tokens} - channels)
+
+
+def _has_axis(node: Any, sizes: frozenset[int]) -> bool:
+    shape = node.get_output_partial_shape(0)
+    return any(side.is_static and side.get_length() in sizes for side in shape)
 
 
 def _follows_from_matmuls(ports: list[Any]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,20 @@ def split_hidden_layers(model: Any, width: int, exact: re.Pattern[str] = NOTHING
     return count
 
 
+def exact_gelu(x: Any) -> tuple[Any, dict[Any, float]]:
+    """A pattern of exact GELU over another pattern, and the scalars in it with their values."""
+    scalars = {WrapType("opset13.Constant"): value for value in (_ROOT_2, _ONE, _HALF)}
+    root_2, one, half = scalars
+    erf = WrapType("opset13.Erf", [WrapType("opset13.Divide", [x, root_2])])
+    grown = WrapType("opset13.Multiply", [x, WrapType("opset13.Add", [erf, one])])
+    return WrapType("opset13.Multiply", [grown, half]), scalars
+
+
+def has_values(nodes: Mapping[Any, Any], scalars: Mapping[Any, float]) -> bool:
+    """Whether the constants that a pattern matched have the values they are to have."""
+    return all(np.allclose(nodes[scalar].data, value) for scalar, value in scalars.items())
+
+
 @dataclass(frozen=True)
 class _Layer:
     """An MLP's nodes, ``total = stream + W2 gelu(W1 x + b1) + b2``; the stream is an output."""
@@ -94,12 +109,8 @@ class _Pattern:
             return WrapType(f"opset13.{kind}", list(inputs))
 
         self._stream, self._bias1, self._bias2 = AnyInput(), constant(), constant()
-        self._scalars = {constant(): _ROOT_2, constant(): _ONE, constant(): _HALF}
-        root_2, one, half = self._scalars
         self._matmul1 = both("MatMul", AnyInput(), constant())
-        hidden = both("Add", self._matmul1, self._bias1)
-        erf = both("Erf", both("Divide", hidden, root_2))
-        gelu = both("Multiply", both("Multiply", hidden, both("Add", erf, one)), half)
+        gelu, self._scalars = exact_gelu(both("Add", self._matmul1, self._bias1))
         self._matmul2 = both("MatMul", gelu, constant())
         self._total = both("Add", self._stream, both("Add", self._matmul2, self._bias2))
 
@@ -114,9 +125,7 @@ class _Pattern:
         nodes = {key: value.get_node() for key, value in values.items()}
         matmuls = nodes[self._matmul1], nodes[self._matmul2]
         transposed = any(any(matmul.get_attributes().values()) for matmul in matmuls)
-        if transposed or not all(
-            np.allclose(nodes[scalar].data, value) for scalar, value in self._scalars.items()
-        ):
+        if transposed or not has_values(nodes, self._scalars):
             return None
         return _Layer(
             matmul1=matmuls[0],
