@@ -106,14 +106,12 @@ class _Activation:
         (rows, channels), other = ([side.get_length() for side in s[1:]] for s in shapes)
         if other != [rows, channels] or rows % _JOINED or channels >= _ENOUGH:
             return
-        readers = list(node.output(0).get_target_inputs())
-        total = values[self._sum].get_node()
         joined = [0, rows // _JOINED, channels * _JOINED]
-        for port, source in zip(total.inputs(), maps, strict=True):
-            port.replace_source_output(_reshaped(source, joined).output(0))
-        apart = _reshaped(node, [0, rows, channels]).output(0)
-        for reader in readers:
-            reader.replace_source_output(apart)
+        total = opset13.add(*(_reshaped(source, joined) for source in maps))
+        total.set_friendly_name(values[self._sum].get_node().get_friendly_name())
+        active = opset13.gelu(total, "erf")
+        active.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(_reshaped(active, [0, rows, channels]).output(0))
 
 
 def _reshaped(source: Any, shape: list[int]) -> Any:
