@@ -1,6 +1,7 @@
 #include "upsampling.hpp"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace sam3rt {
 namespace {
@@ -114,37 +115,50 @@ AxisResampling unpadded(std::int64_t source, std::int64_t padded, std::int64_t k
 
 constexpr std::size_t cache_size = 8;
 
+/// Call with a band as a constant where it is a common one, so that the compiler can unroll loops
+/// over it, and with 0 where it is not.
+template <typename Call>
+void with_band(std::size_t band, Call call) {
+    switch (band) {
+        case 1:
+            return call(std::integral_constant<std::size_t, 1>());
+        case 2:
+            return call(std::integral_constant<std::size_t, 2>());
+        case 3:
+            return call(std::integral_constant<std::size_t, 3>());
+        case 4:
+            return call(std::integral_constant<std::size_t, 4>());
+        default:
+            return call(std::integral_constant<std::size_t, 0>());
+    }
+}
+
+/// Sum of as many values as the band has, `stride` apart, each with its weight.
+template <std::size_t Band>
+float mix(const float* values, std::size_t stride, const float* weights, std::size_t band) {
+    float sum = 0;
+    for (std::size_t b = 0; b < (Band == 0 ? band : Band); ++b) {
+        sum += weights[b] * values[b * stride];
+    }
+    return sum;
+}
+
 /// A map [h, w] with its columns resampled: [h, W].
 void resample_columns(const float* source, const Resampling& resampling, std::vector<float>& wide) {
     const AxisResampling& columns = resampling.columns;
     const std::size_t height = resampling.rows.inputs;
     wide.resize(height * columns.outputs());
-    for (std::size_t y = 0; y < height; ++y) {
-        const float* row = source + y * columns.inputs;
-        float* out = &wide[y * columns.outputs()];
-        for (std::size_t x = 0; x < columns.outputs(); ++x) {
-            const float* weights = &columns.weights[x * columns.band];
-            const float* values = row + columns.starts[x];
-            float sum = 0;
-            for (std::size_t b = 0; b < columns.band; ++b) {
-                sum += weights[b] * values[b];
+    with_band(columns.band, [&](auto constant) {
+        constexpr std::size_t band = decltype(constant)::value;
+        for (std::size_t y = 0; y < height; ++y) {
+            const float* row = source + y * columns.inputs;
+            float* out = &wide[y * columns.outputs()];
+            const float* weights = columns.weights.data();
+            for (std::size_t x = 0; x < columns.outputs(); ++x, weights += columns.band) {
+                out[x] = mix<band>(row + columns.starts[x], 1, weights, columns.band);
             }
-            out[x] = sum;
         }
-    }
-}
-
-/// One output row: `count` values that mix `Band` rows of `stride` values.
-template <std::size_t Band, typename Out, typename Finish>
-void mix_rows(const float* rows, std::size_t stride, const float* weights, Out* out,
-              Finish finish) {
-    for (std::size_t x = 0; x < stride; ++x) {
-        float sum = 0;
-        for (std::size_t b = 0; b < Band; ++b) {
-            sum += weights[b] * rows[b * stride + x];
-        }
-        out[x] = finish(sum);
-    }
+    });
 }
 
 template <typename Out, typename Finish>
@@ -153,35 +167,17 @@ void resample(const float* source, const Resampling& resampling, std::vector<flo
     resample_columns(source, resampling, wide);
     const AxisResampling& rows = resampling.rows;
     const std::size_t width = resampling.columns.outputs();
-    std::vector<float> scratch(rows.band > 4 ? width : 0);
-    for (std::size_t y = 0; y < rows.outputs(); ++y) {
-        const float* first = &wide[rows.starts[y] * width];
-        const float* weights = &rows.weights[y * rows.band];
-        Out* target = out + y * width;
-        // The common bands get loops whose inner one the compiler can unroll.
-        switch (rows.band) {
-            case 1:
-                mix_rows<1>(first, width, weights, target, finish);
-                break;
-            case 2:
-                mix_rows<2>(first, width, weights, target, finish);
-                break;
-            case 3:
-                mix_rows<3>(first, width, weights, target, finish);
-                break;
-            case 4:
-                mix_rows<4>(first, width, weights, target, finish);
-                break;
-            default:
-                std::fill(scratch.begin(), scratch.end(), 0.0F);
-                for (std::size_t b = 0; b < rows.band; ++b) {
-                    for (std::size_t x = 0; x < width; ++x) {
-                        scratch[x] += weights[b] * first[b * width + x];
-                    }
-                }
-                std::transform(scratch.begin(), scratch.end(), target, finish);
+    with_band(rows.band, [&](auto constant) {
+        constexpr std::size_t band = decltype(constant)::value;
+        for (std::size_t y = 0; y < rows.outputs(); ++y) {
+            const float* first = &wide[rows.starts[y] * width];
+            const float* weights = &rows.weights[y * rows.band];
+            Out* target = out + y * width;
+            for (std::size_t x = 0; x < width; ++x) {
+                target[x] = finish(mix<band>(first + x, width, weights, rows.band));
+            }
         }
-    }
+    });
 }
 
 }  // namespace
