@@ -44,7 +44,7 @@ def time_stages(
         features[candidate.name] = candidate.model.backend.encode(pixels)
 
     progress("stages: encode")
-    rows += _rows("encode", candidates, encode, effort)
+    rows += _rows("encode", candidates, encode, effort, progress)
     maps = features[candidates[0].name].numpy()
     for stage, action in (
         ("decode", lambda c: c.model.backend.decode(features[c.name], packed, MULTI)),
@@ -52,7 +52,7 @@ def time_stages(
         ("download features", lambda c: features[c.name].numpy()),
     ):
         progress(f"stages: {stage}")
-        rows += _rows(stage, candidates, action, effort)
+        rows += _rows(stage, candidates, action, effort, progress)
     return rows
 
 
@@ -77,7 +77,7 @@ def time_calls(
     rows = []
     for name, action in calls:
         progress(f"side by side: {name}")
-        times = alternate({c.name: partial(action, c) for c in candidates}, effort)
+        times = alternate({c.name: partial(action, c) for c in candidates}, effort, progress)
         rows += [CallRow(c.name, name, times[c.name]) for c in candidates]
     return rows
 
@@ -120,7 +120,11 @@ def _host_stages(
 
 
 def _rows(
-    stage: str, candidates: list[Candidate], action: Callable[[Candidate], Any], effort: Effort
+    stage: str,
+    candidates: list[Candidate],
+    action: Callable[[Candidate], Any],
+    effort: Effort,
+    progress: Progress,
 ) -> list[StageRow]:
-    times = alternate({c.name: partial(action, c) for c in candidates}, effort)
+    times = alternate({c.name: partial(action, c) for c in candidates}, effort, progress)
     return [StageRow(c.name, stage, "host", times[c.name]) for c in candidates]

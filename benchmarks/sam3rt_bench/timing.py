@@ -16,6 +16,8 @@ from .document import Times
 Call = Callable[[], Any]
 # Seconds. Threads of GNU's OpenMP, which PyTorch uses, spin for some milliseconds.
 _PAUSE = 0.05
+# Seconds that may pass without a word.
+_SILENCE = 30
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Effort:
     warm_up: int
     fewest: int = 3
 
+    def rounds_for(self, one_round: float) -> int:
+        """About how many rounds a table has whose calls in turn take so many seconds."""
+        wanted = max(self.fewest, 1 + int(self.seconds / max(one_round, 1e-3)))
+        return min(self.repetitions, wanted)
+
     def seconds_for(self, one_round: float) -> float:
-        """About how long a table takes whose calls in turn take so many seconds."""
-        rounds = min(
-            self.repetitions, max(self.fewest, 1 + int(self.seconds / max(one_round, 1e-3)))
-        )
+        """About how long that table takes."""
         warm_up = min(self.warm_up, 1) if one_round >= 1 else self.warm_up
-        return (rounds + warm_up) * one_round
+        return (self.rounds_for(one_round) + warm_up) * one_round
 
 
 def summarize(seconds: Sequence[float]) -> Times:
@@ -59,7 +63,9 @@ def summarize(seconds: Sequence[float]) -> Times:
     )
 
 
-def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
+def alternate(
+    calls: Mapping[str, Call], effort: Effort, progress: Callable[[str], None] | None = None
+) -> dict[str, Times]:
     """Time calls in turn, so that a machine that gets slower or faster does so for all of them.
 
     Every round has another order, the same in every run, so that none always follows the same one;
@@ -69,6 +75,7 @@ def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
     Args:
         calls: what to time, by name.
         effort: how often.
+        progress: told after the first round how long the others take, where that is long.
 
     Returns:
         The durations of each.
@@ -94,6 +101,14 @@ def alternate(calls: Mapping[str, Call], effort: Effort) -> dict[str, Times]:
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
+        if number == 0 and progress is not None:
+            one_round = time.perf_counter() - begin
+            rest = (effort.rounds_for(one_round) - 1) * one_round
+            if rest >= _SILENCE:
+                minutes = rest >= 100
+                progress(
+                    f"  about {rest / 60:.0f} min more" if minutes else f"  about {rest:.0f} s more"
+                )
     return {name: summarize(values) for name, values in seconds.items()}
 
 

@@ -159,6 +159,28 @@ def test_slow_calls_are_repeated_three_times_whatever_the_time(clock: list[float
     assert times["a"].count == 4
 
 
+@pytest.mark.parametrize(
+    ("seconds", "repetitions", "said"),
+    [
+        (1, 20, []),
+        (2, 20, ["  about 38 s more"]),
+        (30, 20, ["  about 60 s more"]),
+        (90, 20, ["  about 3 min more"]),
+        (90, 1, []),
+    ],
+)
+def test_a_long_wait_is_announced_after_the_first_round(
+    clock: list[float], seconds: float, repetitions: int, said: list[str]
+) -> None:
+    def slow() -> None:
+        clock[0] += seconds
+
+    heard: list[str] = []
+    alternate({"a": slow}, Effort(repetitions, seconds=60, warm_up=1), heard.append)
+    assert heard == said
+    assert clock[0] >= seconds * (repetitions if repetitions == 1 else 3)
+
+
 # --- counting -------------------------------------------------------------------------------------
 
 
