@@ -170,19 +170,17 @@ def _resampling(rows: _Band, columns: _Band) -> Resampling:
 def _groups(band: _Band, other: int) -> tuple[Group, ...]:
     """Outputs in groups, each as large as a matmul may be with so many of the other axis."""
     start, width = band.start.tolist(), band.weights.shape[1]
+    most = _MAX_MULTIPLICATIONS // other
     groups, first = [], 0
     while first < len(start):
-        last, most = first, _MAX_MULTIPLICATIONS // other
-        while last < min(len(start), first + _MAX_OUTPUTS):
-            inputs = start[last] + width - start[first]
-            if last > first and (last + 1 - first) * inputs > most:
-                break
+        end = min(len(start), first + _MAX_OUTPUTS)
+        last = first + 1
+        while last < end and (last + 1 - first) * (start[last] + width - start[first]) <= most:
             last += 1
-        inputs = start[last - 1] + width - start[first]
-        weights = np.zeros((last - first, inputs), np.float32)
+        inputs = slice(start[first], start[last - 1] + width)
+        weights = np.zeros((last - first, inputs.stop - inputs.start), np.float32)
         column = band.start[first:last, None] - start[first] + np.arange(width)
         np.put_along_axis(weights, column, band.weights[first:last].astype(np.float32), axis=1)
-        span = slice(start[first], start[first] + inputs)
-        groups.append(Group(slice(first, last), span, weights))
+        groups.append(Group(slice(first, last), inputs, weights))
         first = last
     return tuple(groups)

@@ -109,7 +109,7 @@ def _becomes_bf16(node: Any, wide: list[Any], exact: re.Pattern[str], axes: froz
     kind = node.get_type_name()
     if kind in _OVER_IMAGE and _has_axis(node, axes):
         return True
-    if kind in _MOVES:
+    if kind in _MOVES:  # rounds nothing, whatever its name
         return _follows_from_matmuls(wide)
     if exact.match(node.get_friendly_name()):
         return False

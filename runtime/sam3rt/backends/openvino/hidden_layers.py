@@ -67,9 +67,24 @@ def exact_gelu(x: Any) -> tuple[Any, dict[Any, float]]:
     return WrapType("opset13.Multiply", [grown, half]), scalars
 
 
-def has_values(nodes: Mapping[Any, Any], scalars: Mapping[Any, float]) -> bool:
-    """Whether the constants that a pattern matched have the values they are to have."""
-    return all(np.allclose(nodes[scalar].data, value) for scalar, value in scalars.items())
+def matched(pattern: Any, node: Any, scalars: Mapping[Any, float]) -> dict[Any, Any] | None:
+    """The values that match the parts of a pattern that ends in a node.
+
+    Args:
+        pattern: its last part.
+        node: where it is to end.
+        scalars: constants of the pattern and the values they are to have.
+
+    Returns:
+        An output by part, or ``None`` where the node or a constant is another.
+    """
+    matcher = Matcher(pattern, "pattern")
+    if not matcher.match(node.output(0)):
+        return None
+    values: dict[Any, Any] = matcher.get_pattern_value_map()
+    if not all(np.allclose(values[s].get_node().data, value) for s, value in scalars.items()):
+        return None
+    return values
 
 
 @dataclass(frozen=True)
@@ -116,16 +131,12 @@ class _Pattern:
 
     def match(self, node: Any) -> _Layer | None:
         """The layer that ends in this node, if one does."""
-        if node.get_type_name() != "Add":
+        values = matched(self._total, node, self._scalars)
+        if values is None:
             return None
-        matcher = Matcher(self._total, "HiddenLayer")
-        if not matcher.match(node.output(0)):
-            return None
-        values = matcher.get_pattern_value_map()
         nodes = {key: value.get_node() for key, value in values.items()}
         matmuls = nodes[self._matmul1], nodes[self._matmul2]
-        transposed = any(any(matmul.get_attributes().values()) for matmul in matmuls)
-        if transposed or not has_values(nodes, self._scalars):
+        if any(any(matmul.get_attributes().values()) for matmul in matmuls):
             return None
         return _Layer(
             matmul1=matmuls[0],

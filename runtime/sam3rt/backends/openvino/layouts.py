@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from openvino import opset13
-from openvino.passes import AnyInput, Matcher, WrapType
+from openvino.passes import AnyInput, WrapType
 
-from .hidden_layers import exact_gelu, has_values
+from .hidden_layers import exact_gelu, matched
 
 # Rows that are joined to one for an activation, and the channels that are enough without.
 _JOINED, _ENOUGH = 64, 128
@@ -51,32 +51,31 @@ class _Attention:
 
     def rearrange(self, node: Any) -> None:
         """Rearrange the attention that ends in a node, if one does."""
-        matcher = Matcher(self._matmul2, "ImageToToken")
-        if node.get_type_name() != "MatMul" or not matcher.match(node.output(0)):
+        values = matched(self._matmul2, node, {})
+        if values is None:
             return
-        values = matcher.get_pattern_value_map()
-        old = {
-            part: values[part].get_node() for part in (self._matmul1, self._scores, self._softmax)
-        }
-        shape = values[self._softmax].get_partial_shape()
+        matmul1, softmax = (values[part].get_node() for part in (self._matmul1, self._softmax))
+        shape = softmax.get_output_partial_shape(0)
         turns = values[self._order].get_node().data.tolist()
-        plain = not any(any(n.get_attributes().values()) for n in (node, old[self._matmul1]))
-        axis = old[self._softmax].get_attributes()["axis"]
+        plain = not any(any(n.get_attributes().values()) for n in (node, matmul1))
+        axis = softmax.get_attributes()["axis"]
         if not plain or turns != [0, 2, 1] or len(shape) != 4 or axis not in (-1, 3):
             return
         if shape[1].is_dynamic or shape[2].is_dynamic:
             return
         image, heads = shape[1].get_length(), shape[2].get_length()
-        matmul = opset13.matmul(values[self._key], values[self._query], False, True)
-        scores = opset13.add(matmul, opset13.transpose(values[self._offset], [0, 2, 1]))
-        softmax = opset13.softmax(_reshaped(scores, [0, heads, -1, image]), 2)
-        weights = _reshaped(softmax, [0, -1, image])
-        mixed = opset13.matmul(weights, values[self._value], True, False)
-        for part, new in zip(
-            (self._matmul1, self._scores, self._softmax), (matmul, scores, softmax), strict=True
+        products = opset13.matmul(values[self._key], values[self._query], False, True)
+        scores = opset13.add(products, opset13.transpose(values[self._offset], [0, 2, 1]))
+        weights = opset13.softmax(_reshaped(scores, [0, heads, -1, image]), 2)
+        flat = _reshaped(weights, [0, -1, image])
+        mixed = opset13.matmul(flat, values[self._value], True, False)
+        for old, new in (
+            (matmul1, products),
+            (values[self._scores].get_node(), scores),
+            (softmax, weights),
+            (node, mixed),
         ):
-            new.set_friendly_name(old[part].get_friendly_name())
-        mixed.set_friendly_name(node.get_friendly_name())
+            new.set_friendly_name(old.get_friendly_name())
         node.output(0).replace(mixed.output(0))
 
 
@@ -93,11 +92,8 @@ class _Activation:
 
     def rearrange(self, node: Any) -> None:
         """Rearrange the activation that ends in a node, if one does."""
-        matcher = Matcher(self._gelu, "Activation")
-        if node.get_type_name() != "Multiply" or not matcher.match(node.output(0)):
-            return
-        values = matcher.get_pattern_value_map()
-        if not has_values({key: v.get_node() for key, v in values.items()}, self._scalars):
+        values = matched(self._gelu, node, self._scalars)
+        if values is None:
             return
         maps = [values[part] for part in self._maps]
         shapes = [source.get_partial_shape() for source in maps]
